@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from gsoft_diffusion.config import (
+    AdapterConfig,
+    GenerationConfig,
+    SamplerConfig,
+    TrainingConfig,
+    with_article,
+)
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.settings import field_help
+
+
+@pytest.mark.parametrize("config_class", [AdapterConfig, SamplerConfig, TrainingConfig, GenerationConfig])
+def test_every_field_is_documented_and_nothing_else_is(config_class):
+    assert list(field_help(config_class)) == [field.name for field in fields(config_class)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainingConfig("photos", class_word="dog"),
+        TrainingConfig("photos", instance_prompt="x", adapter=AdapterConfig(block_size=4, nfactors="dense")).resolved(),
+        GenerationConfig("adapter.safetensors", prompts=("a", "b"), compare=True),
+        SamplerConfig(guidance_scale=1.0, scheduler="DDIMScheduler"),
+    ],
+)
+def test_round_trip(config):
+    assert type(config).from_dict(config.to_dict()) == config
+
+
+def test_prompts_follow_from_the_class_word():
+    config = TrainingConfig("some/photos", class_word="dog").resolved()
+    assert config.instance_prompt == "a photo of a sks dog"
+    assert config.class_prompt == "a photo of a dog"
+    assert config.validation_prompts is not None
+    assert config.validation_prompts[:2] == ("a photo of a sks dog", "a sks dog on the beach")
+    assert config.output_dir == "outputs/photos"
+
+
+def test_prompts_that_are_given_stay():
+    config = TrainingConfig("photos", instance_prompt="mine", class_prompt="theirs", validation_prompts=("v",))
+    resolved = config.resolved()
+    assert (resolved.instance_prompt, resolved.class_prompt, resolved.validation_prompts) == ("mine", "theirs", ("v",))
+
+
+def test_scenes_are_not_made_up_for_a_name_that_is_not_known():
+    config = TrainingConfig("photos", class_word="dog", instance_prompt="a photo of zwx").resolved()
+    assert config.validation_prompts == ("a photo of zwx",)
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [
+        ("dog", "a dog"),
+        ("orange", "an orange"),
+        ("Apple pie", "an Apple pie"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("one-eyed cat", "a one-eyed cat"),
+        ("hourglass", "an hourglass"),
+        ("sks owl", "a sks owl"),
+    ],
+)
+def test_articles(noun, expected):
+    assert with_article(noun) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_word": None}, "--class_word"),
+        ({"instance_data_dir": ""}, "--instance_data_dir"),
+        ({"instance_prompt": "  "}, "--instance_prompt"),
+        ({"class_word": None, "instance_prompt": "x", "with_prior_preservation": True}, "--class_prompt"),
+        ({"learning_rate": float("nan")}, "--learning_rate"),
+        ({"learning_rate": float("inf")}, "--learning_rate"),
+        ({"learning_rate": 0.0}, "--learning_rate"),
+        ({"max_train_steps": 0}, "--max_train_steps"),
+        ({"train_batch_size": -1}, "--train_batch_size"),
+        ({"adam_beta1": 1.0}, "--adam_beta1"),
+        ({"snr_gamma": 0.0}, "--snr_gamma"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 2**63}, "--seed"),
+        ({"optimizer": "prodigy"}, "--learning_rate 1"),
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "--lr_scheduler constant"),
+        ({"lr_warmup_steps": 10}, "constant_with_warmup"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(**({"instance_data_dir": "photos", "class_word": "dog"} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": ("a",), "prompts_file": "b"}, "--prompts_file"),
+        ({"num_images": 0}, "--num_images"),
+        ({"guidance_scale": float("nan")}, "--guidance_scale"),
+        ({"seed": 2**63}, "--seed"),
+    ],
+)
+def test_generation_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        GenerationConfig("adapter", **settings)
