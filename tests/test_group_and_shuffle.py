@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gsoft_diffusion import UserError
+from gsoft_diffusion.group_and_shuffle import (
+    dense_factors,
+    dense_reference,
+    fit_blocks,
+    permutation_matrix,
+    rotate,
+    rotate_back,
+    shuffle,
+    unshuffle,
+)
+from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
+
+STRUCTURES = [(4, 8), (8, 4), (1, 6), (6, 2), (3, 5), (16, 2), (9, 3), (64, 5)]  # (r, b)
+
+
+def random_blocks(nfactors: int, nblocks: int, size: int, parametrization: str = "cayley", **kwargs) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    free = torch.randn(nfactors, nblocks, free_numbers(size), generator=generator, dtype=torch.float64)
+    return orthogonal_blocks(free.to(kwargs.get("dtype", torch.float64)), size, parametrization)
+
+
+@pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)
+def test_shuffle_is_the_stride_permutation(nblocks, size):
+    x = torch.randn(2, 3, nblocks * size)
+    permutation = permutation_matrix(nblocks, nblocks * size)
+    assert torch.equal(shuffle(x, nblocks), x @ permutation.mT)
+    assert torch.equal(unshuffle(x, nblocks), x @ permutation)
+    assert torch.equal(unshuffle(shuffle(x, nblocks), nblocks), x)
+
+
+def test_two_factors_are_the_papers_formula():
+    """Q = Pᵀ L P R with R = B_1 and L = B_2 (§6.1)."""
+    blocks = random_blocks(2, 4, 3)
+    permutation = permutation_matrix(4, 12).double()
+    right, left = torch.block_diag(*blocks[0]), torch.block_diag(*blocks[1])
+    torch.testing.assert_close(dense_reference(blocks), permutation.mT @ left @ permutation @ right)
+
+
+@pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)
+@pytest.mark.parametrize("nfactors", [1, 2, 3, 4])
+def test_fast_path_equals_the_dense_reference(nblocks, size, nfactors):
+    blocks = random_blocks(nfactors, nblocks, size)
+    x = torch.randn(2, 3, nblocks * size, dtype=torch.float64)
+    weight = torch.randn_like(x)
+
+    def value_and_gradients(apply):
+        b, v = blocks.clone().requires_grad_(), x.clone().requires_grad_()
+        y = apply(b, v)
+        (weight * y).sum().backward()
+        return y, b.grad, v.grad
+
+    for fast, dense in [
+        (rotate, lambda b, v: v @ dense_reference(b).mT),
+        (rotate_back, lambda b, v: v @ dense_reference(b)),
+    ]:
+        for ours, reference in zip(value_and_gradients(fast), value_and_gradients(dense), strict=True):
+            torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)
+@pytest.mark.parametrize("nfactors", [1, 2, 3])
+@pytest.mark.parametrize("parametrization", ["cayley", "exp"])
+def test_q_is_orthogonal_in_float32(nblocks, size, nfactors, parametrization):
+    blocks = random_blocks(nfactors, nblocks, size, parametrization, dtype=torch.float32)
+    identity = torch.eye(nblocks * size)
+    q = rotate(blocks, identity).mT
+    assert (q.mT @ q - identity).abs().max() < 1e-5
+    assert (rotate_back(blocks, rotate(blocks, identity)) - identity).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nfactors", [1, 2, 3])
+def test_identity_blocks_change_no_bit(dtype, nfactors):
+    blocks = torch.eye(5, dtype=dtype).expand(nfactors, 8, 5, 5)
+    x = torch.randn(3, 40).to(dtype)
+    assert torch.equal(rotate(blocks, x), x)
+    assert torch.equal(rotate_back(blocks, x), x)
+
+
+@pytest.mark.parametrize(("nblocks", "size"), [*STRUCTURES, (5, 2), (7, 3), (32, 3), (64, 20)])
+def test_dense_factors_fill_q_and_one_fewer_do_not(nblocks, size):
+    nfactors = dense_factors(nblocks, size)
+    assert (dense_reference(torch.ones(nfactors, nblocks, size, size)) > 0).all()
+    if nfactors > 1:
+        assert (dense_reference(torch.ones(nfactors - 1, nblocks, size, size)) == 0).any()
+
+
+@pytest.mark.parametrize(("nblocks", "size", "expected"), [(1, 8, 1), (8, 8, 2), (9, 8, 3), (64, 5, 4), (64, 20, 3)])
+def test_dense_factors(nblocks, size, expected):
+    assert dense_factors(nblocks, size) == expected
+
+
+def test_fit_blocks():
+    assert fit_blocks(320, 64, None, "layer") == (64, 5)
+    assert fit_blocks(320, None, 32, "layer") == (10, 32)
+
+
+@pytest.mark.parametrize(
+    ("width", "nblocks", "block_size", "valid"),
+    [
+        (12, 5, None, "1, 2, 3, 4, 6"),
+        (12, 12, None, "1, 2, 3, 4, 6"),
+        (12, None, 5, "2, 3, 4, 6, 12"),
+        (1, 1, None, "none"),
+    ],
+)
+def test_fit_blocks_names_layer_width_and_valid_values(width, nblocks, block_size, valid):
+    with pytest.raises(UserError) as error:
+        fit_blocks(width, nblocks, block_size, "unet.mid.to_q")
+    assert "unet.mid.to_q" in str(error.value)
+    assert f"width {width}" in str(error.value)
+    assert str(error.value).endswith(f"valid: {valid}")
