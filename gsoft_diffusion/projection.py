@@ -1,0 +1,212 @@
+"""One rotated linear layer: `y = s·(Q_out W Q_in x) + bias` around a frozen `nn.Linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsoft_diffusion.config import AdapterConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.group_and_shuffle import dense_factors, fit_blocks, rotate, rotate_back
+from gsoft_diffusion.orthogonal import free_numbers, full_precision, orthogonal_blocks
+
+
+def factor_shape(config: AdapterConfig, width: int, layer: str) -> tuple[int, int, int]:
+    """`(m, r, b)` of the rotation of this width: factors, blocks in each, side of a block. UserError if none fits."""
+    nblocks, size = fit_blocks(width, config.nblocks, config.block_size, layer)
+    return (dense_factors(nblocks, size) if config.nfactors == "dense" else config.nfactors), nblocks, size
+
+
+def parameter_shapes(
+    config: AdapterConfig, in_features: int, out_features: int, layer: str
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what is learned for one linear layer.
+
+    `q_in` (and `q_out` if double) are `(m, r, b(b−1)/2)`, `output_scale` is `(out_features,)`. Raises UserError naming
+    the layer if a width does not fit.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, width in {"q_in": in_features, "q_out": out_features}.items():
+        if name == "q_in" or config.double:
+            nfactors, nblocks, size = factor_shape(config, width, f"{layer}.{name}")
+            shapes[name] = (nfactors, nblocks, free_numbers(size))
+    if config.output_scale:
+        shapes["output_scale"] = (out_features,)
+    return shapes
+
+
+def parameter_count(config: AdapterConfig, in_features: int, out_features: int) -> int:
+    """How many numbers are learned for one linear layer, in closed form.
+
+    `m·n·(b−1)/2` for each rotated width `n = r·b`, and one for each output if there is a scale.
+    """
+    count = out_features if config.output_scale else 0
+    for width in (in_features, out_features) if config.double else (in_features,):
+        nfactors, _, size = factor_shape(config, width, "layer")
+        count += nfactors * width * (size - 1) // 2
+    return count
+
+
+class GSOFTProjection(nn.Module):
+    """What is learned for one linear layer: GSOFT (paper, §6.1) or Double GSOFT (§6.2) with a scale per output.
+
+        y = s·(Q_out W Q_in x) + bias        with Q_out = I unless `config.double`, s = 1 unless `config.output_scale`
+
+    The frozen layer itself belongs to the base model and is passed to every call. Parameters are float32 whatever the
+    base model's dtype, and moving a parent with `.to(dtype)` or `.half()` does not change that. At the start the output
+    is bit-equal to the plain layer's: identity rotations reproduce `W` exactly (on a GPU, as long as TF32 is left off).
+    """
+
+    q_in: nn.Parameter
+    q_out: nn.Parameter | None
+    output_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        in_features: int,
+        out_features: int,
+        *,
+        layer: str = "linear layer",
+        device: torch.device | None = None,
+    ) -> None:
+        """layer: the name for error messages. Raises UserError if a width does not fit the configuration."""
+        super().__init__()
+        shapes = parameter_shapes(config, in_features, out_features, layer)
+        for name in ("q_in", "q_out", "output_scale"):
+            start = torch.ones if name == "output_scale" else torch.zeros
+            value = start(shapes[name], dtype=torch.float32, device=device) if name in shapes else None
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.in_features, self.out_features = in_features, out_features
+        self.layer = layer
+        self.parametrization = config.parametrization
+        self.enabled = True
+        self._base_weight: Tensor | None = None  # the exact W while W' is in its place
+        self._cached: tuple[object, Tensor] | None = None
+
+    def forward(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """x: `(…, in_features)`; returns `(…, out_features)` in the dtype the plain layer would give."""
+        if not self.active:
+            return linear(x)
+        return F.linear(x, self.effective_weight(linear), linear.bias)
+
+    @property
+    def active(self) -> bool:
+        """False where the plain layer is right as it is: switched off, or merged into its weight."""
+        return self.enabled and not self.merged
+
+    def effective_weight(self, linear: nn.Linear) -> Tensor:
+        """`W'` in the dtype of `W`; kept between calls that need no gradient, so that sampling solves nothing twice."""
+        if not isinstance(linear, nn.Linear):
+            raise UserError(
+                f"{self.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
+            )
+        if linear.weight.device != self.q_in.device:
+            raise UserError(
+                f"{self.layer}: the adapter is on {self.q_in.device}, the model on {linear.weight.device}; "
+                f'move both, for example adapter.to("{linear.weight.device}")'
+            )
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            self._cached = None  # a training step follows, and not every optimizer counts up a tensor's version
+            return self.rotated_weight(linear.weight)
+        state = tuple(_state(tensor) for tensor in (linear.weight, *self.parameters()))
+        if self._cached is None or self._cached[0] != state:
+            self._cached = (state, self.rotated_weight(linear.weight))
+        return self._cached[1]
+
+    def rotated_weight(self, weight: Tensor) -> Tensor:
+        """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`.
+
+        The rotation is applied to `W` rather than to `x` and `y`: its cost does not grow with the number of tokens, the
+        bias stays inside the one fused product, and merged and unmerged layers agree to the last bit.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with full_precision(weight):
+            q_in, q_out = self.rotations()
+            rotated = rotate_back(q_in.to(dtype), weight.to(dtype))  # each row: w Q = (Qᵀ wᵀ)ᵀ
+            if q_out is not None:
+                rotated = rotate(q_out.to(dtype), rotated.mT).mT
+            if self.output_scale is not None:
+                rotated = self.output_scale.to(dtype)[:, None] * rotated
+        return rotated.to(weight.dtype).contiguous()
+
+    def rotations(self) -> tuple[Tensor, Tensor | None]:
+        """The orthogonal blocks `(m, r, b, b)` of `Q_in` and `Q_out`, float32."""
+        q_in = orthogonal_blocks(self.q_in, self.in_features // self.q_in.shape[1], self.parametrization)
+        if self.q_out is None:
+            return q_in, None
+        return q_in, orthogonal_blocks(self.q_out, self.out_features // self.q_out.shape[1], self.parametrization)
+
+    @property
+    def merged(self) -> bool:
+        return self._base_weight is not None
+
+    @torch.no_grad()
+    def merge(self, linear: nn.Linear) -> None:
+        """Write `W'` into the layer and keep the exact `W`; from then on the layer alone does everything."""
+        if self._base_weight is None:
+            merged = self.rotated_weight(linear.weight)
+            self._base_weight = linear.weight.detach().clone()
+            linear.weight.copy_(merged)
+            self._cached = None
+
+    @torch.no_grad()
+    def unmerge(self, linear: nn.Linear) -> None:
+        """Put `W` back, bit for bit."""
+        if self._base_weight is not None:
+            linear.weight.copy_(self._base_weight)
+            self._base_weight = None
+
+    @torch.no_grad()
+    def orthogonality_error(self) -> float:
+        """Largest entry of `|QᵀQ − I|` over this layer's rotations."""
+        errors = []
+        for blocks in self.rotations():
+            if blocks is not None:
+                identity = torch.eye(blocks.shape[1] * blocks.shape[2], device=blocks.device)
+                errors.append((rotate_back(blocks, rotate(blocks, identity)) - identity).abs().max().item())
+        return max(errors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a parent to another device, but never to another dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class GSOFTLinear(nn.Linear):
+    """Stands in for an `nn.Linear` and rotates it: for models that have no attention processors.
+
+    It shares the layer's own weight and bias, and the projection is not a submodule: to everything else, state dicts
+    and saving included, the model looks as before.
+    """
+
+    projection: GSOFTProjection
+    base_layer: nn.Linear
+
+    def __init__(self, base_layer: nn.Linear, projection: GSOFTProjection) -> None:
+        nn.Module.__init__(self)  # not Linear's: it would allocate weights that are thrown away
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.weight, self.bias = base_layer.weight, base_layer.bias
+        object.__setattr__(self, "projection", projection)
+        object.__setattr__(self, "base_layer", base_layer)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.projection(self, input) if self.projection.active else super().forward(input)
+
+    def unwrapped(self) -> nn.Linear:
+        """The layer that was wrapped, with whatever has become of its weight and bias."""
+        self.base_layer.weight, self.base_layer.bias = self.weight, self.bias
+        return self.base_layer
+
+
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    """Changes whenever a tensor is replaced, moved, or written to with PyTorch's in-place operations."""
+    return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
