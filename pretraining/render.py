@@ -1,0 +1,58 @@
+"""Draw the training set: `scenes.npy`, (N, 64, 64, 3) uint8, and one caption a line with what is true of the scene.
+
+    python -m pretraining.render --sprites <npm folder> --out <work folder> --scenes 160000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pretraining.world import SIZE, World
+
+CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
+
+_world: World
+
+
+def _start(sprites: Path) -> None:
+    global _world
+    _world = World(sprites)
+
+
+def _chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
+    rng = np.random.default_rng(seed)
+    scenes = [_world.sample(rng) for _ in range(CHUNK)]
+    facts = [{k: v for k, v in vars(s).items() if k != "image"} for s in scenes]
+    return np.stack([s.image for s in scenes]), facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sprites", type=Path, required=True, help="folder that npm installed the sprites in")
+    parser.add_argument("--out", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--scenes", type=int, default=160_000, help=f"how many, a multiple of {CHUNK}")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    shape = (args.scenes, SIZE, SIZE, 3)
+    images = np.lib.format.open_memmap(args.out / "scenes.npy", mode="w+", dtype=np.uint8, shape=shape)
+    jobs = range(args.scenes // CHUNK)
+    with (
+        ProcessPoolExecutor(args.workers, initializer=_start, initargs=(args.sprites,)) as pool,
+        (args.out / "scenes.jsonl").open("w") as lines,
+    ):
+        for i, (chunk, facts) in enumerate(tqdm(pool.map(_chunk, [args.seed * 1_000_003 + j for j in jobs]), total=len(jobs))):
+            images[i * CHUNK : (i + 1) * CHUNK] = chunk
+            lines.writelines(json.dumps(f) + "\n" for f in facts)
+    images.flush()
+
+
+if __name__ == "__main__":
+    main()

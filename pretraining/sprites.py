@@ -1,0 +1,127 @@
+"""Cut-out pictures of the miniature world's things, read from two openly licensed emoji collections.
+
+Fluent Emoji 3D (MIT, npm `@lobehub/fluent-emoji-3d` 1.1.0) and Noto Emoji (Apache-2.0, npm `@iconify-json/noto` 1.2.9).
+`npm install --prefix <folder> @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/noto@1.2.9` puts both where `Sprites` reads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+
+SPRITE_SIZE = 64  # px; scenes draw things at 30-54 px, so this is sharp enough and cheap to turn and shrink
+
+# class word -> code points of its sprites; every code point gives one sprite per collection that has it
+ANIMALS: dict[str, list[str]] = {
+    "dog": ["1f436", "1f415", "1f9ae", "1f415-200d-1f9ba"],
+    "cat": ["1f431", "1f408", "1f63a"],
+    "bear": ["1f43b", "1f43b-200d-2744-fe0f", "1f43c", "1f428"],
+    "rabbit": ["1f430", "1f407"],
+    "fox": ["1f98a"],
+    "owl": ["1f989"],
+    "duck": ["1f986"],
+    "penguin": ["1f427"],
+    "turtle": ["1f422"],
+    "fish": ["1f41f", "1f421"],
+    "butterfly": ["1f98b"],
+    "frog": ["1f438"],
+    "elephant": ["1f418"],
+}
+THINGS: dict[str, list[str]] = {
+    "car": ["1f697", "1f695", "1f693", "1f698", "1f696", "1f694"],
+    "bus": ["1f68c", "1f68d"],
+    "boat": ["26f5", "1f6e5-fe0f", "1f6a2"],
+    "rocket": ["1f680"],
+    "shoe": ["1f45e", "1f97e", "1f97f", "1f462"],
+    "clock": ["23f0", "23f1-fe0f", "1f552", "1f554", "1f558"],
+    "book": ["1f4d5", "1f4d8", "1f4d9", "1f4d2", "1f4d4"],
+    "flower": ["1f337", "1f339", "1f33b", "1f33c", "1f338"],
+    "apple": ["1f34e", "1f34f"],
+    "mug": ["2615", "1f375"],
+    "hat": ["1f3a9", "1f452", "1f9e2"],
+    "guitar": ["1f3b8"],
+    "umbrella": ["2602-fe0f", "2614"],
+    "balloon": ["1f388"],
+    "ball": ["26bd", "1f3c0", "1f3d0"],
+    "backpack": ["1f392"],
+    "glasses": ["1f576-fe0f", "1f453"],
+    "mushroom": ["1f344"],
+    "candle": ["1f56f-fe0f"],
+    "cake": ["1f370", "1f382", "1f9c1"],
+}
+CLASSES = {**ANIMALS, **THINGS}
+
+# things no training picture shows, while their class is known: the subjects of demo and benchmark
+HELD_OUT: dict[str, tuple[str, str]] = {  # name -> (class word, code point)
+    "poodle": ("dog", "1f429"),
+    "black_cat": ("cat", "1f408-200d-2b1b"),
+    "teddy_bear": ("bear", "1f9f8"),
+    "blue_car": ("car", "1f699"),
+    "running_shoe": ("shoe", "1f45f"),
+    "tropical_fish": ("fish", "1f420"),
+    "mantel_clock": ("clock", "1f570-fe0f"),
+    "speedboat": ("boat", "1f6a4"),
+    "green_book": ("book", "1f4d7"),
+    "hibiscus": ("flower", "1f33a"),
+}
+TREES = ["1f332", "1f333"]
+TOP_HAT = "1f3a9"
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One thing: `rgba` is (SPRITE_SIZE, SPRITE_SIZE, 4) uint8 cropped to its outline and centred, `name` says where from."""
+
+    name: str
+    rgba: Image.Image
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    """Crop to the visible part and centre it in a square of SPRITE_SIZE."""
+    picture = picture.convert("RGBA")
+    visible = Image.fromarray((np.asarray(picture)[..., 3] > 24).astype(np.uint8) * 255)
+    picture = picture.crop(visible.getbbox())
+    side = max(picture.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS)
+
+
+class Sprites:
+    """Reads sprites by code point from the two collections installed below `folder` by npm."""
+
+    def __init__(self, folder: Path) -> None:
+        modules = folder / "node_modules"
+        self.fluent = modules / "@lobehub" / "fluent-emoji-3d" / "assets"
+        noto = modules / "@iconify-json" / "noto"
+        self.noto_icons = json.loads((noto / "icons.json").read_text())
+        self.noto_names = json.loads((noto / "chars.json").read_text())
+
+    def get(self, code: str) -> list[Sprite]:
+        """Every collection's sprite for one code point (with or without the emoji variation selector)."""
+        found = []
+        for spelling in dict.fromkeys((code, code.replace("-fe0f", ""), f"{code}-fe0f")):
+            path = self.fluent / f"{spelling}.webp"
+            if path.exists():
+                found.append(Sprite(f"fluent-{code}", _fit(Image.open(path))))
+                break
+        for spelling in dict.fromkeys((code, code.replace("-fe0f", ""))):
+            if spelling in self.noto_names:
+                body = self._noto_body(self.noto_names[spelling])
+                svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128" width="256" height="256">{body}</svg>'
+                png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
+                found.append(Sprite(f"noto-{code}", _fit(Image.open(BytesIO(png)))))
+                break
+        return found
+
+    def _noto_body(self, name: str) -> str:
+        icons = self.noto_icons["icons"]
+        while name not in icons:
+            name = self.noto_icons["aliases"][name]["parent"]
+        return icons[name]["body"]

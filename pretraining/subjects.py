@@ -1,0 +1,44 @@
+"""Draw the demo subjects: things that the base has never seen, each in five scenes, and `subjects.csv` with their words.
+
+    python -m pretraining.subjects --sprites <npm folder> --out data/subjects
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pretraining.sprites import ANIMALS
+from pretraining.world import BACKGROUNDS, World
+
+PICTURES = 5
+STYLE = "fluent"  # the collection whose drawing of the thing is used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sprites", type=Path, required=True, help="folder that npm installed the sprites in")
+    parser.add_argument("--out", type=Path, required=True, help="folder to fill, one subfolder per subject")
+    args = parser.parse_args()
+    world = World(args.sprites)
+    rows = []
+    for number, (name, (word, sprites)) in enumerate(world.held_out.items()):
+        sprite = next(s for s in sprites if s.name.startswith(STYLE))
+        rng = np.random.default_rng(100 + number)
+        folder = args.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, place in enumerate(rng.permutation(list(BACKGROUNDS))[:PICTURES]):
+            Image.fromarray(world.draw(rng, sprite, str(place), size=(38, 54))).save(folder / f"{i:02d}.png")
+        rows.append({"subject": name, "class_word": word, "kind": "live" if word in ANIMALS else "object"})
+    with (args.out / "subjects.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["subject", "class_word", "kind"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

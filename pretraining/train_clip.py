@@ -1,0 +1,163 @@
+"""Stage 2: a miniature CLIP on the world; its text tower becomes the base's frozen text encoder.
+
+    python -m pretraining.train_clip --work <work folder> --images 900000
+
+Contrastive loss in which equal captions are equal positives. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in
+transformers' layout and prints zero-shot accuracy on scenes that it has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from pretraining.checkpoint import Checkpoint, keep_freed_memory
+from pretraining.sprites import CLASSES
+from pretraining.tokenizer import MAX_LENGTH
+from pretraining.train_vae import to_pixels
+from pretraining.world import BACKGROUNDS, COLORS, article
+
+BATCH = 192
+PEAK_LR = 1e-3
+HELD_BACK = 2048  # scenes kept for the accuracy
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "image_size": 64,
+        "patch_size": 8,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur, noise and brightness, so that what a small autoencoder draws looks like what the encoder was trained on."""
+    n = len(pixels)
+    soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
+    mix = (torch.rand(n, 1, 1, 1, generator=generator) * 1.3 - 0.3).clamp(0, 1)
+    pixels = pixels + (soft - pixels) * mix
+    noise = torch.randn(pixels.shape, generator=generator) * 0.08 * torch.rand(n, 1, 1, 1, generator=generator)
+    return pixels * (0.85 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator)) + noise
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy both ways; `same` (B, B) marks pairs with equal captions, which share the target evenly."""
+    logits = scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def pooled(output: object) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def embed_text(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Unit text embeddings, (len(texts), 128)."""
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return F.normalize(pooled(clip.get_text_features(input_ids=ids)).float(), dim=-1)
+
+
+@torch.no_grad()
+def embed_images(clip: CLIPModel, pixels: Tensor) -> Tensor:
+    """Unit image embeddings, (B, 128), of pictures (B, 3, 64, 64) in [-1, 1]."""
+    return torch.cat([F.normalize(pooled(clip.get_image_features(pixel_values=p)).float(), dim=-1) for p in pixels.split(256)])
+
+
+def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> dict[str, list[str]]:
+    """The class word and the background that CLIP chooses for every picture."""
+    images = embed_images(clip, pixels)
+    choices = {
+        "class_word": {word: [f"a photo of {article(word)}"] for word in CLASSES},
+        "background": {
+            **{
+                name: [f"a photo of {article(word)} {phrase}" for word in CLASSES for phrase in phrases]
+                for name, phrases in BACKGROUNDS.items()
+            },
+            **{color: [f"a photo of {article(word)} on {article(color)} background" for word in CLASSES] for color in COLORS},
+        },
+    }
+    chosen = {}
+    for what, options in choices.items():
+        texts = torch.stack([F.normalize(embed_text(clip, tokenizer, t).mean(0), dim=0) for t in options.values()])
+        chosen[what] = [list(options)[i] for i in (images @ texts.T).argmax(1)]
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--images", type=int, default=900_000, help="length of the training")
+    args = parser.parse_args()
+    keep_freed_memory()
+    scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
+    facts = [json.loads(line) for line in (args.work / "scenes.jsonl").open()]
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    distinct = {caption: i for i, caption in enumerate(dict.fromkeys(f["caption"] for f in facts))}
+    tokens = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    number = torch.tensor([distinct[f["caption"]] for f in facts])
+
+    torch.manual_seed(0)
+    clip = build_clip(tokenizer)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    checkpoint = Checkpoint(args.work / "clip.pt", clip=clip, optimizer=optimizer)
+    seen = checkpoint.restore()
+    bar = tqdm(total=args.images, initial=seen, unit="img", mininterval=10)
+    while seen < args.images:
+        rng = np.random.default_rng((3, seen))
+        lr = PEAK_LR * min(1, (seen + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * seen / args.images)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = np.sort(rng.integers(HELD_BACK, len(scenes), BATCH))
+        generator = torch.Generator().manual_seed(seen)
+        pixels = augment(to_pixels(scenes[batch]), generator)
+        which = number[batch]
+        with torch.autocast("cpu", torch.bfloat16):
+            image = pooled(clip.get_image_features(pixel_values=pixels))
+            text = pooled(clip.get_text_features(input_ids=tokens[which]))
+        same = (which[:, None] == which[None]).float()
+        loss = contrastive_loss(image.float(), text.float(), clip.logit_scale, same)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += BATCH
+        bar.update(BATCH)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        checkpoint.save_when_due(seen)
+    checkpoint.save(seen)
+
+    clip.eval().save_pretrained(args.work / "clip")
+    tokenizer.save_pretrained(args.work / "clip")
+    chosen = zero_shot(clip, tokenizer, to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])))
+    for what, answers in chosen.items():
+        right = np.mean([f[what] == answer for f, answer in zip(facts, answers, strict=False)])
+        print(f"zero-shot {what} on {HELD_BACK} unseen scenes: {right:.3f}")
+
+
+if __name__ == "__main__":
+    main()
