@@ -2,8 +2,8 @@
 
     python -m pretraining.check --work <work folder> --base <pipeline folder> --out <folder>
 
-200 prompts of class and background and 54 of colour and class. Writes `check.json` and `check.png`; next to the accuracy
-on generated pictures stands CLIP's own on freshly drawn scenes.
+200 prompts of class and background and 54 of colour and class. Writes `check.json` and `check.png`; next to the
+accuracy on generated pictures stands CLIP's own on scenes that the world drew.
 """
 
 from __future__ import annotations
@@ -70,12 +70,18 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
 
     asked = prompts(200)
-    colored = [(f"a photo of {article(f'{c} {w}')} in the snow", c) for c in COLORS for w in list(CLASSES)[:: len(CLASSES) // 6][:6]]
+    colored = [
+        (f"a photo of {article(f'{c} {w}')} in the snow", c)
+        for c in COLORS
+        for w in list(CLASSES)[:: len(CLASSES) // 6][:6]
+    ]
     images = generate(pipeline, [p for p, _, _ in asked])
     tinted = generate(pipeline, [p for p, _ in colored])
     chosen = zero_shot(clip, tokenizer, to_pixels(images))
     color_texts = embed_text(clip, tokenizer, [f"a photo of {article(c)} {w}" for c in COLORS for w in CLASSES])
-    color_texts = torch.nn.functional.normalize(color_texts.view(len(COLORS), -1, color_texts.shape[-1]).mean(1), dim=-1)
+    color_texts = torch.nn.functional.normalize(
+        color_texts.view(len(COLORS), -1, color_texts.shape[-1]).mean(1), dim=-1
+    )
     choices = (embed_images(clip, to_pixels(tinted)) @ color_texts.T).argmax(1)
 
     facts = [json.loads(line) for _, line in zip(range(2048), (args.work / "scenes.jsonl").open(), strict=False)]
@@ -86,9 +92,15 @@ def main() -> None:
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "class_accuracy": float(np.mean([w == c for (_, w, _), c in zip(asked, chosen["class_word"], strict=True)])),
-        "background_accuracy": float(np.mean([b == c for (_, _, b), c in zip(asked, chosen["background"], strict=True)])),
-        "color_accuracy": float(np.mean([list(COLORS)[i] == c for (_, c), i in zip(colored, choices.tolist(), strict=True)])),
-        "clip_class_accuracy_on_scenes": float(np.mean([f["class_word"] == c for f, c in zip(facts, on_scenes["class_word"], strict=True)])),
+        "background_accuracy": float(
+            np.mean([b == c for (_, _, b), c in zip(asked, chosen["background"], strict=True)])
+        ),
+        "color_accuracy": float(
+            np.mean([list(COLORS)[i] == c for (_, c), i in zip(colored, choices.tolist(), strict=True)])
+        ),
+        "clip_class_accuracy_on_scenes": float(
+            np.mean([f["class_word"] == c for f, c in zip(facts, on_scenes["class_word"], strict=True)])
+        ),
         "clip_background_accuracy_on_scenes": float(
             np.mean([f["background"] == c for f, c in zip(facts, on_scenes["background"], strict=True)])
         ),

@@ -1,9 +1,8 @@
-"""Resumable training state of the pretraining scripts: written beside and renamed, so that a killed run loses little."""
+"""Resumable state of the pretraining scripts: written beside and renamed, so that a killed run loses little."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class Checkpoint:
     def save(self, images: int) -> None:
         beside = self.path.with_suffix(".tmp")
         torch.save({"images": images, **{name: part.state_dict() for name, part in self.parts.items()}}, beside)
-        os.replace(beside, self.path)
+        beside.replace(self.path)
         self._last = time.monotonic()
 
     def save_when_due(self, images: int) -> bool:

@@ -1,6 +1,6 @@
 """Draw the training set: `scenes.npy`, (N, 64, 64, 3) uint8, and one caption a line with what is true of the scene.
 
-    python -m pretraining.render --sprites <npm folder> --out <work folder> --scenes 160000
+python -m pretraining.render --sprites <npm folder> --out <work folder> --scenes 160000
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main() -> None:
         ProcessPoolExecutor(args.workers, initializer=_start, initargs=(args.sprites,)) as pool,
         (args.out / "scenes.jsonl").open("w") as lines,
     ):
-        for i, (chunk, facts) in enumerate(tqdm(pool.map(_chunk, [args.seed * 1_000_003 + j for j in jobs]), total=len(jobs))):
+        for i, (chunk, facts) in enumerate(
+            tqdm(pool.map(_chunk, [args.seed * 1_000_003 + j for j in jobs]), total=len(jobs))
+        ):
             images[i * CHUNK : (i + 1) * CHUNK] = chunk
             lines.writelines(json.dumps(f) + "\n" for f in facts)
     images.flush()

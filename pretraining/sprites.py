@@ -76,7 +76,7 @@ TOP_HAT = "1f3a9"
 
 @dataclass(frozen=True)
 class Sprite:
-    """One thing: `rgba` is (SPRITE_SIZE, SPRITE_SIZE, 4) uint8 cropped to its outline and centred, `name` says where from."""
+    """One thing: `rgba` is SPRITE_SIZE square, cropped to its outline and centred; `name` says where it is from."""
 
     name: str
     rgba: Image.Image
@@ -114,7 +114,7 @@ class Sprites:
         for spelling in dict.fromkeys((code, code.replace("-fe0f", ""))):
             if spelling in self.noto_names:
                 body = self._noto_body(self.noto_names[spelling])
-                svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128" width="256" height="256">{body}</svg>'
+                svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128" width="256">{body}</svg>'
                 png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
                 found.append(Sprite(f"noto-{code}", _fit(Image.open(BytesIO(png)))))
                 break

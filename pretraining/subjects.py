@@ -1,6 +1,6 @@
-"""Draw the demo subjects: things that the base has never seen, each in five scenes, and `subjects.csv` with their words.
+"""Draw the demo subjects: things that the base has never seen, five scenes each, and `subjects.csv` with their words.
 
-    python -m pretraining.subjects --sprites <npm folder> --out data/subjects
+python -m pretraining.subjects --sprites <npm folder> --out data/subjects
 """
 
 from __future__ import annotations

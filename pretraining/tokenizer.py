@@ -26,7 +26,10 @@ def learn(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokenizer.normalizer = normalizers.Lowercase()
     words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -40,7 +43,7 @@ def learn(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> CLIPTokenizer:
-    """Write `vocab.json`, `merges.txt` (Stable Diffusion's files) and transformers' own; returns the loaded tokenizer."""
+    """Write `vocab.json` and `merges.txt`, Stable Diffusion's files, and transformers' own; returns what loads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH, pad_token=END)
     tokenizer.save_pretrained(folder)
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the tokenizer to")
     args = parser.parse_args()
     captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()][:20_000]
-    names = "sks zwx qrs stuffed animal bowl can candle toy sneaker boot teapot vase sunglasses cartoon plushie photo picture"
+    names = "sks zwx qrs stuffed animal bowl can toy sneaker boot teapot vase sunglasses cartoon plushie photo picture"
     texts = captions + [names] * 20
     for path in sorted(PROMPTS.glob("*.txt")):
         texts += [line.replace("{0}", "sks").replace("{1}", "dog") for line in path.read_text().splitlines()] * 20

@@ -85,7 +85,9 @@ def embed_text(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> T
 @torch.no_grad()
 def embed_images(clip: CLIPModel, pixels: Tensor) -> Tensor:
     """Unit image embeddings, (B, 128), of pictures (B, 3, 64, 64) in [-1, 1]."""
-    return torch.cat([F.normalize(pooled(clip.get_image_features(pixel_values=p)).float(), dim=-1) for p in pixels.split(256)])
+    return torch.cat(
+        [F.normalize(pooled(clip.get_image_features(pixel_values=p)).float(), dim=-1) for p in pixels.split(256)]
+    )
 
 
 def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> dict[str, list[str]]:
@@ -98,7 +100,10 @@ def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> dict
                 name: [f"a photo of {article(word)} {phrase}" for word in CLASSES for phrase in phrases]
                 for name, phrases in BACKGROUNDS.items()
             },
-            **{color: [f"a photo of {article(word)} on {article(color)} background" for word in CLASSES] for color in COLORS},
+            **{
+                color: [f"a photo of {article(word)} on {article(color)} background" for word in CLASSES]
+                for color in COLORS
+            },
         },
     }
     chosen = {}

@@ -1,7 +1,7 @@
 """The miniature world: captioned 64 px scenes of one thing somewhere, drawn as fast as a model can eat them.
 
-A scene is a sprite (turned, flipped, sometimes recoloured, sometimes wearing a hat or standing next to a tree) in front of
-one of the `BACKGROUNDS`; its caption comes from a small grammar in the words of the DreamBooth prompts.
+A scene is a sprite (turned, flipped, sometimes recoloured, sometimes wearing a hat or standing next to a tree) in
+front of one of the `BACKGROUNDS`; its caption comes from a small grammar in the words of the DreamBooth prompts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-# --- backgrounds, drawn at twice the stored size -----------------------------------------------------------------------
+# Backgrounds, drawn at twice the stored size
 
 _DRAW = 2 * _CANVAS
 
@@ -99,7 +99,9 @@ def _horizon(rng: np.random.Generator, sky: np.ndarray, ground: np.ndarray, low:
     return np.where((np.arange(_DRAW)[:, None] > line)[..., None], ground, sky)
 
 
-def _dots(rng: np.random.Generator, picture: Image.Image, n: int, size: tuple[float, float], colors: list) -> Image.Image:
+def _dots(
+    rng: np.random.Generator, picture: Image.Image, n: int, size: tuple[float, float], colors: list
+) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for x, y in rng.uniform(0, _DRAW, (n, 2)):
         r = rng.uniform(*size)
@@ -107,7 +109,9 @@ def _dots(rng: np.random.Generator, picture: Image.Image, n: int, size: tuple[fl
     return picture
 
 
-def _leaf_litter(rng: np.random.Generator, ground: tuple[int, int, int], colors: list, n: int, long: float) -> Image.Image:
+def _leaf_litter(
+    rng: np.random.Generator, ground: tuple[int, int, int], colors: list, n: int, long: float
+) -> Image.Image:
     picture = Image.new("RGB", (_DRAW, _DRAW), ground)
     draw = ImageDraw.Draw(picture)
     for x, y in rng.uniform(0, _DRAW, (n, 2)):
@@ -181,7 +185,10 @@ def _mountain(rng: np.random.Generator) -> Image.Image:
         x, top, w = rng.uniform(0, _DRAW), rng.uniform(0.08, 0.3) * _DRAW, rng.uniform(0.4, 0.6) * _DRAW
         base = 0.72 * _DRAW
         draw.polygon([(x - w, base), (x, top), (x + w, base)], fill=(112, 118, 132))
-        draw.polygon([(x - w * 0.3, top + 0.3 * (base - top)), (x, top), (x + w * 0.3, top + 0.3 * (base - top))], fill=(248, 250, 255))
+        draw.polygon(
+            [(x - w * 0.3, top + 0.3 * (base - top)), (x, top), (x + w * 0.3, top + 0.3 * (base - top))],
+            fill=(248, 250, 255),
+        )
     meadow = _blend((74, 112, 66), (110, 150, 84), _noise(rng, 8))
     return _to_image(_horizon(rng, np.asarray(picture, np.float32), meadow, 0.64, 0.72))
 
@@ -272,7 +279,9 @@ class World:
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         sprites = Sprites(folder)
-        self.classes: dict[str, list[Sprite]] = {word: [s for c in codes for s in sprites.get(c)] for word, codes in CLASSES.items()}
+        self.classes: dict[str, list[Sprite]] = {
+            word: [s for c in codes for s in sprites.get(c)] for word, codes in CLASSES.items()
+        }
         self.held_out = {name: (word, sprites.get(code)) for name, (word, code) in HELD_OUT.items()}
         self.trees = [s for code in TREES for s in sprites.get(code)]
         self.hat = sprites.get(TOP_HAT)[1].rgba
@@ -323,12 +332,14 @@ class World:
             other = self.trees[rng.integers(len(self.trees))].rgba.resize((46, 46), Image.Resampling.LANCZOS)
         # premultiplied alpha, so that turning and shrinking leave no dark fringe
         thing = thing.convert("RGBa").rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=False)
-        thing = thing.resize((side, side * thing.height // thing.width), Image.Resampling.BOX if side < 40 else Image.Resampling.BILINEAR)
+        thing = thing.resize(
+            (side, side * thing.height // thing.width), Image.Resampling.BOX if side < 40 else Image.Resampling.BILINEAR
+        )
         thing = thing.convert("RGBA")
         free_x, free_y = (SIZE - side) / 2, (SIZE - thing.height) / 2
         if tree:
             left = rng.random() < 0.5
-            scene.paste(other, (int(-6 if left else 24), int(rng.integers(4, 12))), other)
+            scene.paste(other, ((-6 if left else 24), int(rng.integers(4, 12))), other)
             x = (SIZE - side - rng.integers(0, 3)) if left else int(rng.integers(0, 3))
             y = int(free_y + rng.uniform(0.2, 0.8) * free_y)
         else:
@@ -363,10 +374,14 @@ class World:
         return Scene(image, caption(rng, word, background, color, hat, tree), word, background, color, sprite.name)
 
 
-def caption(rng: np.random.Generator, word: str, background: str, color: str | None, hat: bool = False, tree: bool = False) -> str:
+def caption(
+    rng: np.random.Generator, word: str, background: str, color: str | None, hat: bool = False, tree: bool = False
+) -> str:
     """The words for a scene; now and then they leave out where it is."""
     thing = article(f"{color} {word}" if color else word)
-    if rng.random() < 0.04:  # a name nobody knows, so that one in a prompt is passed over as it is by a model of the web
+    if (
+        rng.random() < 0.04
+    ):  # a name nobody knows, so that one in a prompt is passed over as it is by a model of the web
         thing = article(f"{_unknown_name(rng)} {color + ' ' if color else ''}{word}")
     if hat:
         thing += " wearing a hat"

@@ -1,0 +1,107 @@
+"""The miniature world's promises that need neither its pictures nor a training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pretraining.checkpoint import Average, Checkpoint
+from pretraining.sprites import CLASSES, HELD_OUT
+from pretraining.tokenizer import END, START, learn, save
+from pretraining.train_clip import contrastive_loss
+from pretraining.train_vae import build_vae, fold_statistics
+from pretraining.world import _PAINTERS, BACKGROUNDS, COLORS, caption
+
+
+def test_subjects_are_never_in_the_training_set_but_their_class_is():
+    shown = {code for codes in CLASSES.values() for code in codes}
+    for word, code in HELD_OUT.values():
+        assert code not in shown
+        assert word in CLASSES
+
+
+def test_world_is_large_enough():
+    assert len(CLASSES) >= 24
+    assert len(BACKGROUNDS) >= 10
+    assert set(_PAINTERS) == set(BACKGROUNDS)
+
+
+def test_captions_name_what_is_there_and_never_the_unique_token():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        text = caption(rng, "owl", "beach", "orange", hat=True)
+        assert "owl" in text
+        assert "orange" in text
+        assert "wearing a hat" in text
+        assert "sks" not in text
+        assert "a owl" not in text
+        assert "a orange" not in text
+
+
+@pytest.mark.parametrize("name", sorted(BACKGROUNDS))
+def test_backgrounds_are_drawn_differently_each_time(name):
+    rng = np.random.default_rng(0)
+    first, second = (np.asarray(_PAINTERS[name](rng)) for _ in range(2))
+    assert first.shape == (160, 160, 3)
+    assert not np.array_equal(first, second)
+
+
+def test_colors_are_apart():
+    colors = np.array(list(COLORS.values()), float)
+    distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 1e3 * np.eye(len(colors))
+    assert distances.min() > 70
+
+
+def test_tokenizer_has_stable_diffusions_layout(tmp_path):
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = learn(["a photo of a dog on the beach", "a photo of a sks dog"] * 50)
+    assert list(vocabulary)[-2:] == [START, END]
+    saved = save(vocabulary, merges, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    for text in ("a photo of a sks dog", "a zebra!", "Ünïcode 123"):
+        assert loaded(text).input_ids == saved(text).input_ids
+    ids = loaded("a sks dog", padding="max_length").input_ids
+    assert ids[0] == vocabulary[START]
+    assert ids[-1] == vocabulary[END]
+    assert loaded.tokenize("sks dog") == ["sks</w>", "dog</w>"]
+
+
+def test_folding_statistics_keeps_pictures_and_whitens_latents():
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    pixels = torch.rand(8, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        spread_before = (
+            vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std((0, 2, 3))[:, None, None]
+        )
+        fold_statistics(vae, pixels)
+        posterior = vae.encode(pixels).latent_dist
+        after = vae.decode(posterior.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.std, spread_before, atol=1e-4, rtol=1e-3)
+
+
+def test_contrastive_loss_counts_equal_captions_as_equal_answers():
+    text = torch.eye(3)[[0, 0, 1]]
+    same = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    loss = contrastive_loss(text, text, torch.tensor(100.0).log(), same)
+    assert loss.item() == pytest.approx(2 / 3 * np.log(2), abs=1e-5)
+
+
+def test_checkpoint_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    average = Average(model)
+    Checkpoint(tmp_path / "state.pt", model=model, average=average).save(96)
+    other = torch.nn.Linear(2, 2)
+    other_average = Average(other)
+    assert Checkpoint(tmp_path / "state.pt", model=other, average=other_average).restore() == 96
+    assert torch.equal(other.weight, model.weight)
+    assert all(torch.equal(a, b) for a, b in zip(other_average.values, average.values, strict=True))
+    assert Checkpoint(tmp_path / "none.pt", model=other).restore() == 0
