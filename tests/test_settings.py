@@ -99,7 +99,7 @@ def test_wrong_values_are_refused_by_name(values, name):
 
 
 def test_a_misspelt_name_gets_a_suggestion():
-    with pytest.raises(UserError, match="unknown setting cuont; known: count$"):
+    with pytest.raises(UserError, match=r"unknown setting cuont; known: count$"):
         Outer.from_dict({"rate": 1, "cuont": 2})
 
 

@@ -1,0 +1,80 @@
+"""What the model must predict and how wrong it is: pure functions, all per sample until the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gsoft_diffusion.errors import UserError
+
+
+def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the model was trained to predict, by the scheduler's `prediction_type`. Shapes (B, C, H, W).
+
+    With `x_t = α_t·x + σ_t·ε`: `ε` (epsilon), `x` (sample) or `v = α_t·ε − σ_t·x` (v_prediction).
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if prediction_type == "sample":
+        return latents
+    raise UserError(f"the scheduler's prediction_type {prediction_type} is not epsilon, v_prediction or sample")
+
+
+def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """`SNR_t = α_t² / σ_t²` of each sample, (B,), float32."""
+    alpha_squared = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return alpha_squared / (1 - alpha_squared)
+
+
+def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Loss weight of each sample, (B,): `min(SNR, γ)` on the error in `x`, in terms of what is predicted.
+
+    An error in `ε` is one in `x` times SNR, an error in `v` times SNR + 1, hence the divisions. Finite at SNR = 0.
+    Source: Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, §3.4.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR
+    clamped = snr.clamp(max=gamma)
+    return clamped / (snr + 1) if prediction_type == "v_prediction" else clamped
+
+
+def add_offset(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """`noise` (B, C, H, W) plus `strength` times normal numbers `offset` (B, C, 1, 1) that are the same everywhere."""
+    return noise + strength * offset
+
+
+def denoising_loss(model_pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, (B,), in float32."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def dreambooth_loss(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Tensor:
+    """`mean over the subject's samples + prior_loss_weight · mean over the class's samples`, a scalar.
+
+    `losses` (B,) are already weighted sample by sample, so each half has been weighted by its own timesteps;
+    `is_prior` (B,) says which half a sample is in. Source: Ruiz et al., *DreamBooth*, §3.3.
+    """
+    instance = losses[~is_prior].mean()
+    return instance + prior_loss_weight * losses[is_prior].mean() if is_prior.any() else instance
+
+
+def training_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    is_prior: Tensor,
+    scheduler: Any,
+    *,
+    snr_gamma: float | None,
+    prior_loss_weight: float,
+) -> Tensor:
+    """The whole loss of a batch: squared errors, min-SNR weights by each sample's own timestep, the two halves."""
+    losses = denoising_loss(model_pred, target)
+    if snr_gamma is not None:
+        snr = signal_to_noise(scheduler, timesteps)
+        losses = losses * min_snr_weights(snr, snr_gamma, scheduler.config.prediction_type)
+    return dreambooth_loss(losses, is_prior, prior_loss_weight)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.pictures import METADATA_KEY, Row, contact_sheet, contact_sheets, next_number, save_png, slug
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a sks dog on the beach", "a-sks-dog-on-the-beach"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("..", "picture"),
+        ("", "picture"),
+        ("🐶🐶", "picture"),
+        ("Ünïcode Straße\n\t\x00\x1b[31m", "unicode-strae-31m"),
+        ("CON", "con"),
+        ("a" * 100, "a" * 60),
+        ("a" * 59 + " b", "a" * 59),
+    ],
+)
+def test_slugs_are_safe_names(text, expected):
+    assert slug(text) == expected
+
+
+def test_a_png_carries_its_settings(tmp_path):
+    path = tmp_path / "new" / "0000_a.png"
+    metadata = {"prompt": 'sks "dog" 🐶\n', "seed": 42}
+    save_png(Image.new("RGB", (4, 4), "red"), path, metadata)
+    with Image.open(path) as image:
+        assert json.loads(image.text[METADATA_KEY]) == metadata
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_nothing_is_written_over(tmp_path):
+    path = tmp_path / "mine.png"
+    path.write_text("precious")
+    with pytest.raises(UserError, match=r"mine\.png exists"):
+        save_png(Image.new("RGB", (4, 4)), path, {})
+    assert path.read_text() == "precious"
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "file" / "a.png", {})
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], 0),
+        (["0000_seed1_a.png"], 1),
+        (["0007_seed1_a.png", "0003_seed1_a.png", "notes.txt", "2024-holiday.png"], 8),
+        (["contact_sheet_0012.png"], 13),
+        (["10000_seed1_a.png", "9999_seed1_a.png"], 10001),
+    ],
+)
+def test_numbers_go_on(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).touch()
+    assert next_number(tmp_path) == expected
+
+
+def test_numbers_start_at_0_in_a_folder_that_is_not_there(tmp_path):
+    assert next_number(tmp_path / "new") == 0
+
+
+def colours(*names: str, size: int = 64) -> list[Image.Image]:
+    return [Image.new("RGB", (size, size), name) for name in names]
+
+
+def test_small_pictures_are_enlarged_in_order():
+    rows = [Row("first", colours("red", "lime"), ["1", "2"]), Row("second", colours("blue", "black"), ["3", "4"])]
+    pixels = np.asarray(contact_sheet(rows))
+    reds, limes, blues = (
+        np.argwhere(np.all(pixels == colour, axis=-1)) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+    )
+    assert len(reds) == len(limes) == len(blues) == 192 * 192
+    assert reds[:, 1].max() < limes[:, 1].min()
+    assert reds[:, 0].max() < blues[:, 0].min()
+
+
+def test_large_pictures_stay_as_they_are():
+    sheet = contact_sheet([Row("label", colours("red", size=256), ["caption"])])
+    assert np.all(np.asarray(sheet) == (255, 0, 0), axis=-1).sum() == 256 * 256
+
+
+def test_labels_are_drawn_and_long_ones_do_not_touch_the_pictures():
+    def ink_outside(label: str) -> int:
+        sheet = np.asarray(contact_sheet([Row(label, colours("red"), [label])]))
+        assert np.all(sheet == (255, 0, 0), axis=-1).sum() == 192 * 192
+        return int((sheet.sum(axis=-1) < 300).sum())
+
+    assert ink_outside("") < ink_outside("a sks dog") < ink_outside("a sks dog " * 100)
+    assert ink_outside("x" * 1000) > 0
+    assert ink_outside("two\nlines \x00 🐶") > 0
+
+
+def test_rows_of_different_lengths():
+    contact_sheet([Row("a", colours("red"), ["1"]), Row("b", colours("red", "lime"), ["1", "2"])], title="title")
+
+
+def test_many_rows_make_several_sheets():
+    rows = [Row(str(number), colours("red"), ["caption"]) for number in range(60)]
+    assert len(contact_sheets(rows)) == 3
