@@ -1,0 +1,228 @@
+"""From prompts and seeds to pictures: the one sampler that validation, class images and inference share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gsoft_diffusion.adapter_file import AdapterFile, load_adapter, read_adapter
+from gsoft_diffusion.config import GenerationConfig, SamplerConfig
+from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.models import DTYPES, Models, load_models, scheduler_class
+from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
+
+PICTURES_A_ROW = 8  # on contact sheets
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated picture and what it was made from."""
+
+    prompt: str
+    seed: int
+    image: Image.Image
+
+
+@torch.no_grad()
+def generate(
+    models: Models,
+    jobs: Sequence[tuple[str, int]],
+    sampler: SamplerConfig,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 4,
+) -> Iterator[Sample]:
+    """Draw one picture for each job, which is a prompt and a seed, in order.
+
+    All noise of a picture comes from its own generator on the CPU, so a picture depends on the batch size and the
+    device by rounding only. Pixels that are not finite make a black picture.
+
+    resolution: side of the square pictures in pixels; the model's own by default.
+    """
+    resolution = resolution or models.resolution
+    models.check_resolution(resolution)
+    embeddings = _embed({sampler.negative_prompt, *(prompt for prompt, _ in jobs)}, models)
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        positive = torch.stack([embeddings[prompt] for prompt, _ in batch])
+        negative = embeddings[sampler.negative_prompt].expand_as(positive)
+        latents = _denoise(models, positive, negative, generators, sampler, models.latent_shape(resolution))
+        for (prompt, seed), image in zip(batch, _to_images(models.decode(latents)), strict=True):
+            yield Sample(prompt, seed, image)
+
+
+def _embed(prompts: set[str], models: Models) -> dict[str, Tensor]:
+    """Each prompt's embedding by itself, so that rounding does not depend on its company."""
+    return {prompt: models.encode_prompts([prompt])[0] for prompt in sorted(prompts)}
+
+
+def _denoise(
+    models: Models,
+    positive: Tensor,
+    negative: Tensor,
+    generators: list[torch.Generator],
+    sampler: SamplerConfig,
+    latent_shape: tuple[int, int, int],
+) -> Tensor:
+    """Latents (N, C, h, w) for text embeddings (N, length, width), by the scheduler and classifier-free guidance."""
+    scheduler = make_scheduler(models, sampler)
+    noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
+    latents = (noise * scheduler.init_noise_sigma).to(models.device)  # float32 throughout
+    guided = sampler.guidance_scale != 1
+    conditioning = torch.cat([negative, positive]) if guided else positive
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_options: dict[str, Any] = {"generator": generators} if takes_generator else {}
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
+        prediction = models.unet(model_input.to(models.dtype), timestep, encoder_hidden_states=conditioning).sample
+        prediction = prediction.float()
+        if guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + sampler.guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+    return latents
+
+
+def make_scheduler(models: Models, sampler: SamplerConfig) -> Any:
+    """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set."""
+    base = models.scheduler
+    chosen = scheduler_class(sampler.scheduler) if sampler.scheduler else type(base)
+    if chosen is not type(base) and chosen not in base.compatibles:
+        names = ", ".join(sorted(other.__name__ for other in base.compatibles if issubclass(other, SchedulerMixin)))
+        raise UserError(f"--scheduler {sampler.scheduler} does not fit {models.name}; these do: {names}")
+    if sampler.num_inference_steps > base.config.num_train_timesteps:
+        raise UserError(f"--num_inference_steps: at most {base.config.num_train_timesteps} for {models.name}")
+    scheduler = chosen.from_config(base.config)
+    try:
+        scheduler.set_timesteps(sampler.num_inference_steps, device=models.device)
+    except ValueError as error:  # some need a few steps more
+        given = f"{chosen.__name__} with --num_inference_steps {sampler.num_inference_steps}"
+        raise UserError(f"{given}: {first_line(error)}") from error
+    return scheduler
+
+
+def _to_images(pixels: Tensor) -> list[Image.Image]:
+    finite = pixels.isfinite().flatten(1).all(dim=1)
+    pixels = pixels.where(finite[:, None, None, None], -1.0)
+    array = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+# What inference.py does
+
+
+def draw(config: GenerationConfig) -> list[Path]:
+    """Draw `num_images` pictures for each prompt with an adapter, each into a PNG, and contact sheets of them all.
+
+    What the settings leave open comes from the adapter's metadata. Returns the paths of the contact sheets.
+    """
+    file = read_adapter(config.adapter)
+    prompts = _prompts(config, file)
+    sampler, resolution = _sampler(config, file)
+    models = _load_base(config, file)
+    adapter, _ = load_adapter(config.adapter, models.unet, [models.text_encoder])
+    if config.merge:
+        adapter.merge()
+    resolution = resolution or models.resolution
+    sampler = replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__)
+
+    jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
+    folder = Path(config.output_dir or Path(config.adapter).parent / "images")
+    first = next_number(folder)
+    settings = {
+        "adapter": Path(config.adapter).name,
+        "base_model": asdict(file.base_model),
+        "sampler": sampler.to_dict(),
+        "resolution": resolution,
+    }
+
+    def draw_jobs(model: str) -> list[Sample]:
+        samples = generate(models, jobs, sampler, resolution=resolution, batch_size=config.batch_size)
+        drawn = []
+        for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=model, unit="picture"), start=first):
+            mark = "_base" if model == "base" else ""
+            path = folder / f"{number:04d}_seed{sample.seed}{mark}_{slug(sample.prompt)}.png"
+            save_png(sample.image, path, {"prompt": sample.prompt, "seed": sample.seed, "model": model, **settings})
+            drawn.append(sample)
+        return drawn
+
+    columns = {"adapter": draw_jobs("adapter")}
+    if config.compare:
+        with adapter.disabled():
+            columns["base"] = draw_jobs("base")
+    title = (
+        f"{Path(config.adapter).resolve().parent.name}: {sampler.scheduler}, "
+        f"{sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
+    )
+    sheets = []
+    for number, sheet in enumerate(contact_sheets(sheet_rows(columns, config.num_images), title), start=first):
+        sheets.append(folder / f"contact_sheet_{number:04d}.png")
+        save_png(sheet, sheets[-1], settings)
+    print(f"{sum(map(len, columns.values()))} pictures in {folder}; look at {', '.join(map(str, sheets))}")
+    return sheets
+
+
+def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> list[Row]:
+    """Rows of a contact sheet from the pictures of one or more models, the same prompts and seeds side by side.
+
+    images_each: pictures that follow each other with the same prompt; what is too many for a row goes on in the next.
+    """
+    groups = list(zip(*columns.values(), strict=True))
+    rows = []
+    for start in range(0, len(groups), images_each):
+        same_prompt = groups[start : start + images_each]
+        for at in range(0, len(same_prompt), PICTURES_A_ROW // len(columns)):
+            group = same_prompt[at : at + PICTURES_A_ROW // len(columns)]
+            images = [sample.image for samples in group for sample in samples]
+            captions = [
+                f"seed {sample.seed}" + (" · base model" if model == "base" else "")
+                for samples in group
+                for model, sample in zip(columns, samples, strict=True)
+            ]
+            rows.append(Row(group[0][0].prompt, images, captions))
+    return rows
+
+
+def _prompts(config: GenerationConfig, file: AdapterFile) -> list[str]:
+    prompts = list(config.prompts)
+    if config.prompts_file:
+        try:
+            prompts = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file {config.prompts_file}: cannot be read as text ({error})") from error
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        hint = file.prompts.get("instance_prompt", "a photo of a sks dog")
+        raise UserError(f'give --prompt or --prompts_file with a prompt in it; the adapter was trained on "{hint}"')
+    return prompts
+
+
+def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig, int | None]:
+    """Sampler and resolution: the adapter's, with what was given on top."""
+    sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
+    given = {name: getattr(config, name) for name in sampler.to_dict() if getattr(config, name) is not None}
+    resolution = config.resolution or file.training.get("resolution")
+    return replace(sampler, **given), resolution if isinstance(resolution, int) and resolution > 0 else None
+
+
+def _load_base(config: GenerationConfig, file: AdapterFile) -> Models:
+    """The model the adapter was trained on, or the one given instead."""
+    moved = config.pretrained_model_name_or_path
+    versions = {} if moved else {name: file.training.get(name) for name in ("revision", "variant")}
+    return load_models(
+        moved or file.base_model.name,
+        **{name: value for name, value in versions.items() if isinstance(value, str)},
+        dtype=DTYPES[config.mixed_precision],
+        device=config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
+    )

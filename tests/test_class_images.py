@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gsoft_diffusion import class_images
+from gsoft_diffusion.class_images import class_images_folder, ensure_class_images, is_broken
+from gsoft_diffusion.config import SamplerConfig, TrainingConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.generation import Sample
+from gsoft_diffusion.models import load_models
+
+
+@pytest.fixture
+def config(base, photos, tmp_path) -> TrainingConfig:
+    return TrainingConfig(
+        str(photos),
+        class_word="dog",
+        output_dir=str(tmp_path / "runs" / "dog"),
+        pretrained_model_name_or_path=str(base),
+        with_prior_preservation=True,
+        num_class_images=5,
+        sample_batch_size=2,
+        sampler=SamplerConfig(num_inference_steps=2),
+    ).resolved()
+
+
+@pytest.fixture
+def models(base):
+    return load_models(str(base))
+
+
+def test_as_many_as_asked_for_and_then_never_again(config, models, monkeypatch):
+    folder = ensure_class_images(config, models, models.identity())
+    assert folder.parent == Path(config.output_dir or "").parent / "class_images"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"seed{seed:06d}.png" for seed in range(5)]
+    monkeypatch.setattr(class_images, "generate", lambda *a, **k: pytest.fail("drew again"))
+    assert ensure_class_images(config, models, models.identity()) == folder
+
+
+def test_missing_ones_are_drawn_with_new_seeds(config, models):
+    folder = ensure_class_images(config, models, models.identity())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ensure_class_images(replace(config, num_class_images=7), models, models.identity())
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before.items() <= after.items()
+    assert len(after) == len(set(after.values())) == 7
+
+
+def test_the_folder_depends_on_what_decides_the_pictures_and_on_nothing_else(config, models):
+    identity = models.identity()
+
+    def folder(identity=identity, **changes):
+        return class_images_folder(replace(config, **changes), identity)
+
+    assert folder() == folder(max_train_steps=7, instance_data_dir="other", num_class_images=9)
+    others = {
+        folder(),
+        folder(class_prompt="a cat"),
+        folder(sampler=SamplerConfig(num_inference_steps=3)),
+        folder(resolution=48),
+        folder(identity=replace(identity, fingerprint="another")),
+    }
+    assert len(others) == 5
+
+
+def scripted(images):
+    """A stand-in for `generate` that yields the given pictures, one for each job, and black ones after them."""
+
+    def generate(models, jobs, *arguments, **options):
+        for number, (prompt, seed) in enumerate(jobs):
+            yield Sample(prompt, seed, images[number] if number < len(images) else Image.new("RGB", (8, 8)))
+
+    return generate
+
+
+def test_broken_pictures_are_drawn_again(config, models, monkeypatch):
+    good = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    black = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(class_images, "generate", scripted([good, black, good, good, black, good, good]))
+    folder = ensure_class_images(config, models, models.identity())
+    assert sorted(int(path.stem[4:]) for path in folder.iterdir()) == [0, 2, 3, 5, 6]
+
+
+def test_a_model_that_only_draws_black_is_an_error(config, models, monkeypatch):
+    monkeypatch.setattr(class_images, "generate", scripted([]))
+    with pytest.raises(UserError, match="5 class images came out in one colour"):
+        ensure_class_images(config, models, models.identity())
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "red"])
+def test_one_colour_is_broken(colour):
+    image = Image.new("RGB", (8, 8), colour)
+    assert is_broken(image)
+    image.putpixel((3, 3), (1, 2, 3))
+    assert not is_broken(image)
+
+
+def test_own_class_images_are_used_and_completed(config, models, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("a.jpg", "b.png", "c.png"):
+        Image.new("RGB", (8, 8), "red").save(own / name)
+    given = replace(config, class_data_dir=str(own))
+    assert ensure_class_images(replace(given, num_class_images=2), models, models.identity()) == own
+    assert len(list(own.iterdir())) == 3
+    ensure_class_images(given, models, models.identity())
+    assert sorted(path.name for path in own.iterdir()) == [
+        "a.jpg",
+        "b.png",
+        "c.png",
+        "seed000000.png",
+        "seed000001.png",
+    ]
+
+
+def test_the_subjects_folder_is_refused(config, models):
+    with pytest.raises(UserError, match=r"--class_data_dir .*the subject's photos"):
+        ensure_class_images(replace(config, class_data_dir=config.instance_data_dir), models, models.identity())
+
+
+def test_a_folder_that_cannot_be_made(config, models, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="--class_data_dir"):
+        ensure_class_images(replace(config, class_data_dir=str(tmp_path / "file" / "x")), models, models.identity())

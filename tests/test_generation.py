@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gsoft_diffusion.adapter_file import save_adapter
+from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.generation import Sample, draw, generate, make_scheduler, sheet_rows
+from gsoft_diffusion.inject import inject
+from gsoft_diffusion.models import load_models
+from gsoft_diffusion.pictures import METADATA_KEY
+
+FEW_STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
+JOBS = [("a dog", 7), ("a cat", 7), ("a dog", 8), ("", 0), ("a dog", 7)]
+
+
+def arrays(samples) -> list[np.ndarray]:
+    return [np.asarray(sample.image, dtype=int) for sample in samples]
+
+
+def test_one_picture_for_each_job_in_order(base):
+    models = load_models(str(base))
+    samples = list(generate(models, JOBS, FEW_STEPS, batch_size=2))
+    assert [(sample.prompt, sample.seed) for sample in samples] == JOBS
+    assert {sample.image.size for sample in samples} == {(32, 32)}
+    pictures = arrays(samples)
+    assert np.abs(pictures[0] - pictures[4]).max() <= 1
+    assert np.abs(pictures[0] - pictures[1]).max() > 1
+    assert np.abs(pictures[0] - pictures[2]).max() > 1
+
+
+@pytest.mark.parametrize("scheduler", [None, "PNDMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_pictures_do_not_depend_on_the_batch_size(base, scheduler, batch_size):
+    models = load_models(str(base))
+    sampler = replace(FEW_STEPS, scheduler=scheduler, num_inference_steps=5)
+    alone = arrays(generate(models, JOBS, sampler, batch_size=1))
+    together = arrays(generate(models, JOBS, sampler, batch_size=batch_size))
+    assert max(np.abs(a - b).max() for a, b in zip(alone, together, strict=True)) <= 1
+
+
+class Oracle(torch.nn.Module):
+    """A UNet that knows the clean latents and predicts them perfectly, in the way the scheduler's config asks for."""
+
+    def __init__(self, latents, scheduler):
+        super().__init__()
+        self.latents, self.alphas, self.kind = latents, scheduler.alphas_cumprod, scheduler.config.prediction_type
+
+    def forward(self, noisy, timestep, encoder_hidden_states):
+        alpha_squared = self.alphas[int(timestep.round())]
+        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+        noise = (noisy - alpha * self.latents) / sigma
+        sample = noise if self.kind == "epsilon" else alpha * noise - sigma * self.latents
+        return SimpleNamespace(sample=sample)
+
+
+@pytest.mark.parametrize("scheduler", [None, "DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_perfect_model_draws_its_picture(any_base, scheduler):
+    """Whatever the scheduler and the way of predicting, the sampler arrives where a perfect model points."""
+    models = load_models(str(any_base))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    oracle = Oracle(latents, models.scheduler)
+    oracle.config, oracle.dtype, oracle.device = models.unet.config, torch.float32, torch.device("cpu")
+    models.unet = oracle
+    sampler = SamplerConfig(num_inference_steps=20, guidance_scale=2.0, scheduler=scheduler)
+    (picture,) = arrays(generate(models, [("a dog", 0)], sampler))
+    wanted = ((models.decode(latents)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    difference = np.abs(picture - wanted)
+    assert difference.mean() < 2.5  # the last step leaves a little noise, by the schedule
+    noise = ((models.decode(torch.randn(latents.shape))[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    assert np.abs(noise - wanted).mean() > 5 * difference.mean()
+
+
+@pytest.mark.slow
+def test_same_pictures_as_diffusers_pipeline(any_base):
+    from diffusers import StableDiffusionPipeline
+
+    models = load_models(str(any_base))
+    models.scheduler.register_to_config(steps_offset=1)  # the pipeline insists on it
+    pipeline = StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoder,
+        tokenizer=models.tokenizer,
+        unet=models.unet,
+        scheduler=models.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "a dog",
+        negative_prompt="a cat",
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    sampler = SamplerConfig(num_inference_steps=5, guidance_scale=3.0, negative_prompt="a cat")
+    (picture,) = arrays(generate(models, [("a dog", 3)], sampler))
+    assert np.abs(picture - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_guidance_and_negative_prompt_matter(base):
+    models = load_models(str(base))
+
+    def picture(**changes) -> np.ndarray:
+        return arrays(generate(models, [("a dog", 0)], replace(FEW_STEPS, **changes)))[0]
+
+    assert np.abs(picture() - picture(guidance_scale=9.0)).max() > 1
+    assert np.abs(picture() - picture(negative_prompt="a cat")).max() > 1
+    unguided = picture(guidance_scale=1.0)
+    assert np.abs(unguided - picture(guidance_scale=1.0, negative_prompt="a cat")).max() == 0
+    assert np.abs(unguided - picture(guidance_scale=1.00001)).max() <= 1
+
+
+def test_other_resolutions(base):
+    (sample,) = generate(load_models(str(base)), [("a dog", 0)], FEW_STEPS, resolution=48)
+    assert sample.image.size == (48, 48)
+    with pytest.raises(UserError, match="--resolution 50"):
+        next(generate(load_models(str(base)), [("a dog", 0)], FEW_STEPS, resolution=50))
+
+
+def test_half_precision(base):
+    models = load_models(str(base), dtype=torch.bfloat16)
+    half = arrays(generate(models, JOBS[:1], FEW_STEPS))[0]
+    full = arrays(generate(load_models(str(base)), JOBS[:1], FEW_STEPS))[0]
+    assert np.abs(half - full).mean() < 8
+
+
+def test_pictures_that_are_not_finite_are_black(base):
+    models = load_models(str(base))
+    decode = models.vae.decode
+
+    def broken(latents):
+        decoded = decode(latents)
+        decoded.sample[0, 0, 0, 0] = float("nan")
+        return decoded
+
+    models.vae.decode = broken
+    pictures = arrays(generate(models, JOBS[:2], FEW_STEPS))
+    assert pictures[0].max() == 0
+    assert pictures[1].max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": "NoScheduler"}, "no scheduler NoScheduler"),
+        ({"scheduler": "UNet2DConditionModel"}, "no scheduler UNet2DConditionModel"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "does not fit .*DDIMScheduler"),
+        ({"scheduler": "PNDMScheduler", "num_inference_steps": 2}, "PNDMScheduler with --num_inference_steps 2"),
+        ({"num_inference_steps": 1001}, "--num_inference_steps: at most 1000"),
+    ],
+)
+def test_samplers_that_cannot_work(base, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_scheduler(load_models(str(base)), replace(FEW_STEPS, **changes))
+
+
+@pytest.mark.parametrize(("models", "lengths"), [(["adapter"], [8, 2, 8, 2]), (["adapter", "base"], [8, 8, 4] * 2)])
+def test_sheet_rows_keep_prompts_apart(models, lengths):
+    image = Image.new("RGB", (8, 8))
+    samples = [Sample(prompt, seed, image) for prompt in ("a", "b") for seed in range(10)]
+    rows = sheet_rows(dict.fromkeys(models, samples), images_each=10)
+    assert [len(row.images) for row in rows] == lengths
+    assert [row.label for row in rows] == sorted(row.label for row in rows)
+    assert list(chain(*(row.captions for row in rows)))[:: len(models)] == [f"seed {s.seed}" for s in samples]
+
+
+# draw
+
+
+@pytest.fixture
+def adapter_file(base, tmp_path):
+    """An adapter with random rotations, as training would leave it."""
+    models = load_models(str(base))
+    identity = models.identity()
+    adapter = inject(AdapterConfig(nblocks=4), models.unet, [models.text_encoder])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    path = tmp_path / "dog" / "adapter.safetensors"
+    path.parent.mkdir()
+    training = {"sampler": FEW_STEPS.to_dict(), "resolution": 36}
+    prompts = {"instance_prompt": "a photo of a sks dog"}
+    save_adapter(path, adapter, base_model=identity, training=training, prompts=prompts)
+    return path
+
+
+def read(path) -> tuple[np.ndarray, dict]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), dtype=int), json.loads(image.text[METADATA_KEY])
+
+
+def pictures_in(folder) -> dict[str, tuple[np.ndarray, dict]]:
+    return {path.name: read(path) for path in sorted(folder.glob("*.png")) if not path.name.startswith("contact")}
+
+
+def test_draw_writes_exactly_what_was_asked_for(adapter_file):
+    config = GenerationConfig(str(adapter_file), prompts=("a sks dog", "../x"), num_images=3, seed=5, batch_size=4)
+    (sheet,) = draw(config)
+    assert sheet.is_file()
+    pictures = pictures_in(adapter_file.parent / "images")
+    assert list(pictures) == [
+        "0000_seed5_a-sks-dog.png",
+        "0001_seed6_a-sks-dog.png",
+        "0002_seed7_a-sks-dog.png",
+        "0003_seed5_x.png",
+        "0004_seed6_x.png",
+        "0005_seed7_x.png",
+    ]
+    _, metadata = pictures["0004_seed6_x.png"]
+    assert (metadata["prompt"], metadata["seed"], metadata["model"]) == ("../x", 6, "adapter")
+    assert metadata["sampler"] == FEW_STEPS.to_dict() | {"scheduler": "DDIMScheduler"}
+    assert metadata["adapter"] == "adapter.safetensors"
+
+
+def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
+    draw(GenerationConfig(str(adapter_file), prompts=("a",), num_images=1))
+    draw(GenerationConfig(str(adapter_file), prompts=("a",), num_images=1, guidance_scale=1.5, resolution=32))
+    (first, first_metadata), (second, second_metadata) = pictures_in(adapter_file.parent / "images").values()
+    assert (first.shape, second.shape) == ((36, 36, 3), (32, 32, 3))
+    assert first_metadata["sampler"]["guidance_scale"] == 3.0
+    assert second_metadata["sampler"] == first_metadata["sampler"] | {"guidance_scale": 1.5}
+
+
+def test_draw_never_writes_over(adapter_file, tmp_path):
+    config = GenerationConfig(str(adapter_file), prompts=("a",), num_images=2, output_dir=str(tmp_path / "out"))
+    draw(config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    draw(config)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(after) == 2 * len(before) == 6
+    assert before.items() <= after.items()
+
+
+def test_draw_beside_the_base_model(adapter_file, base):
+    draw(GenerationConfig(str(adapter_file), prompts=("a sks dog",), num_images=2, compare=True, resolution=32))
+    pictures = pictures_in(adapter_file.parent / "images")
+    assert len(pictures) == 4
+    expected = arrays(generate(load_models(str(base)), [("a sks dog", 0), ("a sks dog", 1)], FEW_STEPS))
+    for seed in (0, 1):
+        base_picture, metadata = pictures[f"{seed:04d}_seed{seed}_base_a-sks-dog.png"]
+        assert metadata["model"] == "base"
+        assert np.abs(base_picture - expected[seed]).max() <= 1
+        assert np.abs(pictures[f"{seed:04d}_seed{seed}_a-sks-dog.png"][0] - expected[seed]).max() > 1
+
+
+def test_merging_changes_nothing(adapter_file):
+    config = GenerationConfig(str(adapter_file), prompts=("a",), num_images=2)
+    draw(config)
+    draw(replace(config, merge=False))
+    merged_0, merged_1, plain_0, plain_1 = (
+        picture for picture, _ in pictures_in(adapter_file.parent / "images").values()
+    )
+    assert np.abs(merged_0 - plain_0).max() <= 1
+    assert np.abs(merged_1 - plain_1).max() <= 1
+
+
+def test_prompts_from_a_file(adapter_file, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a dog # 1\n\n  a cat  \n", encoding="utf-8")
+    draw(GenerationConfig(str(adapter_file), prompts_file=str(path), num_images=1))
+    prompts = [metadata["prompt"] for _, metadata in pictures_in(adapter_file.parent / "images").values()]
+    assert prompts == ["a dog # 1", "a cat"]
+
+
+def test_no_prompt_says_what_the_subject_is_called(adapter_file, tmp_path):
+    with pytest.raises(UserError, match="a photo of a sks dog"):
+        draw(GenerationConfig(str(adapter_file)))
+    with pytest.raises(UserError, match="a photo of a sks dog"):
+        draw(GenerationConfig(str(adapter_file), prompts=("  ",)))
+    with pytest.raises(UserError, match=r"--prompts_file .*nowhere"):
+        draw(GenerationConfig(str(adapter_file), prompts_file=str(tmp_path / "nowhere")))
+
+
+def test_a_base_that_has_moved(adapter_file, base, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    moved.symlink_to(base)
+    draw(GenerationConfig(str(adapter_file), prompts=("a",), num_images=1, pretrained_model_name_or_path=str(moved)))
+    with pytest.raises(UserError, match="no model folder"):
+        draw(GenerationConfig(str(adapter_file), prompts=("a",), pretrained_model_name_or_path="./nowhere"))
