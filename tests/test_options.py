@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.options import parse, run
+
+BASIC = ["--instance_data_dir", "photos", "--class_word", "dog"]
+
+
+def training(*arguments: str) -> TrainingConfig:
+    return parse(TrainingConfig, "", [*BASIC, *arguments])
+
+
+def test_without_flags_the_defaults_hold():
+    assert training() == TrainingConfig("photos", class_word="dog")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--resolution", "256"], "resolution", 256),
+        (["--resolution", "none"], "resolution", None),
+        (["--random_flip"], "random_flip", True),
+        (["--no_cache_latents"], "cache_latents", False),
+        (["--no-cache_latents"], "cache_latents", False),
+        (["--cache_latents"], "cache_latents", True),
+        (["--lr_scheduler", "cosine"], "lr_scheduler", "cosine"),
+        (["--validation_prompt", "a b", "--validation_prompt", "c"], "validation_prompts", ("a b", "c")),
+        (["--validation_prompts", "a b", "c"], "validation_prompts", ("a b", "c")),
+        (["--nblocks", "4"], "adapter", AdapterConfig(nblocks=4)),
+        (["--block_size", "4"], "adapter", AdapterConfig(block_size=4)),
+        (["--block_size", "4", "--nfactors", "3"], "adapter", AdapterConfig(block_size=4, nfactors=3)),
+        (["--block_size", "4", "--nfactors", "dense"], "adapter", AdapterConfig(block_size=4, nfactors="dense")),
+        (["--nblocks", "4", "--one_sided"], "adapter", AdapterConfig(nblocks=4, double=False)),
+        (["--nblocks", "4", "--no_output_scale"], "adapter", AdapterConfig(nblocks=4, output_scale=False)),
+        (["--nblocks", "4", "--no_train_text_encoder"], "adapter", AdapterConfig(nblocks=4, text_encoder=False)),
+        (["--guidance_scale", "2"], "sampler", SamplerConfig(guidance_scale=2.0)),
+    ],
+)
+def test_flags(arguments, name, value):
+    assert getattr(training(*arguments), name) == value
+
+
+def test_part_of_the_adapter_keeps_its_default_size():
+    default = TrainingConfig("photos", class_word="dog").adapter
+    assert training("--one_sided").adapter == AdapterConfig(**(default.to_dict() | {"double": False}))
+
+
+def test_file_with_flags_on_top(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "instance_data_dir: there\nclass_word: cat\nlearning_rate: 1e-3\nmixed_precision: no\n"
+        "validation_prompts: [a, b]\nadapter: {nblocks: 8, double: false}\nsampler: {num_inference_steps: 5}\n"
+    )
+    arguments = ["--config", str(path), "--class_word", "dog", "--block_size", "2", "--validation_prompt", "c"]
+    config = parse(TrainingConfig, "", arguments)
+    assert config == TrainingConfig(
+        "there",
+        class_word="dog",
+        learning_rate=1e-3,
+        validation_prompts=("c",),
+        adapter=AdapterConfig(block_size=2, double=False),
+        sampler=SamplerConfig(num_inference_steps=5),
+    )
+
+
+def test_written_settings_are_read_back(tmp_path):
+    config = training("--nblocks", "4", "--learning_rate", "3e-7", "--mixed_precision", "bf16").resolved()
+    path = tmp_path / "settings.yaml"
+    path.write_text(config.to_yaml())
+    assert parse(TrainingConfig, "", ["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--learning_rte", "1"],
+        ["--learning_rate", "fast"],
+        ["--max_train_steps", "1.5"],
+        ["--lr_scheduler", "zigzag"],
+        ["--nfactors", "many"],
+        ["--learning", "1"],  # no guessing from a beginning
+    ],
+)
+def test_wrong_flags_exit_with_status_2_naming_the_flag(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        training(*arguments)
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_what_is_required_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainingConfig, "", [])
+    assert "give --instance_data_dir" in capsys.readouterr().err
+
+
+def test_both_sizes_are_refused():
+    with pytest.raises(UserError, match="--nblocks"):
+        training("--nblocks", "4", "--block_size", "4")
+
+
+@pytest.mark.parametrize("config_class", [TrainingConfig, GenerationConfig])
+def test_help_says_something_on_every_field(config_class, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(config_class, "what it does", ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    names = {field.name for field in fields(config_class)} - {"adapter", "sampler"}
+    assert all(f"--{name}" in text for name in names)
+
+
+def fails() -> int:
+    raise UserError("that file:\n  is broken")
+
+
+def stopped() -> int:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("main", "status"), [(lambda: 0, 0), (fails, 2), (stopped, 130), (lambda: 130, 130)])
+def test_exit_status(main, status):
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == status
+
+
+def test_errors_are_one_line(capsys):
+    with pytest.raises(SystemExit):
+        run(fails)
+    assert capsys.readouterr().err == "error: that file: is broken\n"

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import Tensor
+
+from gsoft_diffusion import training
+from gsoft_diffusion.adapter_file import load_adapter, read_adapter
+from gsoft_diffusion.checkpoints import read_state
+from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.models import load_models
+from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.training import Run, train
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its settings for the life of the process, and every test here stands for a new one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def config(base, photos, tmp_path) -> TrainingConfig:
+    """A run of four steps that draws and reports nothing."""
+    return TrainingConfig(
+        str(photos),
+        class_word="dog",
+        output_dir=str(tmp_path / "runs" / "dog"),
+        pretrained_model_name_or_path=str(base),
+        adapter=AdapterConfig(nblocks=4),
+        max_train_steps=4,
+        train_batch_size=2,
+        learning_rate=1e-2,
+        num_validation_images=0,
+        validation_prompts=("a sks dog on the beach",),
+        report_to="none",
+        sampler=SamplerConfig(num_inference_steps=2),
+    )
+
+
+def weights(config: TrainingConfig, folder: str | None = None) -> dict[str, Tensor]:
+    """The adapter that a run with these settings ends with."""
+    changed = replace(config, output_dir=f"{config.output_dir}-{folder}") if folder else config
+    return read_adapter(train(changed).adapter).tensors
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+# The result
+
+
+def test_a_run_leaves_an_adapter_that_loads_and_its_settings(config):
+    result = train(config)
+    folder = Path(config.output_dir or "")
+    assert (result.adapter, result.steps, result.interrupted) == (folder / "adapter.safetensors", 4, False)
+    models = load_models(config.pretrained_model_name_or_path)
+    adapter, file = load_adapter(result.adapter, models.unet, [models.text_encoder])
+    assert all(parameter.abs().max() > 0 for parameter in adapter.parameters())
+    assert adapter.orthogonality_error() < 1e-5
+    assert file.prompts["instance_prompt"] == "a photo of a sks dog"
+    assert file.training["sampler"]["scheduler"] == "DDIMScheduler"
+    assert file.training["resolution"] == 32
+    settings = TrainingConfig.from_dict(read_yaml(folder / "settings.yaml"))
+    assert settings == replace(config, resolution=32, sampler=settings.sampler).resolved()
+
+
+def test_an_adapter_does_not_tell_where_the_photos_were(config):
+    content = train(config).adapter.read_bytes()
+    assert config.instance_data_dir.encode() not in content
+    assert b"instance_data_dir" not in content
+
+
+def test_trainables_of_all_parts_move(config):
+    tensors = weights(config)
+    for name, tensor in tensors.items():
+        start = torch.ones(()) if name.endswith("output_scale") else torch.zeros(())
+        assert (tensor - start).abs().max() > 0, name
+    assert {name.partition(".")[0] for name in tensors} == {"unet", "text_encoder"}
+
+
+@pytest.mark.parametrize(("text_encoder", "prior"), [(True, True), (False, False)])
+def test_loss_falls(any_base, config, text_encoder, prior):
+    """On a fixed set of samples, for both ways of predicting, with and without prior and text encoder."""
+    config = replace(
+        config,
+        pretrained_model_name_or_path=str(any_base),
+        adapter=AdapterConfig(nblocks=4, text_encoder=text_encoder),
+        with_prior_preservation=prior,
+        num_class_images=2,
+        max_train_steps=20,
+    )
+    losses = []
+
+    class Measured(Run):
+        def measure(self) -> None:
+            with torch.no_grad():
+                samples = [self.dataset[position] for position in range(1000, 1032)]
+                batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+                losses.append(self._loss(batch).item())
+
+        def execute(self):
+            self.measure()
+            result = super().execute()
+            self.measure()
+            return result
+
+    original, training.Run = training.Run, Measured
+    try:
+        train(config)
+    finally:
+        training.Run = original
+    assert losses[1] < 0.98 * losses[0]
+
+
+# Same result by other ways
+
+
+def test_same_seed_same_weights_other_seed_other_weights(config):
+    first = weights(config, "first")
+    assert_same(first, weights(config, "second"))
+    assert difference(first, weights(replace(config, seed=1), "third")) > 1e-4
+
+
+def test_latents_cached_or_not(config):
+    config = replace(config, random_flip=True)
+    assert difference(weights(config, "cached"), weights(replace(config, cache_latents=False), "not")) < 1e-4
+
+
+def test_workers_change_nothing(config):
+    config = replace(config, cache_latents=False)
+    assert_same(weights(config, "none"), weights(replace(config, dataloader_num_workers=1), "one"))
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_accumulated_batches_equal_a_large_one(config, prior):
+    config = replace(config, train_batch_size=4, with_prior_preservation=prior, num_class_images=2)
+    accumulated = replace(config, train_batch_size=1, gradient_accumulation_steps=4)
+    assert (
+        difference(weights(config, "large"), weights(accumulated, "accumulated")) < 1e-3
+    )  # Adam divides by tiny numbers
+
+
+def test_gradient_checkpointing_changes_nothing(config):
+    checkpointed = weights(replace(config, gradient_checkpointing=True), "checkpointed")
+    assert difference(weights(config, "plain"), checkpointed) < 1e-4
+
+
+@pytest.mark.parametrize("text_encoder", [True, False])
+def test_prompt_embeddings_are_those_of_the_prompts(config, text_encoder):
+    from gsoft_diffusion.inject import inject
+
+    models = load_models(config.pretrained_model_name_or_path)
+    expected = models.encode_prompts(["a dog", "a cat"])
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=text_encoder), models.unet, [models.text_encoder])
+    denoiser = training.Denoiser(models, adapter, ["a dog", "a cat"])
+    latents, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
+    prediction = denoiser(latents, timesteps, torch.tensor([1, 0, 1]))
+    wanted = models.unet(latents, timesteps, encoder_hidden_states=expected[[1, 0, 1]]).sample
+    torch.testing.assert_close(prediction, wanted)
+    trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    assert trained == {f"adapter.{name}" for name, _ in adapter.named_parameters()}
+
+
+# Optimizers and precision
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"optimizer": "schedulefree", "lr_warmup_steps": 2},
+        {"optimizer": "adamw", "lr_scheduler": "cosine", "lr_warmup_steps": 1},
+        {"optimizer": "adamw", "snr_gamma": 5.0, "offset_noise": 0.1, "max_grad_norm": 0.0},
+        {"mixed_precision": "bf16"},
+        {"adapter": AdapterConfig(block_size=2, double=False, output_scale=False, parametrization="exp")},
+        {"attention_backend": "native"},
+        {"center_crop": True, "random_flip": True, "resolution": 36},
+        {"train_batch_size": 7},
+        {"mixed_precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_settings_that_train(config, changes):
+    if (library := {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}.get(changes.get("optimizer"))) is not None:
+        pytest.importorskip(library)
+    tensors = weights(replace(config, **changes))
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert max(tensor.abs().max() for tensor in tensors.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt"), ("schedulefree", "schedulefree")],
+)
+def test_a_missing_library_is_named(config, monkeypatch, optimizer, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)
+    with pytest.raises(UserError, match=f"--optimizer {optimizer}.*pip install {package}"):
+        train(replace(config, optimizer=optimizer, learning_rate=1.0))
+
+
+def test_weight_decay_leaves_scales_alone(config):
+    models = load_models(config.pretrained_model_name_or_path)
+    adapter = training.inject(config.adapter, models.unet, [models.text_encoder])
+    optimizer = training.make_optimizer(replace(config, adam_weight_decay=0.5), adapter)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(adapter.parameters()))
+    for name, parameter in adapter.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith("output_scale") else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_backend": "telepathy"}, "--attention_backend telepathy"),
+        ({"report_to": "telepathy"}, "--report_to telepathy"),
+        ({"adapter": AdapterConfig(nblocks=5)}, "32"),
+        ({"resolution": 33}, "--resolution 33"),
+        ({"sampler": SamplerConfig(scheduler="Telepathy")}, "Telepathy"),
+        ({"instance_data_dir": "nowhere"}, "--instance_data_dir nowhere"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_settings_that_cannot_work_leave_nothing_behind(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(replace(config, **changes))
+    assert not Path(config.output_dir or "").exists()
+
+
+# Checkpoints, resuming, stopping
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"with_prior_preservation": True, "num_class_images": 3, "random_flip": True, "offset_noise": 0.1},
+        {"optimizer": "schedulefree"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "gradient_accumulation_steps": 2},
+                {"optimizer": "prodigy", "learning_rate": 1.0},
+                {"mixed_precision": "bf16"},
+                {"cache_latents": False},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_resuming_is_exact(config, changes):
+    if (library := {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}.get(changes.get("optimizer"))) is not None:
+        pytest.importorskip(library)
+    config = replace(config, num_validation_images=1, **changes)
+    whole = weights(config, "whole")
+    # With more pictures and checkpoints on the way, which must not touch the numbers.
+    stopped = replace(config, output_dir=f"{config.output_dir}-stopped", checkpointing_steps=2, validation_steps=1)
+    train(stopped)
+    folder = Path(stopped.output_dir or "")
+    (folder / "adapter.safetensors").unlink()
+    assert_same(whole, weights(replace(stopped, resume_from_checkpoint=str(folder / "checkpoint-2"))))
+
+
+def test_checkpoints_are_adapters_too(config):
+    folder = train(replace(config, checkpointing_steps=2, checkpoints_total_limit=1)).adapter.parent
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    last = read_adapter(folder / "checkpoint-4" / "adapter.safetensors")
+    assert_same(last.tensors, read_adapter(folder / "adapter.safetensors").tensors)
+    assert last.training["step"] == 4
+
+
+def test_more_steps_after_the_end(config):
+    train(replace(config, checkpointing_steps=4))
+    longer = weights(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+    assert_same(longer, weights(replace(config, max_train_steps=6), "at-once"))
+
+
+def test_resuming_with_other_settings_is_refused(config):
+    train(replace(config, checkpointing_steps=2))
+    with pytest.raises(UserError, match=r"learning_rate is 0\.1 and was 0\.01"):
+        train(replace(config, resume_from_checkpoint="latest", learning_rate=0.1))
+
+
+def test_a_finished_run_is_not_written_over(config):
+    adapter = train(config).adapter
+    before = adapter.read_bytes()
+    with pytest.raises(UserError, match="another run"):
+        train(config)
+    assert adapter.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_with_everything_saved(config, monkeypatch, number, capfd):
+    whole = weights(config, "whole")
+    original = Run._loss
+
+    def loss(self, batch):
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    monkeypatch.setattr(Run, "_loss", loss)
+    before = signal.getsignal(number)
+    result = train(config)
+    assert (result.steps, result.interrupted) == (2, True)
+    assert signal.getsignal(number) == before
+    assert read_adapter(result.adapter).training["step"] == 2
+    assert "--resume_from_checkpoint latest" in capfd.readouterr().out
+    monkeypatch.setattr(Run, "_loss", original)
+    assert_same(whole, weights(replace(config, resume_from_checkpoint="latest")))
+
+
+def test_a_second_signal_acts_as_usual(config, monkeypatch):
+    def loss(self, batch):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(Run, "_loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_step_named(config, monkeypatch, bad):
+    original = training.training_loss
+    calls = []
+
+    def loss(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options) * (bad if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(training, "training_loss", loss)
+    with pytest.raises(UserError, match="step 3: the loss is not finite"):
+        train(replace(config, checkpointing_steps=2))
+    state = read_state(Path(config.output_dir or "") / "checkpoint-2")
+    assert all(tensor.isfinite().all() for tensor in state["adapter"].values())
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_step_named(config, monkeypatch):
+    original = training.training_loss
+    monkeypatch.setattr(training, "training_loss", lambda *a, **k: (original(*a, **k) * 1e38) * 1e-38 * torch.ones(()))
+    original_clip = training.Accelerator.clip_grad_norm_
+
+    def clip(self, parameters, max_norm):
+        parameters = list(parameters)
+        parameters[0].grad[:] = float("nan")
+        return original_clip(self, parameters, max_norm)
+
+    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
+    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+        train(config)
+
+
+# What is shown
+
+
+def test_validation_writes_a_sheet_every_so_many_steps_and_at_the_end(config):
+    config = replace(config, num_validation_images=2, validation_steps=2, max_train_steps=5)
+    folder = train(config).adapter.parent / "validation"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:06d}.png" for step in (2, 4, 5)]
+    first, last = (np.asarray(Image.open(folder / f"step-{step:06d}.png"), dtype=int) for step in (2, 5))
+    assert first.shape == last.shape
+    assert np.abs(first[40:] - last[40:]).max() > 10  # below the title
+
+
+def test_validation_shows_what_inference_draws(config):
+    from gsoft_diffusion.config import GenerationConfig
+    from gsoft_diffusion.generation import draw
+
+    config = replace(config, num_validation_images=2, validation_prompts=("a sks dog on the beach",))
+    adapter = train(config).adapter
+    (sheet,) = draw(GenerationConfig(str(adapter), prompts=config.validation_prompts or (), num_images=2))
+    drawn = np.asarray(Image.open(sheet).convert("RGB"), dtype=int)
+    validated = np.asarray(Image.open(adapter.parent / "validation" / "step-000004.png").convert("RGB"), dtype=int)
+    assert drawn.shape == validated.shape
+    assert np.abs(drawn[40:] - validated[40:]).max() <= 2  # below the titles; enlarging may double a difference of 1
+
+
+def test_tensorboard_gets_loss_rate_and_pictures(config):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = replace(config, report_to="tensorboard", num_validation_images=1, validation_steps=2)
+    folder = train(config).adapter.parent / "logs" / "training"
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-2] * 4)
+    assert [event.step for event in events.Images("validation")] == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")
+def test_a_tracker_that_is_not_installed_is_said(config, capfd, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.is_tensorboard_available", lambda: False)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    train(replace(config, report_to="tensorboard"))
+    assert "pip install tensorboard" in capfd.readouterr().out
+
+
+def test_what_is_printed(config, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30), "red").save(Path(config.instance_data_dir) / "turned.jpg", exif=exif)
+    result = train(config)
+    printed = capfd.readouterr()
+    counts = result.adapter
+    assert "subject: 5 pictures, 1 turned upright by their EXIF data; 1 other files skipped" in printed.out
+    total = sum(tensor.numel() for tensor in read_adapter(result.adapter).tensors.values())
+    assert f"training {total:,} parameters" in printed.out
+    assert str(counts) in printed.out
+    assert "loss=" in printed.err
+    assert "lr=0.01" in printed.err

@@ -1,0 +1,17 @@
+"""Teach a text-to-image model a subject from a few photos, with orthogonal Group-and-Shuffle adapters (GSOFT).
+
+python train_dreambooth_gsoft.py --instance_data_dir photos_of_my_dog --class_word dog
+"""
+
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.options import parse, run
+from gsoft_diffusion.training import train
+
+
+def main() -> int:
+    result = train(parse(TrainingConfig, __doc__))
+    return 130 if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    run(main)
