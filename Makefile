@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check clean
 
+# The user's two scripts with their default settings; each demo gets a folder of its own.
+demo: OUT := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/.installed
-	$(BIN)/python -m data.demo
+	$(BIN)/python train_dreambooth_gsoft.py --instance_data_dir data/subjects/teddy_bear --class_word bear --output_dir $(OUT)
+	$(BIN)/python inference.py --adapter $(OUT)/adapter.safetensors --prompts_file data/prompts/demo.txt --num_images 2 --compare
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -1,0 +1,44 @@
+"""The README's commands say only what the scripts understand, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gsoft_diffusion.config import GenerationConfig, TrainingConfig
+from gsoft_diffusion.options import parse
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train_dreambooth_gsoft.py": TrainingConfig, "inference.py": GenerationConfig}
+
+
+def commands() -> list[list[str]]:
+    """Every command of the project's scripts in the documents' shell blocks."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            match = re.search(rf"python\S* ({'|'.join(map(re.escape, SCRIPTS))}) (.*)", line)
+            if match:
+                found.append([match[1], *shlex.split(match[2])])
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
+def test_command_is_understood(command):
+    parse(SCRIPTS[command[0]], "", command[1:])
+
+
+def test_there_are_commands_to_check():
+    assert {command[0] for command in commands()} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("https://"):
+            assert ((ROOT / page).parent / target).exists(), target
