@@ -243,8 +243,8 @@ class GenerationConfig(Settings):
     """Everything `inference.py` can be told.
 
     adapter: the adapter file that training wrote.
-    prompts: prompts to draw; the subject goes by the name it was trained with, such as "a sks dog".
-    prompts_file: text file with one prompt a line, instead of prompts.
+    prompts: prompts to draw; the subject goes by the name it was trained with, such as "a sks dog" or "a {0} {1}".
+    prompts_file: text file with one prompt a line, instead of prompts; `{0} {1}` stands for the subject's name.
     num_images: pictures for each prompt.
     seed: seed of each prompt's first picture; the following ones count upwards from it.
     num_inference_steps: denoising steps; by default as in the adapter's training.

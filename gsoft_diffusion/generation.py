@@ -201,11 +201,22 @@ def _prompts(config: GenerationConfig, file: AdapterFile) -> list[str]:
             prompts = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file {config.prompts_file}: cannot be read as text ({error})") from error
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    prompts = [_with_names(prompt.strip(), file) for prompt in prompts if prompt.strip()]
     if not prompts:
         hint = file.prompts.get("instance_prompt", "a photo of a sks dog")
         raise UserError(f'give --prompt or --prompts_file with a prompt in it; the adapter was trained on "{hint}"')
     return prompts
+
+
+def _with_names(prompt: str, file: AdapterFile) -> str:
+    """The prompt with the unique token for `{0}` and the class word for `{1}`, as in DreamBooth's prompt lists."""
+    for mark, name in {"{0}": "unique_token", "{1}": "class_word"}.items():
+        if mark in prompt:
+            word = file.prompts.get(name)
+            if not isinstance(word, str):
+                raise UserError(f"{prompt!r}: the adapter was trained without a {name}, so {mark} cannot be filled in")
+            prompt = prompt.replace(mark, word)
+    return prompt
 
 
 def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig, int | None]:

@@ -1,9 +1,11 @@
 """Stage 2: a miniature CLIP on the world; its text tower becomes the base's frozen text encoder.
 
-    python -m pretraining.train_clip --work <work folder> --images 900000
+    python -m pretraining.train_clip --work <work folder> --images 100000
+    python -m pretraining.train_clip --work <work folder> --images 600000 --text-locked-from 100000
 
-Contrastive loss in which equal captions are equal positives. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in
-transformers' layout and prints zero-shot accuracy on scenes that it has not seen.
+Contrastive loss in which equal captions are equal positives. The second call goes on with the image tower alone:
+CLIP learns to judge better while the base can already be trained on its text tower. Resumes from `<work>/clip.pt`,
+saves `<work>/clip/` in transformers' layout and prints zero-shot accuracy on scenes that it has not seen.
 """
 
 from __future__ import annotations
@@ -94,7 +96,9 @@ def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> dict
     """The class word and the background that CLIP chooses for every picture."""
     images = embed_images(clip, pixels)
     choices = {
-        "class_word": {word: [f"a photo of {article(word)}"] for word in CLASSES},
+        "class_word": {
+            word: [f"a photo of {article(word)} {phrases[0]}" for phrases in BACKGROUNDS.values()] for word in CLASSES
+        },
         "background": {
             **{
                 name: [f"a photo of {article(word)} {phrase}" for word in CLASSES for phrase in phrases]
@@ -116,7 +120,8 @@ def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--images", type=int, default=900_000, help="length of the training")
+    parser.add_argument("--images", type=int, default=100_000, help="length of the training")
+    parser.add_argument("--text-locked-from", type=int, help="images after which only the image tower trains on")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
@@ -131,10 +136,15 @@ def main() -> None:
     optimizer = torch.optim.AdamW(clip.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint = Checkpoint(args.work / "clip.pt", clip=clip, optimizer=optimizer)
     seen = checkpoint.restore()
+    start = args.text_locked_from or 0
+    if start:
+        clip.text_model.requires_grad_(False)
+        clip.text_projection.requires_grad_(False)
     bar = tqdm(total=args.images, initial=seen, unit="img", mininterval=10)
     while seen < args.images:
         rng = np.random.default_rng((3, seen))
-        lr = PEAK_LR * min(1, (seen + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * seen / args.images)))
+        done = (seen - start) / (args.images - start)
+        lr = PEAK_LR * min(1, (seen - start + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = np.sort(rng.integers(HELD_BACK, len(scenes), BATCH))

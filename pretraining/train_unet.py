@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pretraining.checkpoint import Average, Checkpoint, keep_freed_memory
 from pretraining.train_vae import to_pixels
@@ -61,6 +61,7 @@ def build_scheduler() -> DDIMScheduler:
 def text_tower(clip_folder: Path) -> CLIPTextModel:
     """The text half of the CLIP in `clip_folder` as Stable Diffusion's text encoder."""
     clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32)
+    assert isinstance(clip.config.text_config, CLIPTextConfig)
     tower = CLIPTextModel(clip.config.text_config)
     found = tower.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()})
     assert not found.missing_keys

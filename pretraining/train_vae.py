@@ -2,9 +2,9 @@
 
     python -m pretraining.train_vae --work <work folder> --images 60000
 
-Loss: L1 + L1 of the gradients + L1 at half and quarter size + 1e-6 · KL. Resumes from `<work>/vae.pt`; folds, at the end,
-the latents' mean and standard deviation into `quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1, and saves
-`<work>/vae/` in diffusers' layout.
+Loss: L1 + L1 of the gradients + L1 at half and quarter size + 1e-6 · KL. Resumes from `<work>/vae.pt`. At the end the
+latents' mean and standard deviation are folded into `quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1,
+and `<work>/vae/` is saved in diffusers' layout.
 """
 
 from __future__ import annotations

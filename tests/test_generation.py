@@ -191,7 +191,7 @@ def adapter_file(base, tmp_path):
     path = tmp_path / "dog" / "adapter.safetensors"
     path.parent.mkdir()
     training = {"sampler": FEW_STEPS.to_dict(), "resolution": 36}
-    prompts = {"instance_prompt": "a photo of a sks dog"}
+    prompts = {"instance_prompt": "a photo of a sks dog", "unique_token": "sks", "class_word": None}
     save_adapter(path, adapter, base_model=identity, training=training, prompts=prompts)
     return path
 
@@ -272,6 +272,14 @@ def test_prompts_from_a_file(adapter_file, tmp_path):
     draw(GenerationConfig(str(adapter_file), prompts_file=str(path), num_images=1))
     prompts = [metadata["prompt"] for _, metadata in pictures_in(adapter_file.parent / "images").values()]
     assert prompts == ["a dog # 1", "a cat"]
+
+
+def test_prompts_with_places_for_the_subjects_name(adapter_file):
+    draw(GenerationConfig(str(adapter_file), prompts=("a {0} dog {0.__class__}",), num_images=1))
+    ((_, metadata),) = pictures_in(adapter_file.parent / "images").values()
+    assert metadata["prompt"] == "a sks dog {0.__class__}"
+    with pytest.raises(UserError, match="without a class_word"):
+        draw(GenerationConfig(str(adapter_file), prompts=("a {0} {1}",)))
 
 
 def test_no_prompt_says_what_the_subject_is_called(adapter_file, tmp_path):
