@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11, git and make; they set up .venv themselves.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -127,7 +127,7 @@ class GuardedAttention(Attention):
     def set_processor(self, processor: Any) -> None:
         """Keep the GSOFT processor. UserError for a processor that computes something else and cannot be combined."""
         if isinstance(processor, GSOFTAttnProcessor):
-            super().set_processor(processor)  # type: ignore[arg-type]
+            super().set_processor(processor)
         elif isinstance(processor, XFormersAttnProcessor):
             self.set_use_memory_efficient_attention_xformers(True)
         elif isinstance(processor, STOCK_PROCESSORS):
@@ -170,7 +170,7 @@ def require_xformers() -> None:
 def attach(attention: Attention, projections: Mapping[str, GSOFTProjection]) -> None:
     """Replace the attention's processor by a GSOFT processor, guarded, that keeps an xformers choice made before."""
     previous = attention.processor
-    attention.set_processor(GSOFTAttnProcessor(projections))  # type: ignore[arg-type]
+    attention.set_processor(GSOFTAttnProcessor(projections))
     attention.__class__ = GuardedAttention
     if isinstance(previous, XFormersAttnProcessor):
         attention.set_processor(previous)

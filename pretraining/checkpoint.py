@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def keep_freed_memory() -> None:
@@ -51,16 +51,18 @@ class Checkpoint:
 class Average(nn.Module):
     """Exponential moving average of a model's weights, `decay` of the old at every update (less while it is young)."""
 
+    updates: Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("_updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self.values = nn.ParameterList(p.detach().clone().requires_grad_(False) for p in model.parameters())
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        self._updates += 1
-        n = int(self._updates)
+        self.updates += 1
+        n = int(self.updates)
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(self.values), list(model.parameters()), 1 - decay)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -20,7 +21,7 @@ MERGES = 700
 PROMPTS = Path(__file__).parent.parent / "data" / "prompts"
 
 
-def learn(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def learn(texts: list[str]) -> tuple[dict[str, int], list[Any]]:
     """Vocabulary in CLIP's order (bytes, bytes that end a word, merges, the two specials) and merges by rank."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -42,7 +43,7 @@ def learn(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-def save(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> CLIPTokenizer:
+def save(vocabulary: dict[str, int], merges: list[Any], folder: Path) -> CLIPTokenizer:
     """Write `vocab.json` and `merges.txt`, Stable Diffusion's files, and transformers' own; returns what loads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH, pad_token=END)
