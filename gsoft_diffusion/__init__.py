@@ -1,5 +1,6 @@
 """GSOFT fine-tuning of Stable Diffusion: orthogonal adapters from group-and-shuffle matrices."""
 
+from gsoft_diffusion import torchvision_builds  # noqa: F401 # isort: skip - before anything imports torchvision
 from gsoft_diffusion.adapter_file import (
     AdapterFile,
     BaseModelIdentity,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# isort: off
+import gsoft_diffusion  # noqa: F401 - first: beside a CPU build of torch it makes torchvision importable
+# isort: on
+
 import json
 from pathlib import Path
 
