@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -29,6 +29,7 @@ from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.inject import Adapter, clip_attention_layers, expected_shapes, inject
 from gsoft_diffusion.projection import parameter_shapes
+from gsoft_diffusion.settings import Settings
 
 FORMAT_KEY, FORMAT_VERSION = "gsoft_diffusion_adapter", "1"
 SKETCH_SIZE = 16
@@ -55,9 +56,18 @@ class AdapterFile:
     tensors: dict[str, Tensor]
 
 
+class SavableAdapter(Protocol):
+    """What `save_adapter` asks of an adapter."""
+
+    @property
+    def config(self) -> Settings: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 def save_adapter(
     path: str | Path,
-    adapter: Adapter,
+    adapter: SavableAdapter,
     *,
     base_model: BaseModelIdentity,
     training: Mapping[str, Any],

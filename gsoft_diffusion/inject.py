@@ -49,12 +49,12 @@ class Adapter(nn.Module):
         self.config = config
         self._models = (unet, *text_encoders)  # tuples and dicts keep the base models out of the submodules
         self._attentions = find_attentions(unet)
-        self._clip_attentions = find_clip_attentions(config, text_encoders)
+        self._clip_attentions = find_clip_attentions(config.text_encoder, text_encoders)
         self._linears = find_linears(self._attentions, self._clip_attentions)
         for name, linear in self._linears.items():
             device = linear.weight.device
             projection = GSOFTProjection(config, linear.in_features, linear.out_features, layer=name, device=device)
-            _add_submodule(self, name, projection)
+            add_submodule(self, name, projection)
         self._original_processors: dict[str, Any] = {}
         self._required_grad: list[nn.Parameter] = []
 
@@ -148,7 +148,7 @@ def expected_shapes(
     config: AdapterConfig, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters that `inject` would make, without making them; the same UserErrors."""
-    linears = find_linears(find_attentions(unet), find_clip_attentions(config, text_encoders))
+    linears = find_linears(find_attentions(unet), find_clip_attentions(config.text_encoder, text_encoders))
     return {
         f"{layer}.{name}": shape
         for layer, linear in linears.items()
@@ -166,9 +166,9 @@ def find_attentions(unet: nn.Module) -> dict[str, Attention]:
     return attentions
 
 
-def find_clip_attentions(config: AdapterConfig, text_encoders: Sequence[nn.Module]) -> dict[str, CLIPAttention]:
+def find_clip_attentions(wanted: bool, text_encoders: Sequence[nn.Module]) -> dict[str, CLIPAttention]:
     """The text encoders' attentions as `text_encoder.layers.<i>`, found by type: paths differ between versions."""
-    if not config.text_encoder:
+    if not wanted:
         return {}
     if not text_encoders:
         raise UserError("the adapter includes the text encoder (text_encoder is on), but no text encoder was given")
@@ -204,7 +204,7 @@ def clip_attention_layers(attention: CLIPAttention) -> dict[str, nn.Linear]:
     return {name: getattr(attention, name) for name in CLIP_PROJECTIONS}
 
 
-def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Register `module` under a dotted path, with empty modules on the way."""
     *parents, leaf = path.split(".")
     for name in parents:

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -123,8 +124,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         if value in get_args(hint) and not isinstance(value, bool):
             return value
     elif get_origin(hint) is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+        if isinstance(value, list | tuple):
+            with suppress(UserError):
+                return tuple(_typed(item, get_args(hint)[0], name) for item in value)
     elif _is_group(hint):
         if isinstance(value, hint | Mapping):
             return value if isinstance(value, hint) else hint.from_dict(value)
@@ -143,7 +145,7 @@ def described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:
-        return "a list of texts"
+        return "a list of " + described(get_args(hint)[0]).partition(" ")[2] + "s"
     if hint is type(None):
         return "none"
     return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}.get(

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,8 +30,9 @@ from tqdm.auto import tqdm
 
 from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import save_adapter
+from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TrainingConfig
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Photos, derived_seed
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.generation import generate, make_scheduler, sheet_rows
@@ -45,11 +47,12 @@ PRIVATE = ("instance_data_dir", "class_data_dir", "output_dir", "resume_from_che
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of a run: the adapter's file, the steps done, whether a signal ended it early."""
+    """What came of a run: the adapter's file, the steps done, whether a signal ended it early, seconds of training."""
 
     adapter: Path
     steps: int
     interrupted: bool
+    seconds: float
 
 
 class Denoiser(nn.Module):
@@ -58,7 +61,7 @@ class Denoiser(nn.Module):
     Prompts are known beforehand: each is tokenized once, and encoded once if the text encoder does not train.
     """
 
-    def __init__(self, models: Models, adapter: Adapter, prompts: Sequence[str]) -> None:
+    def __init__(self, models: Models, adapter: Adapter | BaselineAdapter, prompts: Sequence[str]) -> None:
         super().__init__()
         self.unet = models.unet
         self.adapter = adapter
@@ -75,8 +78,10 @@ class Denoiser(nn.Module):
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompts[prompt_indices]).sample.float()
 
 
-def train(config: TrainingConfig) -> TrainingResult:
+def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> TrainingResult:
     """Train an adapter on the photos and write it to the output folder, with its settings and validation pictures.
+
+    baseline: another method to train in everything else the same way, instead of `config.adapter`.
 
     SIGINT and SIGTERM end the run after the current step, with adapter and checkpoint saved. Raises UserError for
     anything that the user can put right, a loss that is not finite included.
@@ -95,7 +100,7 @@ def train(config: TrainingConfig) -> TrainingResult:
     config = with_model_defaults(config, models)
     if checkpoint:
         checkpoints.check_settings(config, checkpoint)
-    run = Run(config, accelerator, models, instance)
+    run = Run(config, accelerator, models, instance, baseline)
     if checkpoint:
         run.resume(checkpoint)
     try:
@@ -105,11 +110,13 @@ def train(config: TrainingConfig) -> TrainingResult:
 
 
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
-    """The settings with what only the model knows filled in: resolution and scheduler."""
+    """The settings with what only the model decides filled in: resolution, scheduler, steps and learning rate."""
     resolution = config.resolution or models.resolution
     models.check_resolution(resolution)
     scheduler = type(make_scheduler(models, config.sampler)).__name__
-    return replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler))
+    usual = MINIATURE if models.resolution < MINIATURE_BELOW else FULL_SIZE
+    left_open: dict[str, Any] = {name: value for name, value in usual.items() if getattr(config, name) is None}
+    return replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -133,7 +140,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(config: TrainingConfig, adapter: Adapter) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainingConfig, adapter: Adapter | BaselineAdapter) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameters; weight decay leaves output scales, which are 1 at rest, alone.
 
     Raises UserError with the name of the package if its library is missing.
@@ -157,20 +164,35 @@ def make_optimizer(config: TrainingConfig, adapter: Adapter) -> torch.optim.Opti
     options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer == "schedulefree":
         options["warmup_steps"] = config.lr_warmup_steps
+    assert config.learning_rate is not None, "with_model_defaults sets it"
     return optimizer_class(groups, lr=config.learning_rate, **options)
 
 
 class Run:
     """One training run: everything is made ready in the constructor, `execute` trains."""
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator, models: Models, instance: Photos) -> None:
+    adapter: Adapter | BaselineAdapter
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        models: Models,
+        instance: Photos,
+        baseline: BaselineConfig | None = None,
+    ) -> None:
         self.config, self.accelerator, self.models = config, accelerator, models
         self.folder = Path(config.output_dir or ".")
+        assert config.max_train_steps is not None, "with_model_defaults sets it"
+        self.max_train_steps = config.max_train_steps
         self.step = 0
         self.identity = models.identity()
         self.noise_scheduler = DDPMScheduler.from_config(models.scheduler.config)
         # First what may turn out not to fit, then what takes long.
-        self.adapter = inject(config.adapter, models.unet, [models.text_encoder])
+        if baseline:
+            self.adapter = inject_baseline(baseline, models.unet, [models.text_encoder])
+        else:
+            self.adapter = inject(config.adapter, models.unet, [models.text_encoder])
         self._set_up_attention()
         optimizer = make_optimizer(config, self.adapter)
         prior = self._class_photos()
@@ -183,7 +205,7 @@ class Run:
             config.lr_scheduler,
             optimizer,
             num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
+            num_training_steps=self.max_train_steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
@@ -202,10 +224,12 @@ class Run:
         accelerator.init_trackers("training", config=_flat(config.to_dict()))
         first = self.step
         with StopRequest() as stop:
+            started = time.perf_counter()
             self._train(stop)
+            seconds = time.perf_counter() - started
             if accelerator.is_main_process:
                 self._save_adapter(result)
-        interrupted = stop.requested and self.step < config.max_train_steps
+        interrupted = stop.requested and self.step < self.max_train_steps
         if interrupted:
             settings = shlex.quote(str(self.folder / checkpoints.SETTINGS))
             accelerator.print(
@@ -215,11 +239,12 @@ class Run:
         elif self.step > first:
             self._validate()
         prompt = shlex.quote((config.validation_prompts or ("",))[-1])
+        error = self.adapter.orthogonality_error()
         accelerator.print(
-            f"adapter: {result} (largest deviation from orthogonality {self.adapter.orthogonality_error():.1e})\n"
+            f"adapter: {result}{f' (largest deviation from orthogonality {error:.1e})' if error is not None else ''}\n"
             f"try it: python inference.py --adapter {shlex.quote(str(result))} --prompt {prompt}"
         )
-        return TrainingResult(result, self.step, interrupted)
+        return TrainingResult(result, self.step, interrupted, seconds)
 
     def _train(self, stop: StopRequest) -> None:
         config, accelerator = self.config, self.accelerator
@@ -239,7 +264,7 @@ class Run:
                     self._write_checkpoint()
                 if stop.requested:
                     return
-                if _due(self.step, config.validation_steps) and self.step < config.max_train_steps:
+                if _due(self.step, config.validation_steps) and self.step < self.max_train_steps:
                     self._validate()
 
     def resume(self, checkpoint: Path) -> None:
@@ -303,7 +328,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         positions = BatchPositions(
             self.step * config.gradient_accumulation_steps,
-            config.max_train_steps * config.gradient_accumulation_steps,
+            self.max_train_steps * config.gradient_accumulation_steps,
             config.train_batch_size * len(self.dataset.sources),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -358,7 +383,7 @@ class Run:
 
     def _progress_bar(self) -> tqdm[NoReturn]:
         hidden = not self.accelerator.is_main_process
-        return tqdm(total=self.config.max_train_steps, initial=self.step, desc="training", unit="step", disable=hidden)
+        return tqdm(total=self.max_train_steps, initial=self.step, desc="training", unit="step", disable=hidden)
 
     def _report(self, recent: Sequence[float], progress: tqdm[NoReturn]) -> None:
         group = self.optimizer.param_groups[0]
@@ -411,7 +436,7 @@ class Run:
 
     def _save_adapter(self, path: Path) -> None:
         config = self.config
-        training = {name: value for name, value in config.to_dict().items() if name not in PRIVATE}
+        training = {name: value for name, value in config.to_dict().items() if name not in (*PRIVATE, "adapter")}
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
         prompts = {name: getattr(config, name) for name in names}
         with self._evaluated():

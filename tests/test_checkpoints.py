@@ -138,6 +138,7 @@ def test_resume_finds_the_latest_or_the_named_one(config, tmp_path):
 
 
 def test_changed_settings_are_named(config, tmp_path):
+    config = replace(config, learning_rate=2e-5)
     write_settings(config)
     checkpoint = save(tmp_path / "run", 9)
     check_settings(config, checkpoint)

@@ -427,3 +427,15 @@ def test_what_is_printed(config, capfd):
     assert str(counts) in printed.out
     assert "loss=" in printed.err
     assert "lr=0.01" in printed.err
+
+
+def test_steps_and_learning_rate_follow_from_the_size_of_the_base(base, config, monkeypatch):
+    models = load_models(str(base))
+    open_ = replace(config, max_train_steps=None, learning_rate=None).resolved()
+    miniature = training.with_model_defaults(open_, models)
+    monkeypatch.setattr(training, "MINIATURE_BELOW", models.resolution)
+    full_size = training.with_model_defaults(open_, models)
+    assert (full_size.max_train_steps, full_size.learning_rate) == (3000, 2e-5)
+    assert miniature.max_train_steps < full_size.max_train_steps
+    assert miniature.learning_rate > full_size.learning_rate
+    assert training.with_model_defaults(config.resolved(), models).max_train_steps == config.max_train_steps
