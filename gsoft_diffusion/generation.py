@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.adapter_file import AdapterFile, load_adapter, read_adapter
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError, first_line
-from gsoft_diffusion.models import DTYPES, Models, load_models, scheduler_class
+from gsoft_diffusion.models import DTYPES, Models, load_base, scheduler_class
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
 
 PICTURES_A_ROW = 8  # on contact sheets
@@ -130,7 +130,12 @@ def draw(config: GenerationConfig) -> list[Path]:
     file = read_adapter(config.adapter)
     prompts = _prompts(config, file)
     sampler, resolution = _sampler(config, file)
-    models = _load_base(config, file)
+    models = load_base(
+        file,
+        config.pretrained_model_name_or_path,
+        dtype=DTYPES[config.mixed_precision],
+        device=config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
+    )
     adapter, _ = load_adapter(config.adapter, models.unet, [models.text_encoder])
     if config.merge:
         adapter.merge()
@@ -225,15 +230,3 @@ def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig
     given = {name: getattr(config, name) for name in sampler.to_dict() if getattr(config, name) is not None}
     resolution = config.resolution or file.training.get("resolution")
     return replace(sampler, **given), resolution if isinstance(resolution, int) and resolution > 0 else None
-
-
-def _load_base(config: GenerationConfig, file: AdapterFile) -> Models:
-    """The model the adapter was trained on, or the one given instead."""
-    moved = config.pretrained_model_name_or_path
-    versions = {} if moved else {name: file.training.get(name) for name in ("revision", "variant")}
-    return load_models(
-        moved or file.base_model.name,
-        **{name: value for name, value in versions.items() if isinstance(value, str)},
-        dtype=DTYPES[config.mixed_precision],
-        device=config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
-    )

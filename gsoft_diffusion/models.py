@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from gsoft_diffusion.adapter_file import BaseModelIdentity, fingerprint
+from gsoft_diffusion.adapter_file import AdapterFile, BaseModelIdentity, fingerprint
 from gsoft_diffusion.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,23 @@ def load_models(
         except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
             raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
     return models
+
+
+def load_base(
+    file: AdapterFile,
+    moved_to: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Models:
+    """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`."""
+    versions = {} if moved_to else {name: file.training.get(name) for name in ("revision", "variant")}
+    return load_models(
+        moved_to or file.base_model.name,
+        **{name: value for name, value in versions.items() if isinstance(value, str)},
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _folder(name: str, revision: str | None, variant: str | None) -> Path:

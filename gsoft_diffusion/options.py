@@ -9,14 +9,14 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gsoft_diffusion.config import GenerationConfig, TrainingConfig
+from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import described, field_help, overlay, read_yaml
 
 RENAMED = {"text_encoder": "train_text_encoder"}  # a field whose name needs its group around it
 OPPOSITES = {"double": ("--one_sided",)}  # further names for switching a boolean off, beside --no_<name>
 
-AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig)
+AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
 
 
 def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[str] | None = None) -> AnyConfig:

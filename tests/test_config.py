@@ -6,6 +6,7 @@ import pytest
 
 from gsoft_diffusion.config import (
     AdapterConfig,
+    ExportConfig,
     GenerationConfig,
     SamplerConfig,
     TrainingConfig,
@@ -15,7 +16,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import field_help
 
 
-@pytest.mark.parametrize("config_class", [AdapterConfig, SamplerConfig, TrainingConfig, GenerationConfig])
+@pytest.mark.parametrize("config_class", [AdapterConfig, SamplerConfig, TrainingConfig, GenerationConfig, ExportConfig])
 def test_every_field_is_documented_and_nothing_else_is(config_class):
     assert list(field_help(config_class)) == [field.name for field in fields(config_class)]
 
@@ -26,6 +27,7 @@ def test_every_field_is_documented_and_nothing_else_is(config_class):
         TrainingConfig("photos", class_word="dog"),
         TrainingConfig("photos", instance_prompt="x", adapter=AdapterConfig(block_size=4, nfactors="dense")).resolved(),
         GenerationConfig("adapter.safetensors", prompts=("a", "b"), compare=True),
+        ExportConfig("adapter.safetensors", "kohya_lora", rank=8),
         SamplerConfig(guidance_scale=1.0, scheduler="DDIMScheduler"),
     ],
 )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gsoft_diffusion.config import GenerationConfig, TrainingConfig
+from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.options import parse
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_dreambooth_gsoft.py": TrainingConfig, "inference.py": GenerationConfig}
+SCRIPTS = {"train_dreambooth_gsoft.py": TrainingConfig, "inference.py": GenerationConfig, "export.py": ExportConfig}
 
 
 def commands() -> list[list[str]]:

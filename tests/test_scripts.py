@@ -43,11 +43,12 @@ def test_train_then_draw(base, photos, tmp_path):
     assert "contact_sheet_0000.png" in drawn.stdout
 
 
-@pytest.mark.parametrize("script", ["train_dreambooth_gsoft.py", "inference.py"])
+@pytest.mark.parametrize("script", ["train_dreambooth_gsoft.py", "inference.py", "export.py"])
 def test_mistakes_are_one_line_and_status_2(script, tmp_path):
     arguments = {
         "train_dreambooth_gsoft.py": ("--instance_data_dir", "nowhere", "--class_word", "dog"),
         "inference.py": ("--adapter", "nowhere", "--prompt", "a"),
+        "export.py": ("--adapter", "nowhere", "--format", "checkpoint"),
     }[script]
     done = run(tmp_path, script, *arguments)
     assert done.returncode == 2

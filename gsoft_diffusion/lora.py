@@ -1,0 +1,96 @@
+"""What an adapter does to the weights as a LoRA: the nearest change of low rank, under the names that tools expect."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The factors `up (out, rank)` and `down (rank, in)` of one layer, and how near they come to the adapter.
+
+    name: the layer's name in the adapter.
+    weight_norm, change_norm, lost_norm: `‖W‖`, `‖W' − W‖` and `‖W' − W − up·down‖`, Frobenius, rounding included.
+    """
+
+    name: str
+    up: Tensor
+    down: Tensor
+    weight_norm: float
+    change_norm: float
+    lost_norm: float
+
+    @property
+    def change(self) -> float:
+        """How much the adapter changes the layer, relative to the layer."""
+        return _ratio(self.change_norm, self.weight_norm)
+
+    @property
+    def error(self) -> float:
+        """How much of that change the LoRA loses, relative to the change."""
+        return _ratio(self.lost_norm, self.change_norm)
+
+
+def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: torch.dtype) -> LoraLayer:
+    """The layer that takes `weight` W to about `rotated` W', both float32 `(out, in)`; its factors in `dtype`."""
+    change = rotated - weight
+    up, down = (factor.to(dtype) for factor in low_rank(change, rank))
+    lost = change - up.float() @ down.float()
+    return LoraLayer(name, up, down, *(matrix.norm().item() for matrix in (weight, change, lost)))
+
+
+def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`up (out, rank)` and `down (rank, in)` whose product is as near to `change (out, in)` as the rank allows.
+
+    By the truncated singular value decomposition `U_r S_r V_rᵀ` (Eckart and Young, 1936): what is lost,
+    `‖change − up·down‖_F`, is the root of the sum of squares of the singular values left out. The values are shared
+    evenly, `U_r √S_r` and `√S_r V_rᵀ`, so that both factors stay well within half precision. A rank above that of the
+    matrix is filled up with zeros: diffusers reads kohya's alphas only if all layers have the same.
+    """
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    root = s[:rank].sqrt()
+    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    missing = rank - len(root)
+    return F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))
+
+
+def total_error(layers: Sequence[LoraLayer]) -> float:
+    """The error of all layers taken as one vector of weights."""
+    return _ratio(
+        math.hypot(*(layer.lost_norm for layer in layers)), math.hypot(*(layer.change_norm for layer in layers))
+    )
+
+
+def diffusers_tensors(layer: LoraLayer) -> dict[str, Tensor]:
+    """The factors as diffusers' `save_lora_weights` names them; there, A is down and B is up."""
+    path = module_path(layer.name)
+    return {f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}
+
+
+def kohya_tensors(layer: LoraLayer) -> dict[str, Tensor]:
+    """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here."""
+    path = re.sub(r"^text_encoder\.", "te.", module_path(layer.name)).replace(".", "_")
+    factors = {f"lora_{path}.lora_down.weight": layer.down, f"lora_{path}.lora_up.weight": layer.up}
+    return factors | {f"lora_{path}.alpha": torch.tensor(float(len(layer.down)))}
+
+
+def module_path(name: str) -> str:
+    """Where a layer of the adapter (see `Adapter`) is in a diffusers pipeline.
+
+    In the text encoder by the names of transformers before 5.6, which every tool's loader understands.
+    """
+    if name.startswith("unet."):
+        return re.sub(r"\.to_out$", ".to_out.0", name)
+    return re.sub(r"^text_encoder\.layers\.(\d+)", r"text_encoder.text_model.encoder.layers.\1.self_attn", name)
+
+
+def _ratio(part: float, whole: float) -> float:
+    """`part / whole`, and nothing of nothing is 0."""
+    return part / whole if whole else 0.0

@@ -1,0 +1,168 @@
+"""The names that Stable Diffusion's original checkpoints, whole models in one file, give to diffusers' weights.
+
+    model.diffusion_model.…          UNet: latent-diffusion's blocks, counted through all resolutions
+    first_stage_model.…              VAE
+    cond_stage_model.transformer.…   text encoder of 1.x: OpenAI's CLIP, as transformers names it
+    cond_stage_model.model.…         text encoder of 2.x: OpenCLIP, with query, key and value in one matrix
+
+Derived from the models' structure, so that it holds for any number of blocks and layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from gsoft_diffusion.errors import UserError
+
+# Inside a block: diffusers' name, the original's.
+UNET_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_LAYERS = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPEN_CLIP_LAYERS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def original_layout(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """All weights under their original names; dtypes stay. UserError if one has no place in that layout."""
+    text = open_clip_tensors(text_encoder) if is_open_clip(text_encoder) else clip_tensors(text_encoder)
+    return (
+        {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}
+        | {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(vae).items()}
+        | {f"cond_stage_model.{name}": tensor for name, tensor in text.items()}
+    )
+
+
+def is_open_clip(text_encoder: CLIPTextModel) -> bool:
+    """Whether it is OpenCLIP (Stable Diffusion 2.x) rather than OpenAI's CLIP (1.x): their activations differ.
+
+    The files have no place for the activation: who reads one takes it from the layout. UserError for a third kind.
+    """
+    activation = text_encoder.config.hidden_act
+    if activation not in ("gelu", "quick_gelu"):
+        raise UserError(
+            f"a text encoder with activation {activation} has no place in Stable Diffusion's original layout"
+        )
+    return activation == "gelu"
+
+
+def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    blocks = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    count = 1  # conv_in is input block 0
+    for level, block in enumerate(unet.down_blocks):
+        for layer in range(len(block.resnets)):
+            blocks[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
+            blocks[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
+            count += 1
+        blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+        count += 1
+    count = 0
+    for level, block in enumerate(unet.up_blocks):
+        for layer in range(len(block.resnets)):
+            blocks[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{count}.0"
+            blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{count}.1"
+            count += 1
+        place = 2 if hasattr(block, "attentions") else 1  # the last of what the level's last output block holds
+        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count - 1}.{place}.conv"
+    return _renamed(unet, blocks, UNET_LAYERS)
+
+
+def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:
+    blocks = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        names = {
+            "conv_in": "conv_in",
+            "mid_block.resnets.0": "mid.block_1",
+            "mid_block.attentions.0": "mid.attn_1",
+            "mid_block.resnets.1": "mid.block_2",
+            "conv_norm_out": "norm_out",
+            "conv_out": "conv_out",
+        }
+        blocks |= {f"{half}.{name}": f"{half}.{original}" for name, original in names.items()}
+    for level, block in enumerate(vae.encoder.down_blocks):
+        blocks[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
+        for layer in range(len(block.resnets)):
+            blocks[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"encoder.down.{level}.block.{layer}"
+    for position, block in enumerate(vae.decoder.up_blocks):
+        level = len(vae.decoder.up_blocks) - 1 - position  # the original counts from the finest resolution
+        blocks[f"decoder.up_blocks.{position}.upsamplers.0"] = f"decoder.up.{level}.upsample"
+        for layer in range(len(block.resnets)):
+            blocks[f"decoder.up_blocks.{position}.resnets.{layer}"] = f"decoder.up.{level}.block.{layer}"
+    tensors = _renamed(vae, blocks, VAE_LAYERS)
+    for name, tensor in tensors.items():
+        if ".mid.attn_1." in name and tensor.ndim == 2:
+            tensors[name] = tensor[:, :, None, None]  # 1×1 convolutions in the original
+    return tensors
+
+
+def clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    tensors = {f"transformer.text_model.{name}": tensor for name, tensor in _text_tensors(text_encoder).items()}
+    length = text_encoder.config.max_position_embeddings
+    return tensors | {"transformer.text_model.embeddings.position_ids": torch.arange(length)[None]}  # older tools ask
+
+
+def open_clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    blocks = {"final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding"}
+    for layer in range(text_encoder.config.num_hidden_layers):
+        blocks[f"encoder.layers.{layer}"] = f"transformer.resblocks.{layer}"
+    tensors = _text_tensors(text_encoder)
+    renamed = {"model.positional_embedding": tensors.pop("embeddings.position_embedding.weight")}
+    for layer in range(text_encoder.config.num_hidden_layers):
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            renamed[f"model.transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+    names = {name: _rename(name, blocks, OPEN_CLIP_LAYERS) for name in tensors}
+    return renamed | {f"model.{names[name]}": tensor for name, tensor in tensors.items()}
+
+
+def _text_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """The text encoder's weights without the `text_model.` that transformers put before them until 5.6."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
+
+
+def _renamed(model: nn.Module, blocks: Mapping[str, str], layers: Mapping[str, str]) -> dict[str, Tensor]:
+    return {_rename(name, blocks, layers): tensor for name, tensor in model.state_dict().items()}
+
+
+def _rename(name: str, blocks: Mapping[str, str], layers: Mapping[str, str]) -> str:
+    """`<block>.<layer>.weight` in the original's words. UserError if the block is in none of the original models."""
+    for block, original in blocks.items():
+        if name.startswith(f"{block}."):
+            rest = name.removeprefix(f"{block}.")
+            for layer, original_layer in layers.items():
+                if rest.startswith(f"{layer}."):
+                    rest = original_layer + rest.removeprefix(layer)
+                    break
+            return f"{original}.{rest}"
+    raise UserError(f"{name} has no place in Stable Diffusion's original layout; choose --format diffusers")

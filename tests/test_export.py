@@ -1,0 +1,410 @@
+"""What export.py writes, read back by the loaders of diffusers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_base
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import randomise
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from gsoft_diffusion.adapter_file import load_adapter, save_adapter
+from gsoft_diffusion.config import AdapterConfig, ExportConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.export import export, write_tensors
+from gsoft_diffusion.inject import inject
+from gsoft_diffusion.lora import LoraLayer, approximate, low_rank, total_error
+from gsoft_diffusion.models import Models, load_models
+from gsoft_diffusion.original_layout import original_layout
+
+WIDEST = 64  # the tiny bases' largest width: the full rank of every layer
+
+
+def write_adapter(base: Path, path: Path, **changes: object) -> Path:
+    """An adapter of random rotations for the base."""
+    models = load_models(str(base))
+    identity = models.identity()
+    config = AdapterConfig(**({"nblocks": 4} | changes))
+    adapter = inject(config, models.unet, [models.text_encoder])
+    randomise(adapter, size=0.1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(path, adapter, base_model=identity, training={}, prompts={"instance_prompt": "a sks dog"})
+    return path
+
+
+def enlarge(base: Path) -> Path:
+    """Give the base the block structure of Stable Diffusion 2: four levels of two layers, OpenCLIP, linear layers."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=2,
+        norm_num_groups=8,
+        attention_head_dim=(1, 2, 4, 4),
+        cross_attention_dim=32,
+        use_linear_projection=True,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 32, 32),
+        layers_per_block=2,
+        norm_num_groups=4,
+    )
+    config = CLIPTextConfig.from_pretrained(base / "text_encoder")
+    config.update({"hidden_act": "gelu", "num_hidden_layers": 3})
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", CLIPTextModel(config))):
+        part.save_pretrained(base / name)
+    return base
+
+
+@pytest.fixture(scope="module", params=["1.x, two levels", "2.x, real structure"])
+def any_base(request, tmp_path_factory) -> Path:
+    folder = write_base(tmp_path_factory.mktemp("bases") / "base")
+    return enlarge(folder) if request.param.startswith("2") else folder
+
+
+@pytest.fixture(scope="module")
+def any_adapter(any_base) -> Path:
+    return write_adapter(any_base, any_base.parent / "adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    return write_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
+
+
+@contextmanager
+def adapted(path: Path, base: Path) -> Iterator[Models]:
+    """The base with its adapter at work, not merged."""
+    models = load_models(str(base))
+    load_adapter(path, models.unet, [models.text_encoder])
+    with torch.no_grad():
+        yield models
+
+
+def weights(models: Models | StableDiffusionPipeline) -> dict[str, Tensor]:
+    parts = {"text_encoder": models.text_encoder, "vae": models.vae, "unet": models.unet}
+    return {f"{part}.{name}": tensor for part, model in parts.items() for name, tensor in model.state_dict().items()}
+
+
+def merged_weights(path: Path, base: Path) -> dict[str, Tensor]:
+    models = load_models(str(base))
+    load_adapter(path, models.unet, [models.text_encoder])[0].merge()
+    return weights(models)
+
+
+@torch.no_grad()
+def outputs(models: Models | StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
+    """The text encoder's and the UNet's for fixed tokens, latents and timesteps."""
+    tokens = torch.arange(32).reshape(2, 16)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    text = models.text_encoder.eval()(tokens)[0]
+    return text, models.unet.eval()(latents, torch.tensor([3, 500]), text).sample
+
+
+def assert_outputs_agree(given, wanted, relative: float) -> None:
+    for one, other in zip(given, wanted, strict=True):
+        assert (one - other).norm() <= relative * other.norm()
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_folder_is_a_whole_model(any_base, any_adapter, tmp_path, precision):
+    folder = export(ExportConfig(str(any_adapter), "diffusers", str(tmp_path / "out" / "dog"), precision=precision))
+    dtype = getattr(torch, precision)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    found, wanted = weights(pipeline), merged_weights(any_adapter, any_base)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    prompt = "a sks dog"
+    assert pipeline.tokenizer(prompt).input_ids == load_models(str(any_base)).tokenizer(prompt).input_ids
+    assert {path.name for path in (folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
+    assert [path.name for path in folder.parent.iterdir()] == ["dog"]
+
+
+def test_folder_can_be_trained_on_and_drawn_with_again(base, adapter, tmp_path):
+    folder = export(ExportConfig(str(adapter), "diffusers", str(tmp_path / "dog"), precision="float32"))
+    with adapted(adapter, base) as models:
+        assert_outputs_agree(outputs(load_models(str(folder))), outputs(models), 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_checkpoint_loads_as_a_single_file(any_base, any_adapter, tmp_path, precision):
+    path = export(ExportConfig(str(any_adapter), "checkpoint", str(tmp_path / "dog.safetensors"), precision=precision))
+    dtype = getattr(torch, precision)
+    pipeline = StableDiffusionPipeline.from_single_file(
+        path, config=str(any_base), torch_dtype=dtype, local_files_only=True
+    )
+    found, wanted = weights(pipeline), merged_weights(any_adapter, any_base)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
+
+
+# Names in the published v1-5 and v2-1 checkpoints.
+PUBLISHED = {
+    "model.diffusion_model.time_embed.2.bias",
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
+    "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight",
+    "model.diffusion_model.input_blocks.3.0.op.weight",
+    "model.diffusion_model.input_blocks.4.0.skip_connection.weight",
+    "model.diffusion_model.input_blocks.8.1.transformer_blocks.0.ff.net.0.proj.weight",
+    "model.diffusion_model.input_blocks.11.0.emb_layers.1.bias",
+    "model.diffusion_model.middle_block.1.proj_in.weight",
+    "model.diffusion_model.middle_block.2.out_layers.3.weight",
+    "model.diffusion_model.output_blocks.2.1.conv.weight",
+    "model.diffusion_model.output_blocks.5.2.conv.bias",
+    "model.diffusion_model.output_blocks.8.2.conv.weight",
+    "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.attn1.to_out.0.bias",
+    "model.diffusion_model.output_blocks.11.0.skip_connection.weight",
+    "model.diffusion_model.out.2.bias",
+    "first_stage_model.encoder.down.0.block.1.norm2.weight",
+    "first_stage_model.encoder.down.1.block.0.nin_shortcut.weight",
+    "first_stage_model.encoder.down.2.downsample.conv.weight",
+    "first_stage_model.encoder.mid.attn_1.proj_out.weight",
+    "first_stage_model.encoder.norm_out.bias",
+    "first_stage_model.decoder.mid.block_2.conv1.weight",
+    "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
+    "first_stage_model.decoder.up.3.block.2.conv2.weight",
+    "first_stage_model.decoder.up.1.upsample.conv.bias",
+    "first_stage_model.quant_conv.weight",
+    "first_stage_model.post_quant_conv.bias",
+}
+OPEN_CLIP = {
+    "cond_stage_model.model.positional_embedding",
+    "cond_stage_model.model.token_embedding.weight",
+    "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight",
+    "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias",
+    "cond_stage_model.model.transformer.resblocks.1.attn.out_proj.bias",
+    "cond_stage_model.model.transformer.resblocks.1.ln_2.weight",
+    "cond_stage_model.model.transformer.resblocks.1.mlp.c_fc.weight",
+    "cond_stage_model.model.transformer.resblocks.1.mlp.c_proj.bias",
+    "cond_stage_model.model.ln_final.weight",
+}
+CLIP = {
+    "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight",
+    "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+}
+
+
+def test_original_names_are_the_published_ones(base, tmp_path):
+    models = load_models(str(enlarge(write_base(tmp_path / "base"))))
+    tensors = original_layout(models.unet, models.vae, models.text_encoder)
+    assert tensors.keys() >= PUBLISHED | OPEN_CLIP
+    assert not [name for name in tensors if ".transformer.text_model." in name]
+    assert sum(name.startswith("model.diffusion_model.") for name in tensors) == 686  # as in the published files
+    assert sum(name.startswith("first_stage_model.") for name in tensors) == 248
+    assert tensors["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (32, 32, 1, 1)
+    assert tensors["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"].shape == (96, 32)
+    first = load_models(str(base))
+    assert original_layout(first.unet, first.vae, first.text_encoder).keys() >= CLIP
+
+
+def test_what_has_no_place_in_the_original_layout_is_named(base):
+    models = load_models(str(base))
+    models.unet.add_module("novelty", torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"novelty\.weight.*--format diffusers"):
+        original_layout(models.unet, models.vae, models.text_encoder)
+    models.text_encoder.config.hidden_act = "relu"
+    with pytest.raises(UserError, match="relu"):
+        original_layout(models.unet, models.vae, models.text_encoder)
+
+
+# LoRAs
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
+@pytest.mark.parametrize("rank", [1, 3, 5, 100])
+def test_truncation_loses_the_tail_of_the_singular_values(shape, rank):
+    change = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    up, down = low_rank(change, rank)
+    assert (up.shape, down.shape) == ((shape[0], rank), (rank, shape[1]))
+    tail = torch.linalg.svdvals(change.double())[rank:].norm()
+    assert math.isclose((change - up @ down).norm(), tail, rel_tol=1e-5, abs_tol=1e-5 * change.norm())
+
+
+def test_errors_are_relative_to_the_change():
+    weight = torch.eye(4)
+    layer = approximate("layer", weight, weight + torch.diag(torch.tensor([0.4, 0.3, 0.0, 0.0])), 1, torch.float32)
+    assert layer.change == pytest.approx(0.5 / 2)
+    assert layer.error == pytest.approx(0.3 / 0.5)
+    untouched = approximate("untouched", weight, weight, 1, torch.float32)
+    assert (untouched.change, untouched.error) == (0, 0)
+    assert total_error([layer, untouched]) == pytest.approx(0.3 / 0.5)
+    assert total_error([layer, LoraLayer("other", untouched.up, untouched.down, 1, 1.2, 0)]) == pytest.approx(0.3 / 1.3)
+
+
+def with_lora(base: Path, path: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
+@pytest.mark.slow
+def test_lora_of_full_rank_is_the_adapter(any_base, any_adapter, tmp_path, layout):
+    output = str(tmp_path / "dog.safetensors")
+    path = export(ExportConfig(str(any_adapter), layout, output, rank=WIDEST, precision="float32"))
+    pipeline = with_lora(any_base, path)
+    with adapted(any_adapter, any_base) as models:
+        wanted = outputs(models)
+    assert_outputs_agree(outputs(pipeline), wanted, 1e-5)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    merged = merged_weights(any_adapter, any_base)
+    for name, tensor in weights(pipeline).items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=2e-6 * merged[name].abs().max().item())
+    with path.with_suffix(".csv").open() as file:
+        assert all(float(row["error"]) < 1e-5 for row in csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
+def test_truncated_lora_does_what_its_product_does(any_base, any_adapter, tmp_path, layout):
+    path = export(ExportConfig(str(any_adapter), layout, str(tmp_path / "dog.safetensors"), rank=3))
+    models = load_models(str(any_base))
+    plain = outputs(models)
+    base, merged = weights(models), merged_weights(any_adapter, any_base)
+    by_hand, errors = {}, {}
+    for name, tensor in merged.items():
+        change = tensor - base[name]
+        if change.any():
+            u, s, vh = torch.linalg.svd(change.double())
+            by_hand[name] = base[name] + (u[:, :3] * s[:3] @ vh[:3]).float()
+            errors[name] = (s[3:].norm() / s.norm()).item()
+    for part in ("unet", "text_encoder"):
+        changed = {name.removeprefix(f"{part}."): by_hand[name] for name in by_hand if name.startswith(f"{part}.")}
+        assert changed
+        getattr(models, part).load_state_dict(changed, strict=False)
+    wanted = outputs(models)
+    found = outputs(with_lora(any_base, path))
+    assert_outputs_agree(found, wanted, 2e-3)  # the file is float16
+    assert (wanted[1] - plain[1]).norm() > 20 * (found[1] - wanted[1]).norm()
+    with path.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(float(row["error"]) for row in rows) == pytest.approx(sorted(errors.values()), rel=5e-3)
+
+
+def test_lora_of_an_adapter_without_the_text_encoder(base, tmp_path):
+    adapter = write_adapter(base, tmp_path / "adapter.safetensors", text_encoder=False)
+    path = export(ExportConfig(str(adapter), "kohya_lora", rank=4))
+    assert path == tmp_path / "kohya_lora_rank4.safetensors"
+    assert all(name.startswith("lora_unet_") for name in load_file(path))
+    text, image = outputs(with_lora(base, path))
+    plain_text, plain_image = outputs(load_models(str(base)))
+    assert torch.equal(text, plain_text)
+    assert not torch.equal(image, plain_image)
+
+
+def test_kohya_names_and_metadata(base, adapter, tmp_path):
+    path = export(ExportConfig(str(adapter), "kohya_lora", str(tmp_path / "dog.safetensors"), rank=8))
+    tensors = load_file(path)
+    attention = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert tensors[f"{attention}.lora_down.weight"].shape == (8, 32)
+    assert tensors[f"{attention}.lora_up.weight"].shape == (32, 8)
+    assert tensors[f"{attention}.alpha"] == 8
+    assert "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight" in tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_v2"], metadata["ss_network_dim"]) == ("False", "8")
+    assert json.loads(metadata["gsoft_diffusion"])["prompts"] == {"instance_prompt": "a sks dog"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("diffusers", "merged"),
+        ("checkpoint", "merged.safetensors"),
+        ("diffusers_lora", "diffusers_lora_rank64.safetensors"),
+        ("kohya_lora", "kohya_lora_rank64.csv"),
+    ],
+)
+def test_nothing_is_written_over(base, tmp_path, layout, name):
+    adapter = write_adapter(base, tmp_path / "adapter.safetensors")
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} exists"):
+        export(ExportConfig(str(adapter), layout))
+    assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint"])
+def test_numbers_too_large_for_float16(base, tmp_path, layout):
+    models = load_models(str(base))
+    huge = tmp_path / "huge"
+    for name in ("tokenizer", "scheduler", "text_encoder", "unet", "vae"):
+        getattr(models, name).save_pretrained(huge / name)
+    models.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e6
+    models.vae.save_pretrained(huge / "vae")
+    adapter = write_adapter(huge, tmp_path / "adapter.safetensors")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"decoder\.conv_in\.weight.*--precision float32"):
+        export(ExportConfig(str(adapter), layout))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_tensors(tmp_path / "file" / "dog.safetensors", {"a": torch.ones(2)}, {})
+    taken = tmp_path / "taken.safetensors"
+    with pytest.raises(UserError, match="exists"):
+        write_tensors(taken, Meddling(a=torch.ones(2), path=taken), {})
+    assert taken.read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken.safetensors"}
+
+
+class Meddling(dict):
+    """Tensors during whose writing somebody else takes the file's name."""
+
+    def __init__(self, path: Path, **tensors: Tensor) -> None:
+        super().__init__(tensors)
+        self.path = path
+
+    def items(self):
+        self.path.write_text("theirs")
+        return super().items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "checkpoint", "rank": 4}, "--rank"),
+        ({"format": "kohya_lora", "rank": 0}, "--rank"),
+        ({"format": "checkpoint", "output": "dog"}, r"\.safetensors"),
+        ({"format": "diffusers", "output": "dog.safetensors"}, "folder"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        ExportConfig("adapter.safetensors", **settings)
+
+
+def test_adapters_that_cannot_be_read_and_bases_that_do_not_fit(base, any_base, adapter, tmp_path):
+    with pytest.raises(UserError, match="no such adapter"):
+        export(ExportConfig(str(tmp_path / "nothing.safetensors"), "diffusers"))
+    other = enlarge(write_base(tmp_path / "other"))
+    with pytest.raises(UserError, match="another architecture"):
+        export(ExportConfig(str(adapter), "checkpoint", pretrained_model_name_or_path=str(other)))
+    assert not (adapter.parent / "merged.safetensors").exists()
