@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pretraining.checkpoint import Average, Checkpoint, keep_freed_memory
-from pretraining.train_vae import to_pixels
+from pretraining.train_vae import build_vae, to_pixels
 
 BATCH = 32
 PEAK_LR = 6e-4
@@ -87,8 +87,10 @@ def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndar
 def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the whole pipeline; the large parts in half precision, the text encoder as it is."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    vae = build_vae()  # not as loaded: that would write the work folder's path into the configuration
+    vae.load_state_dict(AutoencoderKL.from_pretrained(work / "vae").state_dict())
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae").half(),
+        vae=vae.half(),
         text_encoder=text_tower(work / "clip"),
         tokenizer=tokenizer,
         unet=unet,

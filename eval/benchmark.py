@@ -1,0 +1,175 @@
+"""Compare GSOFT with LoRA, BOFT, OFT and full fine-tuning at equal numbers of parameters.
+
+    python -m eval.benchmark eval/experiments/mini.yaml --out results/mini
+
+First every method's learning rate is chosen on a few subjects, then all run on all, then `report` writes tables, plots
+and a page with the pictures. Killed at any point, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.cell import is_done, pictures_of, read_results
+from eval.engines import ENGINES
+from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
+from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
+from eval.prompts import prompts_for
+from eval.report import SETTINGS, choose_learning_rates, write_report
+from gsoft_diffusion.baselines import BaselineConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.models import Models, load_models
+from gsoft_diffusion.options import run
+from gsoft_diffusion.settings import read_yaml
+
+FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
+    *("seeds", "subjects", "methods", "budgets", "learning_rates", "sweep_subjects", "sweep_budget"),
+    *("seconds_per_step", "seconds_per_picture"),
+}
+BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
+
+
+def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", workers: int = 1) -> None:
+    """Run every cell that is not done yet, and write the report."""
+    claim(experiment, out)
+    run_cells = ENGINES[engine]
+
+    def run_missing(what: str, cells: Sequence[Cell]) -> None:
+        missing = [cell for cell in dict.fromkeys(cells) if not is_done(cell, out)]
+        print(f"{what}: {len(cells)} cells, {len(missing)} of them to do")
+        if missing:
+            run_cells(experiment, missing, out, workers)
+
+    run_missing("base model and photos", base_cells(experiment))
+    run_missing("learning rates", sweep_cells(experiment))
+    rates = choose_learning_rates(experiment, out)
+    print("chosen: " + ", ".join(f"{METHODS[method]} {rate:g}" for method, rate in rates.items()))
+    run_missing("comparison", main_cells(experiment, rates))
+    for path in write_report(experiment, out):
+        print(path)
+
+
+def claim(experiment: Experiment, out: Path) -> None:
+    """Write the settings into the output folder. UserError if it holds cells of other settings."""
+    path = out / SETTINGS
+    if path.exists():
+        before = Experiment.from_dict(read_yaml(path)).to_dict()
+        now = experiment.to_dict()
+        if changed := [name for name in now if now[name] != before[name] and name not in FREE_TO_CHANGE]:
+            names = ", ".join(f"{name} is {now[name]} and was {before[name]}" for name in changed)
+            raise UserError(f"--out {out}: holds results of other settings ({names}); choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(experiment.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+
+def plan(experiment: Experiment, out: Path, workers: int) -> str:
+    """What `run_benchmark` would do: methods with their sizes, cells, time, disk. Loads no weights but the base's."""
+    rates = {method: getattr(experiment.learning_rates, method)[0] for method in experiment.methods}
+    phases = {
+        "base model and photos": base_cells(experiment),
+        "learning rates": sweep_cells(experiment),
+        "comparison": main_cells(experiment, rates),
+    }
+    subjects = experiment.chosen_subjects()
+    lines = [f"{len(subjects)} subjects: {', '.join(f'{s.name} ({s.class_word})' for s in subjects)}"]
+    resolution = experiment.resolution
+    try:
+        models = load_models(experiment.pretrained_model_name_or_path)
+    except UserError as error:  # a plan can be made where the model is not
+        lines.append(f"sizes are listed where the base model is: {error}")
+    else:
+        lines += _sizes(experiment, models)
+        resolution = resolution or models.resolution
+    prompts = prompts_for(subjects[0], experiment.unique_token, experiment.prompts, experiment.max_prompts)
+    pictures = sum(pictures_of(experiment, prompt.kind) for prompt in prompts)
+    resolution = resolution or 512
+    lines.append(
+        f"each cell: {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
+        f"then {pictures} pictures of {resolution} px for {len(prompts)} prompts"
+    )
+    seconds, bytes_ = 0.0, 0.0
+    measured = _measured(out)
+    for name, cells in phases.items():
+        missing = [cell for cell in cells if not is_done(cell, out)]
+        each = [_seconds(experiment, cell, pictures, measured) for cell in missing]
+        seconds += sum(each)
+        bytes_ += len(missing) * pictures * resolution**2 * BYTES_A_PIXEL
+        lines.append(f"{name}: {len(cells)} cells, {len(cells) - len(missing)} done, {_hours(sum(each))} of work")
+        lines += [f"    {cell.id}" for cell in cells if cell.seed == 0 and cell.subject == subjects[0].name]
+        lines.append(f"    … and the same for every other subject and seed, {len(cells)} in all")
+    source = "measured" if measured else "guessed from seconds_per_step and seconds_per_picture"
+    lines.append(
+        f"in all {_hours(seconds / workers)} with {workers} workers ({source}), {bytes_ / 1e9:.2f} GB of pictures"
+    )
+    return "\n".join(lines)
+
+
+def _sizes(experiment: Experiment, models: Models) -> list[str]:
+    """Every method at every budget, and what it trains."""
+    layers = adapted_layers(models.unet, [models.text_encoder], experiment.text_encoder)
+    full = count_parameters(BaselineConfig("full"), layers) or 0
+    lines = [f"{len(layers)} layers are adapted, {full:,} numbers"]
+    for budget in experiment.budgets:
+        for method in experiment.methods:
+            config = matched(method, budget, layers, experiment.text_encoder)
+            count = count_parameters(config, layers) or 0
+            if method != "full":
+                lines.append(
+                    f"    {budget:7} {METHODS[method]:13} {describe(config):12} {count:>12,} ({count / full:.1%})"
+                )
+    return lines
+
+
+def _measured(out: Path) -> dict[str, float]:
+    """Mean seconds of the cells that are done, by method."""
+    seconds: dict[str, list[float]] = {}
+    for result in read_results(out):
+        if "scores" in result:
+            taken = result.get("prepare_seconds", 0) + result.get("train_seconds", 0) + result["pictures_seconds"]
+            seconds.setdefault(result["cell"]["method"], []).append(taken)
+    return {method: sum(values) / len(values) for method, values in seconds.items()}
+
+
+def _seconds(experiment: Experiment, cell: Cell, pictures: int, measured: dict[str, float]) -> float:
+    if cell.method in measured:
+        return measured[cell.method]
+    curve = math.ceil(experiment.max_train_steps / experiment.curve_every) - 1 if experiment.curve_every else 0
+    drawn = pictures * (1 + (curve if cell.seed == 0 and cell.method != "base" else 0))
+    steps = 0 if cell.method == "base" else experiment.max_train_steps
+    return steps * experiment.seconds_per_step + drawn * experiment.seconds_per_picture
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="YAML file with an experiment's settings, see eval/experiment.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for cells and report")
+    parser.add_argument("--subjects_dir", help="folder of subjects, or of photos of one, instead of the file's")
+    parser.add_argument("--class_word", help="what the photos show, if the folder is of one subject")
+    parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="where cells run (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time (default: %(default)s)")
+    args = parser.parse_args()
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    settings = read_yaml(args.experiment)
+    settings |= {name: vars(args)[name] for name in ("subjects_dir", "class_word") if vars(args)[name]}
+    experiment = Experiment.from_dict(settings)
+    if args.dry_run:
+        print(plan(experiment, args.out, args.workers))
+    else:
+        run_benchmark(experiment, args.out, args.engine, args.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

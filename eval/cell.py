@@ -1,0 +1,312 @@
+"""One cell of a comparison, from photos to scores, in a folder of its own that appears whole or not at all.
+
+cells/<id>/result.json   settings, versions, times, the score of every picture
+cells/<id>/*.png         the pictures
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from eval import metrics
+from eval.encoders import Encoders, load_encoders
+from eval.experiment import Cell, Experiment
+from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
+from eval.prompts import Kind, Prompt, prompts_for
+from eval.score import Embedded, embed, picture_scores, reference_scores
+from eval.subjects import Subject
+from gsoft_diffusion.adapter_file import load_adapter
+from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, load_baseline
+from gsoft_diffusion.checkpoints import checkpoints, step_of
+from gsoft_diffusion.class_images import ensure_class_images
+from gsoft_diffusion.config import AdapterConfig, TrainingConfig
+from gsoft_diffusion.dataset import open_image
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.generation import generate
+from gsoft_diffusion.inject import Adapter
+from gsoft_diffusion.models import DTYPES, Models, load_models
+from gsoft_diffusion.pictures import slug
+from gsoft_diffusion.training import train, with_model_defaults
+
+RESULT = "result.json"
+SEEDS_A_CELL = 1000  # picture seeds of cell seed `s` are 1000·s, 1000·s + 1, …: the same for every method
+UNSHARED = ("adapter", "instance_data_dir", "output_dir", "class_data_dir", "pretrained_model_name_or_path")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A generated picture that is scored."""
+
+    prompt: Prompt
+    index: int
+    seed: int
+    image: Image.Image
+
+    @property
+    def file(self) -> str:
+        return f"{self.prompt.kind}-{self.index:02d}-seed{self.seed}.png"
+
+
+def is_done(cell: Cell, out: Path) -> bool:
+    return (out / "cells" / cell.id / RESULT).is_file()
+
+
+def read_result(cell: Cell, out: Path) -> dict[str, Any]:
+    return json.loads((out / "cells" / cell.id / RESULT).read_text(encoding="utf-8"))
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """All that is done in a comparison's folder, in order of the cells' names."""
+    paths = sorted((out / "cells").glob(f"*/{RESULT}"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
+    """Train, draw, score and write the cell's folder; nothing if it is there already.
+
+    A training that diverges is a result too, without scores. Raises UserError for what concerns all cells, and
+    KeyboardInterrupt if a signal ended the training: nothing is written then.
+    """
+    if is_done(cell, out):
+        return
+    scratch = out / "work" / f"{cell.id}.{socket.gethostname()}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / "cell").mkdir(parents=True)
+    try:
+        result = (_base if cell.method == "base" else _tuned)(experiment, cell, out, scratch)
+        (scratch / "cell" / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        target = out / "cells" / cell.id
+        target.parent.mkdir(exist_ok=True)
+        try:
+            (scratch / "cell").rename(target)
+        except OSError:
+            if not is_done(cell, out):  # else another machine was given it as well, and was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
+    """The base model asked for any member of the class, and the real photos. Draws the class images for all cells."""
+    subject, prompts, models, encoders = _prepare(experiment, cell)
+    if experiment.with_prior_preservation:
+        ensure_class_images(_training(experiment, cell, subject, models, out, scratch), models, models.identity())
+    plain = [Prompt(prompt.kind, prompt.plain, prompt.plain) for prompt in prompts]
+    started = time.perf_counter()
+    pictures = draw(experiment, models, plain, cell.seed)
+    seconds = time.perf_counter() - started
+    _save(pictures, scratch / "cell")
+    photos = embed(encoders, (open_image(path)[0] for path in subject.photos()))
+    captions = [prompt.plain for prompt in prompts if prompt.kind == "context"]
+    return _facts(experiment, cell, models, encoders) | {
+        "photos": reference_scores(photos, encoders.clip.embed_texts(captions)),
+        **score(experiment, pictures, photos, encoders, None),
+        "pictures_seconds": seconds,
+    }
+
+
+def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
+    subject, prompts, models, encoders = _prepare(experiment, cell)
+    layers = adapted_layers(models.unet, [models.text_encoder], experiment.text_encoder)
+    method = matched(cell.method, cell.budget or "medium", layers, experiment.text_encoder)
+    config = _training(experiment, cell, subject, models, out, scratch)
+    baseline = method if isinstance(method, BaselineConfig) else None
+    if isinstance(method, AdapterConfig):
+        config = replace(config, adapter=method)
+    facts = _facts(experiment, cell, models, encoders) | {
+        "method": method.to_dict(),
+        "size": describe(method),
+        "parameters": count_parameters(method, layers),
+        "full_parameters": count_parameters(BaselineConfig("full"), layers),
+        "training": {name: value for name, value in config.to_dict().items() if name not in UNSHARED},
+    }
+    started = time.perf_counter()
+    try:
+        trained = train(config, baseline)
+    except UserError as error:
+        if "not finite" not in str(error):
+            raise
+        return facts | {"diverged": str(error)}
+    if trained.interrupted:
+        raise KeyboardInterrupt
+    facts |= {
+        "train_seconds": trained.seconds,
+        "prepare_seconds": time.perf_counter() - started - trained.seconds,
+        "adapter_bytes": trained.adapter.stat().st_size,
+        "peak_memory_bytes": peak_memory(),
+    }
+    photos = embed(encoders, (open_image(path)[0] for path in subject.photos()))
+    unrelated = [prompt for prompt in prompts if prompt.kind == "unrelated"]
+    untouched = embed(encoders, (picture.image for picture in draw(experiment, models, unrelated, cell.seed)))
+    curve = []
+    for checkpoint in checkpoints(trained.adapter.parent):
+        if step_of(checkpoint) % (experiment.curve_every or 1) or step_of(checkpoint) >= trained.steps:
+            continue
+        adapter = load_tuned(method, checkpoint / trained.adapter.name, models)
+        adapter.merge()
+        pictures = draw(experiment, models, prompts, cell.seed)
+        curve.append({"step": step_of(checkpoint)} | score(experiment, pictures, photos, encoders, untouched)["scores"])
+        adapter.remove()
+    adapter = load_tuned(method, trained.adapter, models)
+    facts["orthogonality_error"] = adapter.orthogonality_error()
+    assert adapter.parameter_counts()["total"] == facts["parameters"]
+    adapter.merge()
+    started = time.perf_counter()
+    pictures = draw(experiment, models, prompts, cell.seed)
+    facts["pictures_seconds"] = time.perf_counter() - started
+    scored = score(experiment, pictures, photos, encoders, untouched)
+    if experiment.curve_every and cell.seed == 0:
+        facts["curve"] = [*curve, {"step": trained.steps} | scored["scores"]]
+    _save(pictures, scratch / "cell")
+    return facts | scored
+
+
+def _training(
+    experiment: Experiment, cell: Cell, subject: Subject, models: Models, out: Path, scratch: Path
+) -> TrainingConfig:
+    """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
+    class_images = out / "class_images" / slug(subject.class_word)
+    config = experiment.training(subject, cell.seed, cell.learning_rate or 1, scratch / "run", class_images)
+    return with_model_defaults(config.resolved(), models)
+
+
+def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt], Models, Encoders]:
+    subject = next(subject for subject in experiment.chosen_subjects() if subject.name == cell.subject)
+    prompts = prompts_for(subject, experiment.unique_token, experiment.prompts, experiment.max_prompts)
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    models = load_models(
+        experiment.pretrained_model_name_or_path, dtype=DTYPES[experiment.mixed_precision], device=device
+    )
+    return subject, prompts, models, load_encoders(experiment.clip, experiment.dino, device)
+
+
+def load_tuned(method: AnyConfig, path: Path, models: Models) -> Adapter | BaselineAdapter:
+    """Put what training wrote into the models."""
+    if isinstance(method, BaselineConfig):
+        return load_baseline(path, models.unet, [models.text_encoder])
+    return load_adapter(path, models.unet, [models.text_encoder])[0]
+
+
+def draw(experiment: Experiment, models: Models, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
+    """Every prompt as often as its kind asks for, with the picture seeds of the cell's seed."""
+    first = SEEDS_A_CELL * seed
+    jobs = [
+        (index, prompt, first + number)
+        for index, prompt in enumerate(prompts)
+        for number in range(pictures_of(experiment, prompt.kind))
+    ]
+    samples = generate(
+        models,
+        [(prompt.text, picture_seed) for _, prompt, picture_seed in jobs],
+        experiment.sampler,
+        resolution=experiment.resolution,
+        batch_size=experiment.sample_batch_size,
+    )
+    return [
+        Picture(prompt, index, picture_seed, sample.image)
+        for (index, prompt, picture_seed), sample in zip(jobs, samples, strict=True)
+    ]
+
+
+def pictures_of(experiment: Experiment, kind: Kind) -> int:
+    """How many pictures each prompt of a kind gets."""
+    return {
+        "context": experiment.images_per_prompt,
+        "base": experiment.base_images,
+        "class": experiment.class_images,
+        "unrelated": experiment.unrelated_images,
+    }[kind]
+
+
+def score(
+    experiment: Experiment,
+    pictures: Sequence[Picture],
+    photos: Embedded,
+    encoders: Encoders,
+    untouched: Embedded | None,
+) -> dict[str, Any]:
+    """`pictures`: the scores of each; `scores`: their means, by kind.
+
+    untouched: the base model's pictures for the unrelated prompts, in the same order.
+    """
+    captions = [p.prompt.text if experiment.token_in_caption else p.prompt.plain for p in pictures]
+    embedded = embed(encoders, (picture.image for picture in pictures))
+    texts = dict(zip(dict.fromkeys(captions), encoders.clip.embed_texts(list(dict.fromkeys(captions))), strict=True))
+    each = picture_scores(embedded, photos, torch.stack([texts[caption] for caption in captions]))
+
+    def of(kind: Kind) -> list[int]:
+        return [number for number, picture in enumerate(pictures) if picture.prompt.kind == kind]
+
+    def mean(name: str, kind: Kind) -> float:
+        return metrics.mean([each[number][name] for number in of(kind)])
+
+    names = ("clip_i", "dino", "clip_t", "clip_nearest", "dino_nearest")
+    scores = {name: mean(name, "context") for name in names}
+    scores |= {f"{name}_base_prompt": mean(name, "base") for name in names}
+    scores["pres"] = mean("dino", "class")
+    groups = [[n for n in of("context") if pictures[n].index == index] for index in {p.index for p in pictures}]
+    groups = [group for group in groups if len(group) > 1] or [of("base")]
+    if min(map(len, groups)) > 1:
+        scores["div"] = metrics.mean([metrics.diversity(embedded[group].dino) for group in groups])
+    if untouched is not None:
+        scores["drift"] = metrics.mean(metrics.drift(embedded[of("unrelated")].clip, untouched.clip).tolist())
+    rows = [
+        {
+            "file": picture.file,
+            "kind": picture.prompt.kind,
+            "prompt": picture.prompt.text,
+            "caption": caption,
+            "seed": picture.seed,
+            **row,
+        }
+        for picture, caption, row in zip(pictures, captions, each, strict=True)
+    ]
+    return {"scores": scores, "pictures": rows}
+
+
+def _facts(experiment: Experiment, cell: Cell, models: Models, encoders: Encoders) -> dict[str, Any]:
+    """What a result says of where it comes from."""
+    return {
+        "cell": asdict(cell),
+        "base_model": asdict(models.identity()) | {"name": _public(models.name)},
+        "encoders": encoders.to_dict(),
+        "captions": "with the unique token" if experiment.token_in_caption else "without the unique token",
+        "sampler": experiment.sampler.to_dict(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _public(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def peak_memory() -> int:
+    """Largest memory so far in bytes: the GPU's if there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _save(pictures: Sequence[Picture], folder: Path) -> None:
+    for picture in pictures:
+        picture.image.save(folder / picture.file)

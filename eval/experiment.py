@@ -1,0 +1,241 @@
+"""What a comparison consists of: its settings, and the cells that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.methods import BUDGETS, METHODS
+from eval.prompts import DREAMBOOTH
+from eval.subjects import Subject, read_subjects
+from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.settings import Settings, not_negative, positive, require
+
+
+@dataclass(frozen=True)
+class LearningRates(Settings):
+    """The learning rates that each method is tried with; the best of them is used for its rows.
+
+    double_gsoft: of Double GSOFT.
+    gsoft: of GSOFT.
+    lora: of LoRA.
+    boft: of BOFT.
+    oft: of OFT.
+    full: of full fine-tuning.
+    """
+
+    double_gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    lora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    boft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    oft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    full: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
+
+    def __post_init__(self) -> None:
+        for method in METHODS:
+            rates = getattr(self, method)
+            if not rates or min(rates) <= 0:
+                raise UserError(f"learning_rates.{method}: give one or more, each above 0")
+
+
+@dataclass(frozen=True)
+class Experiment(Settings):
+    """One comparison. All methods share everything here but their learning rates.
+
+    subjects_dir: folder of subjects (see eval/subjects.py), or of the photos of one.
+    class_word: what the photos show, if the folder is of one subject.
+    subjects: names of the subjects to take; by default all.
+    methods: which methods: double_gsoft, gsoft, lora, boft, oft, full.
+    budgets: which sizes: small, medium, large.
+    seeds: how often everything is repeated, with seeds 0, 1, 2, …
+    learning_rates: what is tried for each method.
+    sweep_subjects: how many subjects (the first ones, at seed 0) the learning rates are tried on.
+    sweep_budget: the size they are tried at.
+    pretrained_model_name_or_path: base model.
+    unique_token: the subject's name in prompts.
+    text_encoder: adapt the text encoder's attention as well as the UNet's.
+    resolution: side of the square pictures; by default what the base model was made for.
+    max_train_steps: optimizer steps.
+    train_batch_size: photos in a batch.
+    gradient_checkpointing: recompute activations in the backward pass.
+    with_prior_preservation: train on pictures of the class as well.
+    num_class_images: how many.
+    adam_weight_decay: decoupled weight decay.
+    snr_gamma: gamma of min-SNR loss weights; by default none.
+    mixed_precision: type of the frozen base.
+    prompts: dreambooth, or a file of templates.
+    max_prompts: use only so many of the templates; by default all.
+    token_in_caption: keep the unique token in the texts that CLIP-T compares with.
+    images_per_prompt: pictures for each context prompt.
+    base_images: pictures for the base prompt, "a photo of a sks dog".
+    class_images: pictures for the class prompt, which PRES looks at.
+    unrelated_images: pictures for each unrelated prompt, which drift looks at.
+    curve_every: score the cells of seed 0 every so many steps as well; 0 for never.
+    sampler: how pictures are drawn.
+    sample_batch_size: pictures drawn at a time.
+    clip: CLIP encoder: auto, folder or open_clip's name.
+    dino: DINO encoder: auto, folder or name.
+    seconds_per_step: guess for the time estimate, until cells have been measured.
+    seconds_per_picture: the same for drawing.
+    """
+
+    subjects_dir: str = "data/subjects"
+    class_word: str | None = None
+    subjects: tuple[str, ...] = ()
+    methods: tuple[str, ...] = tuple(METHODS)
+    budgets: tuple[str, ...] = tuple(BUDGETS)
+    seeds: int = 2
+    learning_rates: LearningRates = LearningRates()
+    sweep_subjects: int = 2
+    sweep_budget: str = "medium"
+
+    pretrained_model_name_or_path: str = BUNDLED_BASE
+    unique_token: str = "sks"
+    text_encoder: bool = True
+    resolution: int | None = None
+    max_train_steps: int = 400
+    train_batch_size: int = 4
+    gradient_checkpointing: bool = False
+    with_prior_preservation: bool = False
+    num_class_images: int = 100
+    adam_weight_decay: float = 1e-2
+    snr_gamma: float | None = None
+    mixed_precision: str = "no"
+
+    prompts: str = DREAMBOOTH
+    max_prompts: int | None = None
+    token_in_caption: bool = False
+    images_per_prompt: int = 2
+    base_images: int = 8
+    class_images: int = 8
+    unrelated_images: int = 2
+    curve_every: int = 0
+    sampler: SamplerConfig = SamplerConfig()  # noqa: RUF009 - frozen
+    sample_batch_size: int = 8
+    clip: str = "auto"
+    dino: str = "auto"
+
+    seconds_per_step: float = 0.5
+    seconds_per_picture: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, known in (("methods", METHODS), ("budgets", BUDGETS)):
+            given = getattr(self, name)
+            if not given or set(given) - set(known):
+                raise UserError(f"{name}: {', '.join(given) or 'nothing'}; choose from {', '.join(known)}")
+        if self.sweep_budget not in BUDGETS:
+            raise UserError(f"sweep_budget: {self.sweep_budget}; choose from {', '.join(BUDGETS)}")
+        require(self, positive, "more than 0", "seeds", "images_per_prompt", "base_images", "max_prompts")
+        require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
+        require(self, not_negative, "0 or more", "curve_every")
+
+    def chosen_subjects(self) -> list[Subject]:
+        """The subjects to compare on. UserError if one that is asked for is not there."""
+        found = {subject.name: subject for subject in read_subjects(self.subjects_dir, self.class_word)}
+        if missing := [name for name in self.subjects if name not in found]:
+            raise UserError(
+                f"subjects: {', '.join(missing)} is not in {self.subjects_dir}; there are {', '.join(found)}"
+            )
+        return [found[name] for name in self.subjects or found]
+
+    def training(
+        self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
+    ) -> TrainingConfig:
+        """The trainer's settings for one cell, the method's own left out."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _TRAINING}
+        return TrainingConfig.from_dict(
+            {
+                **shared,
+                "instance_data_dir": str(subject.folder),
+                "class_word": subject.class_word,
+                "output_dir": str(output_dir),
+                "class_data_dir": str(class_images) if self.with_prior_preservation else None,
+                "seed": seed,
+                "learning_rate": learning_rate,
+                "sampler": self.sampler.to_dict(),
+                "checkpointing_steps": self.curve_every if seed == 0 else 0,
+                "num_validation_images": 0,
+                "report_to": "none",
+            }
+        )
+
+
+_TRAINING = (
+    "pretrained_model_name_or_path",
+    "unique_token",
+    "resolution",
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_checkpointing",
+    "with_prior_preservation",
+    "num_class_images",
+    "adam_weight_decay",
+    "snr_gamma",
+    "mixed_precision",
+    "sample_batch_size",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One independent job: train one method on one subject with one seed, draw and score.
+
+    method: a key of `METHODS`, or `base`, which trains nothing.
+    budget, learning_rate: None where the method has none.
+    """
+
+    method: str
+    budget: str | None
+    learning_rate: float | None
+    subject: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Names its folder."""
+        parts = [self.method, self.budget, self.learning_rate and f"lr{self.learning_rate:g}", self.subject]
+        return "--".join([str(part) for part in parts if part is not None] + [f"seed{self.seed}"])
+
+    @property
+    def row(self) -> tuple[str, str | None, float | None]:
+        """The row of the table that it belongs to."""
+        return self.method, self.budget, self.learning_rate
+
+
+def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
+    """Full fine-tuning and the base model have one size."""
+    return (None,) if method in ("full", "base") else experiment.budgets
+
+
+def sweep_cells(experiment: Experiment) -> list[Cell]:
+    """The cells that choose every method's learning rate; none for a method that has only one."""
+    subjects = experiment.chosen_subjects()[: experiment.sweep_subjects]
+    return [
+        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject.name, 0)
+        for method in experiment.methods
+        if len(getattr(experiment.learning_rates, method)) > 1
+        for rate in getattr(experiment.learning_rates, method)
+        for subject in subjects
+    ]
+
+
+def base_cells(experiment: Experiment) -> list[Cell]:
+    """The base model's own answers, the reference that the trade-off is measured from."""
+    return [
+        Cell("base", None, None, subject.name, seed)
+        for subject in experiment.chosen_subjects()
+        for seed in range(experiment.seeds)
+    ]
+
+
+def main_cells(experiment: Experiment, rates: dict[str, float]) -> list[Cell]:
+    """The comparison itself, each method with its chosen learning rate. Cells of the sweep come again, and are done."""
+    return [
+        Cell(method, budget, rates[method], subject.name, seed)
+        for seed in range(experiment.seeds)
+        for subject in experiment.chosen_subjects()
+        for method in experiment.methods
+        for budget in budgets_of(method, experiment)
+    ]

@@ -1,0 +1,163 @@
+"""Score a folder of generated pictures against a folder of photos of the subject.
+
+    python -m eval.score --images outputs/dog/images --photos photos_of_my_dog
+
+Pictures that inference.py drew carry their prompts; for others give --prompt, or leave CLIP-T out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from eval import metrics
+from eval.encoders import Encoders, load_encoders
+from gsoft_diffusion.dataset import list_images, open_image
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.options import run
+from gsoft_diffusion.pictures import METADATA_KEY
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The same pictures as both encoders see them, (N, D) each."""
+
+    clip: Tensor
+    dino: Tensor
+
+    def __getitem__(self, which: list[int]) -> Embedded:
+        return Embedded(self.clip[which], self.dino[which])
+
+
+def embed(encoders: Encoders, images: Iterable[Image.Image]) -> Embedded:
+    images = list(images)
+    return Embedded(encoders.clip.embed_images(images), encoders.dino.embed_images(images))
+
+
+def picture_scores(pictures: Embedded, photos: Embedded, captions: Tensor | None) -> list[dict[str, float]]:
+    """Scores of each picture: clip_i, dino, and of the most similar photo clip_nearest, dino_nearest; clip_t.
+
+    captions: (N, D) text embeddings of the pictures' own captions; without them there is no clip_t.
+    """
+    columns = {
+        "clip_i": metrics.clip_i(pictures.clip, photos.clip),
+        "dino": metrics.dino(pictures.dino, photos.dino),
+        "clip_nearest": metrics.nearest_photo(pictures.clip, photos.clip),
+        "dino_nearest": metrics.nearest_photo(pictures.dino, photos.dino),
+    }
+    if captions is not None:
+        columns["clip_t"] = metrics.clip_t(pictures.clip, captions)
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
+    """What the real photos score: among each other, and with captions of scenes that they do not show."""
+    return {
+        "clip_i": metrics.real_photo_ceiling(photos.clip),
+        "dino": metrics.real_photo_ceiling(photos.dino),
+        "clip_t": metrics.cosines(photos.clip, captions).mean().item(),
+    }
+
+
+def score_folder(
+    images: str, photos: str, encoders: Encoders, prompt: str | None = None, unique_token: str = "sks"
+) -> dict[str, Any]:
+    """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures."""
+    paths, prompts = [], []
+    for path in list_images(images, "--images")[0]:
+        facts = _metadata(path)
+        if path.name.startswith("contact_sheet") or facts.get("model") == "base":
+            continue
+        paths.append(path)
+        prompts.append(prompt or facts.get("prompt"))
+    if not paths:
+        raise UserError(f"--images {images}: holds nothing but contact sheets and the base model's pictures")
+    captions = [re.sub(rf"\b{re.escape(unique_token)} ", "", text) for text in prompts if text]
+    texts = encoders.clip.embed_texts(captions) if len(captions) == len(paths) else None
+    real = embed(encoders, _open(list_images(photos, "--photos")[0]))
+    scores = picture_scores(embed(encoders, _open(paths)), real, texts)
+    rows = [{"file": path.name, "prompt": text, **row} for path, text, row in zip(paths, prompts, scores, strict=True)]
+    means = {name: metrics.mean([row[name] for row in scores]) for name in scores[0]}
+    several = len(real.clip) > 1
+    ceiling = {"clip_i": metrics.real_photo_ceiling(real.clip), "dino": metrics.real_photo_ceiling(real.dino)}
+    return {
+        "encoders": encoders.to_dict(),
+        "mean": means,
+        "photos": ceiling if several else None,
+        "captions": "the prompts without the unique token" if texts is not None else None,
+        "pictures": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The means in words."""
+    names = {
+        "clip_i": "CLIP-I, similarity with the photos",
+        "dino": "DINO, similarity with the photos",
+        "clip_nearest": "CLIP-I with the nearest photo",
+        "dino_nearest": "DINO with the nearest photo",
+        "clip_t": "CLIP-T, similarity with the prompt",
+    }
+    lines = [f"{len(result['pictures'])} pictures"]
+    for name, value in result["mean"].items():
+        ceiling = (result["photos"] or {}).get(name)
+        lines.append(
+            f"  {names[name]:38} {value:.3f}" + (f"   (the photos among each other {ceiling:.3f})" if ceiling else "")
+        )
+    if result["captions"] is None:
+        lines.append("  no CLIP-T: the pictures carry no prompt; give --prompt")
+    return "\n".join(lines)
+
+
+def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
+    return (open_image(path)[0] for path in paths)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What inference.py wrote into its PNG; nothing for other pictures."""
+    try:
+        with Image.open(path) as image:
+            facts = json.loads(image.info.get(METADATA_KEY, "{}"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clip", default="auto", help="CLIP: a folder, or open_clip's model/tag (default: %(default)s)"
+    )
+    parser.add_argument("--dino", default="auto", help="DINO: a folder, or a name on the hub (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the encoders run (default: %(default)s)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder of generated pictures")
+    parser.add_argument("--photos", required=True, help="folder of photos of the subject")
+    parser.add_argument("--prompt", help="what all pictures were asked to show")
+    parser.add_argument("--unique_token", default="sks", help="left out of the captions (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the scores of every picture")
+    add_encoder_options(parser)
+    args = parser.parse_args()
+    if args.out and args.out.exists():
+        raise UserError(f"--out {args.out}: exists; choose another file")
+    encoders = load_encoders(args.clip, args.dino, args.device)
+    result = score_folder(args.images, args.photos, encoders, args.prompt, args.unique_token)
+    print(f"{table(result)}\n  by {encoders.clip.identity}\n  and {encoders.dino.identity}")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,186 @@
+"""A miniature DINO on the world: a vision transformer that learns without captions, for scoring pictures.
+
+    python -m pretraining.train_dino --work <work folder> --images 300000 --out data/mini_dino
+
+Self-distillation (Caron et al., arXiv 2104.14294): the student, shown small crops, must say what the teacher, a running
+average of it, says of large ones. Resumes from `<work>/dino.pt`; saves the teacher in transformers' layout, in half
+precision. Colours are changed little: what tells two subjects of a class apart is often their colour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ViTConfig, ViTModel
+
+from pretraining.checkpoint import Checkpoint, keep_freed_memory
+from pretraining.train_vae import to_pixels
+
+BATCH = 64
+PEAK_LR = 1e-3
+WEIGHT_DECAY = 0.05
+SIZE, SMALL_SIZE = 64, 32  # pixels of large and small crops
+SMALL_CROPS = 4
+PROTOTYPES = 1024
+STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
+CENTER_MOMENTUM = 0.9
+COLOR = [0.5, 0.5, 0.5]  # mean and standard deviation: pictures in [-1, 1]
+
+
+def build_vit() -> ViTModel:
+    config = ViTConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    return ViTModel(config, add_pooling_layer=False)
+
+
+class Distilled(nn.Module):
+    """Backbone and head; the teacher is another of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = build_vit()
+        width = self.vit.config.hidden_size
+        self.head = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 128))
+        self.prototypes = nn.Linear(128, PROTOTYPES, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (B, PROTOTYPES), cosines with the prototypes, of pictures (B, 3, side, side) in [-1, 1]."""
+        whole = pixels.shape[-1] == SIZE
+        token = self.vit(pixels, interpolate_pos_encoding=not whole).last_hidden_state[:, 0]
+        directions = F.normalize(self.prototypes.weight, dim=-1)
+        return F.linear(F.normalize(self.head(token), dim=-1), directions)
+
+
+def crops(pixels: Tensor, size: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """One crop of each picture, between `low` and `high` of its area, maybe mirrored, its colours a little changed."""
+    n = len(pixels)
+
+    def uniform(a: float, b: float) -> Tensor:
+        return a + (b - a) * torch.rand(n, generator=generator)
+
+    side = uniform(low, high).sqrt()
+    stretch = uniform(-0.15, 0.15).exp()
+    width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
+    x, y = (1 - width) * uniform(-1, 1), (1 - height) * uniform(-1, 1)
+    mirror = uniform(0, 1).sub(0.5).sign()
+    zero = torch.zeros(n)
+    maps = torch.stack([width * mirror, zero, x, zero, height, y], dim=1).view(n, 2, 3)
+    out = F.grid_sample(pixels, F.affine_grid(maps, [n, 3, size, size], align_corners=False), align_corners=False)
+    out = out * uniform(0.75, 1.25)[:, None, None, None] + uniform(-0.15, 0.15)[:, None, None, None]
+    gray = out.mean(dim=1, keepdim=True)
+    out = gray + (out - gray) * uniform(0.7, 1.3)[:, None, None, None]
+    soft = F.avg_pool2d(out, 3, stride=1, padding=1, count_include_pad=False)
+    return torch.where((uniform(0, 1) < 0.3)[:, None, None, None], soft, out)
+
+
+def distillation_loss(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
+    """Mean cross-entropy of the student's view of each crop with the teacher's of each other large crop."""
+    losses = []
+    for number, said in enumerate(teacher):
+        target = ((said - center) / TEACHER_TEMPERATURE).softmax(dim=-1)
+        for other, answer in enumerate(student):
+            if other != number:
+                losses.append(-(target * (answer / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1).mean())
+    return torch.stack(losses).mean()
+
+
+class Center(nn.Module):
+    """Running mean of what the teacher says; taking it away keeps one prototype from winning everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(PROTOTYPES))
+
+    @torch.no_grad()
+    def update(self, teacher: list[Tensor]) -> None:
+        assert isinstance(self.value, Tensor)
+        self.value.lerp_(torch.cat(teacher).mean(dim=0), 1 - CENTER_MOMENTUM)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def save(vit: ViTModel, folder: Path) -> None:
+    """Weights in half precision, and how pictures are to be prepared."""
+    copy.deepcopy(vit).half().save_pretrained(folder)
+    size = {"height": SIZE, "width": SIZE}
+    preprocessing = {"size": size, "do_center_crop": False, "image_mean": COLOR, "image_std": COLOR}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--images", type=int, default=300_000, help="length of the training")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    args = parser.parse_args()
+    keep_freed_memory()
+    scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
+    train(scenes, args.images, args.work / "dino.pt", args.out)
+
+
+def train(scenes: np.ndarray, images: int, state: Path, out: Path, batch: int = BATCH) -> None:
+    """Train on `images` of the scenes (N, 64, 64, 3) uint8, but for the first ones, which the checks are made on."""
+    held_back = min(2048, len(scenes) // 2)
+    torch.manual_seed(0)
+    student = Distilled()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    center = Center()
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR)
+    checkpoint = Checkpoint(state, student=student, teacher=teacher, center=center, optimizer=optimizer)
+    seen = checkpoint.restore()
+    with tqdm(total=images, initial=seen, unit="img", mininterval=10) as bar:
+        while seen < images:
+            progress = seen / images
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * min(1, (seen + 1) / 20_000) * (0.01 + 0.99 * cosine)
+            rng, generator = np.random.default_rng((4, seen)), torch.Generator().manual_seed(seen)
+            pixels = to_pixels(scenes[np.sort(rng.integers(held_back, len(scenes), batch))])
+            large = [crops(pixels, SIZE, 0.4, 1, generator) for _ in range(2)]
+            small = [crops(pixels, SMALL_SIZE, 0.1, 0.4, generator) for _ in range(SMALL_CROPS)]
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad():
+                    said = list(teacher(torch.cat(large)).float().chunk(len(large)))
+                answers = list(student(torch.cat(large)).float().chunk(len(large)))
+                answers += list(student(torch.cat(small)).float().chunk(len(small)))
+            assert isinstance(center.value, Tensor)
+            loss = distillation_loss(answers, said, center.value)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+            if progress < 0.03:  # the prototypes stay where they are until there is something to sort
+                student.prototypes.weight.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+            center.update(said)
+            follow(teacher, student, 1 - 0.005 * cosine)
+            seen += batch
+            bar.update(batch)
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            checkpoint.save_when_due(seen)
+    checkpoint.save(seen)
+    save(teacher.vit, out)
+
+
+if __name__ == "__main__":
+    main()

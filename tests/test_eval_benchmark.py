@@ -1,0 +1,293 @@
+"""A whole comparison on a tiny random model with tiny random encoders, and its parts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_eval import write_world
+
+from eval import benchmark, cell, engines, report
+from eval.benchmark import plan, run_benchmark
+from eval.cell import read_result, read_results, run_cell
+from eval.experiment import Cell, Experiment, main_cells, sweep_cells
+from eval.methods import METHODS, adapted_layers, count_parameters, matched
+from gsoft_diffusion import UserError
+from gsoft_diffusion.baselines import BaselineConfig
+from gsoft_diffusion.models import load_models
+from gsoft_diffusion.settings import read_yaml
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def experiment(world: Path, **changes) -> Experiment:
+    settings = {
+        "subjects_dir": str(world / "subjects"),
+        "pretrained_model_name_or_path": str(world / "base"),
+        "clip": str(world / "mini_clip"),
+        "dino": str(world / "mini_dino"),
+        "prompts": str(world / "prompts.txt"),
+        "methods": ["double_gsoft", "lora"],
+        "budgets": ["medium"],
+        "learning_rates": {"double_gsoft": [1e-3, 1e-2], "lora": [1e-3]},
+        "seeds": 1,
+        "sweep_subjects": 1,
+        "max_train_steps": 2,
+        "train_batch_size": 1,
+        "images_per_prompt": 1,
+        "base_images": 2,
+        "class_images": 1,
+        "unrelated_images": 1,
+        "sampler": {"num_inference_steps": 2},
+    }
+    return Experiment.from_dict(settings | changes)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Cells run here, one after the other; returns the ids of those that ran."""
+    ran: list[str] = []
+
+    def run_here(experiment, cells, out, workers):
+        for each in cells:
+            run_cell(experiment, each, out)
+            ran.append(each.id)
+
+    monkeypatch.setitem(engines.ENGINES, "local", run_here)
+    return ran
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    """The output folder of a finished comparison. Read only."""
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(
+            engines.ENGINES, "local", lambda e, cells, out, workers: [run_cell(e, c, out) for c in cells]
+        )
+        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
+    return out
+
+
+def test_comparison_ends_in_a_report(world, finished):
+    rows = list(csv.DictReader((finished / "table.csv").open()))
+    assert [row["method"] for row in rows] == ["photos", "base", "double_gsoft", "gsoft", "lora", "boft", "oft", "full"]
+    assert all(-1 <= float(row["dino_low"]) <= float(row["dino_mean"]) <= float(row["dino_high"]) <= 1 for row in rows)
+    assert all(float(row["balance_mean"]) >= 0 for row in rows[2:])
+    text = (finished / "report.md").read_text()
+    assert report.MINIATURE in text
+    assert "rank" in text
+    assert "Double GSOFT minus" in text
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") == 2  # Pareto plot and curves
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")  # nothing is fetched
+    assert page.count("<details") == 2
+    assert (finished / "pareto.svg").read_text().startswith("<?xml")
+
+
+def test_results_say_where_they_come_from(world, finished):
+    results = [result for result in read_results(finished) if result["cell"]["method"] == "boft"]
+    result = next(result for result in results if result["cell"]["subject"] == "rex")
+    assert result["method"]["method"] == "boft"
+    assert result["method"]["nfactors"] >= 2
+    assert result["orthogonality_error"] < 1e-4
+    assert result["encoders"]["clip"]["weights"] != result["encoders"]["dino"]["weights"]
+    assert {"torch", "peft", "diffusers"} <= result["versions"].keys()
+    assert result["training"]["max_train_steps"] == 2
+    assert str(world) not in json.dumps(result)  # nor how the machine's folders are called
+    assert [point["step"] for point in result["curve"]] == [1, 2]
+    kinds = [picture["kind"] for picture in result["pictures"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"context": 2, "base": 2, "class": 1, "unrelated": 4}
+    assert result["pictures"][0]["prompt"] == "a sks dog on the beach"
+    assert result["pictures"][0]["caption"] == "a dog on the beach"
+    folder = finished / "cells" / Cell(**result["cell"]).id
+    assert all((folder / picture["file"]).is_file() for picture in result["pictures"])
+
+
+def test_methods_share_prompts_seeds_and_budget(finished):
+    results = [r for r in read_results(finished) if r["cell"]["subject"] == "rex" and r["cell"]["method"] != "base"]
+    asked = {tuple((p["prompt"], p["seed"]) for p in result["pictures"]) for result in results}
+    assert len(asked) == 1
+    target = 0.133 * results[0]["full_parameters"]
+    for result in results:
+        if result["cell"]["method"] != "full":
+            assert 0.6 < result["parameters"] / target < 1.6
+
+
+def test_a_finished_comparison_runs_nothing_again(world, finished, in_process, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = (out / "report.html").read_text()
+    run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
+    assert in_process == []
+    assert (out / "report.html").read_text() == before
+
+
+def test_a_killed_cell_is_not_counted_and_runs_again(world, tmp_path, monkeypatch, in_process):
+    settings, which = experiment(world), Cell("lora", "medium", 1e-3, "rex", 0)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "_save", killed)  # after training, drawing and scoring
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(settings, which, tmp_path)
+    assert not cell.is_done(which, tmp_path)
+    assert read_results(tmp_path) == []
+    run_cell(settings, which, tmp_path)
+    assert cell.is_done(which, tmp_path)
+
+
+def test_a_training_that_was_stopped_is_not_counted(world, tmp_path, monkeypatch):
+    train = cell.train
+    monkeypatch.setattr(cell, "train", lambda *arguments: replace(train(*arguments), interrupted=True))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(experiment(world), Cell("lora", "medium", 1e-3, "rex", 0), tmp_path)
+    assert read_results(tmp_path) == []
+
+
+def test_class_images_are_drawn_once_for_all_cells(world, tmp_path):
+    settings = experiment(world, with_prior_preservation=True, num_class_images=2)
+    for method in ("base", "lora", "double_gsoft"):
+        budget, rate = (None, None) if method == "base" else ("medium", 1e-3)
+        run_cell(settings, Cell(method, budget, rate, "rex", 0), tmp_path)
+        images = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "class_images" / "dog").iterdir()}
+        assert len(images) == 2
+        if method == "base":
+            drawn = images
+        assert images == drawn
+
+
+def test_a_cell_gives_the_same_scores_again(world, finished, tmp_path):
+    which = next(Cell(**r["cell"]) for r in read_results(finished) if r["cell"]["method"] == "double_gsoft")
+    run_cell(experiment(world), which, tmp_path)
+    assert read_result(which, tmp_path)["scores"] == read_result(which, finished)["scores"]
+
+
+def test_divergence_is_a_result_without_scores(world, tmp_path, in_process):
+    rates = {"double_gsoft": [1e-3, 1e30], "lora": [1e-3]}
+    settings = experiment(world, learning_rates=rates, max_train_steps=4, subjects=["rex"])
+    run_benchmark(settings, tmp_path)
+    assert report.choose_learning_rates(settings, tmp_path)["double_gsoft"] == 1e-3
+    sweep = (tmp_path / "learning_rates.csv").read_text()
+    assert "1e+30,diverged" in sweep
+
+
+def test_other_settings_need_another_folder(world, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    with pytest.raises(UserError, match="max_train_steps is 3 and was 2"):
+        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1, max_train_steps=3), out)
+
+
+def test_incomplete_cells_make_no_table(world, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    gone = next(r for r in read_results(out) if r["cell"]["method"] == "boft")
+    shutil.rmtree(out / "cells" / Cell(**gone["cell"]).id)
+    with pytest.raises(UserError, match="boft medium lacks cells"):
+        report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
+
+
+def test_cells_of_different_encoders_make_no_table(world, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    path = next((out / "cells").glob("boft*")) / "result.json"
+    result = json.loads(path.read_text())
+    result["encoders"]["clip"]["weights"] = "0" * 16
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="different encoders"):
+        report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
+
+
+def test_plan_lists_cells_time_and_disk(world, tmp_path):
+    text = plan(experiment(world, seeds=3), tmp_path / "none", workers=2)
+    assert "2 subjects: cup (cup), rex (dog)" in text
+    assert "base model and photos: 6 cells, 0 done" in text
+    assert "learning rates: 2 cells" in text
+    assert "comparison: 12 cells" in text
+    assert "GB of pictures" in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_plan_is_made_without_the_base_model(world, tmp_path):
+    text = plan(experiment(world, pretrained_model_name_or_path="./nowhere", resolution=512), tmp_path, workers=1)
+    assert "sizes are listed where the base model is: there is no model folder ./nowhere" in text
+    assert "pictures of 512 px" in text
+
+
+@pytest.mark.parametrize("name", ["mini", "paper", "own"])
+def test_committed_experiments_are_valid(name):
+    settings = read_yaml(Path("eval/experiments") / f"{name}.yaml")
+    assert Experiment.from_dict(settings).methods
+
+
+def test_sweep_and_comparison_share_cells(world):
+    settings = experiment(world, seeds=2)
+    sweep, main = sweep_cells(settings), main_cells(settings, {"double_gsoft": 1e-2, "lora": 1e-3})
+    assert [c.id for c in sweep] == [
+        "double_gsoft--medium--lr0.001--cup--seed0",
+        "double_gsoft--medium--lr0.01--cup--seed0",
+    ]
+    assert len(main) == len(set(main)) == 8
+    assert sweep[1] in main
+    assert sweep[0] not in main
+
+
+@pytest.mark.parametrize("budget", ["small", "medium", "large"])
+@pytest.mark.parametrize("method", METHODS)
+def test_sizes_come_near_the_budget(method, budget, world):
+    models = load_models(str(world / "base"))
+    layers = adapted_layers(models.unet, [models.text_encoder], True)
+    full = count_parameters(BaselineConfig("full"), layers)
+    count = count_parameters(matched(method, budget, layers, True), layers)
+    if method == "full":
+        assert count == full
+    else:
+        assert 0.5 < count / full / {"small": 0.066, "medium": 0.133, "large": 0.266}[budget] < 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ["dora"]}, "methods: dora; choose from double_gsoft"),
+        ({"budgets": []}, "budgets: nothing; choose from small"),
+        ({"learning_rates": {"lora": []}}, "learning_rates.lora: give one or more"),
+        ({"learning_rates": {"lora": ["fast"]}}, "lora: .* is not a list of numbers"),
+        ({"seeds": 0}, "--seeds 0: must be more than 0"),
+        ({"step": 3}, "unknown setting step"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        Experiment.from_dict(settings)
+
+
+def test_unknown_subjects_are_named(world):
+    with pytest.raises(UserError, match=r"subjects: max is not in .*; there are cup, rex"):
+        experiment(world, subjects=["max"]).chosen_subjects()
+
+
+def test_engines_that_are_not_installed_say_so(world, tmp_path):
+    for name in ("submitit", "ray"):
+        try:
+            __import__(name)
+        except ImportError:
+            with pytest.raises(UserError, match=f"pip install {name}"):
+                run_benchmark(experiment(world), tmp_path, engine=name)
+
+
+@pytest.mark.slow
+def test_local_workers_run_cells_in_processes(world, tmp_path):
+    cells = [Cell("base", None, None, name, 0) for name in ("rex", "cup")]
+    engines.run_locally(experiment(world), cells, tmp_path, workers=2)
+    assert all(cell.is_done(each, tmp_path) for each in cells)
+    assert len(list((tmp_path / "logs").iterdir())) == 2
+    assert benchmark._measured(tmp_path).keys() == {"base"}
