@@ -48,7 +48,11 @@ def test_base_loads_in_stock_diffusers_and_draws_the_place_that_the_prompt_names
 
     pipeline = StableDiffusionPipeline.from_pretrained(DATA / "mini_base")
     pipeline.set_progress_bar_config(disable=True)
-    prompts = ["a photo of a dog in the water", "a photo of a dog in the desert", "a photo of a dog on a red background"]
+    prompts = [
+        "a photo of a dog in the water",
+        "a photo of a dog in the desert",
+        "a photo of a dog on a red background",
+    ]
     seeds = [torch.Generator().manual_seed(0) for _ in prompts]
     images = pipeline(prompts, num_inference_steps=12, guidance_scale=3.0, generator=seeds, output_type="np").images
     border = np.concatenate([images[:, :4].reshape(3, -1, 3), images[:, -4:].reshape(3, -1, 3)], axis=1).mean(1)
