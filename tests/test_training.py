@@ -141,8 +141,9 @@ def test_same_seed_same_weights_other_seed_other_weights(config):
 
 
 def test_latents_cached_or_not(config):
-    config = replace(config, random_flip=True)
-    assert difference(weights(config, "cached"), weights(replace(config, cache_latents=False), "not")) < 1e-4
+    """Encoding photos one by one or in batches rounds differently, which Adam would blow up where gradients vanish."""
+    config = replace(config, random_flip=True, adam_epsilon=1e-4)
+    assert difference(weights(config, "cached"), weights(replace(config, cache_latents=False), "not")) < 1e-5
 
 
 def test_workers_change_nothing(config):
