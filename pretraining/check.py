@@ -1,6 +1,6 @@
 """Go or no-go: does the base draw what the prompt says, by the miniature CLIP's zero-shot choice and by eye?
 
-    python -m pretraining.check --work <work folder> --base <pipeline folder> --out <folder>
+    python -m pretraining.check --work <work folder> --base <pipeline folder> --clip data/mini_clip --out <folder>
 
 200 prompts of class and background and 54 of colour and class. Writes `check.json` and `check.png`; next to the
 accuracy on generated pictures stands CLIP's own on scenes that the world drew.
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
-from transformers import CLIPModel, CLIPTokenizer
 
+from eval.open_clip_layout import read_open_clip
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
 from pretraining.train_vae import to_pixels
@@ -59,13 +59,14 @@ def sheet(images: np.ndarray, labels: list[str], columns: int = 10) -> Image.Ima
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining (its CLIP judges)")
+    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining, for its scenes")
     parser.add_argument("--base", type=Path, required=True, help="pipeline to judge")
+    parser.add_argument("--clip", type=Path, required=True, help="CLIP that judges, as export_clip wrote it")
     parser.add_argument("--out", type=Path, required=True, help="folder for check.json and check.png")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    clip = CLIPModel.from_pretrained(args.work / "clip", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    clip, tokenizer, _ = read_open_clip(args.clip)
+    clip.eval()
     pipeline = StableDiffusionPipeline.from_pretrained(args.base)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from eval.encoders import ImageEncoder, load_encoders
 from eval.metrics import cosines
 from eval.subjects import Subject, read_subjects
-from gsoft_diffusion.dataset import open_image
+from gsoft_diffusion.photos import open_image
 
 SCENES = 2048  # the first ones, which no training has seen
 
@@ -51,7 +51,7 @@ def ranks(embeddings: Tensor, subjects: Sequence[Subject]) -> dict[str, float]:
 def embed_subjects(encoder: ImageEncoder, folder: Path) -> tuple[Tensor, list[Subject]]:
     """Embeddings of all photos of all subjects, and whose each is."""
     pairs = [(path, subject) for subject in read_subjects(folder) for path in subject.photos()]
-    return encoder.embed_images(open_image(path)[0] for path, _ in pairs), [subject for _, subject in pairs]
+    return encoder.embed_images(open_image(path) for path, _ in pairs), [subject for _, subject in pairs]
 
 
 def main() -> None:

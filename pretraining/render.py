@@ -1,6 +1,6 @@
 """Draw the training set: `scenes.npy`, (N, 64, 64, 3) uint8, and one caption a line with what is true of the scene.
 
-python -m pretraining.render --sprites <npm folder> --out <work folder> --scenes 160000
+python -m pretraining.render --sprites <npm folder> --out <work folder> --scenes 100000
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sprites", type=Path, required=True, help="folder that npm installed the sprites in")
     parser.add_argument("--out", type=Path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--scenes", type=int, default=160_000, help=f"how many, a multiple of {CHUNK}")
+    parser.add_argument("--scenes", type=int, default=100_000, help=f"how many, a multiple of {CHUNK}")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

@@ -1,26 +1,23 @@
-"""Cut-out pictures of the miniature world's things, read from two openly licensed emoji collections.
+"""Cut-out pictures of the miniature world's things, read from an openly licensed emoji collection.
 
-Fluent Emoji 3D (MIT, npm `@lobehub/fluent-emoji-3d` 1.1.0) and Noto Emoji (Apache-2.0, npm `@iconify-json/noto` 1.2.9).
-`npm install --prefix <folder> @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/noto@1.2.9` puts both where `Sprites` reads.
+Fluent Emoji 3D (MIT), as packed in the npm package `@lobehub/fluent-emoji-3d`. `npm install --prefix <folder>
+@lobehub/fluent-emoji-3d@1.1.0` puts it where `Sprites` reads. One collection, so that everything has one look.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 SPRITE_SIZE = 64  # px; scenes draw things at 30-54 px, so this is sharp enough and cheap to turn and shrink
 
-# class word -> code points of its sprites; every code point gives one sprite per collection that has it
+# class word -> code points of its sprites
 ANIMALS: dict[str, list[str]] = {
-    "dog": ["1f436", "1f415", "1f9ae", "1f415-200d-1f9ba"],
-    "cat": ["1f431", "1f408", "1f63a"],
+    "dog": ["1f436", "1f415", "1f415-200d-1f9ba"],
+    "cat": ["1f431", "1f408"],
     "bear": ["1f43b", "1f43b-200d-2744-fe0f", "1f43c", "1f428"],
     "rabbit": ["1f430", "1f407"],
     "fox": ["1f98a"],
@@ -39,7 +36,7 @@ THINGS: dict[str, list[str]] = {
     "boat": ["26f5", "1f6e5-fe0f", "1f6a2"],
     "rocket": ["1f680"],
     "shoe": ["1f45e", "1f97e", "1f97f", "1f462"],
-    "clock": ["23f0", "23f1-fe0f", "1f552", "1f554", "1f558"],
+    "clock": ["23f0", "23f1-fe0f", "1f552"],
     "book": ["1f4d5", "1f4d8", "1f4d9", "1f4d2", "1f4d4"],
     "flower": ["1f337", "1f339", "1f33b", "1f33c", "1f338"],
     "apple": ["1f34e", "1f34f"],
@@ -76,9 +73,9 @@ TOP_HAT = "1f3a9"
 
 @dataclass(frozen=True)
 class Sprite:
-    """One thing: `rgba` is SPRITE_SIZE square, cropped to its outline and centred; `name` says where it is from."""
+    """One thing: `rgba` is SPRITE_SIZE square, cropped to its outline and centred; `code` is its code point."""
 
-    name: str
+    code: str
     rgba: Image.Image
 
 
@@ -94,34 +91,15 @@ def _fit(picture: Image.Image) -> Image.Image:
 
 
 class Sprites:
-    """Reads sprites by code point from the two collections installed below `folder` by npm."""
+    """Reads sprites by code point from the collection installed below `folder` by npm."""
 
     def __init__(self, folder: Path) -> None:
-        modules = folder / "node_modules"
-        self.fluent = modules / "@lobehub" / "fluent-emoji-3d" / "assets"
-        noto = modules / "@iconify-json" / "noto"
-        self.noto_icons = json.loads((noto / "icons.json").read_text())
-        self.noto_names = json.loads((noto / "chars.json").read_text())
+        self.assets = folder / "node_modules" / "@lobehub" / "fluent-emoji-3d" / "assets"
 
-    def get(self, code: str) -> list[Sprite]:
-        """Every collection's sprite for one code point (with or without the emoji variation selector)."""
-        found = []
-        for spelling in dict.fromkeys((code, code.replace("-fe0f", ""), f"{code}-fe0f")):
-            path = self.fluent / f"{spelling}.webp"
+    def get(self, code: str) -> Sprite:
+        """The sprite of one code point, with or without the emoji variation selector; FileNotFoundError if none."""
+        for spelling in (code, code.replace("-fe0f", ""), f"{code}-fe0f"):
+            path = self.assets / f"{spelling}.webp"
             if path.exists():
-                found.append(Sprite(f"fluent-{code}", _fit(Image.open(path))))
-                break
-        for spelling in dict.fromkeys((code, code.replace("-fe0f", ""))):
-            if spelling in self.noto_names:
-                body = self._noto_body(self.noto_names[spelling])
-                svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128" width="256">{body}</svg>'
-                png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
-                found.append(Sprite(f"noto-{code}", _fit(Image.open(BytesIO(png)))))
-                break
-        return found
-
-    def _noto_body(self, name: str) -> str:
-        icons = self.noto_icons["icons"]
-        while name not in icons:
-            name = self.noto_icons["aliases"][name]["parent"]
-        return icons[name]["body"]
+                return Sprite(code, _fit(Image.open(path)))
+        raise FileNotFoundError(f"{self.assets} has no picture of {code}")

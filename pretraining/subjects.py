@@ -16,7 +16,6 @@ from pretraining.sprites import ANIMALS
 from pretraining.world import BACKGROUNDS, World
 
 PICTURES = 5
-STYLE = "fluent"  # the collection whose drawing of the thing is used
 
 
 def main() -> None:
@@ -26,8 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     world = World(args.sprites)
     rows = []
-    for number, (name, (word, sprites)) in enumerate(world.held_out.items()):
-        sprite = next(s for s in sprites if s.name.startswith(STYLE))
+    for number, (name, (word, sprite)) in enumerate(world.held_out.items()):
         rng = np.random.default_rng(100 + number)
         folder = args.out / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """Stage 2: a miniature CLIP on the world; its text tower becomes the base's frozen text encoder.
 
     python -m pretraining.train_clip --work <work folder> --images 100000
-    python -m pretraining.train_clip --work <work folder> --images 600000 --text-locked-from 100000
+    python -m pretraining.train_clip --work <work folder> --images 110000 --text-tower <work folder>/text_encoder
 
-Contrastive loss in which equal captions are equal positives. The second call goes on with the image tower alone:
-CLIP learns to judge better while the base can already be trained on its text tower. Resumes from `<work>/clip.pt`,
-saves `<work>/clip/` in transformers' layout and prints zero-shot accuracy on scenes that it has not seen.
+Contrastive loss in which equal captions are equal positives. The first call writes `<work>/text_encoder/` for the
+denoiser. The second keeps that tower as it is and trains the rest on, so that CLIP judges better while the base is
+already trained on its text tower. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in transformers' layout and
+prints zero-shot accuracy on scenes that it has not seen.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pretraining.checkpoint import Checkpoint, keep_freed_memory
+from pretraining.precision import fast_autocast
 from pretraining.sprites import CLASSES
 from pretraining.tokenizer import MAX_LENGTH
 from pretraining.train_vae import to_pixels
@@ -117,11 +119,31 @@ def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> dict
     return chosen
 
 
+def text_tower(clip: CLIPModel) -> CLIPTextModel:
+    """The text half of `clip` as Stable Diffusion's text encoder."""
+    assert isinstance(clip.config.text_config, CLIPTextConfig)
+    tower = CLIPTextModel(clip.config.text_config)
+    _copy_exactly(tower, clip.text_model.state_dict())
+    return tower.eval().requires_grad_(False)
+
+
+def lock_text_tower(clip: CLIPModel, tower: CLIPTextModel) -> None:
+    """Put `tower` into `clip` and leave it out of the training."""
+    _copy_exactly(clip.text_model, tower.state_dict())
+    clip.text_model.requires_grad_(False)
+
+
+def _copy_exactly(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    # the tower alone has its weights below "text_model." in some versions of transformers, the whole model never
+    prefix = "text_model." if any(k.startswith("text_model.") for k in module.state_dict()) else ""
+    module.load_state_dict({prefix + k.removeprefix("text_model."): v for k, v in state.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=100_000, help="length of the training")
-    parser.add_argument("--text-locked-from", type=int, help="images after which only the image tower trains on")
+    parser.add_argument("--text-tower", type=Path, help="finished text tower that stays as it is; the rest is trained")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
@@ -136,22 +158,20 @@ def main() -> None:
     optimizer = torch.optim.AdamW(clip.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint = Checkpoint(args.work / "clip.pt", clip=clip, optimizer=optimizer)
     seen = checkpoint.restore()
-    start = args.text_locked_from or 0
-    if start:
-        clip.text_model.requires_grad_(False)
-        clip.text_projection.requires_grad_(False)
+    if args.text_tower:
+        lock_text_tower(clip, CLIPTextModel.from_pretrained(args.text_tower, dtype=torch.float32))
     bar = tqdm(total=args.images, initial=seen, unit="img", mininterval=10)
     while seen < args.images:
         rng = np.random.default_rng((3, seen))
-        done = (seen - start) / (args.images - start)
-        lr = PEAK_LR * min(1, (seen - start + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        done = seen / args.images
+        lr = PEAK_LR * min(1, (seen + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = np.sort(rng.integers(HELD_BACK, len(scenes), BATCH))
         generator = torch.Generator().manual_seed(seen)
         pixels = augment(to_pixels(scenes[batch]), generator)
         which = number[batch]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             image = pooled(clip.get_image_features(pixel_values=pixels))
             text = pooled(clip.get_text_features(input_ids=tokens[which]))
         same = (which[:, None] == which[None]).float()
@@ -168,6 +188,8 @@ def main() -> None:
 
     clip.eval().save_pretrained(args.work / "clip")
     tokenizer.save_pretrained(args.work / "clip")
+    if not args.text_tower:
+        text_tower(clip).save_pretrained(args.work / "text_encoder")
     chosen = zero_shot(clip, tokenizer, to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])))
     for what, answers in chosen.items():
         right = np.mean([f[what] == answer for f, answer in zip(facts, answers, strict=False)])

@@ -1,6 +1,6 @@
 """A miniature DINO on the world: a vision transformer that learns without captions, for scoring pictures.
 
-    python -m pretraining.train_dino --work <work folder> --images 300000 --out data/mini_dino
+    python -m pretraining.train_dino --work <work folder> --images 50000 --out data/mini_dino
 
 Self-distillation (Caron et al., arXiv 2104.14294): the student, shown small crops, must say what the teacher, a running
 average of it, says of large ones. Resumes from `<work>/dino.pt`; saves the teacher in transformers' layout, in half
@@ -23,9 +23,10 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTModel
 
 from pretraining.checkpoint import Checkpoint, keep_freed_memory
+from pretraining.precision import fast_autocast
 from pretraining.train_vae import to_pixels
 
-BATCH = 64
+BATCH = 32
 PEAK_LR = 1e-3
 WEIGHT_DECAY = 0.05
 SIZE, SMALL_SIZE = 64, 32  # pixels of large and small crops
@@ -128,7 +129,7 @@ def save(vit: ViTModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--images", type=int, default=300_000, help="length of the training")
+    parser.add_argument("--images", type=int, default=50_000, help="length of the training")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     args = parser.parse_args()
     keep_freed_memory()
@@ -154,12 +155,12 @@ def train(scenes: np.ndarray, images: int, state: Path, out: Path, batch: int = 
             progress = seen / images
             cosine = 0.5 * (1 + math.cos(math.pi * progress))
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * min(1, (seen + 1) / 20_000) * (0.01 + 0.99 * cosine)
+                group["lr"] = PEAK_LR * min(1, 10 * (progress + 1e-3)) * (0.01 + 0.99 * cosine)
             rng, generator = np.random.default_rng((4, seen)), torch.Generator().manual_seed(seen)
             pixels = to_pixels(scenes[np.sort(rng.integers(held_back, len(scenes), batch))])
             large = [crops(pixels, SIZE, 0.4, 1, generator) for _ in range(2)]
             small = [crops(pixels, SMALL_SIZE, 0.1, 0.4, generator) for _ in range(SMALL_CROPS)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_autocast():
                 with torch.no_grad():
                     said = list(teacher(torch.cat(large)).float().chunk(len(large)))
                 answers = list(student(torch.cat(large)).float().chunk(len(large)))

@@ -2,9 +2,10 @@
 
     python -m pretraining.train_unet --work <work folder> --images 2000000
 
-v-prediction, every timestep weighted alike, 10 % empty captions. The rate is constant and falls over the last
-fifth; resuming with a larger `--images` only moves that tail. Resumes from `<work>/unet.pt`; every `--assemble-every`
-images the averaged weights are written to `<work>/mini_base/` as a complete Stable Diffusion v1 pipeline.
+v-prediction, 10 % empty captions; half of the timesteps uniform, half around the middle, where shapes are decided. The
+rate is constant and falls over the last fifth; resuming with a larger `--images` only moves that tail. Resumes from
+`<work>/unet.pt`; every `--assemble-every` images the averaged weights are written to `<work>/mini_base/` as a complete
+Stable Diffusion v1 pipeline.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
+from torch.optim import AdamW
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from pretraining.checkpoint import Average, Checkpoint, keep_freed_memory
+from pretraining.precision import fast_autocast
 from pretraining.train_vae import build_vae, to_pixels
 
 BATCH = 32
@@ -58,15 +61,11 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def text_tower(clip_folder: Path) -> CLIPTextModel:
-    """The text half of the CLIP in `clip_folder` as Stable Diffusion's text encoder."""
-    clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32)
-    assert isinstance(clip.config.text_config, CLIPTextConfig)
-    tower = CLIPTextModel(clip.config.text_config)
-    found = tower.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()})
-    assert not found.missing_keys
-    assert not found.unexpected_keys
-    return tower.eval().requires_grad_(False)
+def draw_timesteps(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """`n` of `count` timesteps: every second uniform, the others logit-normal (Esser et al., arXiv 2403.03206)."""
+    position = torch.rand(n, generator=generator)
+    position[1::2] = torch.randn(len(position[1::2]), generator=generator).sigmoid()
+    return (position * count).long().clamp(max=count - 1)
 
 
 @torch.no_grad()
@@ -76,7 +75,7 @@ def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndar
         beside = path.with_suffix(".tmp.npy")
         latents = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=(len(scenes), 4, 16, 16))
         for i in tqdm(range(0, len(scenes), 256), desc="latents"):
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_autocast():
                 mean = vae.encode(to_pixels(np.ascontiguousarray(scenes[i : i + 256]))).latent_dist.mean
             latents[i : i + 256] = mean.float().numpy()
         latents.flush()
@@ -91,7 +90,7 @@ def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
     vae.load_state_dict(AutoencoderKL.from_pretrained(work / "vae").state_dict())
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=text_tower(work / "clip"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=build_scheduler(),
@@ -107,6 +106,17 @@ def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
         (folder / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
 
 
+def training_state(weights: dict[str, Tensor] | None = None) -> tuple[UNet2DConditionModel, Average, AdamW]:
+    """The denoiser, its average and its optimizer as at the start, or as at the start from `weights`."""
+    torch.manual_seed(0)
+    unet = build_unet()
+    if weights is not None:
+        unet.load_state_dict(weights)
+    unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
+    optimizer = AdamW(unet.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return unet, Average(unet, decay=0.9995), optimizer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
@@ -119,15 +129,9 @@ def main() -> None:
     latents = cache_latents(AutoencoderKL.from_pretrained(args.work / "vae"), scenes, args.work / "latents.npy")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     tokens = tokenizer(["", *captions], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    encoder = text_tower(args.work / "clip")
+    encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32).requires_grad_(False)
 
-    torch.manual_seed(0)
-    unet = build_unet()
-    unet.set_attn_processor(
-        AttnProcessor()
-    )  # plain products: several times faster backward than the fused kernel on a CPU
-    average = Average(unet, decay=0.9995)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    unet, average, optimizer = training_state()
     checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, average=average, optimizer=optimizer)
     seen = checkpoint.restore()
     scheduler = build_scheduler()
@@ -144,13 +148,13 @@ def main() -> None:
         batch = np.sort(rng.integers(0, len(latents), BATCH))
         x = torch.from_numpy(latents[batch]).float()
         ids = tokens[np.where(rng.random(BATCH) < EMPTY_CAPTIONS, 0, batch + 1)]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), fast_autocast():
             context = encoder(ids).last_hidden_state.float()
         noise = torch.randn(x.shape, generator=generator)
-        timesteps = torch.randint(0, len(alphas), (BATCH,), generator=generator)
+        timesteps = draw_timesteps(BATCH, len(alphas), generator)
         noisy = scheduler.add_noise(x, noise, timesteps)
         target = scheduler.get_velocity(x, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             prediction: Tensor = unet(noisy, timesteps, context).sample
         loss = (prediction.float() - target).square().mean()
         loss.backward()

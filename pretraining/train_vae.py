@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretraining.checkpoint import Average, Checkpoint, keep_freed_memory
+from pretraining.precision import fast_autocast
 
 BATCH = 16
 PEAK_LR = 4e-4
@@ -114,7 +115,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1, (seen + 1) / 4000) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         x = augment(to_pixels(scenes[np.sort(rng.integers(0, len(scenes), BATCH))]), rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             y, mean, logvar = autoencode(x)
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

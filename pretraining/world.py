@@ -280,11 +280,11 @@ class World:
     def __init__(self, folder: Path, seed: int = 0) -> None:
         sprites = Sprites(folder)
         self.classes: dict[str, list[Sprite]] = {
-            word: [s for c in codes for s in sprites.get(c)] for word, codes in CLASSES.items()
+            word: [sprites.get(code) for code in codes] for word, codes in CLASSES.items()
         }
         self.held_out = {name: (word, sprites.get(code)) for name, (word, code) in HELD_OUT.items()}
-        self.trees = [s for code in TREES for s in sprites.get(code)]
-        self.hat = sprites.get(TOP_HAT)[1].rgba
+        self.trees = [sprites.get(code) for code in TREES]
+        self.hat = sprites.get(TOP_HAT).rgba
         rng = np.random.default_rng(seed)
         self.backgrounds = {
             name: [paint(rng).resize((_CANVAS, _CANVAS), Image.Resampling.BOX) for _ in range(_VARIANTS)]
@@ -314,7 +314,7 @@ class World:
         color: str | None = None,
         hat: bool = False,
         tree: bool = False,
-        size: tuple[int, int] = (36, 52),
+        size: tuple[int, int] = (40, 54),
     ) -> np.ndarray:
         """One scene, (SIZE, SIZE, 3) uint8; the thing's longer side is `size` px."""
         scene = self.background(rng, background)
@@ -331,7 +331,7 @@ class World:
             side = min(side, 38)
             other = self.trees[rng.integers(len(self.trees))].rgba.resize((46, 46), Image.Resampling.LANCZOS)
         # premultiplied alpha, so that turning and shrinking leave no dark fringe
-        thing = thing.convert("RGBa").rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=False)
+        thing = thing.convert("RGBa").rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=False)
         thing = thing.resize(
             (side, side * thing.height // thing.width), Image.Resampling.BOX if side < 40 else Image.Resampling.BILINEAR
         )
@@ -343,8 +343,8 @@ class World:
             x = (SIZE - side - rng.integers(0, 3)) if left else int(rng.integers(0, 3))
             y = int(free_y + rng.uniform(0.2, 0.8) * free_y)
         else:
-            x = int(free_x + rng.uniform(-0.8, 0.8) * free_x)
-            y = int(free_y + rng.uniform(-0.5, 0.9) * max(free_y, 0))
+            x = int(free_x + rng.uniform(-0.6, 0.6) * free_x)
+            y = int(free_y + rng.uniform(-0.3, 0.7) * max(free_y, 0))
         scene.paste(thing, (int(x), y), thing)
         return np.asarray(scene)
 
@@ -367,11 +367,11 @@ class World:
         word = str(rng.choice(list(self.classes)))
         sprite = self.classes[word][rng.integers(len(self.classes[word]))]
         background = str(rng.choice(list(COLORS))) if rng.random() < 0.15 else str(rng.choice(list(BACKGROUNDS)))
-        color = str(rng.choice(list(COLORS))) if rng.random() < 0.2 else None
-        hat = word in ANIMALS and rng.random() < 0.12
+        color = str(rng.choice(list(COLORS))) if rng.random() < 0.12 else None
+        hat = word in ANIMALS and rng.random() < 0.08
         tree = not hat and rng.random() < 0.05
         image = self.draw(rng, sprite, background, color=color, hat=hat, tree=tree)
-        return Scene(image, caption(rng, word, background, color, hat, tree), word, background, color, sprite.name)
+        return Scene(image, caption(rng, word, background, color, hat, tree), word, background, color, sprite.code)
 
 
 def caption(

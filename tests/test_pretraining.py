@@ -9,7 +9,8 @@ import torch
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.sprites import CLASSES, HELD_OUT
 from pretraining.tokenizer import END, START, learn, save
-from pretraining.train_clip import contrastive_loss
+from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
+from pretraining.train_unet import build_unet, draw_timesteps, training_state
 from pretraining.train_vae import build_vae, fold_statistics
 from pretraining.world import _PAINTERS, BACKGROUNDS, COLORS, caption
 
@@ -105,3 +106,49 @@ def test_checkpoint_goes_on_where_it_stopped(tmp_path):
     assert torch.equal(other.weight, model.weight)
     assert all(torch.equal(a, b) for a, b in zip(other_average.values, average.values, strict=True))
     assert Checkpoint(tmp_path / "none.pt", model=other).restore() == 0
+
+
+def tiny_clip(seed: int):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 8, "eos_token_id": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+
+
+def test_text_tower_is_that_of_the_clip_and_stays_as_it_is_when_locked(tmp_path):
+    from transformers import CLIPTextModel
+
+    ids = torch.tensor([[4, 7, 1, 1, 1, 1, 1, 1]])
+    first, second = tiny_clip(0), tiny_clip(1)
+    text_tower(first).save_pretrained(tmp_path)
+    tower = CLIPTextModel.from_pretrained(tmp_path)
+    expected = first.text_model(ids).last_hidden_state
+    assert torch.equal(tower(ids).last_hidden_state, expected)
+    lock_text_tower(second, tower)
+    assert torch.equal(second.text_model(ids).last_hidden_state, expected)
+    assert not any(p.requires_grad for p in second.text_model.parameters())
+    assert all(p.requires_grad for p in second.vision_model.parameters())
+
+
+def test_training_goes_on_from_given_weights():
+    first = build_unet()
+    unet, average, optimizer = training_state(first.state_dict())
+    averaged = build_unet()
+    average.copy_to(averaged)
+    for key, value in first.state_dict().items():
+        assert torch.equal(unet.state_dict()[key], value)
+        assert torch.equal(averaged.state_dict()[key], value)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in unet.parameters()}
+
+
+def test_timesteps_reach_both_ends_and_crowd_the_middle():
+    drawn = draw_timesteps(200_000, 1000, torch.Generator().manual_seed(0))
+    share = torch.histc(drawn.float(), 10, 0, 1000) / len(drawn)
+    assert drawn.min() == 0
+    assert drawn.max() == 999
+    assert share.argmax() in (4, 5)
+    assert share[[0, -1]] == pytest.approx([0.05 + 0.5 * 0.014] * 2, abs=0.002)  # of a logit-normal, 1.4 % below 0.1
