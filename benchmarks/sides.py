@@ -1,0 +1,130 @@
+"""Which side to rotate: one projection's training step with the weight rotated and with the activations rotated.
+
+python -m benchmarks.sides --out benchmarks/results/sides.json --plot docs/images/sides.png
+
+Sweeps width, block size and tokens (of the whole batch: only their product with the batch counts). Each point is the
+smallest of several interleaved measurements of a Double GSOFT projection, forward and backward, without the Cayley map,
+which is the same for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks.bases import DTYPES
+from benchmarks.measure import CLOCKS, Records
+from gsoft_diffusion.rotated_linear import rotate_activations, rotate_weights, weight_side_is_cheaper
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+WIDTHS = (320, 640, 1280)
+BLOCK_SIZES = (5, 10, 20, 40)
+TOKENS = (64, 256, 1024, 4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    args = parser.parse_args()
+    records = Records(args.out, {"clock": args.clock})
+    points = [
+        {"dtype": dtype, "width": width, "block_size": size, "tokens": tokens}
+        for dtype, width, size, tokens in product(args.dtypes, WIDTHS, BLOCK_SIZES, TOKENS)
+        if width % size == 0
+    ]
+    for point in tqdm([point for point in points if not records.has(**point)], unit="point"):
+        records.add(**point, **measure(**point, repetitions=args.repetitions, clock=CLOCKS[args.clock]))
+    for record in records.records:
+        record["predicted"] = "weight" if _predicted(record) else "activations"
+    agree = [r for r in records.records if (r["weight"] < r["activations"]) == _predicted(r)]
+    lost = [r[r["predicted"]] / min(r["weight"], r["activations"]) - 1 for r in records.records]
+    print(
+        f"{len(records.records)} points; the rule takes the faster side in {len(agree)}, "
+        f"and loses {100 * sum(lost) / len(lost):.1f}% on average, {100 * max(lost):.0f}% at worst"
+    )
+    if args.plot:
+        plot(records.records, args.plot)
+
+
+def measure(
+    dtype: str, width: int, block_size: int, tokens: int, repetitions: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds of forward and backward: the plain frozen layer, and each side."""
+    torch.manual_seed(0)
+    kind = DTYPES[dtype]
+    x = torch.randn(tokens, width).to(kind).requires_grad_()
+    weight, grad = torch.randn(width, width).to(kind), torch.randn(tokens, width).to(kind)
+    right, left = (
+        torch.linalg.qr(torch.randn(2, width // block_size, block_size, block_size))[0].requires_grad_()
+        for _ in range(2)
+    )
+
+    def on_weight() -> None:
+        rotated = rotate_weights([weight], right[None], left[None])[0]
+        torch.autograd.grad(F.linear(x, rotated), (x, right, left), grad)
+
+    def on_activations() -> None:
+        torch.autograd.grad(rotate_activations(x, weight, None, right, left), (x, right, left), grad)
+
+    def frozen() -> None:
+        torch.autograd.grad(F.linear(x, weight), x, grad)
+
+    ways = {"frozen": frozen, "weight": on_weight, "activations": on_activations}
+    best = dict.fromkeys(ways, float("inf"))
+    for repetition, (name, way) in product(range(repetitions + 1), ways.items()):
+        started = clock()
+        way()
+        if repetition:  # the first is for warming up
+            best[name] = min(best[name], clock() - started)
+    return best
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """What each side adds to the frozen layer over the tokens; a panel for each width, a colour for each block size."""
+    dtypes = sorted({record["dtype"] for record in records})
+    figure, axes = plt.subplots(
+        len(dtypes), len(WIDTHS), figsize=(4 * len(WIDTHS), 3.4 * len(dtypes)), squeeze=False, layout="constrained"
+    )
+    for (row, dtype), (column, width) in product(enumerate(dtypes), enumerate(WIDTHS)):
+        panel = axes[row][column]
+        for number, size in enumerate(BLOCK_SIZES):
+            found = [r for r in records if (r["dtype"], r["width"], r["block_size"]) == (dtype, width, size)]
+            found.sort(key=lambda record: record["tokens"])
+            for side, style in (("weight", "-"), ("activations", "--")):
+                tokens = [record["tokens"] for record in found]
+                panel.plot(tokens, [r[side] / r["frozen"] for r in found], style, color=f"C{number}", marker=".")
+        panel.set(xscale="log", yscale="log", title=f"width {width}, {dtype}", xlabel="tokens × batch")
+        panel.axhline(1, color="grey", linewidth=0.5)
+    axes[0][0].set_ylabel("step of one projection / frozen")
+    lines = [plt.Line2D([], [], color=f"C{n}", label=f"blocks of {size}") for n, size in enumerate(BLOCK_SIZES)]
+    lines += [
+        plt.Line2D([], [], color="k", linestyle=s, label=name) for name, s in (("weight", "-"), ("activations", "--"))
+    ]
+    axes[0][-1].legend(handles=lines, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _predicted(record: dict[str, Any]) -> bool:
+    width = record["width"]
+    with torch.device("meta"):
+        return weight_side_is_cheaper(record["tokens"], torch.empty(width, width, dtype=DTYPES[record["dtype"]]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""A training step's time and memory with every method, on the same layers at an equal number of parameters.
+
+python -m benchmarks.step --base sd15 --latents 64 --out benchmarks/results/step_sd15_64.json
+
+Every repetition puts each method in turn into the same model, takes a step to warm up and a few that are timed, and
+takes it out again; ratios are medians over the repetitions, each within its own. A run that was stopped goes on where
+it was; run with the same arguments again it only prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.bases import BASES, DTYPES, load_base
+from benchmarks.measure import CLOCKS, Records, bytes_in_use, median, peak_bytes, reset_peak, table
+from benchmarks.published import PublishedAdapter
+from eval.methods import matched
+from gsoft_diffusion.baselines import inject_baseline
+from gsoft_diffusion.inject import find_attentions, find_clip_attentions, find_linears, inject
+
+METHODS = {
+    "floor": "frozen, only output biases train",
+    "lora": "LoRA (PEFT)",
+    "double_gsoft": "Double GSOFT",
+    "published": "Double GSOFT as published",
+    "boft": "BOFT, all its factors",
+    "oft": "OFT v2 (PEFT)",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=BASES, default="sd15")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 for sd15, float32 for mini, unless given")
+    parser.add_argument("--latents", type=int, help="side of the latents; 64 for sd15, 16 for mini, unless given")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--text_encoder", action="store_true", help="adapt and train it as well")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps in each repetition")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    args = parser.parse_args()
+    args.dtype = args.dtype or {"sd15": "bfloat16", "mini": "float32"}[args.base]
+    args.latents = args.latents or {"sd15": 64, "mini": 16}[args.base]
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("out", "methods", "repetitions", "steps")
+    }
+    records = Records(args.out, settings)
+    wanted = [
+        (repetition, method)
+        for repetition in range(args.repetitions)
+        for method in args.methods[repetition % len(args.methods) :] + args.methods[: repetition % len(args.methods)]
+        if not records.has(repetition=repetition, method=method)
+    ]
+    if wanted:
+        bench = Bench(args)
+        for repetition, method in tqdm(wanted, unit="method"):
+            records.add(repetition=repetition, method=method, **bench.measure(method, args.steps))
+    print(report(records.records))
+
+
+class Bench:
+    """The model, and the one batch that every method trains on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        dtype = DTYPES[args.dtype]
+        self.unet, self.text_encoder, length = load_base(args.base, dtype)
+        self.trains_text, self.clock = args.text_encoder, CLOCKS[args.clock]
+        if args.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.unet.train()
+        generator = torch.Generator().manual_seed(0)
+        self.latents = torch.randn(args.batch, 4, args.latents, args.latents, generator=generator).to(dtype)
+        self.noise = torch.randn(self.latents.shape, generator=generator)
+        self.timesteps = torch.randint(1000, (args.batch,), generator=generator)
+        self.tokens = torch.randint(1000, (1, length), generator=generator)
+        with torch.no_grad():
+            self.text = self.text_encoder(self.tokens)[0]
+        text_encoders = [self.text_encoder] if self.trains_text else []
+        self.layers = find_linears(find_attentions(self.unet), find_clip_attentions(self.trains_text, text_encoders))
+
+    def measure(self, method: str, steps: int) -> dict[str, Any]:
+        """Seconds of each timed step, memory, and how many numbers are trained."""
+        gc.collect()
+        before = bytes_in_use()
+        parameters, remove = self._put_in(method)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        self._step(optimizer)
+        loss = self._loss()
+        kept = None if before is None else bytes_in_use() - before  # type: ignore[operator]
+        loss.backward()
+        del loss
+        optimizer.zero_grad()
+        reset_peak()
+        seconds = []
+        for _ in range(steps):
+            started = self.clock()
+            self._step(optimizer)
+            seconds.append(self.clock() - started)
+        result = {
+            "seconds": seconds,
+            "kept_bytes": kept,  # for the backward pass, by the optimizer, and by the adapter itself
+            "peak_bytes": peak_bytes(),
+            "parameters": sum(parameter.numel() for parameter in parameters),
+        }
+        remove()
+        return result
+
+    def _put_in(self, method: str) -> tuple[list[nn.Parameter], Callable[[], None]]:
+        """Put the method into the model; returns its trainable parameters and what takes it out again."""
+        text_encoders = [self.text_encoder] if self.trains_text else []
+        if method == "floor":
+            biases = [layer.bias for layer in self.layers.values() if layer.bias is not None]
+            for bias in biases:
+                bias.requires_grad_(True)
+            return biases, lambda: [bias.requires_grad_(False) for bias in biases] and None
+        config: Any = matched(
+            "double_gsoft" if method == "published" else method, "small", self.layers, self.trains_text
+        )
+        if method == "published":
+            published = PublishedAdapter(config.nblocks, self.unet, text_encoders)
+            return published.trainable(), published.remove
+        adapter: Any = (inject if method == "double_gsoft" else inject_baseline)(config, self.unet, text_encoders)
+        return list(adapter.parameters()), adapter.remove
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _loss(self) -> Tensor:
+        text = self.text_encoder(self.tokens)[0] if self.trains_text else self.text
+        text = text.expand(len(self.latents), -1, -1)
+        prediction = self.unet(self.latents, self.timesteps, encoder_hidden_states=text).sample
+        return (prediction.float() - self.noise).square().mean()
+
+
+def report(records: list[dict[str, Any]]) -> str:
+    """The table: medians over repetitions; ratios within each repetition."""
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        by_method.setdefault(record["method"], {})[record["repetition"]] = record
+    seconds = {name: {i: min(r["seconds"]) for i, r in found.items()} for name, found in by_method.items()}
+
+    def ratio(name: str, other: str) -> str:
+        both = seconds[name].keys() & seconds.get(other, {}).keys()
+        return f"{median(seconds[name][i] / seconds[other][i] for i in both):.3f}" if both else ""
+
+    def mebibytes(name: str, what: str) -> str:
+        values = [record[what] for record in by_method[name].values() if record[what] is not None]
+        return f"{median(values) / 2**20:,.0f}" if values else ""
+
+    rows = [
+        [
+            title,
+            f"{median(seconds[name].values()):.3f}",
+            ratio(name, "floor"),
+            ratio(name, "lora"),
+            mebibytes(name, "kept_bytes"),
+            mebibytes(name, "peak_bytes"),
+            f"{next(iter(by_method[name].values()))['parameters']:,}",
+        ]
+        for name, title in METHODS.items()
+        if name in by_method
+    ]
+    count = max(len(found) for found in by_method.values())
+    header = ["", "step, s", "/ floor", "/ LoRA", "kept, MiB", "peak, MiB", "stored numbers"]
+    return f"{table(header, rows)}\n\n{count} repetitions; the faster of each repetition's steps."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

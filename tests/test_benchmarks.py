@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import randomise, run, tiny_unet
+from torch import nn
+
+from benchmarks.measure import Records, bytes_in_use
+from benchmarks.published import PublishedAdapter, PublishedLinear
+from benchmarks.step import report
+from gsoft_diffusion import AdapterConfig
+from gsoft_diffusion.orthogonal import skew_symmetric
+from gsoft_diffusion.projection import GSOFTProjection
+
+
+def test_the_published_formulation_is_the_same_map():
+    """Equal output and gradient by x at equal rotations and scales, so that only speed is compared."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40).requires_grad_(False)
+    ours, published = GSOFTProjection(AdapterConfig(nblocks=4), 24, 40), PublishedLinear(linear, 4)
+    randomise(ours)
+    with torch.no_grad():
+        published.q_in.copy_(skew_symmetric(ours.q_in, 6).triu())  # A − Aᵀ is the skew block
+        published.q_out.copy_(skew_symmetric(ours.q_out, 10).triu())
+        published.output_scale.copy_(ours.output_scale)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    outputs = [ours(linear, x), published(x)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
+
+
+def test_the_published_adapter_is_put_in_and_taken_out():
+    unet = tiny_unet().requires_grad_(False)
+    before, modules = run(unet), dict(unet.named_modules())
+    adapter = PublishedAdapter(4, unet, [])
+    torch.testing.assert_close(run(unet), before)
+    run(unet).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable())
+    adapter.remove()
+    assert dict(unet.named_modules()) == modules
+    assert torch.equal(run(unet), before)
+
+
+def test_measurements_are_kept_as_they_come(tmp_path):
+    path = tmp_path / "results" / "step.json"
+    Records(path, {"batch": 1}).add(repetition=0, method="lora", seconds=[1.0])
+    again = Records(path, {"batch": 1})
+    assert again.has(repetition=0, method="lora")
+    assert not again.has(repetition=1, method="lora")
+    again.add(repetition=1, method="lora", seconds=[2.0])
+    assert len(json.loads(path.read_text())["records"]) == 2
+    with pytest.raises(SystemExit, match="other settings"):
+        Records(path, {"batch": 4})
+
+
+def test_ratios_are_taken_within_a_repetition():
+    def record(repetition, method, seconds):
+        memory = {"kept_bytes": 2**20, "peak_bytes": None}
+        return {"repetition": repetition, "method": method, "seconds": seconds, "parameters": 7, **memory}
+
+    slow_machine = [record(0, "floor", [2.0, 1.0]), record(0, "lora", [1.1]), record(0, "double_gsoft", [1.2])]
+    fast_machine = [record(1, "floor", [0.1]), record(1, "double_gsoft", [0.14])]
+    lines = report(slow_machine + fast_machine).splitlines()
+    assert lines[2].split("|")[2:5] == [" 0.550 ", " 1.000 ", " 0.909 "]
+    assert lines[4].split("|")[2:8] == [" 0.670 ", " 1.300 ", " 1.091 ", " 1 ", "  ", " 7 "]
+
+
+def test_memory_is_counted_to_the_byte():
+    before = bytes_in_use()
+    if before is None:
+        pytest.skip("this C library does not count")
+    tensor = torch.empty(2**20)
+    assert 0 <= bytes_in_use() - before - 4 * 2**20 < 2**16
+    del tensor
+    assert bytes_in_use() - before < 2**16
