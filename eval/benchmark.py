@@ -112,7 +112,7 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
 
 def _sizes(experiment: Experiment, models: Models) -> list[str]:
     """Every method at every budget, and what it trains."""
-    layers = adapted_layers(models.unet, [models.text_encoder], experiment.text_encoder)
+    layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
     full = count_parameters(BaselineConfig("full"), layers) or 0
     lines = [f"{len(layers)} layers are adapted, {full:,} numbers"]
     for budget in experiment.budgets:

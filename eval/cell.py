@@ -35,11 +35,11 @@ from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, load_base
 from gsoft_diffusion.checkpoints import checkpoints, step_of
 from gsoft_diffusion.class_images import ensure_class_images
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
-from gsoft_diffusion.dataset import open_image
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.inject import Adapter
 from gsoft_diffusion.models import DTYPES, Models, load_models
+from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import slug
 from gsoft_diffusion.training import train, with_model_defaults
 
@@ -106,13 +106,14 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
     """The base model asked for any member of the class, and the real photos. Draws the class images for all cells."""
     subject, prompts, models, encoders = _prepare(experiment, cell)
     if experiment.with_prior_preservation:
-        ensure_class_images(_training(experiment, cell, subject, models, out, scratch), models, models.identity())
+        config = _training(experiment, cell, subject, models, out, scratch)
+        ensure_class_images(config.concepts[0], config, models, models.identity())
     plain = [Prompt(prompt.kind, prompt.plain, prompt.plain) for prompt in prompts]
     started = time.perf_counter()
     pictures = draw(experiment, models, plain, cell.seed)
     seconds = time.perf_counter() - started
     _save(pictures, scratch / "cell")
-    photos = embed(encoders, (open_image(path)[0] for path in subject.photos()))
+    photos = embed(encoders, (open_image(path) for path in subject.photos()))
     captions = [prompt.plain for prompt in prompts if prompt.kind == "context"]
     return _facts(experiment, cell, models, encoders) | {
         "photos": reference_scores(photos, encoders.clip.embed_texts(captions)),
@@ -123,7 +124,7 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
 
 def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
     subject, prompts, models, encoders = _prepare(experiment, cell)
-    layers = adapted_layers(models.unet, [models.text_encoder], experiment.text_encoder)
+    layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
     method = matched(cell.method, cell.budget or "medium", layers, experiment.text_encoder)
     config = _training(experiment, cell, subject, models, out, scratch)
     baseline = method if isinstance(method, BaselineConfig) else None
@@ -151,7 +152,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
         "adapter_bytes": trained.adapter.stat().st_size,
         "peak_memory_bytes": peak_memory(),
     }
-    photos = embed(encoders, (open_image(path)[0] for path in subject.photos()))
+    photos = embed(encoders, (open_image(path) for path in subject.photos()))
     unrelated = [prompt for prompt in prompts if prompt.kind == "unrelated"]
     untouched = embed(encoders, (picture.image for picture in draw(experiment, models, unrelated, cell.seed)))
     curve = []
@@ -199,8 +200,8 @@ def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt],
 def load_tuned(method: AnyConfig, path: Path, models: Models) -> Adapter | BaselineAdapter:
     """Put what training wrote into the models."""
     if isinstance(method, BaselineConfig):
-        return load_baseline(path, models.unet, [models.text_encoder])
-    return load_adapter(path, models.unet, [models.text_encoder])[0]
+        return load_baseline(path, models.denoiser, models.text_encoders)
+    return load_adapter(path, models.denoiser, models.text_encoders)[0]
 
 
 def draw(experiment: Experiment, models: Models, prompts: Sequence[Prompt], seed: int) -> list[Picture]:

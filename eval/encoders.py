@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -201,7 +200,8 @@ def _clip_encoder(
 
 
 def _open_clip(name: str, folder: Path | None, device: torch.device | str) -> ClipEncoder:
-    open_clip = import_open_clip()
+    import open_clip  # takes seconds, which the bundled encoders do without
+
     architecture, _, tag = name.partition("/")
     if not folder and not tag:
         raise UserError(f"CLIP {name}: name a folder, or model and weights as open_clip does, such as {FIELD_CLIP}")
@@ -218,15 +218,6 @@ def _open_clip(name: str, folder: Path | None, device: torch.device | str) -> Cl
     )
     identity = Identity("CLIP", folder.name if folder else name, "open_clip", weights_hash(clip), preprocessing)
     return ClipEncoder(identity, clip.encode_image, lambda texts: clip.encode_text(tokenizer(texts).to(device)), device)
-
-
-def import_open_clip() -> ModuleType:
-    """open_clip, which is optional; UserError if it is not installed."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError("open_clip is not installed: pip install -r requirements-eval.txt") from error
-    return open_clip
 
 
 def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:

@@ -25,11 +25,11 @@ from eval.subjects import LIVE_CLASSES, Subject
 from gsoft_diffusion.adapter_file import load_adapter, read_adapter
 from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.dataset import open_image
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.options import run
+from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import Row, contact_sheet
 from gsoft_diffusion.settings import read_yaml
 
@@ -72,7 +72,7 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
         dtype=DTYPES[config.mixed_precision],
         device=encoders.clip.device,
     )
-    photos = embed(encoders, (open_image(path)[0] for path in subject.photos()))
+    photos = embed(encoders, (open_image(path) for path in subject.photos()))
     if len(photos.clip) < 2:
         raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
     judge = Judge(config, models, encoders, asked, images_per_prompt, photos)
@@ -104,7 +104,7 @@ class Judge:
         self.real = (real["dino"], real["clip_t"])
 
     def __call__(self, step: int, path: Path) -> Scored:
-        adapter, _ = load_adapter(path, self.models.unet, [self.models.text_encoder])
+        adapter, _ = load_adapter(path, self.models.denoiser, self.models.text_encoders)
         adapter.merge()
         means, images = self._means(self._draw(plain=False))
         adapter.remove()

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from eval import metrics
 from eval.encoders import Encoders, load_encoders
-from gsoft_diffusion.dataset import list_images, open_image
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.options import run
+from gsoft_diffusion.photos import list_images, open_image
 from gsoft_diffusion.pictures import METADATA_KEY
 
 
@@ -119,7 +119,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
-    return (open_image(path)[0] for path in paths)
+    return (open_image(path) for path in paths)
 
 
 def _metadata(path: Path) -> dict[str, Any]:

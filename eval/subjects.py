@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsoft_diffusion.dataset import IMAGE_SUFFIXES, list_images
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.photos import IMAGE_SUFFIXES, list_images
 
 TABLE, DREAMBOOTH = "subjects.csv", "prompts_and_classes.txt"
 LIVE_CLASSES = {"dog", "cat"}  # of the public data set: its other subjects take the prompts for objects

@@ -71,10 +71,8 @@ def test_layout_refuses_weights_that_do_not_fit():
 
 def test_open_clip_reads_what_we_write(clip, images):
     """The same embeddings from open_clip itself, its own preprocessing and tokenizer included."""
-    try:
-        open_clip = encoders.import_open_clip()
-    except UserError:
-        pytest.skip("open_clip is not installed")
+    import open_clip
+
     folder, _ = clip
     theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -90,10 +88,6 @@ def test_open_clip_reads_what_we_write(clip, images):
 
 
 def test_open_clip_takes_the_models_that_only_it_knows(clip, tmp_path, images):
-    try:
-        encoders.import_open_clip()
-    except UserError:
-        pytest.skip("open_clip is not installed")
     folder = shutil.copytree(clip[0], tmp_path / "other")
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["pool_type"] = "argmax"  # its default, but nothing the original CLIP's files say
@@ -125,8 +119,9 @@ def test_transformers_layout_gives_the_same_embeddings(clip, tmp_path, images):
     write_preprocessor(other, size={"shortest_edge": 16})
     a, b = load_clip(str(folder)), load_clip(str(other))
     assert a.identity.weights == b.identity.weights
-    assert torch.equal(a.embed_images(images), b.embed_images(images))
-    assert torch.equal(a.embed_texts(["a dog"]), b.embed_texts(["a dog"]))
+    # not bit for bit: the weights are, but a processor's last bit may depend on where in memory they lie
+    torch.testing.assert_close(a.embed_images(images), b.embed_images(images), rtol=0, atol=1e-6)
+    torch.testing.assert_close(a.embed_texts(["a dog"]), b.embed_texts(["a dog"]), rtol=0, atol=1e-6)
 
 
 def test_batches_do_not_change_embeddings(clip, images, monkeypatch):
