@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check coverage fuzz faults clean
 
 # The user's two scripts with their default settings; each demo gets a folder of its own.
 demo: OUT := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -19,6 +19,17 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# A hundred thousand hostile adapter files; what it printed is in docs/reliability/fuzz.txt.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzz_adapter.py --cases 100000
+
+# Runs that are killed, cut off and deprived, then resumed; what it printed is in docs/reliability/faults.txt.
+faults: $(VENV)/.installed-dev
+	$(BIN)/python tests/faults.py
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov=gsoft_diffusion --cov-report=term-missing
 
 clean:
 	rm -rf $(VENV)

@@ -9,6 +9,7 @@ from gsoft_diffusion.adapter_file import (
     read_adapter,
     save_adapter,
 )
+from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.inject import Adapter, inject
@@ -19,6 +20,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterFile",
+    "AdapterStack",
     "BaseModelIdentity",
     "UserError",
     "__version__",

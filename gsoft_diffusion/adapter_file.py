@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -27,11 +25,13 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from gsoft_diffusion.attention import attention_layers
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.inject import Adapter, clip_attention_layers, expected_shapes, inject
-from gsoft_diffusion.projection import parameter_shapes
+from gsoft_diffusion.files import whole_file
+from gsoft_diffusion.inject import ATTENTIONS, Adapter, clip_attention_layers, expected_shapes, inject
+from gsoft_diffusion.projection import at_strength, parameter_shapes
 from gsoft_diffusion.settings import Settings
 
 FORMAT_KEY, FORMAT_VERSION = "gsoft_diffusion_adapter", "1"
+MAX_HEADER = 4 * 2**20  # bytes; the largest adapters have about two thousand tensors, some 0.4 MB of header
 SKETCH_SIZE = 16
 SKETCH_TOLERANCE = 0.01
 
@@ -54,6 +54,16 @@ class AdapterFile:
     training: dict[str, Any]
     prompts: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    @property
+    def subjects(self) -> list[dict[str, str]]:
+        """What each subject is called: instance_prompt, class_prompt, unique_token, class_word, as far as known."""
+        several = self.prompts.get("subjects")
+        subjects = several if isinstance(several, list) and several else [self.prompts]
+        return [
+            {name: text for name, text in subject.items() if isinstance(text, str)} if isinstance(subject, dict) else {}
+            for subject in subjects
+        ]
 
 
 class SavableAdapter(Protocol):
@@ -91,28 +101,24 @@ def save_adapter(
     }
     metadata = {name: json.dumps(section, allow_nan=False) for name, section in sections.items()}
     content = save(tensors, {FORMAT_KEY: FORMAT_VERSION} | metadata)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with whole_file(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter file and check what can be checked without the model: header, settings, names, shapes, values.
 
-    Nothing in the file is executed or used as a path. Raises UserError naming the file and what is wrong with it.
+    Nothing in the file is executed or used as a path, and what is allocated is bounded by the size of the file.
+    Raises UserError naming the file and what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such adapter file")
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             sections = _read_sections(path, metadata)
@@ -133,25 +139,33 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 
 def load_adapter(
-    path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()
+    path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), *, strength: float = 1.0
 ) -> tuple[Adapter, AdapterFile]:
     """Read an adapter file and put it into its base model, with the settings it was trained with.
 
     Pass the models that were given to `fingerprint` in training. Raises UserError, with the models unchanged, if the
     file is not valid, belongs to another base model, or does not have exactly the parameters that the model asks for.
+
+    strength: from 0, the base model, to 1, what was trained; see `projection.at_strength`. For several adapters on one
+    model see `AdapterStack`.
     """
     file = read_adapter(path)
+    check_base(file, unet, text_encoders)
+    adapter = inject(file.config, unet, text_encoders)
+    adapter.load_state_dict(at_strength(file.tensors, strength))
+    return adapter, file
+
+
+def check_base(file: AdapterFile, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> None:
+    """Raise UserError unless the adapter was trained on these models, which it looks at without changing them."""
     given = BaseModelIdentity(_name_of(unet), fingerprint(unet, text_encoders))
     if difference := _difference(file.base_model.fingerprint, given.fingerprint):
         raise UserError(
-            f"{path}: trained on the base model {file.base_model.name}, "
+            f"{file.path}: trained on the base model {file.base_model.name}, "
             f"but the model given, {given.name}, has {difference}"
         )
     found = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     _compare_shapes(file.path, found, expected_shapes(file.config, unet, text_encoders), "its base model")
-    adapter = inject(file.config, unet, text_encoders)
-    adapter.load_state_dict(file.tensors)
-    return adapter, file
 
 
 def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str:
@@ -170,7 +184,7 @@ def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str
     weights: list[Tensor] = []
     for model in (unet, *text_encoders):
         for module in model.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, ATTENTIONS) and hasattr(module, "to_q"):
                 layers, heads = attention_layers(module), module.heads
             elif isinstance(module, CLIPAttention):
                 layers, heads = clip_attention_layers(module), module.num_heads
@@ -206,6 +220,43 @@ def _name_of(model: nn.Module) -> str:
     return getattr(config, "_name_or_path", "") or type(model).__name__
 
 
+def _check_header(path: Path) -> None:
+    """Before safetensors sees it: the header is not longer than an adapter's can be, and says nothing twice.
+
+    Of two entries with one name, safetensors believes the last, and other readers may believe the first.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            _refuse(path, f"its header claims {length} bytes, more than the {MAX_HEADER} that any adapter needs")
+        header = file.read(length)
+    try:
+        _strict_json(header.decode())
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its header is not valid JSON ({error})")
+
+
+def _strict_json(text: str) -> Any:
+    """What the JSON says. Raises ValueError for what is not JSON, names twice in an object, and infinite numbers."""
+    return json.loads(text, parse_constant=_not_json, parse_float=_finite, object_pairs_hook=_no_name_twice)
+
+
+def _not_json(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError("a number is too large")
+    return number
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice")
+    return values
+
+
 def _read_sections(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The metadata's JSON objects."""
     if FORMAT_KEY not in metadata:
@@ -218,7 +269,7 @@ def _read_sections(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[st
     sections = {}
     for name in ("config", "base_model", "training", "prompts"):
         try:
-            section = json.loads(metadata[name], parse_constant=_no_constants)
+            section = _strict_json(metadata[name])
         except KeyError:
             _refuse(path, f"its metadata has no {name}")
         except (ValueError, RecursionError) as error:
@@ -227,10 +278,6 @@ def _read_sections(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[st
             _refuse(path, f"its metadata {name} is not a JSON object")
         sections[name] = section
     return sections
-
-
-def _no_constants(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _read_config(path: Path, section: dict[str, Any]) -> AdapterConfig:

@@ -23,6 +23,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.projection import GSOFTProjection
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of joint attention, for the text's tokens
 # Processors that differ from ours only in how they compute the attention product: nothing is lost by replacing them.
 STOCK_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
@@ -151,10 +152,23 @@ class GuardedAttention(Attention):
         self.processor._attention_backend = backend
 
 
-def attention_layers(attention: Attention) -> dict[str, nn.Linear]:
-    """The layers that are rotated, under the names in `PROJECTIONS`."""
-    layers: Any = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-    return dict(zip(PROJECTIONS, layers, strict=True))
+def attention_layers(attention: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are rotated, under the names in `PROJECTIONS` and, of joint attention, `TEXT_PROJECTIONS`.
+
+    A joint attention may lack some: the last one writes nothing back to the text, and then the text asks nothing.
+    """
+    layers: dict[str, Any] = {name: getattr(attention, name, None) for name in (*PROJECTIONS, *TEXT_PROJECTIONS)}
+    if isinstance(layers["to_out"], nn.ModuleList):
+        layers["to_out"] = layers["to_out"][0]  # the other is dropout
+    if layers["to_add_out"] is None:
+        layers["add_q_proj"] = None
+    return {name: layer for name, layer in layers.items() if layer is not None}
+
+
+def layer_place(attention: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Where a layer of `attention_layers` is: a module and the name of its attribute."""
+    place = getattr(attention, name)
+    return (place, "0") if isinstance(place, nn.ModuleList) else (attention, name)
 
 
 def require_xformers() -> None:

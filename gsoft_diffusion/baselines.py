@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.group_and_shuffle import fit_blocks
-from gsoft_diffusion.inject import add_submodule, find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.inject import add_submodule, find_attentions, find_clip_attentions, find_linears, root_of
 from gsoft_diffusion.orthogonal import free_numbers
 from gsoft_diffusion.settings import Settings, require
 
@@ -195,9 +195,9 @@ class BaselineAdapter(nn.Module):
         PEFT's BOFT stores whole `b×b` blocks of which only the skew part acts: `b(b−1)/2` numbers are counted, as for
         GSOFT.
         """
-        counts = {"unet": 0, "text_encoder": 0}
+        counts = {root_of(self._models[0]): 0, "text_encoder": 0}
         for name, linear in self._linears.items():
-            part = "unet" if name.startswith("unet.") else "text_encoder"
+            part = "text_encoder" if name.startswith("text_encoder") else root_of(self._models[0])
             counts[part] += baseline_count(self.config, linear.in_features, linear.out_features)
         return counts | {"total": sum(counts.values())}
 

@@ -3,7 +3,8 @@
     settings.yaml            the run's resolved settings
     checkpoint-<step>/
         adapter.safetensors  the adapter as of that step, ready for inference
-        state.pt             parameters, optimizer, schedule, scaler, step
+        state.pt             parameters, optimizer, schedule, scaler, step, and what must not change
+        SHA256SUMS           by which damage to the two is recognised; `sha256sum -c` reads it as well
     adapter.safetensors      the result
 
 Random numbers need no place in a checkpoint: those of step k are a function of the seed and k.
@@ -11,10 +12,13 @@ Random numbers need no place in a checkpoint: those of step k are a function of 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -22,67 +26,148 @@ import torch
 
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError, first_line
-from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.files import locked, sync_folder, whole_file
 
-SETTINGS, ADAPTER, STATE = "settings.yaml", "adapter.safetensors", "state.pt"
+SETTINGS, ADAPTER, STATE, SUMS = "settings.yaml", "adapter.safetensors", "state.pt", "SHA256SUMS"
 # May change when a run is resumed: they decide how long it goes on and what it reports, not how it learns.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint",
+    "accept_changes",
     "output_dir",
     "max_train_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "report_to",
+    "push_to_hub",
+    "hub_model_id",
     "validation_prompts",
     "num_validation_images",
     "validation_steps",
     "sample_batch_size",
     "dataloader_num_workers",
 }
+STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do not depend on how long the run is
 
 
-def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
+@contextmanager
+def output_folder(config: TrainingConfig) -> Iterator[None]:
+    """Inside the block the output folder is this run's alone. Raises UserError if it is another's or not writable."""
+    folder = Path(config.output_dir or ".")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+            for path in folder.glob(".checkpoint-*.tmp"):  # left by a run that was killed
+                shutil.rmtree(path)
+            for name in (SETTINGS, ADAPTER):
+                for path in folder.glob(f".{name}.*.tmp"):
+                    path.unlink()
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output_dir {folder}: another run is writing to it ({error}); wait for it or choose another folder"
+            ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--output_dir {folder}: is a file, or inside one") from error
+        except OSError as error:
+            raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+        yield
+
+
+def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = print) -> Path | None:
     """The checkpoint that the settings ask to go on from, None for a new run. To be asked before anything is computed.
 
-    Raises UserError if the output folder holds another run and this one does not resume it, or if there is nothing to
-    resume.
+    `latest` is the newest that is sound; `say` is told of newer ones that are not. Raises UserError if there is nothing
+    to resume, or if the output folder holds what would be written over.
     """
     folder = Path(config.output_dir or ".")
     if config.resume_from_checkpoint is None:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir {folder}: is a file")
-        if checkpoints(folder) or (folder / SETTINGS).exists() or (folder / ADAPTER).exists():
-            raise UserError(
-                f"--output_dir {folder}: holds another run; go on with it by --config {folder / SETTINGS} "
-                "--resume_from_checkpoint latest, or choose another folder"
-            )
+        _check_no_run(folder)
         return None
     if config.resume_from_checkpoint == "latest":
-        found = checkpoints(folder)
-        if not found:
-            raise UserError(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}")
-        checkpoint = found[-1]
-    else:
-        checkpoint = Path(config.resume_from_checkpoint)
-        if not (checkpoint / STATE).is_file():
-            raise UserError(f"--resume_from_checkpoint {checkpoint}: is not the folder of a checkpoint")
+        damaged: list[str] = []
+        for checkpoint in reversed(checkpoints(folder)):
+            damage = damage_of(checkpoint)
+            if damage is None:
+                for line in damaged:
+                    say(f"note: {line}; going on from {checkpoint.name}, the newest that is sound")
+                return checkpoint
+            damaged.append(f"{checkpoint} is damaged ({damage})")
+        if damaged:
+            raise UserError(f"--resume_from_checkpoint latest: no checkpoint is sound; {'; '.join(damaged)}")
+        raise UserError(
+            f"--resume_from_checkpoint latest: there is no checkpoint in {folder}; leave the option out to start afresh"
+        )
+    checkpoint = Path(config.resume_from_checkpoint)
+    if not (checkpoint.is_dir() and step_of(checkpoint) >= 0):
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: is not the folder of a checkpoint")
+    if damage := damage_of(checkpoint):
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: damaged ({damage}); resume from another, or latest")
+    if checkpoint.resolve().parent != folder.resolve():
+        _check_no_run(folder)
+    elif later := [path.name for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: going on from here would write over {', '.join(later)}; "
+            "choose a new --output_dir, or delete them"
+        )
     return checkpoint
 
 
-def check_settings(config: TrainingConfig, checkpoint: Path) -> None:
-    """Raise UserError if a setting that decides how the run learns has changed since the checkpoint was written."""
-    path = checkpoint.parent / SETTINGS
-    before, now = read_yaml(path), config.to_dict()
-    names = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
-    if names:
-        changed = ", ".join(f"{name} is {now[name]} and was {before.get(name)}" for name in names)
-        raise UserError(f"cannot resume {checkpoint} with other settings than in {path}: {changed}")
+def _check_no_run(folder: Path) -> None:
+    if checkpoints(folder):
+        raise UserError(
+            f"--output_dir {folder}: holds another run; go on with it by --config {folder / SETTINGS} "
+            "--resume_from_checkpoint latest, or choose another folder"
+        )
+    if (folder / ADAPTER).exists():
+        raise UserError(f"--output_dir {folder}: holds another run's result, {ADAPTER}; choose another folder")
+    if (folder / SETTINGS).exists():
+        raise UserError(
+            f"--output_dir {folder}: holds another run, which ended before its first checkpoint; delete the folder, "
+            "or choose another"
+        )
+
+
+def check_unchanged(
+    config: TrainingConfig, checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise UserError if what decides how a run learns is not as it was when the checkpoint was written.
+
+    before, now: settings, or other facts by their names. Nothing is checked with `accept_changes`.
+    """
+    if config.accept_changes:
+        return
+    free = FREE_TO_CHANGE - ({"max_train_steps"} if config.lr_scheduler not in STEADY else set())
+    changes = [f"{name} is new" for name in now if name not in before]
+    changes += [f"{name} is gone" for name in before if name not in now]
+    both = [name for name in now if name in before and name not in free and before[name] != now[name]]
+    changes += [f"{name} is {now[name]} and was {before[name]}" for name in both]
+    if changes:
+        raise UserError(f"cannot resume {checkpoint}: {', '.join(changes)}; put it back, or give --accept_changes")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folder's complete checkpoints, oldest first."""
-    steps = [(step_of(path), path) for path in folder.glob("checkpoint-*") if (path / STATE).is_file()]
-    return [path for step, path in sorted(steps) if step >= 0]
+    """The folder's checkpoints, sound or not, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with the checkpoint's files, None if they are as they were written."""
+    try:
+        lines = [line.split(maxsplit=1) for line in (checkpoint / SUMS).read_text(encoding="ascii").splitlines()]
+        sums = {name: digest for digest, name in lines}
+        for name in (STATE, ADAPTER):
+            if sums.get(name) != _sha256(checkpoint / name):
+                return f"{name} does not agree with {SUMS}"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except ValueError:
+        return f"{SUMS} cannot be read"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -93,43 +178,84 @@ def step_of(checkpoint: Path) -> int:
 def write_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], save_adapter: Callable[[Path], None], limit: int | None
 ) -> Path:
-    """Write `checkpoint-<step>` beside and rename it, then delete the oldest beyond `limit`."""
-    target, unfinished = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.{os.getpid()}.tmp"
+    """Write `checkpoint-<step>` beside and rename it, then delete what is older than the newest `limit` sound ones."""
+    target, unfinished = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     try:
         unfinished.mkdir(parents=True)
         save_adapter(unfinished / ADAPTER)
-        with (unfinished / STATE).open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():  # from before a resume at an earlier step
-            shutil.rmtree(target)
+        _save(state, unfinished / STATE)
+        with whole_file(unfinished / SUMS) as file:
+            file.write("".join(f"{_sha256(unfinished / name)}  {name}\n" for name in (ADAPTER, STATE)).encode())
+        if target.exists():  # a damaged one: a run goes on from the newest that is sound
+            _delete(target)
         unfinished.replace(target)
+        sync_folder(folder)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; earlier checkpoints are intact") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    for old in checkpoints(folder)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+    if limit:
+        _rotate(folder, limit)
     return target
 
 
+class _Writer(BufferedWriter):
+    """A file for `torch.save`, which swallows what goes wrong with it and raises a RuntimeError about positions."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    with _Writer(path.open("wb", buffering=0)) as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:
+            raise file.error or error from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rotate(folder: Path, limit: int) -> None:
+    """Whatever is damaged does not count, so that a sound one is always kept."""
+    sound = 0
+    for checkpoint in reversed(checkpoints(folder)):
+        if sound == limit:
+            try:
+                _delete(checkpoint)
+            except OSError as error:
+                raise UserError(f"cannot delete {checkpoint}, which is one too many: {error.strerror}") from error
+        elif damage_of(checkpoint) is None:
+            sound += 1
+
+
+def _delete(checkpoint: Path) -> None:
+    """First out of sight, so that a half deleted one is never met."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.replace(hidden)
+    shutil.rmtree(hidden)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state in a checkpoint; tensors and plain values only are loaded. UserError if it is damaged."""
+    """The state in a sound checkpoint; tensors and plain values only are loaded. UserError if that fails."""
     try:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows as whatever the reader stumbles over
-        raise UserError(f"{checkpoint}: damaged ({first_line(error)}); resume from an earlier one") from error
+    except Exception as error:  # whatever the reader stumbles over
+        raise UserError(f"{checkpoint}: {STATE} cannot be loaded ({first_line(error)}); resume from another") from error
 
 
 def write_settings(config: TrainingConfig) -> Path:
     """Write the resolved settings so that `--config` takes them again."""
-    folder = Path(config.output_dir or ".")
-    unfinished = folder / f".{SETTINGS}.{os.getpid()}.tmp"
+    path = Path(config.output_dir or ".") / SETTINGS
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(config.to_yaml(), encoding="utf-8")
-        unfinished.replace(folder / SETTINGS)
+        with whole_file(path) as file:
+            file.write(config.to_yaml().encode())
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
-    return folder / SETTINGS
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path

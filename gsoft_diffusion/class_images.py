@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,55 +14,85 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from gsoft_diffusion.adapter_file import BaseModelIdentity
-from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.dataset import IMAGE_SUFFIXES
+from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import locked, whole_file
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.models import Models
+from gsoft_diffusion.photos import IMAGE_SUFFIXES
 from gsoft_diffusion.pictures import slug
 
 ATTEMPTS = 3  # pictures drawn for each that is wanted, before broken ones become an error
 
 
-def class_images_folder(config: TrainingConfig, identity: BaseModelIdentity) -> Path:
+def class_images_folder(concept: Concept, config: TrainingConfig, identity: BaseModelIdentity) -> Path:
     """`--class_data_dir`, or a folder beside the output folder named by all that decides the pictures."""
-    if config.class_data_dir:
-        return Path(config.class_data_dir)
-    key = [asdict(identity), config.class_prompt, config.sampler.to_dict(), config.resolution]
+    if concept.class_data_dir:
+        return Path(concept.class_data_dir)
+    key = [asdict(identity), concept.class_prompt, config.sampler.to_dict(), config.resolution]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     runs = Path(config.output_dir or ".").resolve().parent
-    return runs / "class_images" / f"{slug(config.class_prompt or '')}-{digest}"
+    return runs / "class_images" / f"{slug(concept.class_prompt or '')}-{digest}"
 
 
-def ensure_class_images(config: TrainingConfig, models: Models, identity: BaseModelIdentity) -> Path:
+def ensure_class_images(concept: Concept, config: TrainingConfig, models: Models, identity: BaseModelIdentity) -> Path:
     """The folder with at least `num_class_images` class images; draws those that are missing, with the base model.
 
     An adapter that is in the model already must be disabled. Pictures that come out in one colour are drawn again
-    with another seed. Raises UserError if that keeps happening, or if the folder is the one with the subject's photos.
+    with another seed. Raises UserError if that keeps happening, or if the folder is one with a subject's photos.
     """
-    folder = class_images_folder(config, identity)
-    if folder.resolve() == Path(config.instance_data_dir).resolve():
-        raise UserError(f"--class_data_dir {folder}: is the folder of the subject's photos; name another")
+    folder = class_images_folder(concept, config, identity)
+    if any(folder.resolve() == Path(other.instance_data_dir).resolve() for other in config.concepts):
+        raise UserError(f"--class_data_dir {folder}: is the folder of a subject's photos; name another")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not _missing(folder, config):
+            return folder
+        with _to_ourselves(folder):
+            _draw_missing(folder, concept, config, models)  # asks again: another run may have drawn them meanwhile
     except OSError as error:
-        raise UserError(f"--class_data_dir {folder}: cannot be made ({error.strerror})") from error
-    existing = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    missing = config.num_class_images - len(existing)
-    if missing <= 0:
-        return folder
-    first = 1 + max((int(path.stem[4:]) for path in existing if _is_ours(path)), default=-1)
-    jobs = [(config.class_prompt or "", seed) for seed in range(first, first + ATTEMPTS * missing)]
+        raise UserError(f"--class_data_dir {folder}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES] if folder.exists() else []
+
+
+def _missing(folder: Path, config: TrainingConfig) -> int:
+    return max(0, config.num_class_images - len(_pictures(folder)))
+
+
+@contextmanager
+def _to_ourselves(folder: Path) -> Iterator[None]:
+    """Inside the block no other run draws class images into the folder."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            print(f"waiting for class images that another run ({error}) draws into {folder}")
+            stack.enter_context(locked(folder, wait=True))
+        for unfinished in folder.glob(".seed*.tmp"):  # left by a run that was killed
+            unfinished.unlink()
+        yield
+
+
+def _draw_missing(folder: Path, concept: Concept, config: TrainingConfig, models: Models) -> None:
+    missing = _missing(folder, config)
+    if not missing:
+        return
+    first = 1 + max((int(path.stem[4:]) for path in _pictures(folder) if _is_ours(path)), default=-1)
+    jobs = [(concept.class_prompt or "", seed) for seed in range(first, first + ATTEMPTS * missing)]
     samples = generate(models, jobs, config.sampler, resolution=config.resolution, batch_size=config.sample_batch_size)
     with tqdm(total=missing, desc=f"class images in {folder}", unit="picture") as progress:
         for sample in samples:
             if is_broken(sample.image):
                 continue
-            _write(sample.image, folder / f"seed{sample.seed:06d}.png")
+            with whole_file(folder / f"seed{sample.seed:06d}.png") as file:
+                sample.image.save(file, "PNG")
             missing -= 1
             progress.update()
             if missing == 0:
-                return folder
+                return
     raise UserError(f"{missing} class images came out in one colour, {ATTEMPTS} tries each: try --mixed_precision no")
 
 
@@ -73,10 +104,3 @@ def is_broken(image: Image.Image) -> bool:
 
 def _is_ours(path: Path) -> bool:
     return path.stem.startswith("seed") and path.stem[4:].isdigit()
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    """Whole or not at all, so that a stopped run leaves no half picture in the cache."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(unfinished, "PNG")
-    unfinished.replace(path)

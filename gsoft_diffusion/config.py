@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import Settings, not_negative, positive, require
@@ -13,7 +16,7 @@ from gsoft_diffusion.settings import Settings, not_negative, positive, require
 BUNDLED_BASE = "data/mini_base"  # found in the repository whatever the working directory
 # What a run needs follows from the base: angles of a small model's few, narrow layers have further to go.
 FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5}  # the paper's
-MINIATURE = {"max_train_steps": 300, "learning_rate": 1e-3}
+MINIATURE = {"max_train_steps": 500, "learning_rate": 1e-3}
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
 VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the background")
 
@@ -69,31 +72,86 @@ class SamplerConfig(Settings):
 
 
 @dataclass(frozen=True)
+class Concept(Settings):
+    """One subject: an item of `concepts_list`, with the names of diffusers' concepts lists, or the only one.
+
+    instance_data_dir: folder with the photos of the subject.
+    class_word: what the subject is, in a word or two.
+    unique_token: rare word that becomes the subject's name.
+    instance_prompt: prompt of the photos that have no caption.
+    class_prompt: prompt of the class images.
+    class_data_dir: folder of class images.
+    """
+
+    instance_data_dir: str
+    class_word: str | None = None
+    unique_token: str = "sks"
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    class_data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.instance_data_dir:
+            raise UserError("--instance_data_dir: name the folder with the subject's photos")
+        if not (self.class_word or self.instance_prompt):
+            folder = self.instance_data_dir
+            raise UserError(f"--class_word: say what is on the photos in {folder}, for example --class_word dog")
+        require(self, lambda text: text.strip() != "", "more than blanks", "instance_prompt", "class_prompt")
+
+    @property
+    def name(self) -> str:
+        """The subject as prompts call it: a sks dog."""
+        return with_article(f"{self.unique_token} {self.class_word}")
+
+    def resolved(self) -> Concept:
+        """With the prompts that follow from the names filled in."""
+        class_prompt = f"a photo of {with_article(self.class_word)}" if self.class_word else None
+        return replace(
+            self,
+            instance_prompt=self.instance_prompt or f"a photo of {self.name}",
+            class_prompt=self.class_prompt or class_prompt,
+        )
+
+    def scenes(self) -> tuple[str, ...]:
+        """Prompts that show what has been learned; only the photos' own if the subject's name is not known."""
+        instance_prompt = self.resolved().instance_prompt or ""
+        scenes = () if self.instance_prompt else tuple(f"{self.name} {scene}" for scene in VALIDATION_SCENES)
+        return instance_prompt, *scenes
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Settings):
     """Everything `train_dreambooth_gsoft.py` can be told; names follow diffusers' train_dreambooth.py.
 
-    instance_data_dir: folder with the photos of the subject (three to five are enough).
+    instance_data_dir: folder with the photos of the subject (three to five are enough); a photo may have its caption in
+      a .txt file beside it or in the folder's metadata.jsonl, and its mask beside it or in its transparency.
     class_word: what the subject is, in a word or two: dog, toy car. Makes the prompts that are not given.
     unique_token: rare word that becomes the subject's name.
-    instance_prompt: prompt of the subject's photos; by default "a photo of a <unique_token> <class_word>".
+    instance_prompt: prompt of photos that have no caption; by default "a photo of a <unique_token> <class_word>".
     class_prompt: prompt of the class images; by default "a photo of a <class_word>".
+    class_data_dir: folder of class images; by default beside output_dir, one for each model, prompt and sampler.
+    concepts_list: JSON or YAML file with several subjects to learn in one run, instead of the settings above: a list
+      of instance_data_dir, class_word, unique_token and, if wanted, instance_prompt, class_prompt, class_data_dir.
     output_dir: folder for everything the run writes; by default outputs/<name of instance_data_dir>.
-    pretrained_model_name_or_path: base model, a diffusers folder or a name on the hub.
+    pretrained_model_name_or_path: base model: a diffusers folder, a name on the hub, or a .safetensors file.
+    base_config: for a file, the diffusers folder or name on the hub whose configuration it has; by default by its kind.
     revision: revision of the base model on the hub.
     variant: variant of the base model's weight files, such as fp16.
     adapter: shape of the adapter.
     resolution: side of the square pictures in pixels; by default what the base model was made for.
-    center_crop: crop photos in the middle; otherwise at one of five places along the longer side, drawn at random.
+    aspect_buckets: keep the photos' shapes: sizes of about resolution² pixels instead of squares, one in each batch.
+    center_crop: crop photos in the middle; otherwise at one of five places along the side that is cropped, at random.
     random_flip: mirror half of the photos.
+    unmasked_weight: weight of the loss outside of the subject's mask (0.1 is usual); 1 makes no use of masks.
     cache_latents: encode every photo (and each of its crops and flips) once, before training.
     with_prior_preservation: train on pictures of the class as well, so that the class is not forgotten.
     prior_loss_weight: weight of the class images' loss.
     num_class_images: class images to train on; those that are missing are generated by the base model.
-    class_data_dir: folder of class images; by default beside output_dir, one for each model, prompt and sampler.
-    max_train_steps: optimizer steps; by default 3000 as in the paper, 300 on a miniature base.
+    max_train_steps: optimizer steps; by default 3000 as in the paper, 500 on a miniature base.
     train_batch_size: photos in a batch, on each device (and as many class images with prior preservation).
     gradient_accumulation_steps: batches in one optimizer step.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
+    cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they have nothing to do.
     learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 1e-3 on a miniature base.
     lr_scheduler: how the learning rate changes over the run.
     lr_warmup_steps: steps of linear rise at the start, for schedules other than constant, and for schedulefree.
@@ -114,7 +172,11 @@ class TrainingConfig(Settings):
     checkpointing_steps: write a checkpoint every so many steps, 0 for never; a run that is stopped writes one anyway.
     checkpoints_total_limit: checkpoints to keep; by default all.
     resume_from_checkpoint: folder of a checkpoint, or latest, to go on from.
+    accept_changes: resume although settings, photos or the number of processes are not those of the checkpoint.
     report_to: tracker, any that accelerate knows (tensorboard, wandb, all), or none.
+    push_to_hub: publish adapter, model card and last validation sheet on the Hugging Face hub at the end.
+    hub_model_id: name there, with or without an owner; by default that of output_dir.
+    hub_token: access token, kept nowhere; by default the one of `hf auth login` or of HF_TOKEN.
     validation_prompts: prompts drawn during training and at its end; by default the subject in a few scenes.
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
     validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
@@ -122,32 +184,37 @@ class TrainingConfig(Settings):
     sampler: how validation and class images are drawn; kept in the adapter for inference.
     """
 
-    instance_data_dir: str
+    instance_data_dir: str = ""
     class_word: str | None = None
     unique_token: str = "sks"
     instance_prompt: str | None = None
     class_prompt: str | None = None
+    class_data_dir: str | None = None
+    concepts_list: tuple[Concept, ...] = ()
     output_dir: str | None = None
 
     pretrained_model_name_or_path: str = BUNDLED_BASE
+    base_config: str | None = None
     revision: str | None = None
     variant: str | None = None
     adapter: AdapterConfig = AdapterConfig(nblocks=32)
 
     resolution: int | None = None
+    aspect_buckets: bool = False
     center_crop: bool = False
     random_flip: bool = False
+    unmasked_weight: float = 1.0
     cache_latents: bool = True
 
     with_prior_preservation: bool = False
     prior_loss_weight: float = 1.0
     num_class_images: int = 100
-    class_data_dir: str | None = None
 
     max_train_steps: int | None = None
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    cpu_offload: bool = False
     learning_rate: float | None = None
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -171,7 +238,11 @@ class TrainingConfig(Settings):
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
+    accept_changes: bool = False
     report_to: str = "tensorboard"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None
     validation_prompts: tuple[str, ...] | None = None
     num_validation_images: int = 2
     validation_steps: int = 250
@@ -179,17 +250,21 @@ class TrainingConfig(Settings):
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
-        if not self.instance_data_dir:
-            raise UserError("--instance_data_dir: name the folder with the subject's photos")
-        if not (self.class_word or self.instance_prompt):
-            raise UserError("--class_word: say what the subject is, for example --class_word dog")
-        if self.with_prior_preservation and not (self.class_word or self.class_prompt):
+        concepts = self.concepts
+        if self.concepts_list:
+            _check_concepts(concepts)
+            defaults = {field.name: field.default for field in fields(self)}
+            if given := [field.name for field in fields(Concept) if getattr(self, field.name) != defaults[field.name]]:
+                raise UserError(f"--{given[0]}: belongs into the --concepts_list, which says all of every subject")
+        if self.with_prior_preservation and not all(one.class_word or one.class_prompt for one in concepts):
             raise UserError("--with_prior_preservation needs --class_word or --class_prompt")
-        require(self, lambda text: text.strip() != "", "more than blanks", "instance_prompt", "class_prompt")
+        require(self, lambda weight: 0 <= weight <= 1, "between 0 and 1", "unmasked_weight")
         require(self, positive, "more than 0", *_POSITIVE)
         require(self, not_negative, "0 or more", *_NOT_NEGATIVE)
         require(self, lambda seed: seed < 2**63, "less than 2⁶³", "seed")
         require(self, lambda beta: 0 <= beta < 1, "at least 0 and less than 1", "adam_beta1", "adam_beta2")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_token):
+            raise UserError("--hub_model_id, --hub_token: are for --push_to_hub, which is off")
         if self.optimizer == "prodigy" and (self.learning_rate or 0) < 0.1:
             raise UserError("--optimizer prodigy finds the step size itself: give --learning_rate 1")
         if self.optimizer == "schedulefree":
@@ -198,20 +273,35 @@ class TrainingConfig(Settings):
         elif self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise UserError("--lr_warmup_steps: give --lr_scheduler constant_with_warmup, or another that rises")
 
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """The subjects to learn, one or several."""
+        return self.concepts_list or (Concept(**{field.name: getattr(self, field.name) for field in fields(Concept)}),)
+
     def resolved(self) -> TrainingConfig:
         """The same settings with the prompts and folders that follow from others filled in."""
-        subject = f"{self.unique_token} {self.class_word}"
-        named = with_article(subject)
-        scenes = () if self.instance_prompt else tuple(f"{named} {scene}" for scene in VALIDATION_SCENES)
-        instance_prompt = self.instance_prompt or f"a photo of {named}"
-        class_prompt = self.class_prompt or (f"a photo of {with_article(self.class_word)}" if self.class_word else None)
+        concepts = tuple(concept.resolved() for concept in self.concepts)
+        prompts: dict[str, Any] = {"concepts_list": concepts} if self.concepts_list else concepts[0].to_dict()
+        shown = [concept.scenes()[: 2 if self.concepts_list else None] for concept in self.concepts]
+        name = "_and_".join(Path(concept.instance_data_dir).resolve().name for concept in concepts)
         return replace(
             self,
-            instance_prompt=instance_prompt,
-            class_prompt=class_prompt,
-            output_dir=self.output_dir or str(Path("outputs") / Path(self.instance_data_dir).resolve().name),
-            validation_prompts=self.validation_prompts or (instance_prompt, *scenes),
+            **prompts,
+            output_dir=self.output_dir or str(Path("outputs") / name[:100]),
+            validation_prompts=self.validation_prompts or tuple(chain.from_iterable(shown)),
         )
+
+
+def _check_concepts(concepts: Sequence[Concept]) -> None:
+    """Raise UserError if two of the subjects cannot be told apart."""
+    named = [concept for concept in concepts if not concept.instance_prompt]
+    for name, values in {
+        "instance_data_dir": [concept.instance_data_dir for concept in concepts],
+        "instance_prompt": [concept.instance_prompt for concept in concepts if concept.instance_prompt],
+        "unique_token": [concept.unique_token for concept in named],
+    }.items():
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"--concepts_list: {name} {twice[0]} comes twice; give each subject its own")
 
 
 _POSITIVE = (
@@ -246,9 +336,11 @@ _NOT_NEGATIVE = (
 class GenerationConfig(Settings):
     """Everything `inference.py` can be told.
 
-    adapter: the adapter file that training wrote.
+    adapter: the adapter file that training wrote, or several for the same base model, which then act in this order.
+    strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
     prompts: prompts to draw; the subject goes by the name it was trained with, such as "a sks dog" or "a {0} {1}".
-    prompts_file: text file with one prompt a line, instead of prompts; `{0} {1}` stands for the subject's name.
+    prompts_file: text file with one prompt a line, instead of prompts; `{0} {1}` stands for the subject's name, and
+      `{2} {3}` for that of a second one.
     num_images: pictures for each prompt.
     seed: seed of each prompt's first picture; the following ones count upwards from it.
     num_inference_steps: denoising steps; by default as in the adapter's training.
@@ -259,13 +351,13 @@ class GenerationConfig(Settings):
     batch_size: pictures drawn at a time; changes speed and memory, not the pictures.
     output_dir: folder for the pictures; by default `images` beside the adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
-    merge: fold the adapter into the weights first, which makes sampling as fast as the base model.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations.
     device: cpu, cuda, cuda:1, mps; by default the fastest there is.
     """
 
-    adapter: str
+    adapter: tuple[str, ...]
+    strength: tuple[float, ...] = ()
     prompts: tuple[str, ...] = ()
     prompts_file: str | None = None
     num_images: int = 4
@@ -278,40 +370,48 @@ class GenerationConfig(Settings):
     batch_size: int = 4
     output_dir: str | None = None
     compare: bool = False
-    merge: bool = True
     pretrained_model_name_or_path: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     device: str | None = None
 
     def __post_init__(self) -> None:
+        weighed(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give one of them")
         require(self, positive, "more than 0", "num_images", "batch_size", "resolution", "num_inference_steps")
         require(self, not_negative, "0 or more", "seed", "guidance_scale")
         require(self, lambda seed: seed < 2**63, "less than 2⁶³", "seed")
 
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The adapters with their strengths, in their order."""
+        return weighed(self.adapter, self.strength)
+
 
 @dataclass(frozen=True)
 class ExportConfig(Settings):
     """Everything `export.py` can be told.
 
-    adapter: the adapter file that training wrote.
+    adapter: the adapter file that training wrote, or several for the same base model, which then act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
       with the adapter merged in; diffusers_lora and kohya_lora are small files that only come near it.
+    strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
     output: folder or file to write, which must not exist yet; by default beside the adapter, named after the format.
     rank: rank of a LoRA, 64 by default; the higher, the nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     """
 
-    adapter: str
+    adapter: tuple[str, ...]
     format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+    strength: tuple[float, ...] = ()
     output: str | None = None
     rank: int | None = None
     precision: Literal["float16", "float32"] = "float16"
     pretrained_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
+        weighed(self.adapter, self.strength)
         require(self, positive, "more than 0", "rank")
         if self.rank and not self.is_lora:
             raise UserError(f"--rank is for LoRAs: --format {self.format} holds all of the adapter")
@@ -320,8 +420,26 @@ class ExportConfig(Settings):
             raise UserError(f"--output {self.output}: {wanted} with --format {self.format}")
 
     @property
+    def strengths(self) -> dict[str, float]:
+        """The adapters with their strengths, in their order."""
+        return weighed(self.adapter, self.strength)
+
+    @property
     def is_lora(self) -> bool:
         return self.format.endswith("_lora")
+
+
+def weighed(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
+    """Each adapter's strength, 1 if none is given. UserError unless adapters differ and strengths fit them."""
+    if not adapters:
+        raise UserError("--adapter: name the adapter file that training wrote")
+    if twice := [adapter for adapter in adapters if list(adapters).count(adapter) > 1]:
+        raise UserError(f"--adapter {twice[0]}: comes twice; give it once, with a --strength")
+    if strengths and len(strengths) != len(adapters):
+        raise UserError(f"--strength: give one for each --adapter, {len(adapters)} and not {len(strengths)}")
+    if not all(map(math.isfinite, strengths)):
+        raise UserError(f"--strength {' '.join(map(str, strengths))}: must be finite numbers")
+    return dict(zip(adapters, strengths or (1.0,) * len(adapters), strict=True))
 
 
 def with_article(noun: str) -> str:

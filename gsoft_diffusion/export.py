@@ -17,19 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
 
-from gsoft_diffusion.adapter_file import AdapterFile, load_adapter, read_adapter
+from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
+from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.errors import UserError, first_line
-from gsoft_diffusion.inject import find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.families import Models
 from gsoft_diffusion.lora import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
-from gsoft_diffusion.models import PARTS, Models, load_base
-from gsoft_diffusion.original_layout import is_open_clip, original_layout
-from gsoft_diffusion.projection import GSOFTProjection
+from gsoft_diffusion.model_card import CARD, latest_sheet, model_card, public_base
+from gsoft_diffusion.models import INDEX, load_base
 
 DEFAULT_RANK = 64
 MERGED_NAMES = {"diffusers": "merged", "checkpoint": "merged.safetensors"}
-LORA_LAYOUTS = {"diffusers_lora": diffusers_tensors, "kohya_lora": kohya_tensors}
 
 
 def export(config: ExportConfig) -> Path:
@@ -38,20 +38,26 @@ def export(config: ExportConfig) -> Path:
     Weights are rotated and decomposed in float32 and rounded to `config.precision` at the end. Raises UserError if the
     adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
     """
-    file = read_adapter(config.adapter)
+    files = [read_adapter(path) for path in config.adapter]
     rank = config.rank or DEFAULT_RANK
     name = f"{config.format}_rank{rank}.safetensors" if config.is_lora else MERGED_NAMES[config.format]
-    target = Path(config.output or Path(config.adapter).parent / name)
+    target = Path(config.output or files[0].path.parent / name)
     report = target.with_suffix(".csv")  # of a LoRA
-    for path in (target, report) if config.is_lora else (target,):
+    whole = config.format == "diffusers"
+    card, picture = (target / CARD, target / "preview.png") if whole else map(target.with_suffix, (".md", ".png"))
+    for path in (target, *([] if whole else [card, picture]), *([report] if config.is_lora else [])):
         refuse_existing(path)
     dtype: torch.dtype = getattr(torch, config.precision)
-    models = load_base(file, config.pretrained_model_name_or_path)
+    models = load_base(files[0], config.pretrained_model_name_or_path)
+    stack = AdapterStack(models.denoiser, models.text_encoders)
+    for adapter in config.adapter:
+        stack.load(adapter, adapter)
+    origin = provenance(files, config.strengths)
     if config.is_lora:
-        layers = lora_layers(models, file, rank, dtype)
-        tensors = {name: tensor for layer in layers for name, tensor in LORA_LAYOUTS[config.format](layer).items()}
         metadata = kohya_metadata(models, rank) if config.format == "kohya_lora" else {}
-        write_tensors(target, rounded(tensors, dtype), provenance(file) | metadata)
+        layers = lora_layers(stack, config.strengths, rank, dtype)
+        tensors = kohya_tensors(layers, models.kohya_name) if metadata else diffusers_tensors(layers)
+        write_tensors(target, rounded(tensors, dtype), origin | metadata)
         write_report(report, layers)
         worst = max(layers, key=lambda layer: layer.error)
         print(
@@ -59,14 +65,27 @@ def export(config: ExportConfig) -> Path:
             f"change of the weights, at most {worst.error:.1%} in a layer ({worst.name}); all in {report}"
         )
     else:
-        adapter, _ = load_adapter(file.path, models.unet, [models.text_encoder])
-        adapter.merge()
+        stack.use(config.strengths)
         if config.format == "diffusers":
             write_folder(target, models, dtype)
         else:
-            weights = original_layout(models.unet, models.vae, models.text_encoder)
-            write_tensors(target, rounded(weights, dtype), provenance(file))
-        print(f"{target}: {models.name} with the adapter merged in, {config.precision}")
+            write_tensors(target, rounded(models.original_layout(), dtype), origin)
+        what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
+        print(f"{target}: {models.name} with {what} merged in, {config.precision}")
+    sheet = latest_sheet(files[0].path.parent) if list(config.strengths.values()) == [1.0] else None
+    text = model_card(
+        config.format,
+        target.name,
+        files,
+        list(config.strengths.values()),
+        models=models,
+        picture=picture.name if sheet else None,
+    )
+    with new(card) as path:
+        path.write_text(text, encoding="utf-8")
+    if sheet:
+        with new(picture) as path:
+            shutil.copy(sheet, path)
     return target
 
 
@@ -74,43 +93,36 @@ def export(config: ExportConfig) -> Path:
 
 
 def write_folder(target: Path, models: Models, dtype: torch.dtype) -> None:
-    """Write a complete diffusers folder with text encoder, VAE and UNet in `dtype` (the models are cast in place)."""
+    """Write a complete diffusers folder with all weights in `dtype` (the models are cast in place)."""
     index: dict[str, object] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": models.pipeline,
         "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
     }
-    for model in (models.text_encoder, models.vae, models.unet):
+    index |= models.options | models.index
+    parts = {name: getattr(models, name) for name in models.parts()}
+    for model in parts.values():
+        if not isinstance(model, nn.Module):
+            continue
         rounded(model.state_dict(), dtype)  # refuses what does not fit
         nn.Module.to(model, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
     with new(target) as folder:
-        for name in PARTS:
-            part = getattr(models, name)
+        for name, part in parts.items():
             part.save_pretrained(folder / name)
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
-        # vocab.json and merges.txt: transformers 5 leaves them out, other readers ask for them
-        models.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            if isinstance(part, CLIPTokenizer):
+                # vocab.json and merges.txt: transformers 5 leaves them out, other readers ask for them
+                part.backend_tokenizer.model.save(str(folder / name))
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 # A LoRA
 
 
-@torch.no_grad()
-def lora_layers(models: Models, file: AdapterFile, rank: int, dtype: torch.dtype) -> list[LoraLayer]:
-    """The nearest LoRA, layer by layer, to what the adapter does to its base model."""
-    text_encoders = [models.text_encoder]
-    linears = find_linears(find_attentions(models.unet), find_clip_attentions(file.config.text_encoder, text_encoders))
-    adapter, _ = load_adapter(file.path, models.unet, text_encoders)
-    layers = []
-    for name, linear in tqdm(linears.items(), desc="singular values", unit="layer"):
-        projection = adapter.get_submodule(name)
-        assert isinstance(projection, GSOFTProjection)
-        rotated = projection.rotated_weight(linear.weight)
-        layers.append(approximate(name, linear.weight, rotated, rank, dtype))
-    return layers
+def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, dtype: torch.dtype) -> list[LoraLayer]:
+    """The nearest LoRA, layer by layer, to what adapters do together to their base model."""
+    total = len(stack.layers(strengths))
+    layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
+    return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]
 
 
 def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
@@ -122,17 +134,19 @@ def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
 
 
 def kohya_metadata(models: Models, rank: int) -> dict[str, str]:
-    """What web UIs read to tell which Stable Diffusion a LoRA is for, and how large it is."""
+    """What web UIs read to tell what a LoRA is for, and how large it is."""
     sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    return {"ss_network_module": "networks.lora", "ss_v2": str(is_open_clip(models.text_encoder))} | sizes
+    return {"ss_network_module": "networks.lora"} | sizes | models.kohya_metadata()
 
 
 # Files
 
 
-def provenance(file: AdapterFile) -> dict[str, str]:
-    """Metadata of an exported file: its base model, and the prompts that call the subject."""
-    origin = {"base_model": asdict(file.base_model), "prompts": file.prompts}
+def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> dict[str, str]:
+    """Metadata of an exported file: its base model, and the prompts that call the subjects."""
+    prompts = files[0].prompts if len(files) == 1 else {"subjects": [one for file in files for one in file.subjects]}
+    base_model = asdict(files[0].base_model) | {"name": public_base(files[0].base_model.name)[1]}
+    origin = {"base_model": base_model, "prompts": prompts, "strengths": list(strengths.values())}
     return {"format": "pt", "gsoft_diffusion": json.dumps(origin)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gsoft_diffusion.adapter_file import AdapterFile, load_adapter, read_adapter
+from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
+from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.families import Conditioning, whole_view
+from gsoft_diffusion.memory import running_out_explained
 from gsoft_diffusion.models import DTYPES, Models, load_base, scheduler_class
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
 
@@ -51,42 +54,45 @@ def generate(
     """
     resolution = resolution or models.resolution
     models.check_resolution(resolution)
-    embeddings = _embed({sampler.negative_prompt, *(prompt for prompt, _ in jobs)}, models)
+    embeddings = {prompt: models.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
+    away = models.encode_negative(sampler.negative_prompt)
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        positive = torch.stack([embeddings[prompt] for prompt, _ in batch])
-        negative = embeddings[sampler.negative_prompt].expand_as(positive)
-        latents = _denoise(models, positive, negative, generators, sampler, models.latent_shape(resolution))
+        positive = _joined([embeddings[prompt] for prompt, _ in batch])
+        negative = _joined([away] * len(batch))
+        latents = _denoise(models, positive, negative, generators, sampler, resolution)
         for (prompt, seed), image in zip(batch, _to_images(models.decode(latents)), strict=True):
             yield Sample(prompt, seed, image)
 
 
-def _embed(prompts: set[str], models: Models) -> dict[str, Tensor]:
-    """Each prompt's embedding by itself, so that rounding does not depend on its company."""
-    return {prompt: models.encode_prompts([prompt])[0] for prompt in sorted(prompts)}
+def _joined(parts: Sequence[Conditioning]) -> Conditioning:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _denoise(
     models: Models,
-    positive: Tensor,
-    negative: Tensor,
+    positive: Conditioning,
+    negative: Conditioning,
     generators: list[torch.Generator],
     sampler: SamplerConfig,
-    latent_shape: tuple[int, int, int],
+    resolution: int,
 ) -> Tensor:
-    """Latents (N, C, h, w) for text embeddings (N, length, width), by the scheduler and classifier-free guidance."""
-    scheduler = make_scheduler(models, sampler)
+    """Latents (N, C, h, w) for the conditioning of N prompts, by the scheduler and classifier-free guidance."""
+    latent_shape = models.latent_shape(resolution)
+    scheduler = make_scheduler(models, sampler, resolution)
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
-    latents = (noise * scheduler.init_noise_sigma).to(models.device)  # float32 throughout
-    guided = sampler.guidance_scale != 1
-    conditioning = torch.cat([negative, positive]) if guided else positive
+    latents = (noise * getattr(scheduler, "init_noise_sigma", 1)).to(models.device)  # float32 throughout
+    guided = sampler.guidance_scale != 1 and not models.guides_itself
+    conditioning = _joined([negative, positive]) if guided else positive
+    views = whole_view(resolution, resolution).to(models.device).repeat(len(latents) * (2 if guided else 1), 1)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_options: dict[str, Any] = {"generator": generators} if takes_generator else {}
     for timestep in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-        prediction = models.unet(model_input.to(models.dtype), timestep, encoder_hidden_states=conditioning).sample
-        prediction = prediction.float()
+        model_input = torch.cat([latents, latents]) if guided else latents
+        if hasattr(scheduler, "scale_model_input"):
+            model_input = scheduler.scale_model_input(model_input, timestep)
+        prediction = models.predict(model_input, timestep, conditioning, views, sampler.guidance_scale)
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + sampler.guidance_scale * (conditional - unconditional)
@@ -94,22 +100,21 @@ def _denoise(
     return latents
 
 
-def make_scheduler(models: Models, sampler: SamplerConfig) -> Any:
+def make_scheduler(models: Models, sampler: SamplerConfig, resolution: int | None = None) -> Any:
     """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set."""
     base = models.scheduler
     chosen = scheduler_class(sampler.scheduler) if sampler.scheduler else type(base)
-    if chosen is not type(base) and chosen not in base.compatibles:
-        names = ", ".join(sorted(other.__name__ for other in base.compatibles if issubclass(other, SchedulerMixin)))
+    if chosen not in models.schedulers:
+        names = ", ".join(sorted(kind.__name__ for kind in models.schedulers))
         raise UserError(f"--scheduler {sampler.scheduler} does not fit {models.name}; these do: {names}")
     if sampler.num_inference_steps > base.config.num_train_timesteps:
         raise UserError(f"--num_inference_steps: at most {base.config.num_train_timesteps} for {models.name}")
-    scheduler = chosen.from_config(base.config)
+    shape = models.latent_shape(resolution or models.resolution)
     try:
-        scheduler.set_timesteps(sampler.num_inference_steps, device=models.device)
+        return models.make_scheduler(chosen, sampler.num_inference_steps, shape)
     except ValueError as error:  # some need a few steps more
         given = f"{chosen.__name__} with --num_inference_steps {sampler.num_inference_steps}"
         raise UserError(f"{given}: {first_line(error)}") from error
-    return scheduler
 
 
 def _to_images(pixels: Tensor) -> list[Image.Image]:
@@ -122,13 +127,15 @@ def _to_images(pixels: Tensor) -> list[Image.Image]:
 # What inference.py does
 
 
+@running_out_explained("use a smaller --batch_size or --resolution, or --mixed_precision bf16")
 def draw(config: GenerationConfig) -> list[Path]:
-    """Draw `num_images` pictures for each prompt with an adapter, each into a PNG, and contact sheets of them all.
+    """Draw `num_images` pictures for each prompt with adapters, each into a PNG, and contact sheets of them all.
 
-    What the settings leave open comes from the adapter's metadata. Returns the paths of the contact sheets.
+    What the settings leave open comes from the first adapter's metadata. Returns the paths of the contact sheets.
     """
-    file = read_adapter(config.adapter)
-    prompts = _prompts(config, file)
+    files = [read_adapter(path) for path in config.adapter]
+    file = files[0]
+    prompts = _prompts(config, [subject for each in files for subject in each.subjects])
     sampler, resolution = _sampler(config, file)
     models = load_base(
         file,
@@ -136,17 +143,22 @@ def draw(config: GenerationConfig) -> list[Path]:
         dtype=DTYPES[config.mixed_precision],
         device=config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
     )
-    adapter, _ = load_adapter(config.adapter, models.unet, [models.text_encoder])
-    if config.merge:
-        adapter.merge()
+    stack = AdapterStack(models.denoiser, models.text_encoders)
+    for path in config.adapter:
+        stack.load(path, path)
+    stack.use(config.strengths)
     resolution = resolution or models.resolution
     sampler = replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__)
 
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
-    folder = Path(config.output_dir or Path(config.adapter).parent / "images")
+    folder = Path(config.output_dir or file.path.parent / "images")
     first = next_number(folder)
+    runs = {path: Path(path).resolve().parent.name for path in config.adapter}
     settings = {
-        "adapter": Path(config.adapter).name,
+        "adapters": [
+            {"name": f"{runs[path]}/{Path(path).name}", "strength": strength}
+            for path, strength in config.strengths.items()
+        ],
         "base_model": asdict(file.base_model),
         "sampler": sampler.to_dict(),
         "resolution": resolution,
@@ -164,10 +176,11 @@ def draw(config: GenerationConfig) -> list[Path]:
 
     columns = {"adapter": draw_jobs("adapter")}
     if config.compare:
-        with adapter.disabled():
+        with stack.disabled():
             columns["base"] = draw_jobs("base")
+    names = (runs[path] + (f" × {strength:g}" if strength != 1 else "") for path, strength in config.strengths.items())
     title = (
-        f"{Path(config.adapter).resolve().parent.name}: {sampler.scheduler}, "
+        f"{', '.join(names)}: {sampler.scheduler}, "
         f"{sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
     )
     sheets = []
@@ -199,29 +212,35 @@ def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> lis
     return rows
 
 
-def _prompts(config: GenerationConfig, file: AdapterFile) -> list[str]:
+def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file:
         try:
             prompts = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file {config.prompts_file}: cannot be read as text ({error})") from error
-    prompts = [_with_names(prompt.strip(), file) for prompt in prompts if prompt.strip()]
+    prompts = [_with_names(prompt.strip(), subjects) for prompt in prompts if prompt.strip()]
     if not prompts:
-        hint = file.prompts.get("instance_prompt", "a photo of a sks dog")
+        hint = subjects[0].get("instance_prompt", "a photo of a sks dog")
         raise UserError(f'give --prompt or --prompts_file with a prompt in it; the adapter was trained on "{hint}"')
     return prompts
 
 
-def _with_names(prompt: str, file: AdapterFile) -> str:
-    """The prompt with the unique token for `{0}` and the class word for `{1}`, as in DreamBooth's prompt lists."""
-    for mark, name in {"{0}": "unique_token", "{1}": "class_word"}.items():
-        if mark in prompt:
-            word = file.prompts.get(name)
-            if not isinstance(word, str):
-                raise UserError(f"{prompt!r}: the adapter was trained without a {name}, so {mark} cannot be filled in")
-            prompt = prompt.replace(mark, word)
-    return prompt
+def _with_names(prompt: str, subjects: Sequence[Mapping[str, str]]) -> str:
+    """The prompt with the first subject's unique token for `{0}` and its class word for `{1}`, as in DreamBooth's
+    prompt lists; `{2}` and `{3}` are the second subject's, and so on.
+    """
+
+    def word(found: re.Match[str]) -> str:
+        subject, part = divmod(int(found[1]), 2)
+        name = ("unique_token", "class_word")[part]
+        if subject >= len(subjects):
+            raise UserError(f"{prompt!r}: {found[0]} is of subject {subject + 1}, and there are {len(subjects)}")
+        if name not in subjects[subject]:
+            raise UserError(f"{prompt!r}: the adapter was trained without a {name}, so {found[0]} cannot be filled in")
+        return subjects[subject][name]
+
+    return re.sub(r"\{(\d{1,2})\}", word, prompt)
 
 
 def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig, int | None]:

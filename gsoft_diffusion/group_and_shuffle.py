@@ -4,7 +4,10 @@
 
 Every `B_i` is block-diagonal with `r` orthogonal blocks of side `b`, `n = r·b` ("group"), and `P = P_(r, n)` is the
 stride permutation ("shuffle"). With identity blocks `Q = I`. Nothing of size `n × n` is ever built: `Q x` costs
-`m·b·n` multiply-adds and `m` shuffles, and each shuffle is one transposed view.
+`m·b·n` multiply-adds and `m` shuffles.
+
+Vectors are columns here: `x` is `(n, T)` for `T` vectors, and inside `(r, b, T)`, one matrix for each block. Then a
+block acts on whole rows, `P` is a transposition of the first two of `(b, r, T)`, and no index is ever looked up.
 
 Gorbunov, Yudin, Soboleva, Alanov, Naumov, Rakhuba: Group and Shuffle: Efficient Structured Orthogonal
 Parametrization, NeurIPS 2024, arXiv 2406.10019. Definitions 3.1, 5.1 and 5.2, Theorem 2, §6.1.
@@ -21,44 +24,76 @@ from gsoft_diffusion.errors import UserError
 
 
 def rotate(blocks: Tensor, x: Tensor) -> Tensor:
-    """`Q x` along the last dimension of x.
+    """`Q x`.
 
-    blocks: `(m, r, b, b)`, the diagonal blocks of `B_1 … B_m`; x: `(…, n)` of the same dtype. Returns `(…, n)`.
+    blocks: `(…, m, r, b, b)`, the diagonal blocks of `B_1 … B_m`; x: `(…, n, T)` of the same dtype, and so the result.
+    Leading dimensions, equal in both, are a batch.
     """
-    nfactors, nblocks = blocks.shape[:2]
-    x = group(blocks[0], x)
-    for factor in blocks[1:]:
-        x = group(factor, shuffle(x, nblocks))
+    nfactors, nblocks, size, _ = blocks.shape[-4:]
+    x = x.unflatten(-2, (nblocks, size))
+    for index in range(nfactors):
+        x = group(blocks[..., index, :, :, :], shuffle(x) if index else x)
     for _ in range(nfactors - 1):
-        x = unshuffle(x, nblocks)
-    return x
+        x = unshuffle(x)
+    return x.flatten(-3, -2)
 
 
 def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
-    """`Qᵀ x` along the last dimension of x, which undoes `rotate`; shapes as there."""
-    nfactors, nblocks = blocks.shape[:2]
+    """`Qᵀ x`, which undoes `rotate` as far as the blocks are orthogonal; shapes as there."""
+    nfactors, nblocks, size, _ = blocks.shape[-4:]
+    x = x.unflatten(-2, (nblocks, size))
     for _ in range(nfactors - 1):
-        x = shuffle(x, nblocks)
-    for factor in blocks[1:].flip(0):
-        x = unshuffle(group(factor.mT, x), nblocks)
-    return group(blocks[0].mT, x)
+        x = shuffle(x)
+    for index in reversed(range(nfactors)):
+        x = group(blocks[..., index, :, :, :].mT, x)
+        if index:
+            x = unshuffle(x)
+    return x.flatten(-3, -2)
+
+
+def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a loss by `blocks` and by `x` from its gradient by `y = Q x`, in closed form.
+
+    What the factors made of `x` on the way is not kept from the forward pass but made again. Shapes as in `rotate`. For
+    `y = Qᵀ x` the gradient by the blocks is that of `rotate_gradients(blocks, grad, x)`: `⟨g, Qᵀx⟩ = ⟨x, Q g⟩`.
+    """
+    nfactors, nblocks, size, _ = blocks.shape[-4:]
+    inputs = [x.unflatten(-2, (nblocks, size))]
+    for index in range(nfactors - 1):
+        inputs.append(shuffle(group(blocks[..., index, :, :, :], inputs[-1])).contiguous())  # for two products
+    grad = grad.unflatten(-2, (nblocks, size))
+    for _ in range(nfactors - 1):
+        grad = shuffle(grad)
+    grad = grad.contiguous()  # for two products as well
+    by_block = []
+    for index in reversed(range(nfactors)):
+        by_block.append(batched_product(grad, inputs.pop().mT))
+        grad = group(blocks[..., index, :, :, :].mT, grad)
+        if index:
+            grad = unshuffle(grad)
+    return torch.stack(by_block[::-1], dim=-4), grad.flatten(-3, -2)
 
 
 def group(factor: Tensor, x: Tensor) -> Tensor:
-    """`B x`: block `i` of the factor `(r, b, b)` acts on the `i`-th run of `b` entries of x `(…, r·b)`."""
-    nblocks, size = factor.shape[:2]
-    grouped = x.reshape(-1, nblocks, size).transpose(0, 1)  # (r, …, b)
-    return (grouped @ factor.mT).transpose(0, 1).reshape(x.shape)
+    """`B x`: block `i` of the factor `(…, r, b, b)` acts on the `i`-th run of `b` entries of x `(…, r, b, T)`."""
+    return factor * x if factor.shape[-1] == 1 else batched_product(factor, x)
 
 
-def shuffle(x: Tensor, nblocks: int) -> Tensor:
+def shuffle(x: Tensor) -> Tensor:
     """`P x` for the stride permutation `P_(r, n)`: index `i` goes to `(i mod r)·(n/r) + ⌊i/r⌋` (Definition 5.2)."""
-    return x.unflatten(-1, (-1, nblocks)).mT.flatten(-2)
+    nblocks, size = x.shape[-3:-1]
+    return x.flatten(-3, -2).unflatten(-2, (size, nblocks)).transpose(-3, -2)
 
 
-def unshuffle(x: Tensor, nblocks: int) -> Tensor:
+def unshuffle(x: Tensor) -> Tensor:
     """`Pᵀ x`, which undoes `shuffle`."""
-    return x.unflatten(-1, (nblocks, -1)).mT.flatten(-2)
+    nblocks, size = x.shape[-3:-1]
+    return x.transpose(-3, -2).flatten(-3, -2).unflatten(-2, (nblocks, size))
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of `(…, i, j)` and `(…, j, k)` with equal batches: `matmul` without its bookkeeping, one kernel."""
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
 
 
 def dense_factors(nblocks: int, block_size: int) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ class LoraLayer:
     def error(self) -> float:
         """How much of that change the LoRA loses, relative to the change."""
         return _ratio(self.lost_norm, self.change_norm)
+
+    def truncated(self, rank: int) -> LoraLayer:
+        """The same at a smaller rank, without another decomposition.
+
+        Its terms are orthogonal to each other and to what is lost already, so their squared norms add up.
+        """
+        dropped = self.up[:, rank:].float().norm(dim=0) * self.down[rank:].float().norm(dim=1)
+        lost_norm = math.hypot(self.lost_norm, dropped.norm().item())
+        return replace(self, up=self.up[:, :rank], down=self.down[:rank], lost_norm=lost_norm)
 
 
 def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: torch.dtype) -> LoraLayer:
@@ -68,27 +77,36 @@ def total_error(layers: Sequence[LoraLayer]) -> float:
     )
 
 
-def diffusers_tensors(layer: LoraLayer) -> dict[str, Tensor]:
+def diffusers_tensors(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
     """The factors as diffusers' `save_lora_weights` names them; there, A is down and B is up."""
-    path = module_path(layer.name)
-    return {f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        path = module_path(layer.name)
+        tensors |= {f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}
+    return tensors
 
 
-def kohya_tensors(layer: LoraLayer) -> dict[str, Tensor]:
-    """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here."""
-    path = re.sub(r"^text_encoder\.", "te.", module_path(layer.name)).replace(".", "_")
-    factors = {f"lora_{path}.lora_down.weight": layer.down, f"lora_{path}.lora_up.weight": layer.up}
-    return factors | {f"lora_{path}.alpha": torch.tensor(float(len(layer.down)))}
+def kohya_tensors(layers: Sequence[LoraLayer], name_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here.
+
+    name_of: what it calls a module of the diffusers pipeline.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        prefix = name_of(module_path(layer.name))
+        tensors |= {f"{prefix}.lora_down.weight": layer.down, f"{prefix}.lora_up.weight": layer.up}
+        tensors[f"{prefix}.alpha"] = torch.tensor(float(len(layer.down)))
+    return tensors
 
 
 def module_path(name: str) -> str:
     """Where a layer of the adapter (see `Adapter`) is in a diffusers pipeline.
 
-    In the text encoder by the names of transformers before 5.6, which every tool's loader understands.
+    In text encoders by the names of transformers before 5.6, which every tool's loader understands.
     """
-    if name.startswith("unet."):
-        return re.sub(r"\.to_out$", ".to_out.0", name)
-    return re.sub(r"^text_encoder\.layers\.(\d+)", r"text_encoder.text_model.encoder.layers.\1.self_attn", name)
+    if name.startswith("text_encoder"):
+        return re.sub(r"^(\w+)\.layers\.(\d+)", r"\1.text_model.encoder.layers.\2.self_attn", name)
+    return re.sub(r"\.to_out$", ".to_out.0", name)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -12,7 +12,8 @@ from gsoft_diffusion.errors import UserError
 def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the model was trained to predict, by the scheduler's `prediction_type`. Shapes (B, C, H, W).
 
-    With `x_t = α_t·x + σ_t·ε`: `ε` (epsilon), `x` (sample) or `v = α_t·ε − σ_t·x` (v_prediction).
+    With `x_t = α_t·x + σ_t·ε`: `ε` (epsilon), `x` (sample) or `v = α_t·ε − σ_t·x` (v_prediction). In flow matching,
+    where α_t = 1 − σ_t, it is `ε − x` (flow_prediction).
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
@@ -21,7 +22,11 @@ def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps:
         return scheduler.get_velocity(latents, noise, timesteps)
     if prediction_type == "sample":
         return latents
-    raise UserError(f"the scheduler's prediction_type {prediction_type} is not epsilon, v_prediction or sample")
+    if prediction_type == "flow_prediction":
+        return noise - latents
+    raise UserError(
+        f"the scheduler's prediction_type {prediction_type} is not epsilon, v_prediction, sample or flow_prediction"
+    )
 
 
 def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
@@ -47,9 +52,16 @@ def add_offset(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     return noise + strength * offset
 
 
-def denoising_loss(model_pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B,), in float32."""
-    return (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)
+def denoising_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, (B,), in float32.
+
+    weights: (B, 1, H, W), for each place of the picture; the mean is over all places, those that weigh 0 included, so
+    that a subject that is half as large counts half as much, as it does without weights.
+    """
+    errors = (model_pred.float() - target.float()).square()
+    if weights is not None:
+        errors = weights * errors
+    return errors.flatten(1).mean(dim=1)
 
 
 def dreambooth_loss(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Tensor:
@@ -71,9 +83,13 @@ def training_loss(
     *,
     snr_gamma: float | None,
     prior_loss_weight: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """The whole loss of a batch: squared errors, min-SNR weights by each sample's own timestep, the two halves."""
-    losses = denoising_loss(model_pred, target)
+    """The whole loss of a batch: squared errors, min-SNR weights by each sample's own timestep, the two halves.
+
+    weights: of the places of each picture, as in `denoising_loss`.
+    """
+    losses = denoising_loss(model_pred, target, weights)
     if snr_gamma is not None:
         snr = signal_to_noise(scheduler, timesteps)
         losses = losses * min_snr_weights(snr, snr_gamma, scheduler.config.prediction_type)

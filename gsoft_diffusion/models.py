@@ -1,112 +1,29 @@
-"""The base model's five parts, loaded from one place: tokenizer, text encoder, VAE, UNet, noise schedule."""
+"""Loading a base model, of whichever family it is, from a diffusers folder, the hub, or a single file."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers import DDPMScheduler, SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import nn
 
-from gsoft_diffusion.adapter_file import AdapterFile, BaseModelIdentity, fingerprint
+from gsoft_diffusion.adapter_file import AdapterFile
 from gsoft_diffusion.errors import UserError, first_line
-
-logger = logging.getLogger(__name__)
+from gsoft_diffusion.families import Models, find_family
+from gsoft_diffusion.memory import check_weights
+from gsoft_diffusion.single_file import is_single_file, load_parts, usual_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+INDEX = "model_index.json"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
-
-
-@dataclass
-class Models:
-    """A text-to-image latent diffusion model of Stable Diffusion 1.x's or 2.x's make.
-
-    Text encoder and UNet have the dtype they were loaded with. The VAE is always float32: half precision overflows in
-    some, and it runs once for each picture.
-    """
-
-    name: str
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    scheduler: SchedulerMixin
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels along each side of one latent pixel."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def resolution(self) -> int:
-        """Side in pixels of the square pictures that the UNet was made for."""
-        return self.unet.config.sample_size * self.vae_scale_factor
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of a square picture."""
-        side = resolution // self.vae_scale_factor
-        return self.unet.config.in_channels, side, side
-
-    def check_resolution(self, resolution: int) -> None:
-        """Raise UserError if pictures of this size do not survive the VAE's and the UNet's halvings."""
-        step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if resolution % step:
-            raise UserError(f"--resolution {resolution}: must be a multiple of {step} for {self.name}")
-
-    def identity(self) -> BaseModelIdentity:
-        """What an adapter remembers of its base. Ask before an adapter is injected."""
-        return BaseModelIdentity(name=self.name, fingerprint=fingerprint(self.unet, [self.text_encoder]))
-
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token numbers (prompts, text length), padded; what does not fit is cut and said so."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        for prompt in prompts:
-            count = len(self.tokenizer(prompt, verbose=False).input_ids)
-            if count > length:
-                _say_cut(prompt, count, length)
-        encoded = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return encoded.input_ids.to(self.device)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (prompts, text length, width) that condition the UNet."""
-        return self.text_encoder(self.tokenize(prompts))[0]
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Mean and log-variance, stacked on dim 1, of the latents of pictures (N, 3, H, W) in [-1, 1]."""
-        return self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
-
-    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents as the UNet sees them, drawn by `noise` from what `encode_images` returned; float32."""
-        distribution = DiagonalGaussianDistribution(moments)
-        return (distribution.mean + distribution.std * noise) * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W), about in [-1, 1], of latents as the UNet sees them."""
-        return self.vae.decode(latents.float() / self.vae.config.scaling_factor).sample
 
 
 def load_models(
@@ -114,30 +31,40 @@ def load_models(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    base_config: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    cpu_offload: bool = False,
 ) -> Models:
-    """Load a base model from a diffusers folder or the hub; weights from safetensors only.
+    """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
+
+    cpu_offload: put only the denoiser on `device`; the other parts are brought there when they have something to do.
+    base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
 
     Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train.
     """
     transformers.utils.logging.disable_progress_bar()
-    folder = _folder(name, revision, variant)
-    weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
-    tokenizer = _load("tokenizer", folder, _load_tokenizer)
-    text_encoder = _load(
-        "text_encoder", folder, lambda path: CLIPTextModel.from_pretrained(path, dtype=dtype, **weights)
-    )
-    vae = _load("vae", folder, lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, **weights))
-    unet = _load("unet", folder, lambda path: UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype, **weights))
-    scheduler = _load("scheduler", folder, _load_scheduler)
-    models = Models(name, tokenizer, text_encoder, vae, unet, scheduler)
-    _check_architecture(models)
-    for part in (text_encoder, vae, unet):
-        try:
-            part.requires_grad_(False).to(device)
-        except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
-            raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
+    if is_single_file(name):
+        folder, family, options = _find_config(name, base_config)
+        parts = load_parts(name, family, folder, dtype)
+    else:
+        folder, family, options = _find(name, revision, variant)
+        weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
+        parts = {}
+        dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
+        check_weights(name, _weight_files(folder, variant, dtypes), device)
+        for part, kind in family.parts().items():
+            parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
+    models = family(name=name, options=options, **parts)
+    models.check()
+    for model in parts.values():
+        if isinstance(model, nn.Module):
+            try:
+                model.requires_grad_(False)
+                if model is models.denoiser or not cpu_offload:
+                    model.to(device)
+            except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
+                raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
     return models
 
 
@@ -149,36 +76,92 @@ def load_base(
     device: str | torch.device = "cpu",
 ) -> Models:
     """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`."""
-    versions = {} if moved_to else {name: file.training.get(name) for name in ("revision", "variant")}
+    names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
+    kept = {name: file.training.get(name) for name in names}
+    versions: dict[str, Any] = {name: value for name, value in kept.items() if isinstance(value, str)}
     return load_models(
         moved_to or file.base_model.name,
-        **{name: value for name, value in versions.items() if isinstance(value, str)},
+        **versions,
         dtype=dtype,
         device=device,
     )
 
 
-def _folder(name: str, revision: str | None, variant: str | None) -> Path:
-    """The local folder of a model: as named, inside this repository, or fetched from the hub into its cache."""
+def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
+    """A model's local folder (as named, inside this repository, or fetched from the hub into its cache), its family
+    and its options.
+    """
     for folder in (Path(name).expanduser(), REPOSITORY / name):
         if folder.is_dir():
-            if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+            family, options = _read_index(name, folder)
+            if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
                 raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")
-            return folder
+            return folder, family, options
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"there is no model folder {name}, and it is not the name of a model on the hub")
+    family, options = _read_index(name, _fetch(name, revision, [INDEX]))
     end = f".{variant}.safetensors" if variant else ".safetensors"
-    wanted = ["*/*.json", "tokenizer/*", *(f"*/*model{middle}{end}" for middle in ("", "-*-of-*"))]
+    wanted = [INDEX]
+    for part in family.parts():
+        files = ["*"] if part.startswith("tokenizer") else ["*.json", f"*model{end}", f"*model-*-of-*{end}"]
+        wanted += [f"{part}/{pattern}" for pattern in files]
+    folder = _fetch(name, revision, wanted)
+    if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
+        raise UserError(f"model {name} on the hub has no {', '.join(missing)}: it must be a whole diffusers model")
+    return folder, family, options
+
+
+def _weight_files(
+    folder: Path, variant: str | None, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[Path, torch.dtype]]:
+    """The weight files that will be loaded, with the type that their numbers will have."""
+    end = f".{variant}.safetensors" if variant else ".safetensors"
+    for part, dtype in dtypes.items():
+        for pattern in (f"*model{end}", f"*model-*-of-*{end}"):
+            yield from ((path, dtype) for path in (folder / part).glob(pattern))
+
+
+def _find_config(name: str, base_config: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
+    """For a single file: the folder with the configuration that it goes with, its family and its options."""
+    wanted = base_config or usual_config(name)
+    folder = next((path for path in (Path(wanted).expanduser(), REPOSITORY / wanted) if path.is_dir()), None)
+    if folder is None:
+        try:
+            folder = _fetch(wanted, None, [INDEX, "*/*.json", "*/*.txt", "*/*.model"])
+        except UserError as error:
+            raise UserError(
+                f"{name} goes with the configuration of {wanted}, which could not be had ({error}); "
+                "give a diffusers folder of the same make with --base_config"
+            ) from error
+    family, options = _read_index(wanted, folder)
+    return folder, family, options
+
+
+def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"cannot get model {name} from the hub ({first_line(error)}); check the name and the network, "
             "or give the path of a local diffusers folder"
         ) from error
-    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
-        raise UserError(f"model {name} on the hub has no {', '.join(missing)}: it must be a whole diffusers model")
-    return folder
+
+
+def _read_index(name: str, folder: Path) -> tuple[type[Models], dict[str, Any]]:
+    """The family by the folder's index, and the index's plain values.
+
+    UserError if the index is missing or broken, or the family unknown.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"model {name} has no {INDEX}: it must be a whole diffusers model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model {name}: {INDEX} cannot be read ({first_line(error)})") from error
+    if not isinstance(index, dict):
+        raise UserError(f"model {name}: {INDEX} is not a JSON object")
+    plain = {key: value for key, value in index.items() if isinstance(value, bool | int | float | str)}
+    return find_family(name, index), {key: value for key, value in plain.items() if not key.startswith("_")}
 
 
 def _load(part: str, folder: Path, load: Callable[[Path], Any]) -> Any:
@@ -188,10 +171,19 @@ def _load(part: str, folder: Path, load: Callable[[Path], Any]) -> Any:
         raise UserError(f"cannot load the {part} in {folder / part}: {first_line(error)}") from error
 
 
-def _load_tokenizer(path: Path) -> CLIPTokenizer:
+def _loader(part: str, kind: Any, weights: dict[str, Any]) -> Callable[[Path], Any]:
+    """What reads a part of this class from its folder."""
+    if part == "scheduler":
+        return _load_scheduler
+    if part.startswith("tokenizer"):
+        return lambda path: _load_tokenizer(kind, path)
+    return lambda path: kind.from_pretrained(path, **weights)
+
+
+def _load_tokenizer(kind: Any, path: Path) -> Any:
     if not (path / "tokenizer.json").is_file() and not all((path / n).is_file() for n in ("vocab.json", "merges.txt")):
         raise FileNotFoundError("neither tokenizer.json nor vocab.json with merges.txt")  # it would load, empty
-    return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    return kind.from_pretrained(path, local_files_only=True)
 
 
 def _load_scheduler(path: Path) -> SchedulerMixin:
@@ -205,18 +197,3 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise UserError(f"diffusers has no scheduler {name}; try DDIMScheduler or DPMSolverMultistepScheduler")
     return found
-
-
-def _check_architecture(models: Models) -> None:
-    unet, text_width = models.unet.config, models.text_encoder.config.hidden_size
-    if unet.cross_attention_dim != text_width:
-        raise UserError(
-            f"{models.name}: the text encoder's width is {text_width}, but the UNet takes {unet.cross_attention_dim}"
-        )
-    if unet.addition_embed_type or unet.class_embed_type or unet.in_channels != models.vae.config.latent_channels:
-        raise UserError(f"{models.name}: not a text-to-image model like Stable Diffusion 1.x or 2.x")
-
-
-@cache  # once for each prompt
-def _say_cut(prompt: str, count: int, length: int) -> None:
-    logger.warning("prompt cut after %d of its %d tokens: %.60s…", length, count, prompt)

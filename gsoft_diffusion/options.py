@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.settings import described, field_help, overlay, read_yaml
+from gsoft_diffusion.settings import described, field_help, overlay, read_list, read_yaml
 
 RENAMED = {"text_encoder": "train_text_encoder"}  # a field whose name needs its group around it
 OPPOSITES = {"double": ("--one_sided",)}  # further names for switching a boolean off, beside --no_<name>
@@ -62,9 +63,13 @@ def add_options(parser: argparse._ActionsContainer, config_class: Any, group: st
         if hint is bool:
             opposites = (f"--no_{name}", f"--no-{name}", *OPPOSITES.get(field.name, ()))
             parser.add_argument(f"--{name}", *opposites, action=Switch, help=text, **common)
-        elif tuple[str, ...] in (hint, *get_args(hint)):
-            names = (f"--{name}", f"--{name.removesuffix('s')}")  # --prompts a b, or --prompt a --prompt b
-            parser.add_argument(*names, action="extend", nargs="+", metavar="TEXT", help=text, **common)
+        elif get_origin(hint) is tuple and is_dataclass(get_args(hint)[0]):
+            parser.add_argument(f"--{name}", type=read_list, metavar="FILE", help=text, **common)
+        elif several := [choice for choice in (hint, *get_args(hint)) if get_origin(choice) is tuple]:
+            item = get_args(several[0])[0]
+            names = dict.fromkeys((f"--{name}", f"--{name.removesuffix('s')}"))  # --prompts a b; --prompt a --prompt b
+            common |= {"type": _reader(item), "metavar": "TEXT" if item is str else "NUMBER"}
+            parser.add_argument(*names, action="extend", nargs="+", help=text, **common)
         else:
             choices = get_args(hint) if get_origin(hint) is Literal else None
             metavar = None if choices else name.rpartition("_")[2].upper()
@@ -106,8 +111,14 @@ def run(main: Callable[[], int]) -> NoReturn:
     try:
         status = main()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         status = 2
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Leaving this block frees the error's frames, and with them the process group, whose destructor would
+            # wait for a peer that may never come.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         status = 130

@@ -4,6 +4,7 @@
     first_stage_model.…              VAE
     cond_stage_model.transformer.…   text encoder of 1.x: OpenAI's CLIP, as transformers names it
     cond_stage_model.model.…         text encoder of 2.x: OpenCLIP, with query, key and value in one matrix
+    conditioner.embedders.0.…, .1.…  text encoders of XL: one of each of these kinds
 
 Derived from the models' structure, so that it holds for any number of blocks and layers.
 """
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from gsoft_diffusion.errors import UserError
 
@@ -55,6 +56,24 @@ def original_layout(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder
     )
 
 
+def original_layout_xl(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    *,
+    v_prediction: bool = False,
+) -> dict[str, Tensor]:
+    """The same for Stable Diffusion XL. ComfyUI and Forge tell its velocity models by an empty tensor `v_pred`."""
+    tensors = (
+        {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}
+        | {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(vae).items()}
+        | {f"conditioner.embedders.0.{name}": tensor for name, tensor in clip_tensors(text_encoder).items()}
+        | {f"conditioner.embedders.1.{name}": tensor for name, tensor in open_clip_tensors(text_encoder_2).items()}
+    )
+    return tensors | ({"v_pred": torch.empty(0)} if v_prediction else {})
+
+
 def is_open_clip(text_encoder: CLIPTextModel) -> bool:
     """Whether it is OpenCLIP (Stable Diffusion 2.x) rather than OpenAI's CLIP (1.x): their activations differ.
 
@@ -69,9 +88,20 @@ def is_open_clip(text_encoder: CLIPTextModel) -> bool:
 
 
 def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    return _renamed(unet, _unet_blocks(unet), UNET_LAYERS)
+
+
+def original_unet_module(unet: UNet2DConditionModel, path: str) -> str:
+    """What the original calls the UNet's module at `path`."""
+    return _rename(path, _unet_blocks(unet), UNET_LAYERS)
+
+
+def _unet_blocks(unet: UNet2DConditionModel) -> dict[str, str]:
     blocks = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1",
@@ -95,7 +125,7 @@ def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
             count += 1
         place = 2 if hasattr(block, "attentions") else 1  # the last of what the level's last output block holds
         blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count - 1}.{place}.conv"
-    return _renamed(unet, blocks, UNET_LAYERS)
+    return blocks
 
 
 def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:
@@ -132,7 +162,7 @@ def clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
     return tensors | {"transformer.text_model.embeddings.position_ids": torch.arange(length)[None]}  # older tools ask
 
 
-def open_clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+def open_clip_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> dict[str, Tensor]:
     blocks = {"final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding"}
     for layer in range(text_encoder.config.num_hidden_layers):
         blocks[f"encoder.layers.{layer}"] = f"transformer.resblocks.{layer}"
@@ -142,11 +172,13 @@ def open_clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             parts = [tensors.pop(f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
             renamed[f"model.transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+    if "text_projection.weight" in tensors:
+        renamed["model.text_projection"] = tensors.pop("text_projection.weight").T
     names = {name: _rename(name, blocks, OPEN_CLIP_LAYERS) for name in tensors}
     return renamed | {f"model.{names[name]}": tensor for name, tensor in tensors.items()}
 
 
-def _text_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+def _text_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> dict[str, Tensor]:
     """The text encoder's weights without the `text_model.` that transformers put before them until 5.6."""
     return {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.group_and_shuffle import dense_factors, fit_blocks, rotate, rotate_back
-from gsoft_diffusion.orthogonal import free_numbers, full_precision, orthogonal_blocks
+from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
+from gsoft_diffusion.rotated_linear import rotate_activations, rotate_weights
+from gsoft_diffusion.rotation_group import RotationGroup
 
 
 def factor_shape(config: AdapterConfig, width: int, layer: str) -> tuple[int, int, int]:
@@ -86,21 +88,31 @@ class GSOFTProjection(nn.Module):
         self.parametrization = config.parametrization
         self.enabled = True
         self._base_weight: Tensor | None = None  # the exact W while W' is in its place
-        self._cached: tuple[object, Tensor] | None = None
+        self.join(RotationGroup([self]), 0)
+
+    def join(self, group: RotationGroup, index: int) -> None:
+        """Have the rotations made together with those of a group's other projections, as its `index`-th."""
+        self._group, self._index = group, index
 
     def forward(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """x: `(…, in_features)`; returns `(…, out_features)` in the dtype the plain layer would give."""
+        """x: `(…, in_features)`; returns `(…, out_features)` in the dtype the plain layer would give.
+
+        Without gradients the rotated weight is used, which is kept: sampling costs what the base model costs. In
+        training the weight or the activations are rotated, whichever is cheaper for these shapes.
+        """
         if not self.active:
             return linear(x)
-        return F.linear(x, self.effective_weight(linear), linear.bias)
+        self._check(linear)
+        if self._rotates_activations(linear, x):
+            return rotate_activations(x, linear.weight, linear.bias, *self._group.blocks(self._index))
+        return F.linear(x, self._group.weight(self._index, linear.weight), linear.bias)
 
     @property
     def active(self) -> bool:
         """False where the plain layer is right as it is: switched off, or merged into its weight."""
         return self.enabled and not self.merged
 
-    def effective_weight(self, linear: nn.Linear) -> Tensor:
-        """`W'` in the dtype of `W`; kept between calls that need no gradient, so that sampling solves nothing twice."""
+    def _check(self, linear: nn.Linear) -> None:
         if not isinstance(linear, nn.Linear):
             raise UserError(
                 f"{self.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
@@ -110,29 +122,17 @@ class GSOFTProjection(nn.Module):
                 f"{self.layer}: the adapter is on {self.q_in.device}, the model on {linear.weight.device}; "
                 f'move both, for example adapter.to("{linear.weight.device}")'
             )
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            self._cached = None  # a training step follows, and not every optimizer counts up a tensor's version
-            return self.rotated_weight(linear.weight)
-        state = tuple(_state(tensor) for tensor in (linear.weight, *self.parameters()))
-        if self._cached is None or self._cached[0] != state:
-            self._cached = (state, self.rotated_weight(linear.weight))
-        return self._cached[1]
+
+    def _rotates_activations(self, linear: nn.Linear, x: Tensor) -> bool:
+        """autocast decides by itself what is computed in which precision; it is left to do so in one plain product."""
+        if not (torch.is_grad_enabled() and self.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
+            return False
+        return not self._group.weight_side(x.numel() // self.in_features, linear.weight)
 
     def rotated_weight(self, weight: Tensor) -> Tensor:
-        """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`.
-
-        The rotation is applied to `W` rather than to `x` and `y`: its cost does not grow with the number of tokens, the
-        bias stays inside the one fused product, and merged and unmerged layers agree to the last bit.
-        """
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        with full_precision(weight):
-            q_in, q_out = self.rotations()
-            rotated = rotate_back(q_in.to(dtype), weight.to(dtype))  # each row: w Q = (Qᵀ wᵀ)ᵀ
-            if q_out is not None:
-                rotated = rotate(q_out.to(dtype), rotated.mT).mT
-            if self.output_scale is not None:
-                rotated = self.output_scale.to(dtype)[:, None] * rotated
-        return rotated.to(weight.dtype).contiguous()
+        """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`."""
+        right, left = self._group.blocks(self._index)
+        return rotate_weights([weight.detach()], right[None], None if left is None else left[None])[0]
 
     def rotations(self) -> tuple[Tensor, Tensor | None]:
         """The orthogonal blocks `(m, r, b, b)` of `Q_in` and `Q_out`, float32."""
@@ -149,10 +149,11 @@ class GSOFTProjection(nn.Module):
     def merge(self, linear: nn.Linear) -> None:
         """Write `W'` into the layer and keep the exact `W`; from then on the layer alone does everything."""
         if self._base_weight is None:
-            merged = self.rotated_weight(linear.weight)
+            self._check(linear)
+            merged = self._group.weight(self._index, linear.weight)
+            self._group.drop_weight(self._index)
             self._base_weight = linear.weight.detach().clone()
             linear.weight.copy_(merged)
-            self._cached = None
 
     @torch.no_grad()
     def unmerge(self, linear: nn.Linear) -> None:
@@ -207,6 +208,17 @@ class GSOFTLinear(nn.Linear):
         return self.base_layer
 
 
-def _state(tensor: Tensor) -> tuple[object, ...]:
-    """Changes whenever a tensor is replaced, moved, or written to with PyTorch's in-place operations."""
-    return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
+def at_strength(parameters: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """The parameters of an adapter, moved along the way from the base model (strength 0) to what was trained (1).
+
+    Skew-symmetric blocks are multiplied, `K → strength·K`, so that every rotation stays a rotation: a plane that turns
+    by `2·atan(k)` with Cayley's map turns by `2·atan(strength·k)`, one that turns by `k` with the exponential by
+    `strength·k`. Scales go straight, `1 + strength·(s − 1)`, which is defined whatever their sign. At 0 and 1 all is
+    exact to the bit. Beyond 1 it goes on; below 0 it turns the other way.
+    """
+    return {
+        name: torch.lerp(torch.ones_like(tensor), tensor, strength)
+        if name.endswith("output_scale")
+        else strength * tensor
+        for name, tensor in parameters.items()
+    }

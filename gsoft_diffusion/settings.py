@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -93,18 +94,31 @@ for _class in (_YamlLoader, _YamlDumper):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file; UserError if it cannot be read or is not a mapping."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_YamlLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the settings in {path}: {' '.join(str(error).split())}") from error
+    values = _read(Path(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of `name: value`")
     return values
 
 
+def read_list(path: str | Path) -> list[Any]:
+    """The list in a JSON or YAML file; UserError if it cannot be read or is something else."""
+    values = _read(Path(path))
+    if not (isinstance(values, list) and values):
+        raise UserError(f"{path}: expected a list")
+    return values
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the settings in {path}: {' '.join(str(error).split())}") from error
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return list(value)
+        return [_plain(item) for item in value]
     return value.to_dict() if isinstance(value, Settings) else value
 
 
@@ -125,8 +139,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             return value
     elif get_origin(hint) is tuple:
         if isinstance(value, list | tuple):
-            with suppress(UserError):
-                return tuple(_typed(item, get_args(hint)[0], name) for item in value)
+            item_hint = get_args(hint)[0]
+            with nullcontext() if _is_group(item_hint) else suppress(UserError):  # a group says best what is wrong
+                return tuple(_typed(item, item_hint, name) for item in value)
     elif _is_group(hint):
         if isinstance(value, hint | Mapping):
             return value if isinstance(value, hint) else hint.from_dict(value)

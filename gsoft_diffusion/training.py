@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import logging
 import math
 import shlex
 import signal
@@ -10,10 +12,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import product
+from datetime import timedelta
+from itertools import chain, product
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -21,28 +24,52 @@ from typing import Any, NoReturn, Self
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
-from diffusers import DDPMScheduler
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from gsoft_diffusion import checkpoints
-from gsoft_diffusion.adapter_file import save_adapter
+from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
 from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TrainingConfig
-from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Photos, derived_seed
+from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
 from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate, make_scheduler, sheet_rows
+from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.inject import Adapter, inject
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
+from gsoft_diffusion.memory import running_out_explained
+from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
 from gsoft_diffusion.models import DTYPES, Models, load_models
+from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
 from gsoft_diffusion.pictures import contact_sheet
 
+logger = logging.getLogger(__name__)
+
 SMOOTHING = 50  # steps over which the progress bar averages the loss
-PRIVATE = ("instance_data_dir", "class_data_dir", "output_dir", "resume_from_checkpoint")  # not in shared adapters
+HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "warmup_steps")  # the optimizer's that are settings
+# Not in adapters, which are shared: what says more of the user's disk than of the result.
+PRIVATE = (
+    "instance_data_dir",
+    "class_data_dir",
+    "concepts_list",
+    "output_dir",
+    "resume_from_checkpoint",
+    "accept_changes",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+)
 
 
 @dataclass(frozen=True)
@@ -56,28 +83,32 @@ class TrainingResult:
 
 
 class Denoiser(nn.Module):
-    """All that runs in a training step: the UNet, the text encoder if it trains, and the adapter in both.
+    """All that runs in a training step: the denoiser, the text encoders if they train, and the adapter in all of them.
 
-    Prompts are known beforehand: each is tokenized once, and encoded once if the text encoder does not train.
+    Prompts are known beforehand: what the adapter does not change is computed of them once, the rest in each batch.
     """
 
     def __init__(self, models: Models, adapter: Adapter | BaselineAdapter, prompts: Sequence[str]) -> None:
         super().__init__()
-        self.unet = models.unet
+        self.models = models  # no module: it says how those below work together
+        self.network = models.denoiser
+        self.text_encoders = nn.ModuleList(models.text_encoders if adapter.config.text_encoder else [])
         self.adapter = adapter
-        self.text_encoder = models.text_encoder if adapter.config.text_encoder else None
-        with torch.no_grad():
-            inputs = models.encode_prompts(prompts) if self.text_encoder is None else models.tokenize(prompts)
-        self.register_buffer("prompt_inputs", inputs, persistent=False)  # (prompts, length, width) or token numbers
+        with torch.no_grad(), models.brought(*models.readers()):
+            prompt_inputs = models.prepare(prompts) if self.text_encoders else models.encode_prompts(prompts)
+        self.prompt_inputs = prompt_inputs  # each (prompts, …), on the device
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_indices: Tensor) -> Tensor:
-        """The UNet's prediction (B, C, h, w) in float32, for the prompt of each sample."""
-        assert isinstance(self.prompt_inputs, Tensor)
-        prompts = self.prompt_inputs if self.text_encoder is None else self.text_encoder(self.prompt_inputs)[0]
-        noisy_latents = noisy_latents.to(self.unet.dtype)
-        return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompts[prompt_indices]).sample.float()
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, views: Tensor) -> Tensor:
+        """The prediction (B, C, h, w) in float32, for the prompt and the view of each sample."""
+        different, numbers = prompt_indices.unique(return_inverse=True)
+        prompts = {name: tensor[different] for name, tensor in self.prompt_inputs.items()}
+        if self.text_encoders:
+            prompts = self.models.encode(prompts)
+        conditioning = {name: tensor[numbers] for name, tensor in prompts.items()}
+        return self.models.predict(noisy_latents, timesteps, conditioning, views)
 
 
+@running_out_explained("use a smaller --train_batch_size or --resolution, or --gradient_checkpointing")
 def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> TrainingResult:
     """Train an adapter on the photos and write it to the output folder, with its settings and validation pictures.
 
@@ -86,27 +117,62 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
     SIGINT and SIGTERM end the run after the current step, with adapter and checkpoint saved. Raises UserError for
     anything that the user can put right, a loss that is not finite included.
     """
-    config = config.resolved()
-    checkpoint = checkpoints.checkpoint_to_resume(config)
-    instance = Photos(config.instance_data_dir, "--instance_data_dir", config.center_crop, config.random_flip)
+    config, token = replace(config.resolved(), hub_token=None), config.hub_token  # so that it cannot get anywhere
     accelerator = make_accelerator(config)
-    models = load_models(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        dtype=DTYPES[config.mixed_precision],
-        device=accelerator.device,
-    )
-    config = with_model_defaults(config, models)
-    if checkpoint:
-        checkpoints.check_settings(config, checkpoint)
-    run = Run(config, accelerator, models, instance, baseline)
-    if checkpoint:
-        run.resume(checkpoint)
-    try:
-        return run.execute()
-    finally:
-        accelerator.end_training()
+    with checkpoints.output_folder(config) if accelerator.is_main_process else nullcontext():
+        checkpoint = checkpoints.checkpoint_to_resume(config, accelerator.print)
+        instance = instance_photos(config, accelerator.print)
+        repository = None
+        if config.push_to_hub and accelerator.is_main_process:
+            repository = HubRepository(config.hub_model_id or Path(config.output_dir or "").name, token)
+        models = load_models(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=DTYPES[config.mixed_precision],
+            device=accelerator.device,
+            cpu_offload=config.cpu_offload,
+        )
+        config = with_model_defaults(config, models)
+        state = checkpoints.read_state(checkpoint) if checkpoint else None
+        if checkpoint and state:
+            before = TrainingConfig.from_dict(state["settings"])
+            checkpoints.check_unchanged(config, checkpoint, before.to_dict(), config.to_dict())
+        try:
+            run = Run(config, accelerator, models, instance, baseline)
+            if checkpoint and state:
+                run.resume(checkpoint, state)
+            result = run.execute()
+            if repository and not result.interrupted:
+                accelerator.print(f"published: {repository.publish(run.folder, checkpoints.ADAPTER)}")
+            return result
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
+                raise UserError(
+                    f"another of this run's {accelerator.num_processes} processes has ended, see its message; "
+                    f"checkpoints are intact, go on by --resume_from_checkpoint latest ({first_line(error)})"
+                ) from error
+            raise
+        finally:
+            accelerator.end_training()
+
+
+def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
+    """The photos of all subjects; says what was found. Raises UserError for what is wrong with them."""
+    photos: list[Photo] = []
+    for concept in config.concepts:
+        folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
+        say(f"subject{'' if len(config.concepts) == 1 else ' ' + concept.name}: {folder}")
+        photos += folder.photos
+    masks = sum(photo.mask is not None for photo in photos)
+    if masks and config.unmasked_weight == 1:
+        say("note: masks are not used; to weigh the subject more than its surroundings, give --unmasked_weight 0.1")
+    if config.unmasked_weight != 1 and not masks:
+        raise UserError(
+            f"--unmasked_weight {config.unmasked_weight:g}: no photo has a mask; give them transparent backgrounds, "
+            "or mask files like dog1-masklabel.png for dog1.jpg, white where the subject is"
+        )
+    return photos
 
 
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
@@ -116,6 +182,9 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
     scheduler = type(make_scheduler(models, config.sampler)).__name__
     usual = MINIATURE if models.resolution < MINIATURE_BELOW else FULL_SIZE
     left_open: dict[str, Any] = {name: value for name, value in usual.items() if getattr(config, name) is None}
+    if config.adapter.text_encoder and not models.text_encoders:
+        logger.warning("the text encoder of %s cannot be trained: it stays as it is", models.title)
+        config = replace(config, adapter=replace(config.adapter, text_encoder=False))
     return replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
 
 
@@ -129,8 +198,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=wanted,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-            # The base is in half precision as it is and the adapter in float32; sampling runs without autocast too.
-            kwargs_handlers=[AutocastKwargs(enabled=False)],
+            kwargs_handlers=[
+                # The base is in half precision as it is and the adapter in float32; sampling runs without it too.
+                AutocastKwargs(enabled=False),
+                # While one process draws class images or validates, the others wait.
+                InitProcessGroupKwargs(timeout=timedelta(days=1)),
+                # The last layers of some families' text encoders have no say, so their parameters get no gradient.
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+            ],
         )
     except ValueError as error:  # a precision the device does not have, a tracker that does not exist
         given = f"--mixed_precision {config.mixed_precision}, --report_to {config.report_to}"
@@ -164,6 +239,8 @@ def make_optimizer(config: TrainingConfig, adapter: Adapter | BaselineAdapter) -
     options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer == "schedulefree":
         options["warmup_steps"] = config.lr_warmup_steps
+    if config.optimizer == "adamw":
+        options["fused"] = rotations[0].is_cpu  # hundreds of small tensors in one call; on a GPU PyTorch knows best
     assert config.learning_rate is not None, "with_model_defaults sets it"
     return optimizer_class(groups, lr=config.learning_rate, **options)
 
@@ -178,7 +255,7 @@ class Run:
         config: TrainingConfig,
         accelerator: Accelerator,
         models: Models,
-        instance: Photos,
+        instance: Sequence[Photo],
         baseline: BaselineConfig | None = None,
     ) -> None:
         self.config, self.accelerator, self.models = config, accelerator, models
@@ -186,19 +263,22 @@ class Run:
         assert config.max_train_steps is not None, "with_model_defaults sets it"
         self.max_train_steps = config.max_train_steps
         self.step = 0
+        self.skipped = 0  # optimizer steps left out by the scaler of fp16, since a gradient had overflowed
         self.identity = models.identity()
-        self.noise_scheduler = DDPMScheduler.from_config(models.scheduler.config)
+        self.noise_scheduler = models.noise_scheduler()
+        if config.snr_gamma is not None and self.noise_scheduler.config.prediction_type == "flow_prediction":
+            raise UserError(f"--snr_gamma: {models.name} learns by flow matching, which weighs by drawing timesteps")
         # First what may turn out not to fit, then what takes long.
         if baseline:
-            self.adapter = inject_baseline(baseline, models.unet, [models.text_encoder])
+            self.adapter = inject_baseline(baseline, models.denoiser, models.text_encoders)
         else:
-            self.adapter = inject(config.adapter, models.unet, [models.text_encoder])
+            self.adapter = inject(config.adapter, models.denoiser, models.text_encoders)
         self._set_up_attention()
         optimizer = make_optimizer(config, self.adapter)
-        prior = self._class_photos()
-        self.dataset = self._make_dataset(instance, prior)
-        prompts = [config.instance_prompt or "", *([config.class_prompt or ""] if prior else [])]
-        self.denoiser, self.optimizer = accelerator.prepare(Denoiser(models, self.adapter, prompts).train(), optimizer)
+        self.dataset = self._make_dataset(instance, self._class_photos())
+        self.circumstances = self._circumstances()
+        denoiser = Denoiser(models, self.adapter, self.dataset.prompts).train()
+        self.denoiser, self.optimizer = accelerator.prepare(denoiser, optimizer)
         self.optimizer.train()  # schedule-free optimizers start in evaluation mode; to others it means nothing
         # Not prepared: it counts optimizer steps, however many processes take them together.
         self.lr_scheduler = get_scheduler(
@@ -211,8 +291,8 @@ class Run:
         )
         counts = self.adapter.parameter_counts()
         accelerator.print(
-            f"training {counts['total']:,} parameters: {counts['unet']:,} in the UNet, "
-            f"{counts['text_encoder']:,} in the text encoder"
+            f"training {counts.pop('total'):,} parameters: "
+            + ", ".join(f"{count:,} in the {part.replace('_', ' ')}" for part, count in counts.items())
         )
 
     def execute(self) -> TrainingResult:
@@ -220,16 +300,16 @@ class Run:
         config, accelerator = self.config, self.accelerator
         result = self.folder / checkpoints.ADAPTER
         if accelerator.is_main_process:
-            checkpoints.write_settings(replace(config, resume_from_checkpoint=None))
+            checkpoints.write_settings(replace(config, resume_from_checkpoint=None, accept_changes=False))
         accelerator.init_trackers("training", config=_flat(config.to_dict()))
         first = self.step
-        with StopRequest() as stop:
+        with StopRequest(launched=accelerator.num_processes > 1) as stop:
             started = time.perf_counter()
             self._train(stop)
             seconds = time.perf_counter() - started
             if accelerator.is_main_process:
                 self._save_adapter(result)
-        interrupted = stop.requested and self.step < self.max_train_steps
+        interrupted = self.step < self.max_train_steps
         if interrupted:
             settings = shlex.quote(str(self.folder / checkpoints.SETTINGS))
             accelerator.print(
@@ -238,6 +318,10 @@ class Run:
             )
         elif self.step > first:
             self._validate()
+        if accelerator.is_main_process and isinstance(self.adapter, Adapter):
+            self._write_card(result)
+        if self.skipped:
+            accelerator.print(f"{self.skipped} of {self.step} steps were skipped: their gradients overflowed in fp16")
         prompt = shlex.quote((config.validation_prompts or ("",))[-1])
         error = self.adapter.orthogonality_error()
         accelerator.print(
@@ -253,73 +337,115 @@ class Run:
         with self._progress_bar() as progress:
             for batch in self._batches():
                 with accelerator.accumulate(self.denoiser):
-                    losses.append(self._train_on(batch))
-                if not accelerator.sync_gradients:
-                    continue
+                    losses.append(self._backward(batch))
+                    if not accelerator.sync_gradients:
+                        continue
+                    loss, stopping = self._agree(losses, stop.requested)
+                    losses.clear()
+                    self._update(loss)
                 self.step += 1
-                recent.append(accelerator.gather(torch.stack(losses)).mean().item())
-                losses.clear()
+                recent.append(loss)
                 self._report(recent, progress)
-                if stop.requested or _due(self.step, config.checkpointing_steps):
+                if stopping or _due(self.step, config.checkpointing_steps):
                     self._write_checkpoint()
-                if stop.requested:
+                if stopping:
                     return
                 if _due(self.step, config.validation_steps) and self.step < self.max_train_steps:
                     self._validate()
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint: parameters, optimizer, schedule, scaler and step."""
-        state = checkpoints.read_state(checkpoint)
-        self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+    def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
+        checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        try:
+            if state["settings"]["optimizer"] != self.config.optimizer:
+                raise ValueError(f"--optimizer was {state['settings']['optimizer']}")
+            self.adapter.load_state_dict(state["adapter"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{checkpoint} does not fit the settings: {first_line(error)}") from error
+        if self.config.accept_changes:
+            self._set_hyperparameters(fresh)
+        self.step, self.skipped = state["step"], state["skipped"]
         self.accelerator.print(f"going on from step {self.step}")
+
+    def _set_hyperparameters(self, fresh: Sequence[Mapping[str, Any]]) -> None:
+        """Let the settings decide again, where the optimizer's loaded state had brought back the checkpoint's."""
+        self.lr_scheduler.base_lrs = [new["initial_lr"] for new in fresh]
+        for group, new, factor in zip(self.optimizer.param_groups, fresh, self.lr_scheduler.lr_lambdas, strict=True):
+            group |= {name: new[name] for name in HYPERPARAMETERS if name in new}
+            group["lr"] = new["initial_lr"] * factor(self.lr_scheduler.last_epoch)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What decides how the run learns besides its settings, as it was when the run began."""
+        sums: dict[str, Any] = {}
+        for photo in chain(*self.dataset.streams):
+            photo_sum = sums.setdefault(f"{photo.path.parent.name}/{photo.path.name}", hashlib.sha256())
+            photo_sum.update(photo.path.read_bytes())
+            if photo.mask and self.config.unmasked_weight != 1:
+                photo_sum.update(photo.mask.read_bytes())
+            photo_sum.update(photo.prompt.encode())
+        photo_sums = {name: photo_sum.hexdigest() for name, photo_sum in sums.items()}
+        return {"number of processes": self.accelerator.num_processes, **photo_sums}
 
     # Making ready
 
-    def _class_photos(self) -> Photos | None:
+    def _class_photos(self) -> list[Photo]:
+        """The class images of all subjects; subjects of one class share them."""
         config = self.config
         if not config.with_prior_preservation:
-            return None
+            return []
+        folders: dict[Path, str] = {}
         with self.accelerator.main_process_first(), self.adapter.disabled():
-            folder = ensure_class_images(config, self.models, self.identity)
-        return Photos(folder, "--class_data_dir", config.center_crop, config.random_flip, limit=config.num_class_images)
+            for concept in config.concepts:
+                folders[ensure_class_images(concept, config, self.models, self.identity)] = concept.class_prompt or ""
+        photos: list[Photo] = []
+        for path, prompt in folders.items():
+            folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images)
+            self.accelerator.print(f"class{'' if len(folders) == 1 else ', ' + prompt}: {folder}")
+            photos += folder.photos
+        return [replace(photo, mask=None) for photo in photos]
 
-    def _make_dataset(self, instance: Photos, prior: Photos | None) -> DreamBoothDataset:
+    def _make_dataset(self, instance: Sequence[Photo], prior: Sequence[Photo]) -> DreamBoothDataset:
         config, models = self.config, self.models
         resolution = config.resolution or models.resolution
-        for name, photos in (("subject", instance), ("class", prior)):
-            if photos is None:
-                continue
-            self.accelerator.print(
-                f"{name}: {len(photos)} pictures, {photos.turned} turned upright by their EXIF data; "
-                f"{photos.skipped} other files skipped"
-            )
-            if config.cache_latents:
-                photos.cache(models.encode_images, resolution)
-        return DreamBoothDataset(
+        sizes = bucket_sizes(resolution, models.size_step) if config.aspect_buckets else [(resolution, resolution)]
+        showing = Showing(
+            {size: models.latent_shape(*size) for size in sizes},
+            config.center_crop,
+            config.random_flip,
+            config.unmasked_weight,
+        )
+        dataset = DreamBoothDataset(
             instance,
             prior,
-            resolution=resolution,
-            latent_shape=models.latent_shape(resolution),
+            showing,
+            batch_size=config.train_batch_size,
             num_timesteps=self.noise_scheduler.config.num_train_timesteps,
             seed=config.seed,
         )
+        if config.aspect_buckets:
+            counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
+            self.accelerator.print(f"sizes: {', '.join(counts)}")
+        if config.cache_latents:
+            dataset.cache(models.encode_images)
+        return dataset
 
     def _set_up_attention(self) -> None:
-        unet, text_encoder = self.models.unet, self.models.text_encoder
+        denoiser = self.models.denoiser
         if self.config.attention_backend:
             try:
-                unet.set_attention_backend(self.config.attention_backend)
+                denoiser.set_attention_backend(self.config.attention_backend)
             except (ValueError, RuntimeError, ImportError) as error:
                 given = f"--attention_backend {self.config.attention_backend}"
                 raise UserError(f"{given}: {first_line(error)}") from error
         if self.config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-            text_encoder.activation_checkpointing_enable()
+            denoiser.enable_gradient_checkpointing()
+            for text_encoder in self.models.text_encoders:
+                text_encoder.activation_checkpointing_enable()
 
     # One step
 
@@ -329,7 +455,7 @@ class Run:
         positions = BatchPositions(
             self.step * config.gradient_accumulation_steps,
             self.max_train_steps * config.gradient_accumulation_steps,
-            config.train_batch_size * len(self.dataset.sources),
+            config.train_batch_size * len(self.dataset.streams),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -337,32 +463,48 @@ class Run:
         for batch in loader:
             yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
-    def _train_on(self, batch: dict[str, Tensor]) -> Tensor:
-        """Forward and backward for one batch, and the optimizer's step if enough have come together; its loss."""
-        config, accelerator = self.config, self.accelerator
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward and backward for one batch of this process; its loss."""
         # All else has its own generators; this is for models with dropout.
-        torch.manual_seed(derived_seed(config.seed, DROPOUT, self.step, accelerator.process_index))
+        torch.manual_seed(derived_seed(self.config.seed, DROPOUT, self.step, self.accelerator.process_index))
         loss = self._loss(batch)
-        if not loss.isfinite():
-            self._stop_at_bad_numbers("loss")
-        accelerator.backward(loss)
-        if accelerator.sync_gradients:
-            norm = accelerator.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm or math.inf)
-            if accelerator.scaler is None and not norm.isfinite():  # with a scaler the step is skipped instead
-                self._stop_at_bad_numbers("gradient")
-        self.optimizer.step()
-        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
         return loss.detach()
 
+    def _agree(self, losses: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
+        """The step's mean loss over all processes, and whether any of them was asked to stop.
+
+        A signal may reach one process alone, but if only one acted on it, the others would wait for it for ever.
+        """
+        told = self.accelerator.gather(torch.stack([*losses, torch.full_like(losses[0], float(stop))]))
+        told = told.view(self.accelerator.num_processes, -1)
+        return told[:, :-1].mean().item(), bool(told[:, -1].any())
+
+    def _update(self, loss: float) -> None:
+        """The optimizer's step, unless loss or gradient went wrong, which all processes find out alike."""
+        config, accelerator, scaler = self.config, self.accelerator, self.accelerator.scaler
+        if not math.isfinite(loss):
+            self._stop_at_bad_numbers("loss")
+        norm = accelerator.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm or math.inf)
+        if scaler is None and not norm.isfinite():
+            self._stop_at_bad_numbers("gradient")
+        self.optimizer.step()
+        if accelerator.optimizer_step_was_skipped:
+            self.skipped += 1
+            if scaler.get_scale() < 1:  # it has tried everything
+                self._stop_at_bad_numbers("gradient")
+        else:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        config, models, timesteps = self.config, self.models, batch["timestep"]
+        config, models = self.config, self.models
+        timesteps = models.draw_timesteps(batch["timestep"])
         moments = batch["moments"] if "moments" in batch else models.encode_images(batch["pixels"])
         latents = models.sample_latents(moments, batch["latent_noise"])
         noise = add_offset(batch["noise"], batch["offset"], config.offset_noise)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        model_pred = self.denoiser(noisy_latents, timesteps, batch["is_prior"].long())
+        model_pred = self.denoiser(noisy_latents, timesteps, batch["prompt"], batch["view"])
         return training_loss(
             model_pred,
             prediction_target(self.noise_scheduler, latents, noise, timesteps),
@@ -371,12 +513,14 @@ class Run:
             self.noise_scheduler,
             snr_gamma=config.snr_gamma,
             prior_loss_weight=config.prior_loss_weight,
+            weights=batch.get("weights"),
         )
 
     def _stop_at_bad_numbers(self, what: str) -> NoReturn:
+        kept = [path.name for path in checkpoints.checkpoints(self.folder)]
         raise UserError(
-            f"step {self.step + 1}: the {what} is not finite; checkpoints before it are intact. "
-            "Lower --learning_rate, or use --mixed_precision bf16 or no"
+            f"step {self.step + 1}: the {what} is not finite; {kept[-1] if kept else 'no checkpoint'} is kept from "
+            "before. Lower --learning_rate, or use --mixed_precision bf16 or no"
         )
 
     # Between steps
@@ -389,7 +533,8 @@ class Run:
         group = self.optimizer.param_groups[0]
         lr = group["lr"] * group.get("d", 1)  # Prodigy's own estimate
         progress.update()
-        progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{lr:.2g}")
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{lr:.2g}", **skipped)
         self.accelerator.log({"loss": recent[-1], "lr": lr}, step=self.step)
 
     def _validate(self) -> None:
@@ -409,8 +554,12 @@ class Run:
                 rows = sheet_rows({"adapter": list(samples)}, config.num_validation_images)
             sheet = contact_sheet(rows, f"step {self.step}")
             path = self.folder / "validation" / f"step-{self.step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            sheet.save(path)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                with whole_file(path) as file:
+                    sheet.save(file, "PNG")
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are intact") from error
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -438,11 +587,25 @@ class Run:
         config = self.config
         training = {name: value for name, value in config.to_dict().items() if name not in (*PRIVATE, "adapter")}
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
-        prompts = {name: getattr(config, name) for name in names}
+        subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
+        prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
         with self._evaluated():
             save_adapter(
                 path, self.adapter, base_model=self.identity, training=training | {"step": self.step}, prompts=prompts
             )
+
+    def _write_card(self, adapter: Path) -> None:
+        path, sheet = self.folder / CARD, latest_sheet(self.folder)
+        picture = sheet.relative_to(self.folder).as_posix() if sheet else None
+        if not may_write(path):
+            self.accelerator.print(f"note: {path} stays as you wrote it")
+            return
+        try:
+            with whole_file(path) as file:
+                card = model_card("adapter", adapter.name, [read_adapter(adapter)], models=self.models, picture=picture)
+                file.write(card.encode())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; the adapter is in {adapter}") from error
 
     def _write_checkpoint(self) -> None:
         if self.accelerator.is_main_process:
@@ -453,6 +616,9 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "skipped": self.skipped,
+                "settings": self.config.to_dict(),
+                "circumstances": self.circumstances,
             }
             limit = self.config.checkpoints_total_limit
             checkpoints.write_checkpoint(self.folder, self.step, state, self._save_adapter, limit)
@@ -460,10 +626,14 @@ class Run:
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
-    """Inside the block SIGINT and SIGTERM only set `requested`; a second one acts as usual."""
+    """Inside the block SIGINT and SIGTERM only set `requested`; a second one acts as usual.
 
-    def __init__(self) -> None:
+    With a launcher it does not: launchers pass on what reaches them, and kill what takes too long.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
         self.requested = False
+        self.launched = launched
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -475,9 +645,12 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            once_more = "" if self.launched else "; once more to stop at once"
+            print(f"\nstopping after this step, then saving{once_more}", file=sys.stderr)
         self.requested = True
-        self._restore()
-        print("\nstopping after this step, then saving; once more to stop at once", file=sys.stderr)
+        if not self.launched:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -108,13 +108,17 @@ def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "v_prediction")
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """A folder of four noisy pictures of different shapes and one text file."""
-    folder = tmp_path / "photos"
+def write_photos(folder: Path) -> Path:
+    """Write four noisy pictures of different shapes and one text file."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for index, (width, height) in enumerate([(40, 40), (64, 40), (40, 64), (33, 32)]):
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
     (folder / "notes.txt").write_text("not a picture")
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of photos, as `write_photos` makes it."""
+    return write_photos(tmp_path / "photos")

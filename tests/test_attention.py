@@ -77,28 +77,35 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("four_dimensional", [False, True])
 def test_equals_the_stock_processor(case, four_dimensional):
-    """Bit-equal at the start; after training equal to the stock processor on the rotated weights."""
+    """Bit-equal at the start; after training equal to the stock processor on the rotated weights.
+
+    Without gradients to the last bit; with them the activations may be rotated instead, which rounds differently.
+    """
     arguments, inputs = CASES[case]
     attention = make_attention(**arguments)
     stock = AttnProcessor2_0() if attention.scale_qk else AttnProcessor()
     attention.set_processor(stock)
     x = image(2, 32, 4, 4) if four_dimensional else image(2, 16, 32)
 
-    def compare(made, **tolerance):
+    def compare(made, in_training_tolerance, tolerance):
         attach(attention, made)
-        ours = attention(x, **inputs)
+        in_training = attention(x, **inputs)
+        with torch.no_grad():
+            ours = attention(x, **inputs)
         for name, layer in attention_layers(attention).items():
             made[name].merge(layer)
         detach(attention, stock)
         assert ours.shape == x.shape
-        torch.testing.assert_close(ours, attention(x, **inputs), **tolerance)
+        merged = attention(x, **inputs)
+        torch.testing.assert_close(ours, merged, **tolerance)
+        torch.testing.assert_close(in_training, merged, **in_training_tolerance)
         for name, layer in attention_layers(attention).items():
             made[name].unmerge(layer)
         return ours
 
     exact = {"atol": 0, "rtol": 0} if attention.scale_qk else {}
-    start = compare(projections(attention), **exact)
-    trained = compare(projections(attention, trained=True), **exact)
+    start = compare(projections(attention), exact, exact)
+    trained = compare(projections(attention, trained=True), {}, exact)
     assert (trained - start).abs().max() > 1e-3
 
 

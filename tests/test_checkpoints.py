@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import resource
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +13,14 @@ from gsoft_diffusion.checkpoints import (
     ADAPTER,
     SETTINGS,
     STATE,
-    check_settings,
+    SUMS,
+    check_unchanged,
     checkpoint_to_resume,
     checkpoints,
+    damage_of,
+    output_folder,
     read_state,
     write_checkpoint,
-    write_settings,
 )
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
@@ -42,13 +47,49 @@ def test_state_round_trip(tmp_path):
     assert state["optimizer"] == {"state": {}, "lr": 1e-3}
 
 
-def test_order_is_by_step_and_incomplete_ones_do_not_count(tmp_path):
+def test_order_is_by_step_and_other_names_do_not_count(tmp_path):
     for step in (10, 9, 100):
         save(tmp_path, step)
-    (tmp_path / "checkpoint-200").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-best" / STATE).touch()
+    (tmp_path / "checkpoint-7").touch()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path):
+    subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=save(tmp_path, 3), check=True, capture_output=True)
+
+
+DAMAGE = {
+    "torn": lambda file: file.write_bytes(file.read_bytes()[:-3]),
+    "empty": lambda file: file.write_bytes(b""),
+    "one bit": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "missing": lambda file: file.unlink(),
+    "not text": lambda file: file.write_bytes(b"\xff\xfe"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", [STATE, ADAPTER, SUMS])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_latest_is_the_newest_that_is_sound_and_says_so(config, tmp_path, name, damage):
+    for step in (9, 10):
+        save(tmp_path / "run", step)
+    DAMAGE[damage](tmp_path / "run" / "checkpoint-10" / name)
+    said = []
+    assert checkpoint_to_resume(replace(config, resume_from_checkpoint="latest"), said.append).name == "checkpoint-9"
+    assert len(said) == 1
+    assert "checkpoint-10 is damaged (" in said[0]
+    assert "going on from checkpoint-9" in said[0]
+    with pytest.raises(UserError, match="checkpoint-10: damaged"):
+        checkpoint_to_resume(replace(config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10")))
+
+
+def test_no_checkpoint_is_sound(config, tmp_path):
+    for step in (9, 10):
+        (save(tmp_path / "run", step) / STATE).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no checkpoint is sound.*checkpoint-10.*checkpoint-9"):
+        checkpoint_to_resume(replace(config, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
@@ -65,6 +106,34 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+@pytest.mark.parametrize(
+    ("damaged", "limit", "kept"), [([3], 1, [4]), ([2, 3], 2, [1, 2, 3, 4]), ([3], 2, [2, 3, 4]), ([1], 3, [2, 3, 4])]
+)
+def test_damaged_ones_do_not_count_in_rotation(tmp_path, damaged, limit, kept):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in damaged:
+        (tmp_path / f"checkpoint-{step}" / STATE).write_bytes(b"x")
+    save(tmp_path, 4, limit)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_the_one_before_is_kept_if_what_was_written_does_not_come_back(tmp_path, monkeypatch):
+    """A disk that lies: rotation reads before it deletes."""
+    save(tmp_path, 3, limit=1)
+    rename = Path.replace
+
+    def torn(self, target):
+        if self.name.startswith(".checkpoint-4"):
+            (self / STATE).write_bytes((self / STATE).read_bytes()[:-100])
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", torn)
+    save(tmp_path, 4, limit=1)
+    assert damage_of(tmp_path / "checkpoint-4")
+    assert damage_of(tmp_path / "checkpoint-3") is None
+
+
 def test_a_failed_write_leaves_the_one_before(tmp_path):
     save(tmp_path, 3, limit=1)
 
@@ -77,12 +146,17 @@ def test_a_failed_write_leaves_the_one_before(tmp_path):
     read_state(tmp_path / "checkpoint-3")
 
 
-@pytest.mark.parametrize("keep", [0, 10, 400])
-def test_a_damaged_checkpoint_is_named(tmp_path, keep):
-    path = save(tmp_path, 3) / STATE
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="checkpoint-3: damaged"):
-        read_state(tmp_path / "checkpoint-3")
+@pytest.mark.parametrize("size", [100, 1_000, 10_000, 100_000, 399_000])
+def test_what_stops_a_write_is_named_whatever_torch_says(tmp_path, size):
+    save(tmp_path, 3, limit=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # writes really fail from there
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint-4: File too large; earlier .* intact"):
+            write_checkpoint(tmp_path, 4, {"value": torch.zeros(100_000)}, lambda path: path.touch(), limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_nothing_is_executed(tmp_path):
@@ -93,7 +167,7 @@ def test_nothing_is_executed(tmp_path):
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     torch.save({"step": Evil()}, folder / STATE)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         read_state(folder)
     assert not (tmp_path / "executed").exists()
 
@@ -105,21 +179,51 @@ def test_a_new_run_in_a_new_folder(config, tmp_path):
     assert checkpoint_to_resume(config) is None
 
 
-@pytest.mark.parametrize("trace", [SETTINGS, ADAPTER, f"checkpoint-5/{STATE}"])
-def test_another_run_in_the_folder(config, tmp_path, trace):
+@pytest.mark.parametrize(
+    ("trace", "advice"),
+    [
+        (SETTINGS, "delete the folder"),
+        (ADAPTER, "choose another folder"),
+        (f"checkpoint-5/{STATE}", "--resume_from_checkpoint latest"),
+    ],
+)
+def test_another_run_in_the_folder(config, tmp_path, trace, advice):
     path = tmp_path / "run" / trace
     path.parent.mkdir(parents=True)
     path.touch()
-    with pytest.raises(UserError, match=r"another run.*--resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match=rf"another run.*{advice}"):
         checkpoint_to_resume(config)
+    other = save(tmp_path / "other", 3)
+    with pytest.raises(UserError, match="another run"):
+        checkpoint_to_resume(replace(config, resume_from_checkpoint=str(other)))
 
 
-def test_a_folder_that_is_a_file(config, tmp_path):
+@pytest.mark.parametrize("name", ["run", "run/inside"])
+def test_a_folder_that_is_a_file(config, tmp_path, name):
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="is a file"):
-        checkpoint_to_resume(config)
-    with pytest.raises(UserError, match="cannot be written"):
-        write_settings(config)
+    with pytest.raises(UserError, match="is a file"), output_folder(replace(config, output_dir=str(tmp_path / name))):
+        pass
+
+
+def test_the_folder_goes_again_if_nothing_was_written(config, tmp_path):
+    config = replace(config, output_dir=str(tmp_path / "a" / "b"))
+    with output_folder(config):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with output_folder(config):
+        (tmp_path / "a" / "b" / "x").touch()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["x"]
+
+
+def test_what_a_killed_run_left_unfinished_is_cleared_away_and_nothing_else(config, tmp_path):
+    folder = tmp_path / "run"
+    (folder / ".checkpoint-3.tmp").mkdir(parents=True)
+    (folder / ".checkpoint-3.tmp" / STATE).touch()
+    for name in (f".{ADAPTER}.12.tmp", f".{SETTINGS}.12.tmp", ".mine.tmp", "notes.tmp"):
+        (folder / name).touch()
+    with output_folder(config):
+        pass
+    assert {path.name for path in folder.iterdir()} == {".mine.tmp", "notes.tmp"}
 
 
 def test_resume_where_there_is_nothing(config, tmp_path):
@@ -133,15 +237,35 @@ def test_resume_finds_the_latest_or_the_named_one(config, tmp_path):
     for step in (9, 10):
         save(tmp_path / "run", step)
     assert checkpoint_to_resume(replace(config, resume_from_checkpoint="latest")) == tmp_path / "run" / "checkpoint-10"
-    named = tmp_path / "run" / "checkpoint-9"
-    assert checkpoint_to_resume(replace(config, resume_from_checkpoint=str(named))) == named
+    named = replace(config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
+    with pytest.raises(UserError, match=r"would write over checkpoint-10; choose a new --output_dir"):
+        checkpoint_to_resume(named)
+    elsewhere = replace(named, output_dir=str(tmp_path / "elsewhere"))
+    assert checkpoint_to_resume(elsewhere) == tmp_path / "run" / "checkpoint-9"
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    assert checkpoint_to_resume(named) == tmp_path / "run" / "checkpoint-9"
 
 
-def test_changed_settings_are_named(config, tmp_path):
+def test_changed_settings_are_named(config):
+    def check(before: TrainingConfig, **changes: object) -> None:
+        now = replace(before, **changes)
+        check_unchanged(now, Path("checkpoint-9"), before.to_dict(), now.to_dict())
+
     config = replace(config, learning_rate=2e-5)
-    write_settings(config)
-    checkpoint = save(tmp_path / "run", 9)
-    check_settings(config, checkpoint)
-    check_settings(replace(config, max_train_steps=5000, validation_prompts=("x",)), checkpoint)
-    with pytest.raises(UserError, match=r"learning_rate is 0\.5 and was 2e-05"):
-        check_settings(replace(config, learning_rate=0.5), checkpoint)
+    check(config)
+    check(config, max_train_steps=5000, validation_prompts=("x",))
+    with pytest.raises(UserError, match=r"checkpoint-9: learning_rate is 0\.5 and was 2e-05; .*--accept_changes"):
+        check(config, learning_rate=0.5)
+    check(config, learning_rate=0.5, accept_changes=True)
+    with pytest.raises(UserError, match="max_train_steps is 9 and was None"):
+        check(replace(config, lr_scheduler="cosine"), max_train_steps=9)
+
+
+def test_changed_circumstances_are_named(config):
+    with pytest.raises(UserError, match=r"d\.png is new, b\.png is gone, number of processes is 2 and was 1"):
+        check_unchanged(
+            config,
+            Path("checkpoint-9"),
+            {"number of processes": 1, "a.png": "1", "b.png": "2"},
+            {"number of processes": 2, "a.png": "1", "d.png": "2"},
+        )

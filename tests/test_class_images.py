@@ -35,18 +35,18 @@ def models(base):
 
 
 def test_as_many_as_asked_for_and_then_never_again(config, models, monkeypatch):
-    folder = ensure_class_images(config, models, models.identity())
+    folder = ensure_class_images(config.concepts[0], config, models, models.identity())
     assert folder.parent == Path(config.output_dir or "").parent / "class_images"
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"seed{seed:06d}.png" for seed in range(5)]
     monkeypatch.setattr(class_images, "generate", lambda *a, **k: pytest.fail("drew again"))
-    assert ensure_class_images(config, models, models.identity()) == folder
+    assert ensure_class_images(config.concepts[0], config, models, models.identity()) == folder
 
 
 def test_missing_ones_are_drawn_with_new_seeds(config, models):
-    folder = ensure_class_images(config, models, models.identity())
+    folder = ensure_class_images(config.concepts[0], config, models, models.identity())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    ensure_class_images(replace(config, num_class_images=7), models, models.identity())
+    ensure_class_images(config.concepts[0], replace(config, num_class_images=7), models, models.identity())
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert before.items() <= after.items()
     assert len(after) == len(set(after.values())) == 7
@@ -56,7 +56,8 @@ def test_the_folder_depends_on_what_decides_the_pictures_and_on_nothing_else(con
     identity = models.identity()
 
     def folder(identity=identity, **changes):
-        return class_images_folder(replace(config, **changes), identity)
+        changed = replace(config, **changes)
+        return class_images_folder(changed.concepts[0], changed, identity)
 
     assert folder() == folder(max_train_steps=7, instance_data_dir="other", num_class_images=9)
     others = {
@@ -83,14 +84,14 @@ def test_broken_pictures_are_drawn_again(config, models, monkeypatch):
     good = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
     black = Image.new("RGB", (8, 8))
     monkeypatch.setattr(class_images, "generate", scripted([good, black, good, good, black, good, good]))
-    folder = ensure_class_images(config, models, models.identity())
+    folder = ensure_class_images(config.concepts[0], config, models, models.identity())
     assert sorted(int(path.stem[4:]) for path in folder.iterdir()) == [0, 2, 3, 5, 6]
 
 
 def test_a_model_that_only_draws_black_is_an_error(config, models, monkeypatch):
     monkeypatch.setattr(class_images, "generate", scripted([]))
     with pytest.raises(UserError, match="5 class images came out in one colour"):
-        ensure_class_images(config, models, models.identity())
+        ensure_class_images(config.concepts[0], config, models, models.identity())
 
 
 @pytest.mark.parametrize("colour", ["black", "white", "red"])
@@ -107,9 +108,9 @@ def test_own_class_images_are_used_and_completed(config, models, tmp_path):
     for name in ("a.jpg", "b.png", "c.png"):
         Image.new("RGB", (8, 8), "red").save(own / name)
     given = replace(config, class_data_dir=str(own))
-    assert ensure_class_images(replace(given, num_class_images=2), models, models.identity()) == own
+    assert ensure_class_images(given.concepts[0], replace(given, num_class_images=2), models, models.identity()) == own
     assert len(list(own.iterdir())) == 3
-    ensure_class_images(given, models, models.identity())
+    ensure_class_images(given.concepts[0], given, models, models.identity())
     assert sorted(path.name for path in own.iterdir()) == [
         "a.jpg",
         "b.png",
@@ -120,11 +121,13 @@ def test_own_class_images_are_used_and_completed(config, models, tmp_path):
 
 
 def test_the_subjects_folder_is_refused(config, models):
-    with pytest.raises(UserError, match=r"--class_data_dir .*the subject's photos"):
-        ensure_class_images(replace(config, class_data_dir=config.instance_data_dir), models, models.identity())
+    given = replace(config, class_data_dir=config.instance_data_dir)
+    with pytest.raises(UserError, match=r"--class_data_dir .*a subject's photos"):
+        ensure_class_images(given.concepts[0], given, models, models.identity())
 
 
 def test_a_folder_that_cannot_be_made(config, models, tmp_path):
     (tmp_path / "file").write_text("x")
+    given = replace(config, class_data_dir=str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match="--class_data_dir"):
-        ensure_class_images(replace(config, class_data_dir=str(tmp_path / "file" / "x")), models, models.identity())
+        ensure_class_images(given.concepts[0], given, models, models.identity())

@@ -6,6 +6,7 @@ import pytest
 
 from gsoft_diffusion.config import (
     AdapterConfig,
+    Concept,
     ExportConfig,
     GenerationConfig,
     SamplerConfig,
@@ -16,7 +17,9 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import field_help
 
 
-@pytest.mark.parametrize("config_class", [AdapterConfig, SamplerConfig, TrainingConfig, GenerationConfig, ExportConfig])
+@pytest.mark.parametrize(
+    "config_class", [AdapterConfig, SamplerConfig, Concept, TrainingConfig, GenerationConfig, ExportConfig]
+)
 def test_every_field_is_documented_and_nothing_else_is(config_class):
     assert list(field_help(config_class)) == [field.name for field in fields(config_class)]
 
@@ -26,8 +29,9 @@ def test_every_field_is_documented_and_nothing_else_is(config_class):
     [
         TrainingConfig("photos", class_word="dog"),
         TrainingConfig("photos", instance_prompt="x", adapter=AdapterConfig(block_size=4, nfactors="dense")).resolved(),
-        GenerationConfig("adapter.safetensors", prompts=("a", "b"), compare=True),
-        ExportConfig("adapter.safetensors", "kohya_lora", rank=8),
+        TrainingConfig(concepts_list=(Concept("a", "dog"), Concept("b", "cat", "zwx"))).resolved(),
+        GenerationConfig(("adapter.safetensors",), prompts=("a", "b"), compare=True),
+        ExportConfig(("adapter.safetensors",), "kohya_lora", rank=8),
         SamplerConfig(guidance_scale=1.0, scheduler="DDIMScheduler"),
     ],
 )
@@ -55,6 +59,60 @@ def test_scenes_are_not_made_up_for_a_name_that_is_not_known():
     assert config.validation_prompts == ("a photo of zwx",)
 
 
+def test_several_subjects():
+    concepts = (
+        Concept("my/dog", "dog"),
+        Concept("my/mug", "mug", "zwx", class_prompt="mugs"),
+        Concept("c", None, "", "y"),
+    )
+    config = TrainingConfig(concepts_list=concepts).resolved()
+    assert [concept.instance_prompt for concept in config.concepts] == [
+        "a photo of a sks dog",
+        "a photo of a zwx mug",
+        "y",
+    ]
+    assert [concept.class_prompt for concept in config.concepts] == ["a photo of a dog", "mugs", None]
+    assert config.validation_prompts == (
+        "a photo of a sks dog",
+        "a sks dog on the beach",
+        "a photo of a zwx mug",
+        "a zwx mug on the beach",
+        "y",
+    )
+    assert config.output_dir == "outputs/dog_and_mug_and_c"
+    assert config.resolved() == config
+
+
+def test_a_single_subject_is_a_concept_too():
+    (concept,) = TrainingConfig("photos", class_word="dog", class_data_dir="dogs").resolved().concepts
+    assert concept == Concept("photos", "dog", "sks", "a photo of a sks dog", "a photo of a dog", "dogs")
+
+
+DOG, CAT = Concept("dog", "dog"), Concept("cat", "cat", "zwx")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"concepts_list": (DOG, CAT), "instance_data_dir": "dog"}, "--instance_data_dir: belongs into"),
+        ({"concepts_list": (DOG, CAT), "unique_token": "zwx"}, "--unique_token: belongs into"),
+        ({"concepts_list": (DOG, Concept("dog", "cat", "zwx"))}, "instance_data_dir dog comes twice"),
+        ({"concepts_list": (DOG, Concept("cat", "cat"))}, "unique_token sks comes twice"),
+        (
+            {"concepts_list": tuple(Concept(name, instance_prompt="x") for name in "ab")},
+            "instance_prompt x comes twice",
+        ),
+        (
+            {"concepts_list": (DOG, Concept("b", instance_prompt="x")), "with_prior_preservation": True},
+            "--with_prior_preservation needs",
+        ),
+    ],
+)
+def test_subjects_that_cannot_be_told_apart_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(**settings)
+
+
 @pytest.mark.parametrize(
     ("noun", "expected"),
     [
@@ -79,6 +137,9 @@ def test_articles(noun, expected):
         ({"instance_data_dir": ""}, "--instance_data_dir"),
         ({"instance_prompt": "  "}, "--instance_prompt"),
         ({"class_word": None, "instance_prompt": "x", "with_prior_preservation": True}, "--class_prompt"),
+        ({"hub_model_id": "dog"}, "are for --push_to_hub"),
+        ({"unmasked_weight": 1.5}, "--unmasked_weight"),
+        ({"unmasked_weight": float("nan")}, "--unmasked_weight"),
         ({"learning_rate": float("nan")}, "--learning_rate"),
         ({"learning_rate": float("inf")}, "--learning_rate"),
         ({"learning_rate": 0.0}, "--learning_rate"),
@@ -102,6 +163,10 @@ def test_settings_that_cannot_work_are_refused(settings, message):
     ("settings", "message"),
     [
         ({"prompts": ("a",), "prompts_file": "b"}, "--prompts_file"),
+        ({"adapter": ()}, "--adapter"),
+        ({"adapter": ("a", "b", "a")}, "--adapter a: comes twice"),
+        ({"adapter": ("a", "b"), "strength": (1.0,)}, "--strength: give one for each --adapter, 2 and not 1"),
+        ({"adapter": ("a", "b"), "strength": (1.0, float("nan"))}, r"--strength 1\.0 nan"),
         ({"num_images": 0}, "--num_images"),
         ({"guidance_scale": float("nan")}, "--guidance_scale"),
         ({"seed": 2**63}, "--seed"),
@@ -109,4 +174,4 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 )
 def test_generation_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        GenerationConfig("adapter", **settings)
+        GenerationConfig(**({"adapter": ("adapter",)} | settings))

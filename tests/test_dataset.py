@@ -1,35 +1,42 @@
+"""Which photo, size and noise each sample of a run is made of."""
+
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from gsoft_diffusion.dataset import (
-    CROPS,
-    EXIF_ORIENTATION,
-    BatchPositions,
-    DreamBoothDataset,
-    Photos,
-    Variant,
-    derived_seed,
-    list_images,
-    open_image,
-    square,
-    variants,
-)
-from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.dataset import BatchPositions, DreamBoothDataset, Showing, derived_seed
+from gsoft_diffusion.photos import CROPS, Photo, read_folder
+
+SQUARE = {(16, 16): (4, 8, 8)}
+BUCKETS = {(16, 16): (4, 8, 8), (20, 12): (4, 6, 10), (12, 20): (4, 10, 6)}
+ENOUGH = 480  # samples for every variant to come up
 
 
-def picture(width: int = 20, height: int = 30, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+@pytest.fixture
+def some(photos) -> Sequence[Photo]:
+    """Photos of 40×40, 64×40, 40×64 and 33×32 pixels."""
+    return read_folder(photos, "--flag", "a photo of it").photos
 
 
-def dataset(photos: Photos, prior: Photos | None = None, seed: int = 0) -> DreamBoothDataset:
-    return DreamBoothDataset(photos, prior, resolution=16, latent_shape=(4, 8, 8), num_timesteps=1000, seed=seed)
+def dataset(
+    photos: Sequence[Photo],
+    prior: Sequence[Photo] = (),
+    *,
+    sizes: dict = SQUARE,
+    batch_size: int = 4,
+    seed: int = 0,
+    **showing,
+) -> DreamBoothDataset:
+    return DreamBoothDataset(
+        photos, prior, Showing(sizes, **showing), batch_size=batch_size, num_timesteps=1000, seed=seed
+    )
 
 
 def as_moments(pixels: torch.Tensor) -> torch.Tensor:
@@ -37,234 +44,121 @@ def as_moments(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.mean(dim=1, keepdim=True).repeat(1, 8, 1, 1)
 
 
-# Files
+def named(photos: Sequence[Photo], prefix: str = "") -> list[Photo]:
+    """The photos, each with its name as its caption: so that a sample's prompt says which one it shows."""
+    return [replace(photo, prompt=prefix + photo.path.name) for photo in photos]
 
 
-def test_pictures_are_sorted_and_the_rest_is_counted(tmp_path):
-    for name in ("b.PNG", "a.jpg", "c.webp", "10.jpeg"):
-        picture().save(tmp_path / name)
-    for name in ("notes.txt", ".DS_Store", ".hidden.png", "Thumbs.db"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "folder.png").mkdir()
-    paths, skipped = list_images(tmp_path, "--flag")
-    assert [path.name for path in paths] == ["10.jpeg", "a.jpg", "b.PNG", "c.webp"]
-    assert skipped == 4
+def shown(samples: DreamBoothDataset, positions: Sequence[int]) -> list[str]:
+    return [samples.prompts[int(samples[position]["prompt"])] for position in positions]
 
 
-def test_no_pictures_no_folder(tmp_path):
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"--flag .*no picture"):
-        list_images(tmp_path, "--flag")
-    with pytest.raises(UserError, match=r"--flag .*nowhere"):
-        list_images(tmp_path / "nowhere", "--flag")
-    with pytest.raises(UserError, match=r"--flag .*notes"):
-        list_images(tmp_path / "notes.txt", "--flag")
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff"])
-def test_formats(tmp_path, suffix):
-    path = tmp_path / f"picture.{suffix}"
-    smooth = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
-    smooth.save(path)
-    image, turned = open_image(path)
-    assert (image.mode, image.size, turned) == ("RGB", (32, 32), False)
-    assert np.abs(np.asarray(image, int) - np.asarray(smooth, int)).max() <= 8
-
-
-def test_heic(tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif")
-    path = tmp_path / "picture.HEIC"
-    smooth = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    pillow_heif.from_pillow(smooth).save(path, quality=95)
-    image, _ = open_image(path)
-    assert (image.mode, image.size) == ("RGB", (64, 64))
-    assert np.abs(np.asarray(image, int) - np.asarray(smooth, int)).max() <= 8
-
-
-def test_heic_without_its_library_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
-    path = tmp_path / "picture.heic"
-    path.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"picture\.heic.*pip install pillow-heif"):
-        open_image(path)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_and_reported(tmp_path, orientation):
-    path, image = tmp_path / "turned.png", picture()
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = orientation
-    image.save(path, exif=exif)
-    upright, turned = open_image(path)
-    with Image.open(path) as again:
-        expected = ImageOps.exif_transpose(again)
-    assert turned == (orientation != 1)
-    assert upright.size == ((30, 20) if orientation >= 5 else (20, 30))
-    assert np.array_equal(np.asarray(upright), np.asarray(expected))
-
-
-def test_transparent_becomes_white(tmp_path):
-    path = tmp_path / "transparent.png"
-    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    image.putpixel((0, 0), (255, 0, 0, 255))
-    image.save(path)
-    upright, _ = open_image(path)
-    assert upright.getpixel((0, 0)) == (255, 0, 0)
-    assert upright.getpixel((1, 1)) == (255, 255, 255)
-
-
-def test_transparent_palette_becomes_white(tmp_path):
-    path = tmp_path / "palette.png"
-    image = Image.new("P", (4, 4), 0)
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.putpixel((0, 0), 1)
-    image.save(path, transparency=0)
-    upright, _ = open_image(path)
-    assert upright.getpixel((0, 0)) == (0, 255, 0)
-    assert upright.getpixel((1, 1)) == (255, 255, 255)
-
-
-def test_sixteen_bits_are_scaled(tmp_path):
-    path = tmp_path / "deep.png"
-    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(path)
-    image, _ = open_image(path)
-    assert image.getpixel((0, 0)) == (127, 127, 127)
-
-
-def test_cmyk(tmp_path):
-    path = tmp_path / "print.jpg"
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path)
-    red, green, blue = open_image(path)[0].getpixel((4, 4))
-    assert red > 200
-    assert max(green, blue) < 60
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "huge"])
-def test_damaged_files_are_named(tmp_path, damage, monkeypatch):
-    path = tmp_path / "broken.png"
-    picture(60, 60).save(path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-500])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "text":
-        path.write_text("not a picture")
-    else:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match=r"broken\.png"):
-        open_image(path)
-
-
-# Crops
-
-
-def test_variants_are_finite_and_distinct():
-    assert variants((10, 10), center_crop=False, random_flip=False) == [Variant()]
-    assert variants((10, 20), center_crop=True, random_flip=False) == [Variant()]
-    assert len(set(variants((10, 20), center_crop=False, random_flip=False))) == CROPS
-    assert len(set(variants((10, 20), center_crop=False, random_flip=True))) == 2 * CROPS
-    assert variants((10, 10), center_crop=False, random_flip=True) == [Variant(), Variant(flip=True)]
-
-
-@pytest.mark.parametrize("size", [(1, 1), (16, 16), (30, 20), (20, 30), (3, 500), (17, 16)])
-@pytest.mark.parametrize("place", [0.0, 0.25, 1.0])
-def test_square_has_the_size_and_range(size, place):
-    pixels = square(picture(*size), 16, Variant(place))
-    assert pixels.shape == (3, 16, 16)
-    assert pixels.dtype == torch.float32
-    assert pixels.min() >= -1
-    assert pixels.max() <= 1
-
-
-def test_square_keeps_pixels_where_nothing_is_resized():
-    image = picture(16, 24)
-    array = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(square(image, 16, Variant(0.0)), array[:, :16])
-    assert torch.equal(square(image, 16, Variant(1.0)), array[:, 8:])
-    assert torch.equal(square(image, 16, Variant(0.5, flip=True)), array[:, 4:20].flip(-1))
-
-
-# Samples
-
-
-def test_photos_count(photos):
-    folder = Photos(photos, "--flag")
-    assert (len(folder), folder.skipped, folder.turned) == (4, 1, 0)
-    assert [len(ways) for ways in folder.variants] == [1, CROPS, CROPS, CROPS]
-
-
-def test_photos_limit(photos):
-    assert len(Photos(photos, "--flag", limit=2)) == 2
-
-
-def test_a_damaged_photo_is_found_at_once(photos):
-    (photos / "broken.jpg").write_text("no")
-    with pytest.raises(UserError, match=r"broken\.jpg"):
-        Photos(photos, "--flag")
-
-
-def test_a_sample_is_a_function_of_seed_and_position(photos):
-    first, second = dataset(Photos(photos, "--flag")), dataset(Photos(photos, "--flag"))
+def test_a_sample_is_a_function_of_seed_and_position(some):
+    first, second = (dataset(some, sizes=BUCKETS) for _ in range(2))
     wanted = first[1234]
     for position in (0, 1233, 77):
         second[position]
     again = second[1234]
     assert wanted.keys() == again.keys()
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
-    other_seed = dataset(Photos(photos, "--flag"), seed=1)[1234]
-    assert not torch.equal(wanted["noise"], other_seed["noise"])
+    other_seed = dataset(some, sizes=BUCKETS, seed=1)[1234]
+    assert wanted["noise"].sum() != other_seed["noise"].sum()
 
 
-def test_noises_of_a_run_are_all_different(photos):
-    samples = [dataset(Photos(photos, "--flag"), Photos(photos, "--flag"))[position] for position in range(40)]
+def test_noises_of_a_run_are_all_different(some):
+    samples = [dataset(some, some)[position] for position in range(40)]
     numbers = torch.stack([torch.stack((s["noise"], s["latent_noise"])).flatten() for s in samples])
     correlation = torch.corrcoef(numbers) - torch.eye(len(samples))
     assert correlation.abs().max() < 0.3  # 512 numbers each: standard deviation 0.044
 
 
-def test_timesteps_are_uniform(photos):
-    drawn = torch.stack([dataset(Photos(photos, "--flag"))[position]["timestep"] for position in range(2000)])
+def test_timesteps_are_uniform(some):
+    samples = dataset(some)
+    drawn = torch.stack([samples[position]["timestep"] for position in range(2000)])
     assert drawn.min() >= 0
     assert drawn.max() < 1000
     counts = torch.histc(drawn.float(), bins=10, min=0, max=1000)
     assert (counts - 200).abs().max() < 60  # standard deviation 13.4
 
 
-def test_every_epoch_shows_every_photo_once_in_another_order(photos):
-    folder = Photos(photos, "--flag")
-    folder.moments = [[torch.full((8, 8, 8), float(index))] * len(ways) for index, ways in enumerate(folder.variants)]
-    samples = dataset(folder)
-    shown = [int(samples[position]["moments"][0, 0, 0]) for position in range(40)]
-    epochs = [tuple(shown[start : start + 4]) for start in range(0, 40, 4)]
-    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
+def test_every_epoch_shows_every_photo_once_in_another_order(some):
+    sequence = shown(dataset(named(some)), range(40))
+    epochs = [tuple(sequence[start : start + 4]) for start in range(0, 40, 4)]
+    assert all(sorted(epoch) == ["0.png", "1.png", "2.png", "3.png"] for epoch in epochs)
     assert len(set(epochs)) > 3
 
 
-def test_subject_and_class_alternate(photos):
-    samples = dataset(Photos(photos, "--flag"), Photos(photos, "--flag"))
+def test_with_one_size_the_batch_size_changes_nothing(some):
+    assert shown(dataset(named(some), batch_size=1), range(60)) == shown(dataset(named(some), batch_size=3), range(60))
+
+
+def test_subject_and_class_alternate(some):
+    samples = dataset(some, some)
     assert [bool(samples[position]["is_prior"]) for position in range(6)] == [False, True] * 3
-    assert not any(dataset(Photos(photos, "--flag"))[position]["is_prior"] for position in range(6))
+    assert not any(dataset(some)[position]["is_prior"] for position in range(6))
 
 
-def test_caching_changes_nothing(photos):
-    """Flips and crops survive the cache: every sample shows the same picture as without it."""
-    plain, cached = (Photos(photos, "--flag", random_flip=True) for _ in range(2))
-    cached.cache(as_moments, 16)
-    seen = set()
+def test_prompts_are_those_of_the_photos(some):
+    samples = dataset(named(some), [replace(photo, prompt="class") for photo in some])
+    assert samples.prompts == ["0.png", "1.png", "2.png", "3.png", "class"]
+    assert set(shown(samples, range(1, 40, 2))) == {"class"}
+    assert set(shown(samples, range(0, 40, 2))) == {"0.png", "1.png", "2.png", "3.png"}
+
+
+def test_caching_changes_nothing(photos, some):
+    """Flips, crops, sizes and masks survive the cache: every sample shows the same picture as without it."""
+    Image.linear_gradient("L").resize((64, 40)).save(photos / "1-masklabel.png")
+    some = read_folder(photos, "--flag", "a").photos
+    options = {"sizes": BUCKETS, "random_flip": True, "unmasked_weight": 0.5}
+    plain, cached = (dataset(some, some[:2], **options) for _ in range(2))
+    cached.cache(as_moments)
+    shapes, weights = set(), set()
     for position in range(60):
-        without, with_cache = dataset(plain)[position], dataset(cached)[position]
+        without, with_cache = plain[position], cached[position]
+        shapes.add(with_cache["moments"].shape)
+        weights.add(with_cache["weights"].min().item())
         assert torch.equal(as_moments(without.pop("pixels")[None])[0], with_cache.pop("moments"))
+        assert without.keys() == with_cache.keys()
         assert all(torch.equal(without[name], with_cache[name]) for name in without)
-        seen.add(with_cache["timestep"].item())
-    assert len(seen) > 30
+    assert len(shapes) == 3
+    assert len(weights) > 1
 
 
-def test_all_variants_come_up(photos):
-    folder = Photos(photos, "--flag", random_flip=True)
-    folder.cache(as_moments, 16)
-    samples = dataset(folder)
-    shown = {samples[position]["moments"].numpy().tobytes() for position in range(600)}
-    assert len(shown) == sum(len(ways) for ways in folder.variants)
+def test_all_variants_come_up(some):
+    samples = dataset(some, random_flip=True)
+    samples.cache(as_moments)
+    seen = {samples[position]["moments"].numpy().tobytes() for position in range(ENOUGH)}
+    assert len(seen) == 2 + 3 * 2 * CROPS
+
+
+def test_all_samples_of_a_batch_have_one_size_and_all_photos_come_up_equally_often(some):
+    samples = dataset(named(some), named(some[:3], "class "), sizes=BUCKETS, batch_size=3)
+    cycle = 3 * 2 * len(some)  # batch size × streams × photos
+    sizes = {photo.path.name: size for photo, size in zip(some, samples.sizes, strict=True)}
+    assert sizes == {"0.png": (16, 16), "1.png": (20, 12), "2.png": (12, 20), "3.png": (16, 16)}
+    orders = []
+    for start in range(0, 3 * cycle, cycle):
+        names = []
+        for batch in BatchPositions(start // 6, (start + cycle) // 6, 6):
+            together = [samples[position] for position in batch]
+            assert len({sample["pixels"].shape for sample in together}) == 1
+            assert [bool(sample["is_prior"]) for sample in together] == [False, True] * 3
+            names.append(shown(samples, batch[::2]))
+            _, height, width = together[0]["pixels"].shape
+            assert all(sizes[name] == (width, height) for name in names[-1])
+        assert Counter(chain(*names)) == dict.fromkeys(sizes, 3)
+        orders.append(names)
+    assert orders[0] != orders[1]
+
+
+def test_weights_only_where_masks_are_used(photos, some):
+    assert "weights" not in dataset(some)[0]
+    Image.new("L", (40, 40), 128).save(photos / "0-masklabel.png")
+    masked = dataset(named(read_folder(photos, "--flag", "a").photos), some, unmasked_weight=0.0, center_crop=True)
+    for position in range(8):
+        sample = masked[position]
+        expected = 128 / 255 if shown(masked, [position]) == ["0.png"] else 1.0
+        torch.testing.assert_close(sample["weights"], torch.full((1, 8, 8), expected))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gsoft_diffusion.adapter_file import load_adapter, save_adapter
+from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import export, write_tensors
@@ -99,6 +101,22 @@ def weights(models: Models | StableDiffusionPipeline) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for part, model in parts.items() for name, tensor in model.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def second(base, tmp_path_factory) -> Path:
+    """Another adapter for the same base, in another shape and not in the text encoder."""
+    path = tmp_path_factory.mktemp("second") / "adapter.safetensors"
+    return write_adapter(base, path, nblocks=2, text_encoder=False)
+
+
+def stacked_weights(strengths: dict[Path, float], base: Path) -> dict[str, Tensor]:
+    models = load_models(str(base))
+    stack = AdapterStack(models.unet, [models.text_encoder])
+    for path in strengths:
+        stack.load(str(path), path)
+    stack.use({str(path): strength for path, strength in strengths.items()})
+    return weights(models)
+
+
 def merged_weights(path: Path, base: Path) -> dict[str, Tensor]:
     models = load_models(str(base))
     load_adapter(path, models.unet, [models.text_encoder])[0].merge()
@@ -124,7 +142,9 @@ def assert_outputs_agree(given, wanted, relative: float) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_folder_is_a_whole_model(any_base, any_adapter, tmp_path, precision):
-    folder = export(ExportConfig(str(any_adapter), "diffusers", str(tmp_path / "out" / "dog"), precision=precision))
+    folder = export(
+        ExportConfig((str(any_adapter),), "diffusers", output=str(tmp_path / "out" / "dog"), precision=precision)
+    )
     dtype = getattr(torch, precision)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     found, wanted = weights(pipeline), merged_weights(any_adapter, any_base)
@@ -138,14 +158,16 @@ def test_folder_is_a_whole_model(any_base, any_adapter, tmp_path, precision):
 
 
 def test_folder_can_be_trained_on_and_drawn_with_again(base, adapter, tmp_path):
-    folder = export(ExportConfig(str(adapter), "diffusers", str(tmp_path / "dog"), precision="float32"))
+    folder = export(ExportConfig((str(adapter),), "diffusers", output=str(tmp_path / "dog"), precision="float32"))
     with adapted(adapter, base) as models:
         assert_outputs_agree(outputs(load_models(str(folder))), outputs(models), 1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_checkpoint_loads_as_a_single_file(any_base, any_adapter, tmp_path, precision):
-    path = export(ExportConfig(str(any_adapter), "checkpoint", str(tmp_path / "dog.safetensors"), precision=precision))
+    path = export(
+        ExportConfig((str(any_adapter),), "checkpoint", output=str(tmp_path / "dog.safetensors"), precision=precision)
+    )
     dtype = getattr(torch, precision)
     pipeline = StableDiffusionPipeline.from_single_file(
         path, config=str(any_base), torch_dtype=dtype, local_files_only=True
@@ -261,7 +283,7 @@ def with_lora(base: Path, path: Path) -> StableDiffusionPipeline:
 @pytest.mark.slow
 def test_lora_of_full_rank_is_the_adapter(any_base, any_adapter, tmp_path, layout):
     output = str(tmp_path / "dog.safetensors")
-    path = export(ExportConfig(str(any_adapter), layout, output, rank=WIDEST, precision="float32"))
+    path = export(ExportConfig((str(any_adapter),), layout, output=output, rank=WIDEST, precision="float32"))
     pipeline = with_lora(any_base, path)
     with adapted(any_adapter, any_base) as models:
         wanted = outputs(models)
@@ -278,7 +300,7 @@ def test_lora_of_full_rank_is_the_adapter(any_base, any_adapter, tmp_path, layou
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
 def test_truncated_lora_does_what_its_product_does(any_base, any_adapter, tmp_path, layout):
-    path = export(ExportConfig(str(any_adapter), layout, str(tmp_path / "dog.safetensors"), rank=3))
+    path = export(ExportConfig((str(any_adapter),), layout, output=str(tmp_path / "dog.safetensors"), rank=3))
     models = load_models(str(any_base))
     plain = outputs(models)
     base, merged = weights(models), merged_weights(any_adapter, any_base)
@@ -304,7 +326,7 @@ def test_truncated_lora_does_what_its_product_does(any_base, any_adapter, tmp_pa
 
 def test_lora_of_an_adapter_without_the_text_encoder(base, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter.safetensors", text_encoder=False)
-    path = export(ExportConfig(str(adapter), "kohya_lora", rank=4))
+    path = export(ExportConfig((str(adapter),), "kohya_lora", rank=4))
     assert path == tmp_path / "kohya_lora_rank4.safetensors"
     assert all(name.startswith("lora_unet_") for name in load_file(path))
     text, image = outputs(with_lora(base, path))
@@ -314,7 +336,7 @@ def test_lora_of_an_adapter_without_the_text_encoder(base, tmp_path):
 
 
 def test_kohya_names_and_metadata(base, adapter, tmp_path):
-    path = export(ExportConfig(str(adapter), "kohya_lora", str(tmp_path / "dog.safetensors"), rank=8))
+    path = export(ExportConfig((str(adapter),), "kohya_lora", output=str(tmp_path / "dog.safetensors"), rank=8))
     tensors = load_file(path)
     attention = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert tensors[f"{attention}.lora_down.weight"].shape == (8, 32)
@@ -344,7 +366,7 @@ def test_nothing_is_written_over(base, tmp_path, layout, name):
     adapter = write_adapter(base, tmp_path / "adapter.safetensors")
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"{name} exists"):
-        export(ExportConfig(str(adapter), layout))
+        export(ExportConfig((str(adapter),), layout))
     assert (tmp_path / name).read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -352,15 +374,13 @@ def test_nothing_is_written_over(base, tmp_path, layout, name):
 @pytest.mark.parametrize("layout", ["diffusers", "checkpoint"])
 def test_numbers_too_large_for_float16(base, tmp_path, layout):
     models = load_models(str(base))
-    huge = tmp_path / "huge"
-    for name in ("tokenizer", "scheduler", "text_encoder", "unet", "vae"):
-        getattr(models, name).save_pretrained(huge / name)
+    huge = shutil.copytree(base, tmp_path / "huge")
     models.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e6
     models.vae.save_pretrained(huge / "vae")
     adapter = write_adapter(huge, tmp_path / "adapter.safetensors")
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"decoder\.conv_in\.weight.*--precision float32"):
-        export(ExportConfig(str(adapter), layout))
+        export(ExportConfig((str(adapter),), layout))
     assert set(tmp_path.iterdir()) == before
 
 
@@ -398,13 +418,83 @@ class Meddling(dict):
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        ExportConfig("adapter.safetensors", **settings)
+        ExportConfig(("adapter.safetensors",), **settings)
 
 
 def test_adapters_that_cannot_be_read_and_bases_that_do_not_fit(base, any_base, adapter, tmp_path):
     with pytest.raises(UserError, match="no such adapter"):
-        export(ExportConfig(str(tmp_path / "nothing.safetensors"), "diffusers"))
+        export(ExportConfig((str(tmp_path / "nothing.safetensors"),), "diffusers"))
     other = enlarge(write_base(tmp_path / "other"))
     with pytest.raises(UserError, match="another architecture"):
-        export(ExportConfig(str(adapter), "checkpoint", pretrained_model_name_or_path=str(other)))
+        export(ExportConfig((str(adapter),), "checkpoint", pretrained_model_name_or_path=str(other)))
     assert not (adapter.parent / "merged.safetensors").exists()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 12])
+def test_a_lora_is_truncated_as_if_decomposed_anew(rank):
+    generator = torch.Generator().manual_seed(0)
+    weight, rotated = torch.randn(2, 12, 16, generator=generator)
+    found = approximate("layer", weight, rotated, 12, torch.float32).truncated(rank)
+    wanted = approximate("layer", weight, rotated, rank, torch.float32)
+    torch.testing.assert_close(found.up @ found.down, wanted.up @ wanted.down)
+    assert found.error == pytest.approx(wanted.error, abs=1e-6)
+    assert (found.change, found.up.shape) == (wanted.change, wanted.up.shape)
+
+
+# Several adapters
+
+
+def test_several_adapters_are_merged_together(adapter, second, base, tmp_path, capfd):
+    paths = (str(adapter), str(second))
+    config = ExportConfig(paths, "diffusers", (0.5, 0.8), str(tmp_path / "both"), precision="float32")
+    folder = export(config)
+    wanted = stacked_weights({adapter: 0.5, second: 0.8}, base)
+    found = weights(StableDiffusionPipeline.from_pretrained(folder))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert "with 2 adapters merged in" in capfd.readouterr().out
+
+
+def test_a_lora_of_several_adapters(adapter, second, base, tmp_path):
+    """Of full rank, so that it must reproduce what they do together."""
+    output = str(tmp_path / "both.safetensors")
+    config = ExportConfig((str(adapter), str(second)), "kohya_lora", (1.0, 0.5), output, WIDEST, "float32")
+    path = export(config)
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    models = load_models(str(base))
+    stack = AdapterStack(models.unet, [models.text_encoder])
+    for file in (adapter, second):
+        stack.load(str(file), file)
+    stack.use({str(adapter): 1.0, str(second): 0.5})
+    assert_outputs_agree(outputs(pipeline), outputs(models), 1e-4)
+    with safe_open(path, "pt") as file:
+        origin = json.loads(file.metadata()["gsoft_diffusion"])
+    assert origin["strengths"] == [1.0, 0.5]
+    assert len(origin["prompts"]["subjects"]) == 2
+
+
+# Model cards
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "kohya_lora"])
+def test_every_export_has_a_card(adapter, base, tmp_path, layout):
+    run = tmp_path / "dog"
+    (run / "validation").mkdir(parents=True)
+    (run / "validation" / "step-000100.png").write_bytes(b"a sheet")
+    shutil.copy(adapter, run / "adapter.safetensors")
+    target = export(ExportConfig((str(run / "adapter.safetensors"),), layout, rank=4 if "lora" in layout else None))
+    card = target / "README.md" if layout == "diffusers" else target.with_suffix(".md")
+    sheet = "preview.png" if layout == "diffusers" else target.with_suffix(".png").name
+    text = card.read_text()
+    assert f"]({sheet})" in text
+    assert target.name in text
+    assert "instance_prompt: a sks dog" in text
+    assert str(base.parent) not in text
+    assert card.with_name(sheet).read_bytes() == b"a sheet"
+
+
+def test_a_card_that_is_there_already_is_not_written_over(adapter, tmp_path):
+    (tmp_path / "dog.md").write_text("my own words")
+    with pytest.raises(UserError, match=r"dog\.md exists"):
+        export(ExportConfig((str(adapter),), "kohya_lora", output=str(tmp_path / "dog.safetensors")))
+    assert [path.name for path in tmp_path.iterdir()] == ["dog.md"]

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import randomise
 
 from gsoft_diffusion.adapter_file import save_adapter
+from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.generation import Sample, draw, generate, make_scheduler, sheet_rows
+from gsoft_diffusion.generation import Sample, _with_names, draw, generate, make_scheduler, sheet_rows
 from gsoft_diffusion.inject import inject
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.pictures import METADATA_KEY
@@ -206,7 +208,7 @@ def pictures_in(folder) -> dict[str, tuple[np.ndarray, dict]]:
 
 
 def test_draw_writes_exactly_what_was_asked_for(adapter_file):
-    config = GenerationConfig(str(adapter_file), prompts=("a sks dog", "../x"), num_images=3, seed=5, batch_size=4)
+    config = GenerationConfig((str(adapter_file),), prompts=("a sks dog", "../x"), num_images=3, seed=5, batch_size=4)
     (sheet,) = draw(config)
     assert sheet.is_file()
     pictures = pictures_in(adapter_file.parent / "images")
@@ -221,12 +223,12 @@ def test_draw_writes_exactly_what_was_asked_for(adapter_file):
     _, metadata = pictures["0004_seed6_x.png"]
     assert (metadata["prompt"], metadata["seed"], metadata["model"]) == ("../x", 6, "adapter")
     assert metadata["sampler"] == FEW_STEPS.to_dict() | {"scheduler": "DDIMScheduler"}
-    assert metadata["adapter"] == "adapter.safetensors"
+    assert metadata["adapters"] == [{"name": f"{adapter_file.parent.name}/adapter.safetensors", "strength": 1.0}]
 
 
 def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
-    draw(GenerationConfig(str(adapter_file), prompts=("a",), num_images=1))
-    draw(GenerationConfig(str(adapter_file), prompts=("a",), num_images=1, guidance_scale=1.5, resolution=32))
+    draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1))
+    draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1, guidance_scale=1.5, resolution=32))
     (first, first_metadata), (second, second_metadata) = pictures_in(adapter_file.parent / "images").values()
     assert (first.shape, second.shape) == ((36, 36, 3), (32, 32, 3))
     assert first_metadata["sampler"]["guidance_scale"] == 3.0
@@ -234,7 +236,7 @@ def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
 
 
 def test_draw_never_writes_over(adapter_file, tmp_path):
-    config = GenerationConfig(str(adapter_file), prompts=("a",), num_images=2, output_dir=str(tmp_path / "out"))
+    config = GenerationConfig((str(adapter_file),), prompts=("a",), num_images=2, output_dir=str(tmp_path / "out"))
     draw(config)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     draw(config)
@@ -244,7 +246,7 @@ def test_draw_never_writes_over(adapter_file, tmp_path):
 
 
 def test_draw_beside_the_base_model(adapter_file, base):
-    draw(GenerationConfig(str(adapter_file), prompts=("a sks dog",), num_images=2, compare=True, resolution=32))
+    draw(GenerationConfig((str(adapter_file),), prompts=("a sks dog",), num_images=2, compare=True, resolution=32))
     pictures = pictures_in(adapter_file.parent / "images")
     assert len(pictures) == 4
     expected = arrays(generate(load_models(str(base)), [("a sks dog", 0), ("a sks dog", 1)], FEW_STEPS))
@@ -255,45 +257,71 @@ def test_draw_beside_the_base_model(adapter_file, base):
         assert np.abs(pictures[f"{seed:04d}_seed{seed}_a-sks-dog.png"][0] - expected[seed]).max() > 1
 
 
-def test_merging_changes_nothing(adapter_file):
-    config = GenerationConfig(str(adapter_file), prompts=("a",), num_images=2)
-    draw(config)
-    draw(replace(config, merge=False))
-    merged_0, merged_1, plain_0, plain_1 = (
-        picture for picture, _ in pictures_in(adapter_file.parent / "images").values()
-    )
-    assert np.abs(merged_0 - plain_0).max() <= 1
-    assert np.abs(merged_1 - plain_1).max() <= 1
+def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):
+    """Names of both subjects fit into prompts; what is drawn is what the API draws."""
+    models = load_models(str(base))
+    identity = models.identity()
+    second = inject(AdapterConfig(nblocks=2, text_encoder=False), models.unet)
+    randomise(second, seed=3)
+    other = tmp_path / "mug" / "adapter.safetensors"
+    other.parent.mkdir()
+    names = {"unique_token": "zwx", "class_word": "mug"}
+    save_adapter(other, second, base_model=identity, training={"resolution": 48}, prompts=names)
+    paths = (str(adapter_file), str(other))
+    draw(GenerationConfig(paths, (0.5, 0.7), prompts=("a {0} and a {2} {3}",), num_images=1, compare=True))
+    (picture, metadata), (plain, _) = pictures_in(adapter_file.parent / "images").values()
+    assert metadata["prompt"] == "a sks and a zwx mug"
+    assert [(one["name"].split("/")[1], one["strength"]) for one in metadata["adapters"]] == [
+        ("adapter.safetensors", 0.5),
+        ("adapter.safetensors", 0.7),
+    ]
+    assert metadata["adapters"][1]["name"] == "mug/adapter.safetensors"
+    fresh = load_models(str(base))
+    stack = AdapterStack(fresh.denoiser, fresh.text_encoders)
+    for path in paths:
+        stack.load(path, path)
+    for strengths, drawn in ((dict(zip(paths, (0.5, 0.7), strict=True)), picture), ({}, plain)):
+        stack.use(strengths)
+        (wanted,) = arrays(generate(fresh, [("a sks and a zwx mug", 0)], FEW_STEPS, resolution=36))
+        assert np.abs(drawn - wanted).max() <= 1
+    assert np.abs(picture - plain).max() > 1
 
 
 def test_prompts_from_a_file(adapter_file, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a dog # 1\n\n  a cat  \n", encoding="utf-8")
-    draw(GenerationConfig(str(adapter_file), prompts_file=str(path), num_images=1))
+    draw(GenerationConfig((str(adapter_file),), prompts_file=str(path), num_images=1))
     prompts = [metadata["prompt"] for _, metadata in pictures_in(adapter_file.parent / "images").values()]
     assert prompts == ["a dog # 1", "a cat"]
 
 
 def test_prompts_with_places_for_the_subjects_name(adapter_file):
-    draw(GenerationConfig(str(adapter_file), prompts=("a {0} dog {0.__class__}",), num_images=1))
+    draw(GenerationConfig((str(adapter_file),), prompts=("a {0} dog {0.__class__}",), num_images=1))
     ((_, metadata),) = pictures_in(adapter_file.parent / "images").values()
     assert metadata["prompt"] == "a sks dog {0.__class__}"
     with pytest.raises(UserError, match="without a class_word"):
-        draw(GenerationConfig(str(adapter_file), prompts=("a {0} {1}",)))
+        draw(GenerationConfig((str(adapter_file),), prompts=("a {0} {1}",)))
+
+
+def test_names_of_several_subjects():
+    dog, mug = {"unique_token": "{2}", "class_word": "dog"}, {"unique_token": "zwx", "class_word": "mug"}
+    assert _with_names("a {0} {1} and a {2} {3}, {}, {4.x}", [dog, mug]) == "a {2} dog and a zwx mug, {}, {4.x}"
+    with pytest.raises(UserError, match=r"\{4\} is of subject 3, and there are 2"):
+        _with_names("a {4} {5}", [dog, mug])
 
 
 def test_no_prompt_says_what_the_subject_is_called(adapter_file, tmp_path):
     with pytest.raises(UserError, match="a photo of a sks dog"):
-        draw(GenerationConfig(str(adapter_file)))
+        draw(GenerationConfig((str(adapter_file),)))
     with pytest.raises(UserError, match="a photo of a sks dog"):
-        draw(GenerationConfig(str(adapter_file), prompts=("  ",)))
+        draw(GenerationConfig((str(adapter_file),), prompts=("  ",)))
     with pytest.raises(UserError, match=r"--prompts_file .*nowhere"):
-        draw(GenerationConfig(str(adapter_file), prompts_file=str(tmp_path / "nowhere")))
+        draw(GenerationConfig((str(adapter_file),), prompts_file=str(tmp_path / "nowhere")))
 
 
 def test_a_base_that_has_moved(adapter_file, base, tmp_path, monkeypatch):
     moved = tmp_path / "moved"
     moved.symlink_to(base)
-    draw(GenerationConfig(str(adapter_file), prompts=("a",), num_images=1, pretrained_model_name_or_path=str(moved)))
+    draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1, pretrained_model_name_or_path=str(moved)))
     with pytest.raises(UserError, match="no model folder"):
-        draw(GenerationConfig(str(adapter_file), prompts=("a",), pretrained_model_name_or_path="./nowhere"))
+        draw(GenerationConfig((str(adapter_file),), prompts=("a",), pretrained_model_name_or_path="./nowhere"))

@@ -11,6 +11,7 @@ from gsoft_diffusion.group_and_shuffle import (
     permutation_matrix,
     rotate,
     rotate_back,
+    rotate_gradients,
     shuffle,
     unshuffle,
 )
@@ -27,11 +28,12 @@ def random_blocks(nfactors: int, nblocks: int, size: int, parametrization: str =
 
 @pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)
 def test_shuffle_is_the_stride_permutation(nblocks, size):
-    x = torch.randn(2, 3, nblocks * size)
+    x = torch.randn(2, nblocks * size, 3)
     permutation = permutation_matrix(nblocks, nblocks * size)
-    assert torch.equal(shuffle(x, nblocks), x @ permutation.mT)
-    assert torch.equal(unshuffle(x, nblocks), x @ permutation)
-    assert torch.equal(unshuffle(shuffle(x, nblocks), nblocks), x)
+    grouped = x.unflatten(-2, (nblocks, size))
+    assert torch.equal(shuffle(grouped).flatten(-3, -2), permutation @ x)
+    assert torch.equal(unshuffle(grouped).flatten(-3, -2), permutation.mT @ x)
+    assert torch.equal(unshuffle(shuffle(grouped)), grouped)
 
 
 def test_two_factors_are_the_papers_formula():
@@ -46,21 +48,37 @@ def test_two_factors_are_the_papers_formula():
 @pytest.mark.parametrize("nfactors", [1, 2, 3, 4])
 def test_fast_path_equals_the_dense_reference(nblocks, size, nfactors):
     blocks = random_blocks(nfactors, nblocks, size)
-    x = torch.randn(2, 3, nblocks * size, dtype=torch.float64)
+    x = torch.randn(nblocks * size, 3, dtype=torch.float64)
     weight = torch.randn_like(x)
 
     def value_and_gradients(apply):
         b, v = blocks.clone().requires_grad_(), x.clone().requires_grad_()
         y = apply(b, v)
         (weight * y).sum().backward()
-        return y, b.grad, v.grad
+        return y.detach(), b.grad, v.grad
 
-    for fast, dense in [
-        (rotate, lambda b, v: v @ dense_reference(b).mT),
-        (rotate_back, lambda b, v: v @ dense_reference(b)),
+    dense = value_and_gradients(lambda b, v: dense_reference(b) @ v)
+    dense_back = value_and_gradients(lambda b, v: dense_reference(b).mT @ v)
+    for ours, reference in [
+        (value_and_gradients(rotate), dense),
+        (value_and_gradients(rotate_back), dense_back),
+        ((rotate(blocks, x), *rotate_gradients(blocks, x, weight)), dense),
+        ((rotate_back(blocks, x), rotate_gradients(blocks, weight, x)[0], rotate(blocks, weight)), dense_back),
     ]:
-        for ours, reference in zip(value_and_gradients(fast), value_and_gradients(dense), strict=True):
-            torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-12)
+        for ours_part, part in zip(ours, reference, strict=True):
+            torch.testing.assert_close(ours_part, part, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)
+@pytest.mark.parametrize("nfactors", [1, 2, 3])
+def test_leading_dimensions_are_a_batch(nblocks, size, nfactors):
+    blocks = torch.stack([random_blocks(nfactors, nblocks, size), -random_blocks(nfactors, nblocks, size)])
+    x, grad = torch.randn(2, 2, nblocks * size, 3, dtype=torch.float64)
+    for apply in (rotate, rotate_back):
+        torch.testing.assert_close(apply(blocks, x), torch.stack([apply(blocks[i], x[i]) for i in range(2)]))
+    by_blocks, by_x = rotate_gradients(blocks, x, grad)
+    for i in range(2):
+        torch.testing.assert_close((by_blocks[i], by_x[i]), rotate_gradients(blocks[i], x[i], grad[i]))
 
 
 @pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)
@@ -69,7 +87,7 @@ def test_fast_path_equals_the_dense_reference(nblocks, size, nfactors):
 def test_q_is_orthogonal_in_float32(nblocks, size, nfactors, parametrization):
     blocks = random_blocks(nfactors, nblocks, size, parametrization, dtype=torch.float32)
     identity = torch.eye(nblocks * size)
-    q = rotate(blocks, identity).mT
+    q = rotate(blocks, identity)
     assert (q.mT @ q - identity).abs().max() < 1e-5
     assert (rotate_back(blocks, rotate(blocks, identity)) - identity).abs().max() < 1e-5
 
@@ -78,7 +96,7 @@ def test_q_is_orthogonal_in_float32(nblocks, size, nfactors, parametrization):
 @pytest.mark.parametrize("nfactors", [1, 2, 3])
 def test_identity_blocks_change_no_bit(dtype, nfactors):
     blocks = torch.eye(5, dtype=dtype).expand(nfactors, 8, 5, 5)
-    x = torch.randn(3, 40).to(dtype)
+    x = torch.randn(40, 3).to(dtype)
     assert torch.equal(rotate(blocks, x), x)
     assert torch.equal(rotate_back(blocks, x), x)
 

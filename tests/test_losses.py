@@ -112,6 +112,16 @@ def test_loss_is_per_sample_and_in_float32():
         torch.testing.assert_close(losses[index], expected)
 
 
+def test_weights_of_places():
+    prediction, target = some(2, 4, 3, 3), some(2, 4, 3, 3, seed=1)
+    weights = torch.zeros(2, 1, 3, 3)
+    weights[0, :, :, 0], weights[1] = 0.5, 1
+    errors = (prediction - target).square()
+    losses = denoising_loss(prediction, target, weights)
+    torch.testing.assert_close(losses[0], 0.5 * errors[0, :, :, 0].float().sum() / errors[0].numel())
+    assert torch.equal(losses[1], denoising_loss(prediction, target)[1])
+
+
 def test_dreambooth_loss_is_the_sum_of_two_means():
     losses = torch.tensor([1.0, 10.0, 3.0, 20.0, 30.0])
     is_prior = torch.tensor([False, True, False, True, True])

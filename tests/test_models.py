@@ -30,8 +30,8 @@ def test_sizes_are_read_from_the_model(base):
     assert models.vae_scale_factor == 2
     assert models.resolution == PIXELS
     assert models.latent_shape(64) == (4, 32, 32)
-    assert models.tokenize(["a dog", ""]).shape == (2, TEXT_LENGTH)
-    assert models.encode_prompts(["a dog", ""]).shape == (2, TEXT_LENGTH, 32)
+    assert models.prepare(["a dog", ""])["tokens"].shape == (2, TEXT_LENGTH)
+    assert models.encode_prompts(["a dog", ""])["encoder_hidden_states"].shape == (2, TEXT_LENGTH, 32)
     assert models.encode_images(torch.zeros(2, 3, PIXELS, PIXELS)).shape == (2, 8, PIXELS // 2, PIXELS // 2)
     assert models.decode(torch.zeros(1, 4, 16, 16)).shape == (1, 3, PIXELS, PIXELS)
 
@@ -70,7 +70,7 @@ def test_a_prompt_that_is_cut_is_named_once(base, caplog):
     prompt = "a very very very long prompt " * 5
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert models.tokenize([prompt, "short"]).shape == (2, TEXT_LENGTH)
+            assert models.prepare([prompt, "short"])["tokens"].shape == (2, TEXT_LENGTH)
     assert [record.getMessage() for record in caplog.records] == [
         f"prompt cut after {TEXT_LENGTH} of its {len(models.tokenizer(prompt).input_ids)} tokens: {prompt[:60]}…"
     ]
@@ -136,6 +136,35 @@ def test_a_text_encoder_of_another_width_is_refused(own_base, tmp_path):
         load_models(str(own_base))
 
 
+def test_a_folder_without_an_index_is_refused(own_base):
+    (own_base / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"own has no model_index\.json"):
+        load_models(str(own_base))
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_index_is_refused(own_base, content):
+    (own_base / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        load_models(str(own_base))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unet": ["diffusers", "UNet3DConditionModel"]},
+        {"transformer": ["diffusers", "HunyuanDiT2DModel"]},
+        {"text_encoder": ["os", "system"]},
+        {"vae": None},
+    ],
+)
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones(own_base, changes):
+    change_json(own_base / "model_index.json", **changes)
+    with pytest.raises(UserError, match=r"own consists of .* Supported are Stable Diffusion 1\.x and 2\.x") as caught:
+        load_models(str(own_base))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_scheduler_is_refused(own_base):
     change_json(own_base / "scheduler" / "scheduler_config.json", _class_name="os")
     with pytest.raises(UserError, match="no scheduler os"):
@@ -176,3 +205,40 @@ def test_the_hub_is_asked_for_safetensors_of_the_variant(base, monkeypatch):
 def test_a_device_that_is_not_there(base):
     with pytest.raises(UserError, match="cannot put"):
         load_models(str(base), device="cuda:99")
+
+
+class Elsewhere(torch.nn.Module):
+    """A denoiser on a device that this machine does not have, or so it says."""
+
+    device, dtype = torch.device("cuda:7"), torch.float32
+
+
+def test_parts_are_brought_to_the_denoiser_and_back(base, monkeypatch):
+    models = load_models(str(base), cpu_offload=True)
+    moves = []
+    for name in ("vae", "text_encoder"):
+        monkeypatch.setattr(getattr(models, name), "to", lambda where, name=name: moves.append((name, str(where))))
+    models.unet = Elsewhere()
+    with models.brought(models.vae), models.brought(*models.readers()):
+        assert moves == [("vae", "cuda:7"), ("text_encoder", "cuda:7")]
+    assert moves[2:] == [("text_encoder", "cpu"), ("vae", "cpu")]
+
+
+def test_offloading_puts_only_the_denoiser_on_the_device(base, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where, **how: moved.append(type(module)) or module)
+    monkeypatch.setattr("diffusers.ModelMixin.to", torch.nn.Module.to)
+    models = load_models(str(base), cpu_offload=True)
+    assert set(moved) == {type(models.unet)}
+    load_models(str(base))
+    assert set(moved) == {type(part) for part in (models.unet, models.vae, models.text_encoder)}
+
+
+def test_pictures_and_latents_are_the_same_with_offloading(base):
+    pixels = torch.randn(1, 3, PIXELS, PIXELS)
+    plain, offloaded = load_models(str(base)), load_models(str(base), cpu_offload=True)
+    assert torch.equal(plain.encode_images(pixels), offloaded.encode_images(pixels))
+    assert torch.equal(
+        plain.encode_prompts(["a dog"])["encoder_hidden_states"],
+        offloaded.encode_prompts(["a dog"])["encoder_hidden_states"],
+    )

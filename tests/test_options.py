@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.config import AdapterConfig, Concept, GenerationConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.options import parse, run
 
@@ -44,6 +48,13 @@ def test_without_flags_the_defaults_hold():
 )
 def test_flags(arguments, name, value):
     assert getattr(training(*arguments), name) == value
+
+
+def test_several_adapters():
+    arguments = ["--adapter", "a", "b", "--adapter", "c", "--strength", "1", "0.6", "-0.5", "--prompt", "x"]
+    config = parse(GenerationConfig, "", arguments)
+    assert config.strengths == {"a": 1.0, "b": 0.6, "c": -0.5}
+    assert parse(GenerationConfig, "", ["--adapter", "a"]).strengths == {"a": 1.0}
 
 
 def test_part_of_the_adapter_keeps_its_default_size():
@@ -96,8 +107,64 @@ def test_wrong_flags_exit_with_status_2_naming_the_flag(arguments, capsys):
 
 def test_what_is_required_is_asked_for(capsys):
     with pytest.raises(SystemExit):
+        parse(GenerationConfig, "", [])
+    assert "give --adapter" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--instance_data_dir: name the folder"):
         parse(TrainingConfig, "", [])
-    assert "give --instance_data_dir" in capsys.readouterr().err
+
+
+CONCEPTS = (Concept("dogs", "dog"), Concept("cats", "cat", unique_token="zwx", class_prompt="cats"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "concepts.json",
+            '[\n\t{"instance_data_dir": "dogs", "class_word": "dog"},\n\t{"instance_data_dir": "cats", '
+            '"class_word": "cat", "unique_token": "zwx", "class_prompt": "cats"}\n]',
+        ),
+        (
+            "concepts.yaml",
+            "- {instance_data_dir: dogs, class_word: dog}\n"
+            "- instance_data_dir: cats\n  class_word: cat\n  unique_token: zwx\n  class_prompt: cats\n",
+        ),
+    ],
+)
+def test_several_subjects_from_a_file(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    config = parse(TrainingConfig, "", ["--concepts_list", str(path)])
+    assert config == TrainingConfig(concepts_list=CONCEPTS)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config.resolved().to_yaml())
+    assert parse(TrainingConfig, "", ["--config", str(settings)]) == config.resolved()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a list"),
+        ("[]", "expected a list"),
+        ("a: b", "expected a list"),
+        ("[", "cannot read"),
+        ("- dogs", "'dogs' is not settings of Concept"),
+        ("- {class_word: dog}", "instance_data_dir must be given"),
+        ("- {instance_data_dir: dogs}", "--class_word: say what is on the photos in dogs"),
+        ("- {instance_data_dir: dogs, class_wrd: dog}", "unknown setting class_wrd; known: class_word"),
+        ("- {instance_data_dir: dogs, class_word: 5}", "class_word: 5 is not a text"),
+    ],
+)
+def test_a_list_of_subjects_that_is_wrong(tmp_path, text, message):
+    path = tmp_path / "concepts.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse(TrainingConfig, "", ["--concepts_list", str(path)])
+
+
+def test_a_list_of_subjects_that_is_not_there():
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        parse(TrainingConfig, "", ["--concepts_list", "nowhere.json"])
 
 
 def test_both_sizes_are_refused():
@@ -134,3 +201,26 @@ def test_errors_are_one_line(capsys):
     with pytest.raises(SystemExit):
         run(fails)
     assert capsys.readouterr().err == "error: that file: is broken\n"
+
+
+HELD_UP = """
+import time
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.options import run
+
+class WaitsForItsPeers:
+    def __del__(self):
+        time.sleep(60)
+
+def main():
+    group = WaitsForItsPeers()
+    raise UserError("a peer has ended")
+
+run(main)
+"""
+
+
+def test_one_of_several_processes_ends_without_waiting_for_the_others():
+    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", HELD_UP], env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (2, "error: a peer has ended\n")

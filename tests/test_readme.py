@@ -36,7 +36,12 @@ def test_there_are_commands_to_check():
     assert {command[0] for command in commands()} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+PAGES = [
+    path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*/README.md"), *sorted((ROOT / "docs").glob("*.md")))
+]
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hub_stand_in import TOKEN, stand_in
 from PIL import Image
 from torch import Tensor
 
 from gsoft_diffusion import training
 from gsoft_diffusion.adapter_file import load_adapter, read_adapter
 from gsoft_diffusion.checkpoints import read_state
-from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.config import AdapterConfig, Concept, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.families import whole_view
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.settings import read_yaml
 from gsoft_diffusion.training import Run, train
@@ -131,6 +133,93 @@ def test_loss_falls(any_base, config, text_encoder, prior):
     assert losses[1] < 0.98 * losses[0]
 
 
+# Data as people have them
+
+
+def batches(config: TrainingConfig, monkeypatch) -> tuple[Run, list[dict[str, Tensor]]]:
+    """The run that was made of the settings, and the batches that it has trained on."""
+    runs, seen = [], []
+    original = Run._loss
+
+    def loss(self, batch):
+        runs.append(self)
+        seen.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(Run, "_loss", loss)
+    train(config)
+    monkeypatch.setattr(Run, "_loss", original)
+    return runs[0], seen
+
+
+def test_captions_become_prompts(config, monkeypatch, capfd):
+    (Path(config.instance_data_dir) / "1.txt").write_text("sks in the snow")
+    run, seen = batches(replace(config, with_prior_preservation=True, num_class_images=2), monkeypatch)
+    assert run.dataset.prompts == ["a photo of a sks dog", "sks in the snow", "a photo of a dog"]
+    drawn = torch.cat([batch["prompt"] for batch in seen])
+    assert set(drawn.tolist()) == {0, 1, 2}
+    assert torch.equal(drawn == 2, torch.cat([batch["is_prior"] for batch in seen]))
+    assert "subject: 4 pictures, 1 with captions, 0 turned" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("cache_latents", [True, False])
+def test_aspect_buckets(config, monkeypatch, capfd, cache_latents):
+    config = replace(config, aspect_buckets=True, with_prior_preservation=True, num_class_images=2)
+    config = replace(config, max_train_steps=8, cache_latents=cache_latents)
+    _, seen = batches(config, monkeypatch)
+    assert "sizes: 32×32 (2), 40×24 (1), 24×40 (1)" in capfd.readouterr().out
+    shapes = {tuple(batch["noise"].shape) for batch in seen}
+    assert shapes == {(4, 4, 16, 16), (4, 4, 12, 20), (4, 4, 20, 12)}
+
+
+def test_masks_keep_the_background_out_of_the_gradient(config, monkeypatch):
+    """With weight 0 outside of the mask it does not matter what is there to predict."""
+    for name, size in (("0", (40, 40)), ("1", (64, 40)), ("2", (40, 64)), ("3", (33, 32))):
+        mask = Image.new("L", size)
+        mask.paste(255, (0, 0, size[0] // 2, size[1]))
+        mask.save(Path(config.instance_data_dir) / f"{name}-masklabel.png")
+    config = replace(config, unmasked_weight=0.0, center_crop=True)
+    clean = weights(config, "clean")
+    original = training.prediction_target
+
+    def disturbed(*arguments):
+        target = original(*arguments).clone()
+        target[..., target.shape[-1] * 3 // 4 :] += 100
+        return target
+
+    monkeypatch.setattr(training, "prediction_target", disturbed)
+    assert_same(clean, weights(config, "disturbed"))
+    assert difference(clean, weights(replace(config, unmasked_weight=0.5), "weighted")) > 1e-4
+
+
+def test_masks_that_are_not_used_and_not_there_are_said(config, capfd):
+    with pytest.raises(UserError, match=r"--unmasked_weight 0\.1: no photo has a mask"):
+        train(replace(config, unmasked_weight=0.1))
+    Image.new("L", (40, 40), 128).save(Path(config.instance_data_dir) / "0-masklabel.png")
+    train(config)
+    assert "note: masks are not used" in capfd.readouterr().out
+
+
+def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
+    mugs = tmp_path / "mugs"
+    mugs.mkdir()
+    Image.new("RGB", (40, 40), "red").save(mugs / "0.png")
+    Image.new("RGB", (40, 40), "green").save(mugs / "1.png")
+    concepts = (Concept(config.instance_data_dir, "dog"), Concept(str(mugs), "mug", "zwx"))
+    config = replace(config, instance_data_dir="", class_word=None, concepts_list=concepts)
+    config = replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=6)
+    run, seen = batches(config, monkeypatch)
+    assert run.dataset.prompts == [f"a photo of a {name}" for name in ("sks dog", "zwx mug", "dog", "mug")]
+    drawn = torch.cat([batch["prompt"] for batch in seen])
+    assert torch.bincount(drawn).tolist() == [8, 4, 6, 6]  # two epochs of the photos, three of the class images
+    printed = capfd.readouterr().out
+    assert "subject a zwx mug: 2 pictures" in printed
+    assert "class, a photo of a mug: 2 pictures" in printed
+    file = read_adapter(Path(config.output_dir or "") / "adapter.safetensors")
+    assert [subject["unique_token"] for subject in file.subjects] == ["sks", "zwx"]
+    assert str(tmp_path) not in str(file.training)
+
+
 # Same result by other ways
 
 
@@ -138,6 +227,22 @@ def test_same_seed_same_weights_other_seed_other_weights(config):
     first = weights(config, "first")
     assert_same(first, weights(config, "second"))
     assert difference(first, weights(replace(config, seed=1), "third")) > 1e-4
+
+
+def test_repeating_a_run_from_its_output_folder_gives_the_same_weights_and_pixels(config):
+    from gsoft_diffusion.config import GenerationConfig
+    from gsoft_diffusion.generation import draw
+
+    config = replace(config, num_validation_images=1, with_prior_preservation=True, num_class_images=2)
+    first = train(config).adapter.parent
+    settings = TrainingConfig.from_dict(read_yaml(first / "settings.yaml"))
+    second = train(replace(settings, output_dir=f"{config.output_dir}-again")).adapter.parent
+    assert_same(*(read_adapter(folder / "adapter.safetensors").tensors for folder in (first, second)))
+    for folder in (first, second):
+        draw(GenerationConfig((str(folder / "adapter.safetensors"),), prompts=("a sks dog",), num_images=1))
+    for name in ("validation/step-000004.png", "images/0000_seed0_a-sks-dog.png"):
+        pictures = [np.asarray(Image.open(folder / name)) for folder in (first, second)]
+        assert (pictures[0] == pictures[1]).all(), name
 
 
 def test_latents_cached_or_not(config):
@@ -170,11 +275,11 @@ def test_prompt_embeddings_are_those_of_the_prompts(config, text_encoder):
     from gsoft_diffusion.inject import inject
 
     models = load_models(config.pretrained_model_name_or_path)
-    expected = models.encode_prompts(["a dog", "a cat"])
+    expected = models.encode_prompts(["a dog", "a cat"])["encoder_hidden_states"]
     adapter = inject(AdapterConfig(nblocks=4, text_encoder=text_encoder), models.unet, [models.text_encoder])
     denoiser = training.Denoiser(models, adapter, ["a dog", "a cat"])
     latents, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
-    prediction = denoiser(latents, timesteps, torch.tensor([1, 0, 1]))
+    prediction = denoiser(latents, timesteps, torch.tensor([1, 0, 1]), whole_view(32, 32).repeat(3, 1))
     wanted = models.unet(latents, timesteps, encoder_hidden_states=expected[[1, 0, 1]]).sample
     torch.testing.assert_close(prediction, wanted)
     trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
@@ -262,6 +367,7 @@ def test_settings_that_cannot_work_leave_nothing_behind(config, changes, message
                 {"optimizer": "prodigy", "learning_rate": 1.0},
                 {"mixed_precision": "bf16"},
                 {"cache_latents": False},
+                {"aspect_buckets": True, "with_prior_preservation": True, "num_class_images": 3},
             )
         ),
     ],
@@ -277,7 +383,10 @@ def test_resuming_is_exact(config, changes):
     train(stopped)
     folder = Path(stopped.output_dir or "")
     (folder / "adapter.safetensors").unlink()
-    assert_same(whole, weights(replace(stopped, resume_from_checkpoint=str(folder / "checkpoint-2"))))
+    state = folder / "checkpoint-4" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])  # so that the latest is the one before
+    assert_same(whole, weights(replace(stopped, resume_from_checkpoint="latest")))
+    assert read_state(folder / "checkpoint-4")["step"] == 4
 
 
 def test_checkpoints_are_adapters_too(config):
@@ -294,10 +403,50 @@ def test_more_steps_after_the_end(config):
     assert_same(longer, weights(replace(config, max_train_steps=6), "at-once"))
 
 
-def test_resuming_with_other_settings_is_refused(config):
-    train(replace(config, checkpointing_steps=2))
-    with pytest.raises(UserError, match=r"learning_rate is 0\.1 and was 0\.01"):
-        train(replace(config, resume_from_checkpoint="latest", learning_rate=0.1))
+def test_resuming_with_other_settings_is_refused_unless_accepted(config):
+    config = replace(config, checkpointing_steps=2)
+    first = weights(config)
+    slower = replace(config, resume_from_checkpoint="latest", learning_rate=1e-9, max_train_steps=6)
+    with pytest.raises(UserError, match=r"learning_rate is 1e-09 and was 0\.01; .*--accept_changes"):
+        train(slower)
+    assert difference(first, weights(replace(slower, accept_changes=True))) < 1e-7  # it does learn at that rate
+    after = TrainingConfig.from_dict(read_yaml(Path(config.output_dir or "") / "settings.yaml"))
+    assert (after.learning_rate, after.accept_changes) == (1e-9, False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": AdapterConfig(nblocks=8)},
+        {"optimizer": "schedulefree"},
+        {"adapter": AdapterConfig(nblocks=4, text_encoder=False)},
+    ],
+    ids=str,
+)
+def test_changes_that_cannot_be_accepted(config, changes):
+    if changes.get("optimizer"):
+        pytest.importorskip("schedulefree")
+    folder = train(replace(config, max_train_steps=1, checkpointing_steps=1)).adapter.parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="checkpoint-1 does not fit the settings"):
+        train(replace(config, resume_from_checkpoint="latest", accept_changes=True, **changes))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_changed_photo_is_named(config):
+    train(replace(config, max_train_steps=1, checkpointing_steps=1))
+    photo = Path(config.instance_data_dir) / "1.png"
+    Image.open(photo).rotate(90, expand=True).save(photo)
+    Image.open(photo).save(photo.with_name("9.png"))
+    with pytest.raises(UserError, match=r"checkpoint-1: photos/9\.png is new, photos/1\.png is \w+ and was \w+"):
+        train(replace(config, resume_from_checkpoint="latest"))
+
+
+def test_a_changed_caption_is_noticed(config):
+    train(replace(config, max_train_steps=1, checkpointing_steps=1))
+    (Path(config.instance_data_dir) / "1.txt").write_text("sks asleep")
+    with pytest.raises(UserError, match=r"checkpoint-1: photos/1\.png is \w+ and was \w+"):
+        train(replace(config, resume_from_checkpoint="latest"))
 
 
 def test_a_finished_run_is_not_written_over(config):
@@ -350,7 +499,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named(config, monkeypatch
         return original(*arguments, **options) * (bad if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(training, "training_loss", loss)
-    with pytest.raises(UserError, match="step 3: the loss is not finite"):
+    with pytest.raises(UserError, match="step 3: the loss is not finite; checkpoint-2 is kept"):
         train(replace(config, checkpointing_steps=2))
     state = read_state(Path(config.output_dir or "") / "checkpoint-2")
     assert all(tensor.isfinite().all() for tensor in state["adapter"].values())
@@ -367,8 +516,103 @@ def test_a_gradient_that_is_not_finite_stops_with_the_step_named(config, monkeyp
         return original_clip(self, parameters, max_norm)
 
     monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
-    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+    with pytest.raises(UserError, match="step 1: the gradient is not finite; no checkpoint is kept"):
         train(config)
+
+
+@pytest.fixture
+def fp16_scaler(monkeypatch):
+    """PyTorch's scaler of gradients, which accelerate uses on GPUs only, on the CPU: returns it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # beyond what a float32 gradient of ours overflows at
+    original = training.make_accelerator
+
+    def make_accelerator(config):
+        accelerator = original(config)
+        accelerator.scaler, accelerator.native_amp = scaler, True
+        return accelerator
+
+    plain = training.make_optimizer
+
+    def make_optimizer(*arguments):
+        optimizer = plain(*arguments)
+        for group in optimizer.param_groups:  # as on GPUs; a fused step would look at the overflow by itself
+            group["fused"] = False
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+    monkeypatch.setattr(training, "make_accelerator", make_accelerator)
+    monkeypatch.setattr(training, "make_optimizer", make_optimizer)
+    return scaler
+
+
+def test_skipped_steps_are_counted_shown_and_resumed(config, fp16_scaler, monkeypatch, capfd):
+    config = replace(config, mixed_precision="fp16", checkpointing_steps=2)
+    original = training.training_loss
+    monkeypatch.setattr(training, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)  # overflows when scaled
+    train(config)
+    assert fp16_scaler.get_scale() == 2.0**36  # halved four times
+    printed = capfd.readouterr()
+    assert "4 of 4 steps were skipped" in printed.out
+    assert "skipped=4" in printed.err
+    state = read_state(Path(config.output_dir or "") / "checkpoint-4")
+    assert (state["skipped"], state["scaler"]["scale"]) == (4, 2.0**36)
+    assert state["lr_scheduler"]["last_epoch"] == 0
+    fp16_scaler.update(1.0)
+    monkeypatch.setattr(fp16_scaler, "load_state_dict", lambda state: None)  # from a scale at which there is no way out
+    with pytest.raises(UserError, match="step 5: the gradient is not finite; checkpoint-4 is kept"):
+        train(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+
+
+# What is for others
+
+
+def test_a_model_card_is_written_with_the_result(config, tmp_path):
+    folder = train(replace(config, num_validation_images=1)).adapter.parent
+    card = (folder / "README.md").read_text()
+    assert "instance_prompt: a photo of a sks dog" in card
+    assert "](validation/step-000004.png)" in card
+    assert "| steps | 4 |" in card
+    assert str(tmp_path) not in card
+    assert str(Path(config.pretrained_model_name_or_path).parent) not in card
+
+
+def test_a_card_of_ones_own_stays(config, capfd):
+    config = replace(config, checkpointing_steps=4)
+    card = train(config).adapter.parent / "README.md"
+    card.write_text("my own words")
+    train(replace(config, resume_from_checkpoint="latest", max_train_steps=5))
+    assert card.read_text() == "my own words"
+    assert "stays as you wrote it" in capfd.readouterr().out
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with stand_in() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        yield server
+
+
+def test_the_result_is_published_and_the_token_kept_nowhere(config, hub, capfd):
+    config = replace(config, push_to_hub=True, hub_token=TOKEN, checkpointing_steps=2, report_to="tensorboard")
+    folder = train(config).adapter.parent
+    assert {"README.md", "adapter.safetensors"} <= hub.repositories["ann/dog"].keys()
+    assert f"published: {hub.address}/ann/dog" in capfd.readouterr().out
+    assert not any(TOKEN.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    train(replace(config, hub_token=TOKEN, resume_from_checkpoint="latest", max_train_steps=5, hub_model_id="cat"))
+    assert set(hub.repositories) == {"ann/dog", "ann/cat"}
+
+
+def test_what_keeps_from_publishing_is_said_before_the_training(config, hub):
+    with pytest.raises(UserError, match="--hub_model_id dog: cannot be made"):
+        train(replace(config, push_to_hub=True, hub_token="hf_wrong"))
+    assert not Path(config.output_dir or "").exists()
+
+
+def test_an_upload_that_fails_leaves_the_result(config, hub):
+    hub.broken = {"/commit/main"}
+    with pytest.raises(UserError, match=r"to try again: hf upload ann/dog"):
+        train(replace(config, push_to_hub=True, hub_token=TOKEN))
+    assert read_adapter(Path(config.output_dir or "") / "adapter.safetensors").training["step"] == 4
 
 
 # What is shown
@@ -389,7 +633,7 @@ def test_validation_shows_what_inference_draws(config):
 
     config = replace(config, num_validation_images=2, validation_prompts=("a sks dog on the beach",))
     adapter = train(config).adapter
-    (sheet,) = draw(GenerationConfig(str(adapter), prompts=config.validation_prompts or (), num_images=2))
+    (sheet,) = draw(GenerationConfig((str(adapter),), prompts=config.validation_prompts or (), num_images=2))
     drawn = np.asarray(Image.open(sheet).convert("RGB"), dtype=int)
     validated = np.asarray(Image.open(adapter.parent / "validation" / "step-000004.png").convert("RGB"), dtype=int)
     assert drawn.shape == validated.shape

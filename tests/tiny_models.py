@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gsoft_diffusion  # noqa: F401 # isort: skip - first: beside a CPU build of torch it makes torchvision importable
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn

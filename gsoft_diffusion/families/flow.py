@@ -1,0 +1,107 @@
+"""What the families that learn by flow matching have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+from transformers import T5EncoderModel, T5Tokenizer
+
+from gsoft_diffusion.families.base import Models, token_numbers
+from gsoft_diffusion.flow_matching import FlowMatching
+
+# DEISMultistep and SASolver claim to take flows too, but do not arrive where a perfect model points.
+SCHEDULERS = (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+class FlowModels(Models):
+    """A model whose scheduler is diffusers' `FlowMatchEulerDiscreteScheduler`, with its denoiser a transformer."""
+
+    transformer: Any
+
+    @property
+    def denoiser(self) -> Any:
+        return self.transformer
+
+    @property
+    def size_step(self) -> int:
+        return 2 * self.vae_scale_factor  # the transformers take two by two latent pixels for one token
+
+    def noise_scheduler(self) -> FlowMatching:
+        return FlowMatching(self.scheduler)
+
+    def draw_timesteps(self, uniform: Tensor) -> Tensor:
+        return self.noise_scheduler().draw(uniform)
+
+    @property
+    def schedulers(self) -> list[type[SchedulerMixin]]:
+        return list(SCHEDULERS)
+
+    def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        """Timesteps are shifted towards noise as the checkpoint says, more for larger pictures if it says so."""
+        config = self.scheduler.config
+        mu = self.dynamic_shift(num_inference_steps, latent_shape) if config.use_dynamic_shifting else None
+        if kind is FlowMatchEulerDiscreteScheduler:
+            scheduler = kind.from_config(config)
+            sigmas = self.sigmas(num_inference_steps)
+            scheduler.set_timesteps(num_inference_steps, device=self.device, sigmas=sigmas, mu=mu)
+            return scheduler
+        # The exponential shift by mu is the plain one by exp(mu).
+        shift = config.shift if mu is None else math.exp(mu)
+        if kind is FlowMatchHeunDiscreteScheduler:
+            scheduler = kind.from_config(config, shift=shift)
+        else:
+            scheduler = kind.from_config(
+                config,
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=shift,
+                use_dynamic_shifting=False,
+            )
+        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        return scheduler
+
+    def dynamic_shift(self, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> float:
+        """The logarithm `mu` of the shift, linear in the number of tokens between the scheduler's two points."""
+        config = self.scheduler.config
+        _, height, width = latent_shape
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + slope * (height * width // 4 - config.base_image_seq_len)
+
+    def sigmas(self, num_inference_steps: int) -> list[float] | None:
+        """Sigmas before shifting, where they are not the scheduler's own."""
+        return None
+
+
+class FluxModels(FlowModels):
+    """What FLUX.1 and FLUX.2 have in common, and no checkpoint says: it is as in diffusers' pipelines."""
+
+    @property
+    def resolution(self) -> int:
+        return 128 * self.vae_scale_factor
+
+    def sigmas(self, num_inference_steps: int) -> list[float]:
+        return torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
+
+
+@torch.no_grad()
+def t5_embeddings(tokenizer: T5Tokenizer, encoder: T5EncoderModel, prompts: Sequence[str], length: int) -> Tensor:
+    """T5's embeddings (prompts, length, width), on its own device; no adapter changes them."""
+    return encoder(token_numbers(tokenizer, prompts, length).to(encoder.device))[0]

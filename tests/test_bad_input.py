@@ -1,0 +1,269 @@
+"""What people give by mistake, and what each gets; the rows of docs/reliability/bad_input.md.
+
+UPDATE_TABLE=1 python -m pytest tests/test_bad_input.py    # writes the table anew
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from gsoft_diffusion import memory
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.options import parse, run
+from gsoft_diffusion.training import train
+
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "reliability" / "bad_input.md"
+HEAD = """# Bad input
+
+Written by `tests/test_bad_input.py`, which also checks that it is current. An error is one line on stderr and exit
+status 2, with nothing written; what goes on says in a line what became of the input.
+
+| input | what is said |
+|---|---|
+"""
+ROWS: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    yield
+    if os.environ.get("UPDATE_TABLE"):
+        TABLE.write_text(HEAD + "".join(ROWS), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def place(base, photos, tmp_path, monkeypatch) -> Path:
+    """A working directory with `photos` and the model `base`, so that messages hold no other paths."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "notes.txt").unlink()
+    Path("base").symlink_to(base)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield tmp_path
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def command(*options: str) -> list[str]:
+    """Options of a run of one step, with further ones."""
+    which = "--instance_data_dir photos --class_word dog --pretrained_model_name_or_path base --output_dir out"
+    quick = "--nblocks 4 --max_train_steps 1 --train_batch_size 1 --num_validation_images 0 --report_to none"
+    return [*which.split(), *quick.split(), "--num_inference_steps", "2", *options]
+
+
+def row(name: str, message: str) -> str:
+    """The table's row: without numbers of this machine's libraries and addresses in memory."""
+    message = re.sub(r"0x[0-9a-f]+", "0x…", message).replace("|", r"\|")
+    return f"| {name} | {message} |\n"
+
+
+def check_row(name: str, message: str) -> None:
+    ROWS.append(row(name, message))
+    if not os.environ.get("UPDATE_TABLE"):
+        assert row(name, message) in TABLE.read_text(encoding="utf-8"), "the table is not current, see this file's head"
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """The folder's files by their paths; of links only that they are there."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() and not path.is_symlink() else None for path in paths}
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, len(mode)), dtype=np.uint8)
+    return Image.fromarray(pixels, mode)
+
+
+@dataclass(frozen=True)
+class Case:
+    """name: the input in words. prepare: makes it, in the working directory. options: of the command."""
+
+    name: str
+    prepare: Callable[[], object] = lambda: None
+    options: tuple[str, ...] = ()
+
+
+def photo(name: str, write: Callable[[Path], object]) -> Callable[[], object]:
+    return lambda: write(Path("photos") / name)
+
+
+def empty(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(folder).mkdir()
+
+
+def only_one() -> None:
+    for path in list(Path("photos").iterdir())[1:]:
+        path.unlink()
+
+
+def truncated(path: Path) -> None:
+    noise(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def own_base(change: Callable[[Path], object]) -> Callable[[], object]:
+    """A copy of the model that `change` gets its folder of."""
+
+    def prepare() -> None:
+        source = Path("base").resolve()
+        Path("base").unlink()
+        shutil.copytree(source, "base")
+        change(Path("base"))
+
+    return prepare
+
+
+def set_config(part: str, **values: object) -> Callable[[], object]:
+    def change(folder: Path) -> None:
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return own_base(change)
+
+
+def other_text_encoder(folder: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    settings = json.loads((folder / "text_encoder" / "config.json").read_text())
+    CLIPTextModel(CLIPTextConfig(**settings | {"hidden_size": 16})).save_pretrained(folder / "text_encoder")
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def another_run(*names: str) -> Callable[[], object]:
+    def prepare() -> None:
+        for name in names:
+            path = Path("out") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+
+    return prepare
+
+
+ERRORS = [
+    Case("no such folder", lambda: shutil.rmtree("photos")),
+    Case("an empty folder", lambda: empty("photos")),
+    Case("a truncated picture", photo("5.png", truncated)),
+    Case("a file of no bytes", photo("5.jpg", Path.touch)),
+    Case("another file by a picture's name", photo("5.jpg", lambda path: path.write_text("Dear diary"))),
+    Case("a file that cannot be read", photo("5.jpg", lambda path: path.symlink_to("/proc/self/mem"))),
+    Case("one pixel", photo("5.png", noise(1, 1).save)),
+    Case("20,000 × 20,000 pixels", photo("5.png", lambda path: Image.new("1", (20_000, 20_000)).save(path))),
+    Case(
+        "an animation",
+        photo(
+            "5.webp", lambda path: noise(40, 40).save(path, save_all=True, append_images=[Image.new("RGB", (40, 40))])
+        ),
+    ),
+    Case(
+        "the photos as class images",
+        options=("--with_prior_preservation", "--class_data_dir", "photos", "--num_class_images", "2"),
+    ),
+    Case("an empty prompt", options=("--instance_prompt", " ")),
+    Case("no class word and no prompt", options=("--class_word", "")),
+    Case("a learning rate that is no number", options=("--learning_rate", "nan")),
+    Case("an infinite learning rate", options=("--learning_rate", "inf")),
+    Case("negative steps", options=("--max_train_steps", "-5")),
+    Case("blocks that do not divide a width", options=("--nblocks", "5")),
+    Case("a resolution that does not halve", options=("--resolution", "33")),
+    Case("a model folder without a part", own_base(lambda folder: shutil.rmtree(folder / "vae"))),
+    Case("a model folder with damaged weights", own_base(cut_weights)),
+    Case("a text encoder of another width", own_base(other_text_encoder)),
+    Case("a model of another architecture", set_config("unet", in_channels=9)),
+    Case("a folder that is not a model's", options=("--pretrained_model_name_or_path", "photos")),
+    Case("no network for a model on the hub", options=("--pretrained_model_name_or_path", "someone/some-model")),
+    Case("not enough memory for the model"),
+    Case("an output folder with a finished run", another_run("settings.yaml", "adapter.safetensors")),
+    Case("an output folder with a run to go on with", another_run("settings.yaml", "checkpoint-5/state.pt")),
+    Case("an output folder that is a file", lambda: Path("out").touch()),
+    Case("resuming where there is nothing", options=("--resume_from_checkpoint", "latest")),
+    Case("resuming from what is no checkpoint", options=("--resume_from_checkpoint", "photos")),
+    Case(
+        "resuming where every checkpoint is damaged",
+        another_run("settings.yaml", "checkpoint-5/state.pt"),
+        ("--resume_from_checkpoint", "latest"),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.name)
+def test_one_line_and_nothing_written(case, place, monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if "memory" in case.name:
+        monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
+    if case.name.startswith("a file that cannot be read") and not Path("/proc/self/mem").exists():
+        pytest.skip("needs a file that not even root can read, as Linux has")
+    case.prepare()
+    before = everything(place)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda: train(parse(TrainingConfig, "", command(*case.options))) and 0)
+    assert exit_.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert everything(place) == before
+    check_row(case.name, lines[0])
+
+
+def exif(path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    noise(40, 30).save(path, exif=orientation)
+
+
+def translucent(path: Path) -> None:
+    picture = noise(40, 40)
+    picture.putalpha(Image.new("L", (40, 40), 200))
+    picture.save(path)
+
+
+GOES_ON = [
+    Case("a single photo", only_one),
+    Case("CMYK", photo("5.jpg", noise(40, 40, "CMYK").save)),
+    Case("16 bits of grey", photo("5.png", Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save)),
+    Case("transparent parts", photo("5.png", translucent)),
+    Case("turned by EXIF data", photo("5.jpg", exif)),
+    Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(40, 40).save(path, "PNG"))),
+    Case("files that are no pictures", photo("notes.pages", Path.touch)),
+    Case("a thousand words", options=("--instance_prompt", "word " * 1000)),
+    Case("a prompt like a path", options=("--instance_prompt", "../../etc/passwd")),
+    Case("a prompt of emoji, control characters and lines", options=("--instance_prompt", "a 🐶\x07\x1b[2J\nof\tmine")),
+]
+
+
+@pytest.mark.parametrize("case", GOES_ON, ids=lambda case: case.name)
+def test_goes_on_and_says_what_became_of_it(case, place, capfd, caplog):
+    case.prepare()
+    before = set(everything(place))
+    options = (*case.options, "--num_validation_images", "1")
+    result = train(parse(TrainingConfig, "", command(*options)))
+    assert result.steps == 1
+    new = {path.removeprefix(f"{place}/") for path in set(everything(place)) - before}
+    assert new == {"out", "out/adapter.safetensors", "out/settings.yaml", "out/validation"} | {
+        name
+        for name in new
+        if re.fullmatch(r"out/(validation/step-000001\.png|README\.md|sample_\d+\.png|images.*)", name)
+    }
+    printed = capfd.readouterr().out.splitlines()
+    said = [line for line in printed if line.startswith("subject")]
+    said += [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    check_row(case.name, "; ".join(said[-1:]))
+
+
+@pytest.mark.skipif(bool(os.environ.get("UPDATE_TABLE")), reason="the table is being written")
+def test_the_table_has_no_other_rows():
+    names = [line.split(" | ")[0].removeprefix("| ") for line in TABLE.read_text(encoding="utf-8").splitlines()[7:]]
+    assert names == [case.name for case in (*ERRORS, *GOES_ON)]

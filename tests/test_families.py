@@ -1,0 +1,190 @@
+"""Every family through a whole life: load → train → save → load → merge → draw, and all ways out.
+
+What each can do is the table in docs/models.md. `UPDATE_DOCS=1 python -m pytest tests/test_families.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import PIXELS
+from tiny_families import WRITERS
+
+from gsoft_diffusion.adapter_file import load_adapter
+from gsoft_diffusion.config import AdapterConfig, ExportConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.export import export
+from gsoft_diffusion.families import FAMILIES, Models
+from gsoft_diffusion.generation import generate
+from gsoft_diffusion.inject import Adapter
+from gsoft_diffusion.models import load_models
+from gsoft_diffusion.training import train
+
+TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+COLUMNS = (
+    "train",
+    "text encoder",
+    "save",
+    "load",
+    "merge",
+    "LoRA, diffusers",
+    "LoRA, kohya",
+    "single file",
+)
+SAMPLER = SamplerConfig(num_inference_steps=3, guidance_scale=2.0)
+
+
+class Life:
+    """One family's steps, in the order of `COLUMNS`; each raises AssertionError, or UserError if it is refused."""
+
+    def __init__(self, family: type[Models], folder: Path, photos: Path) -> None:
+        self.family, self.folder, self.photos = family, folder, photos
+        self.base = WRITERS[family](folder / "base")
+
+    def picture(self, models: Models) -> np.ndarray:
+        (sample,) = generate(models, [("a dog", 3)], SAMPLER, resolution=PIXELS)
+        return np.asarray(sample.image, dtype=int)
+
+    def pipeline_picture(self, pipeline: diffusers.DiffusionPipeline) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        drawn = pipeline(
+            prompt="a dog",
+            num_inference_steps=SAMPLER.num_inference_steps,
+            guidance_scale=SAMPLER.guidance_scale,
+            generator=generator,
+            width=PIXELS,
+            height=PIXELS,
+        )
+        return np.asarray(drawn.images[0], dtype=int)
+
+    def train(self) -> None:
+        config = TrainingConfig(
+            str(self.photos),
+            class_word="dog",
+            output_dir=str(self.folder / "run"),
+            pretrained_model_name_or_path=str(self.base),
+            adapter=AdapterConfig(nblocks=4),
+            resolution=PIXELS,
+            aspect_buckets=True,
+            gradient_checkpointing=True,
+            max_train_steps=3,
+            train_batch_size=2,
+            learning_rate=0.3,
+            num_validation_images=1,
+            validation_prompts=("a dog",),
+            report_to="none",
+            sampler=SAMPLER,
+        )
+        result = train(config)
+        assert result.steps == 3
+        assert (self.folder / "run" / "validation" / "step-000003.png").is_file()
+        self.adapter_path = result.adapter
+
+    def text_encoder(self) -> None:
+        models = load_models(str(self.base))
+        if not models.text_encoders:
+            raise UserError("none that can be adapted: its embeddings are cached")
+        adapter, _ = load_adapter(self.adapter_path, models.denoiser, models.text_encoders)
+        trained = {name.partition(".")[0] for name, value in adapter.named_parameters() if value.abs().max() > 0}
+        roots = {
+            f"text_encoder{'' if number == 1 else f'_{number}'}" for number in range(1, len(models.text_encoders) + 1)
+        }
+        assert roots < trained
+
+    def save(self) -> None:
+        assert self.adapter_path.stat().st_size > 0
+
+    def load(self) -> None:
+        untouched = self.picture(load_models(str(self.base)))
+        self.adapted, self.adapter = self.loaded()
+        self.expected = self.picture(self.adapted)
+        assert np.abs(self.expected - untouched).mean() > 1, "the adapter changes nothing"
+        assert self.adapter.orthogonality_error() < 1e-5
+
+    def loaded(self) -> tuple[Models, Adapter]:
+        models = load_models(str(self.base))
+        adapter, _ = load_adapter(self.adapter_path, models.denoiser, models.text_encoders)
+        return models, adapter
+
+    def merge(self) -> None:
+        target = export(ExportConfig((str(self.adapter_path),), "diffusers", precision="float32"))
+        self.adapter.merge()
+        assert np.abs(self.picture(self.adapted) - self.expected).max() <= 1
+        assert np.abs(self.picture(load_models(str(target))) - self.expected).max() <= 1
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(target)
+        assert type(pipeline).__name__ == self.family.pipeline
+        assert np.abs(self.pipeline_picture(pipeline) - self.expected).max() <= 1
+
+    def lora(self, layout: str) -> None:
+        target = export(ExportConfig((str(self.adapter_path),), layout, rank=64, precision="float32"))  # type: ignore[arg-type]
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.base)
+        pipeline.load_lora_weights(str(target.parent), weight_name=target.name)
+        assert np.abs(self.pipeline_picture(pipeline) - self.expected).max() <= 2
+
+    def single_file(self) -> None:
+        target = export(ExportConfig((str(self.adapter_path),), "checkpoint", precision="float32"))
+        kind = getattr(diffusers, self.family.pipeline)
+        pipeline = kind.from_single_file(str(target), config=str(self.base), local_files_only=True)
+        assert np.abs(self.pipeline_picture(pipeline) - self.expected).max() <= 1
+
+    def row(self) -> list[str]:
+        steps: list[Callable[[], None]] = [
+            self.train,
+            self.text_encoder,
+            self.save,
+            self.load,
+            self.merge,
+            lambda: self.lora("diffusers_lora"),
+            lambda: self.lora("kohya_lora"),
+            self.single_file,
+        ]
+        return [outcome(step) for step in steps]
+
+
+def outcome(step: Callable[[], None]) -> str:
+    try:
+        step()
+    except UserError as error:
+        return str(error)
+    return "pass"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_the_table_says_what_the_family_can_do(family, tmp_path, photos):
+    line = f"| {family.title} | {' | '.join(Life(family, tmp_path, photos).row())} |"
+    text = TABLE.read_text(encoding="utf-8")
+    (committed,) = [row for row in text.splitlines() if row.startswith(f"| {family.title} |")]
+    if os.environ.get("UPDATE_DOCS"):
+        TABLE.write_text(text.replace(committed, line), encoding="utf-8")
+    else:
+        assert committed == line
+
+
+def test_the_table_has_every_family_and_no_other():
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    start = lines.index(f"| family | {' | '.join(COLUMNS)} |")
+    rows = lines[start + 2 : start + 2 + len(FAMILIES)]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {family.title}" for family in FAMILIES]
+    assert not lines[start + 2 + len(FAMILIES)].startswith("|")
+
+
+def test_every_family_has_a_name_a_pipeline_and_parts():
+    for family in FAMILIES:
+        assert hasattr(diffusers, family.pipeline)
+        assert {"scheduler", "vae"} < family.parts().keys()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gsoft_diffusion.group_and_shuffle import dense_reference
+from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
+from gsoft_diffusion.rotated_linear import rotate_activations, rotate_weights, weight_side_is_cheaper
+from gsoft_diffusion.rotation_group import scale_outputs
+
+SIDES = ["weight", "activations"]
+IN, OUT = 24, 40
+
+
+def case(nfactors: int, left: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def blocks(nblocks: int, size: int) -> Tensor:
+        free = 0.3 * torch.randn(nfactors, nblocks, free_numbers(size), generator=generator, dtype=torch.float64)
+        return orthogonal_blocks(free, size, "cayley")
+
+    scale = 1 + 0.3 * torch.randn(OUT, generator=generator, dtype=torch.float64)
+    q_out = blocks(4, 10)
+    lefts = {
+        "none": None,
+        "rotation": q_out,
+        "scaled rotation": scale_outputs(q_out, scale),
+        "scale": scale_outputs(None, scale),
+    }
+    tensors = {
+        "x": torch.randn(2, 5, IN, generator=generator, dtype=torch.float64),
+        "right": blocks(8, 3),
+        "left": lefts[left],
+        "weight": torch.randn(OUT, IN, generator=generator, dtype=torch.float64),
+        "bias": torch.randn(OUT, generator=generator, dtype=torch.float64),
+    }
+    half = {name: t if t is None or dtype == torch.float64 else t.to(dtype) for name, t in tensors.items()}
+    if dtype != torch.float64:  # rotations stay float32
+        half |= {name: None if tensors[name] is None else tensors[name].float() for name in ("right", "left")}
+    return half
+
+
+def product(side: str, x: Tensor, weight: Tensor, bias: Tensor | None, right: Tensor, left: Tensor | None) -> Tensor:
+    if side == "weight":
+        rotated = rotate_weights([weight], right[None], None if left is None else left[None])[0]
+        return F.linear(x, rotated, bias)
+    if side == "activations":
+        return rotate_activations(x, weight, bias, right, left)
+    rotated = weight @ dense_reference(right)
+    return F.linear(x, rotated if left is None else dense_reference(left) @ rotated, bias)
+
+
+def value_and_gradients(side: str, tensors: dict[str, Tensor | None], with_bias: bool = True) -> list[Tensor]:
+    leaves = {
+        name: t if t is None or name in ("weight", "bias") else t.clone().requires_grad_()
+        for name, t in tensors.items()
+    }
+    y = product(side, **(leaves if with_bias else leaves | {"bias": None}))
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y * grad.to(y.dtype)).sum().backward()
+    return [y.detach(), *(t.grad for t in leaves.values() if t is not None and t.requires_grad)]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("nfactors", [1, 2, 3])
+@pytest.mark.parametrize("left", ["none", "rotation", "scaled rotation", "scale"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_the_dense_reference(side, nfactors, left, with_bias):
+    """Value and gradients by x, right and left."""
+    tensors = case(nfactors, left)
+    for ours, dense in zip(
+        value_and_gradients(side, tensors, with_bias), value_and_gradients("dense", tensors, with_bias), strict=True
+    ):
+        torch.testing.assert_close(ours, dense, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+def test_is_as_near_to_the_reference_as_the_dtype_allows(side, dtype, tolerance):
+    """Largest error of value and of each gradient, relative to its largest entry; float32 gradients by the blocks."""
+    ours = value_and_gradients(side, case(2, "scaled rotation", dtype))
+    dense = value_and_gradients("dense", case(2, "scaled rotation"))
+    assert [tensor.dtype for tensor in ours] == [dtype, dtype, torch.float32, torch.float32]
+    for tensor, reference in zip(ours, dense, strict=True):
+        assert (tensor.double() - reference).abs().max() < tolerance * reference.abs().max()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_identities_change_no_bit(side, dtype, tokens):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(tokens, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
+    right, left = torch.eye(3).expand(2, 8, 3, 3), torch.eye(10).expand(2, 4, 10, 10)
+    assert torch.equal(product(side, x, weight, bias, right, left), F.linear(x, weight, bias))
+
+
+def test_scale_outputs_scales_rows():
+    tensors = case(3, "rotation")
+    scale = torch.randn(OUT, dtype=torch.float64)
+    torch.testing.assert_close(
+        dense_reference(scale_outputs(tensors["left"], scale)), scale[:, None] * dense_reference(tensors["left"])
+    )
+    assert torch.equal(dense_reference(scale_outputs(None, scale)), torch.diag(scale))
+
+
+def test_the_cheaper_side_by_shape():
+    """Stable Diffusion 1.5 at 64×64 latents: the weight only where tokens far outnumber features."""
+    with torch.device("meta"):
+        weights = {n: torch.empty(n, n, dtype=torch.bfloat16) for n in (320, 640, 1280)}
+    assert weight_side_is_cheaper(4096, weights[320])
+    assert not weight_side_is_cheaper(256, weights[1280])
+    assert not weight_side_is_cheaper(77, weights[320])

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import randomise
+from torch import nn
+
+from gsoft_diffusion import AdapterConfig
+from gsoft_diffusion import rotation_group as module
+from gsoft_diffusion.projection import GSOFTProjection
+from gsoft_diffusion.rotation_group import RotationGroup
+
+
+def layers(count: int = 3, config: AdapterConfig | None = None, side: int = 24):
+    """Layers, their projections, each alone, with random parameters."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(side, 40).requires_grad_(False) for _ in range(count)]
+    projections = [GSOFTProjection(config or AdapterConfig(nblocks=4), side, 40) for _ in range(count)]
+    for seed, projection in enumerate(projections):
+        randomise(projection, seed)
+    return linears, projections
+
+
+def join(linears, projections):
+    group = RotationGroup(projections, linears)
+    for index, projection in enumerate(projections):
+        projection.join(group, index)
+    return group
+
+
+def outputs_and_gradients(linears, projections, tokens: int = 5):
+    x = torch.randn(tokens, linears[0].in_features, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    for projection in projections:
+        projection.zero_grad()
+    outputs = [projection(linear, x) for linear, projection in zip(linears, projections, strict=True)]
+    sum(y.square().sum() for y in outputs).backward()
+    return [
+        *(y.detach() for y in outputs),
+        x.grad,
+        *(p.grad.clone() for projection in projections for p in projection.parameters()),
+    ]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often blocks and rotated weights are made."""
+    counted = {"orthogonal_blocks": 0, "rotate_weights": 0}
+
+    def count(name):
+        original = getattr(module, name)
+
+        def counting(*args):
+            counted[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(module, name, counting)
+
+    for name in counted:
+        count(name)
+    return counted
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("output_scale", [True, False])
+@pytest.mark.parametrize("parametrization", ["cayley", "exp"])
+@pytest.mark.parametrize("together", [1, 2, 2**17])
+def test_together_as_alone(double, output_scale, parametrization, together, monkeypatch):
+    """Outputs and gradients, whichever side is rotated and however many weights are made at a time."""
+    config = AdapterConfig(nblocks=4, double=double, output_scale=output_scale, parametrization=parametrization)
+    linears, projections = layers(config=config)
+    alone = outputs_and_gradients(linears, projections)
+    monkeypatch.setattr(module, "TOGETHER", together * 24 * 40)
+    join(linears, projections)
+    for ours, expected in zip(outputs_and_gradients(linears, projections), alone, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_one_call_makes_all_blocks_of_a_step(calls):
+    linears, projections = layers()
+    join(linears, projections)
+    outputs_and_gradients(linears, projections)
+    assert calls == {"orthogonal_blocks": 2, "rotate_weights": 1}  # q_in and q_out; the three small weights at once
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_sampling_makes_everything_once(calls, mode):
+    linears, projections = layers()
+    join(linears, projections)
+    with mode():
+        first, *_, last = [projections[1](linears[1], torch.ones(1, 24)) for _ in range(4)]
+    assert calls == {"orthogonal_blocks": 2, "rotate_weights": 1}
+    assert torch.equal(first, last)
+
+
+@pytest.mark.parametrize("tokens", [5, 5000])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_accumulation_makes_blocks_once_and_adds_up(calls, tokens, grouped):
+    linears, projections = layers()
+    if grouped:
+        join(linears, projections)
+    once = [
+        p.grad
+        for _ in [outputs_and_gradients(linears, projections, tokens)]
+        for q in projections
+        for p in q.parameters()
+    ]
+    once = [grad.clone() for grad in once]
+    made = dict(calls)
+    for projection in projections:
+        projection.zero_grad()
+    x = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(2))
+    for _ in range(2):
+        sum(p(linear, x).square().sum() for linear, p in zip(linears, projections, strict=True)).backward()
+    for grad, p in zip(once, (p for q in projections for p in q.parameters()), strict=True):
+        torch.testing.assert_close(p.grad, 2 * grad)
+    assert calls == made
+
+
+CHANGES = {
+    "optimizer": lambda linear, projection: torch.optim.AdamW(projection.parameters(), lr=0.1).step(),
+    "fused optimizer": lambda linear, projection: torch.optim.AdamW(projection.parameters(), lr=0.1, fused=True).step(),
+    "behind the version": lambda linear, projection: projection.q_in.data.add_(0.1),
+    "load": lambda linear, projection: projection.load_state_dict(
+        {name: tensor + 0.1 for name, tensor in projection.state_dict().items()}
+    ),
+    "base weight": lambda linear, projection: linear.weight.add_(1),
+    "base dtype": lambda linear, projection: linear.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_change_after_a_step_is_seen(change, grouped, training):
+    linears, projections = layers()
+    if grouped:
+        join(linears, projections)
+
+    def output():
+        with torch.set_grad_enabled(training):
+            return projections[1](linears[1], torch.ones(1, 24, dtype=linears[1].weight.dtype)).detach()
+
+    before = output()
+    outputs_and_gradients(linears, projections)
+    with torch.no_grad():
+        CHANGES[change](linears[1], projections[1])
+    after = output()
+    assert not torch.equal(after, before.to(after.dtype))
+    alone = GSOFTProjection(AdapterConfig(nblocks=4), 24, 40)
+    alone.load_state_dict(projections[1].state_dict())
+    torch.testing.assert_close(after, alone(linears[1], torch.ones(1, 24, dtype=after.dtype)).detach())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("tokens", [5, 5000])
+def test_sampling_between_steps_changes_no_gradient(mode, tokens):
+    linears, projections = layers()
+    join(linears, projections)
+    expected = outputs_and_gradients(linears, projections, tokens)
+    for projection in projections:
+        projection._group.forget()
+    for _ in range(2):
+        with mode():
+            projections[0](linears[0], torch.ones(1, 24))
+        for ours, reference in zip(outputs_and_gradients(linears, projections, tokens), expected, strict=True):
+            assert torch.equal(ours, reference)
+
+
+def test_copies_have_rotations_of_their_own():
+    linears, projections = layers()
+    join(linears, projections)
+    outputs_and_gradients(linears, projections)  # something with a graph is kept
+    copied_linears, copies = copy.deepcopy((linears, projections))
+    x = torch.ones(1, 24)
+    before = projections[0](linears[0], x)
+    assert torch.equal(copies[0](copied_linears[0], x), before)
+    randomise(projections[0], seed=9)
+    assert torch.equal(copies[0](copied_linears[0], x), before)
+    assert not torch.equal(projections[0](linears[0], x), before)
+
+
+@pytest.mark.parametrize("tokens", [5, 5000])
+@pytest.mark.parametrize("side", [24, 400])
+def test_projections_that_are_not_used_get_no_gradient(tokens, side):
+    linears, projections = layers(side=side)
+    join(linears, projections)
+    projections[1](linears[1], torch.ones(tokens, side)).sum().backward()
+    assert all(parameter.grad is not None for parameter in projections[1].parameters())
+    assert all(parameter.grad is None for index in (0, 2) for parameter in projections[index].parameters())
+
+
+def test_frozen_parameters_get_no_gradient():
+    linears, projections = layers()
+    join(linears, projections)
+    outputs_and_gradients(linears, projections)
+    projections[0].requires_grad_(False).zero_grad()
+    x = torch.ones(1, 24, requires_grad=True)
+    sum(p(linear, x).sum() for linear, p in zip(linears, projections, strict=True)).backward()
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in projections[0].parameters())
+    assert all(parameter.grad is not None for parameter in projections[1].parameters())

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_base
+from safetensors.torch import load_file, save_file
+from tiny_families import write_sdxl
+
+from gsoft_diffusion import models as models_module
+from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.models import load_models
+
+
+@pytest.fixture(scope="module", params=[write_base, write_sdxl], ids=["SD", "SDXL"])
+def checkpoint(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A diffusers folder and the same weights in one file."""
+    place = tmp_path_factory.mktemp("single")
+    folder = request.param(place / "folder")
+    file = place / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in load_models(str(folder)).original_layout().items()}, file)
+    return folder, file
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_is_the_same_model_as_the_folder(checkpoint, dtype):
+    folder, file = checkpoint
+    expected, found = (load_models(str(path), base_config=str(folder), dtype=dtype) for path in (folder, file))
+    assert type(found) is type(expected)
+    assert found.options == expected.options
+    assert found.scheduler.config.prediction_type == expected.scheduler.config.prediction_type
+    assert found.identity().fingerprint == expected.identity().fingerprint
+    for part in (
+        "unet",
+        "vae",
+        *(f"text_encoder{end}" for end in ("", "_2") if hasattr(expected, f"text_encoder{end}")),
+    ):
+        wanted = getattr(expected, part).state_dict()
+        weights = getattr(found, part).state_dict()
+        assert weights.keys() == wanted.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items()), part
+        assert not any(parameter.requires_grad for parameter in getattr(found, part).parameters())
+    assert found.vae.dtype == torch.float32
+
+
+def test_without_a_network_one_line_says_what_to_give(checkpoint, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise OSError("no network\nand many more lines")
+
+    monkeypatch.setattr(models_module, "snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"model\.safetensors goes with the configuration of .*--base_config") as caught:
+        load_models(str(checkpoint[1]))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_usual_configuration_is_asked_for_without_weights(checkpoint, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(checkpoint[0])
+
+    monkeypatch.setattr(models_module, "snapshot_download", download)
+    load_models(str(checkpoint[1]))
+    ((name, patterns),) = asked
+    assert "/" in name
+    assert not any("safetensors" in pattern or pattern in ("*", "*/*") for pattern in patterns)
+
+
+def test_a_file_that_lacks_weights_is_refused(checkpoint, tmp_path):
+    folder, file = checkpoint
+    weights = load_file(file)
+    name = next(name for name in weights if name.startswith("model.diffusion_model.middle_block"))
+    del weights[name]
+    save_file(weights, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"part\.safetensors") as caught:
+        load_models(str(tmp_path / "part.safetensors"), base_config=str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_other_sizes_is_refused(checkpoint, tmp_path):
+    folder, file = checkpoint
+    weights = load_file(file)
+    weights["model.diffusion_model.out.2.weight"] = torch.zeros(4, 5, 3, 3)
+    save_file(weights, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"cannot load .*odd\.safetensors"):
+        load_models(str(tmp_path / "odd.safetensors"), base_config=str(folder))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"bad\.safetensors: not a readable safetensors file"):
+        load_models(str(tmp_path / "bad.safetensors"))
+
+
+def test_pickled_and_missing_files_are_refused(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="can run code"):
+        load_models(str(tmp_path / "model.ckpt"))
+    with pytest.raises(UserError, match="no model file"):
+        load_models(str(tmp_path / "nowhere.safetensors"))

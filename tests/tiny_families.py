@@ -1,0 +1,268 @@
+"""Tiny checkpoints with random weights of every family: the real configurations, scaled down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import PIXELS, TEXT_LENGTH, write_base, write_tokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+from gsoft_diffusion.families import Flux, Flux2Klein, Models, StableDiffusion, StableDiffusion3, StableDiffusionXL
+
+
+def write_parts(folder: Path, pipeline: str, parts: dict[str, Any], **options: object) -> Path:
+    """Write models and scheduler, and the index of them and of the tokenizers that are there already."""
+    index: dict[str, object] = {"_class_name": pipeline, **options}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    for path in folder.glob("tokenizer*"):
+        index[path.name] = ["transformers", json.loads((path / "tokenizer_config.json").read_text())["tokenizer_class"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def clip_config(vocabulary: int, **changes: object) -> CLIPTextConfig:
+    config: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TEXT_LENGTH,
+        "projection_dim": 32,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+    return CLIPTextConfig(**(config | changes))
+
+
+def tiny_vae(**changes: object) -> AutoencoderKL:
+    config: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": PIXELS,
+        "scaling_factor": 0.5,
+    }
+    return AutoencoderKL(**(config | changes))
+
+
+def write_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Two text encoders of which the second has another width, no attention on the first level, VAE in float32."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2")
+    parts = {
+        "text_encoder": CLIPTextModel(clip_config(vocabulary)),
+        "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, hidden_size=64, hidden_act="gelu")),
+        "vae": tiny_vae(force_upcast=True),
+        "unet": UNet2DConditionModel(
+            sample_size=PIXELS // 2,
+            block_out_channels=(16, 32, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 1, 2),
+            norm_num_groups=8,
+            attention_head_dim=(2, 4, 4),
+            cross_attention_dim=96,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        ),
+        "scheduler": EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    }
+    return write_parts(folder, "StableDiffusionXLPipeline", parts, force_zeros_for_empty_prompt=True)
+
+
+def write_t5_tokenizer(folder: Path) -> int:
+    """Write a T5 tokenizer that knows single letters; returns the vocabulary's size."""
+    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,"]
+    tokenizer = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], unk_id=2))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
+    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
+    return tokenizer.get_vocab_size()
+
+
+def tiny_t5(vocabulary: int, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def write_sd3(folder: Path) -> Path:
+    """As 3.5 medium: normalised queries, dual attention in the first block; 16 latent channels with a shift."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2")
+    parts = {
+        "text_encoder": CLIPTextModelWithProjection(clip_config(vocabulary)),
+        "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, hidden_size=64, hidden_act="gelu")),
+        "text_encoder_3": tiny_t5(write_t5_tokenizer(folder / "tokenizer_3"), 128),
+        "vae": tiny_vae(latent_channels=16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        "transformer": SD3Transformer2DModel(
+            sample_size=PIXELS // 2,
+            patch_size=2,
+            in_channels=16,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=128,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+            pos_embed_max_size=48,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return write_parts(folder, "StableDiffusion3Pipeline", parts)
+
+
+def write_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
+    """As dev: told its guidance, timesteps shifted by the picture's size. As schnell without guidance."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    dynamic = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+    parts = {
+        "text_encoder": CLIPTextModel(clip_config(vocabulary)),
+        "text_encoder_2": tiny_t5(write_t5_tokenizer(folder / "tokenizer_2"), 32),
+        "vae": tiny_vae(shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        "transformer": FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**(dynamic if guidance_embeds else {})),
+    }
+    return write_parts(folder, "FluxPipeline", parts)
+
+
+def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
+    """As the 4B base model: 28 layers of Qwen3 (the embeddings are of the 9th, 18th and 27th), fused single blocks."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 512,
+        "chat_template": "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->",
+    }
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=PIXELS,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        mlp_ratio=3.0,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    with torch.no_grad():  # random blocks that matter, though they are few
+        for block in transformer.transformer_blocks:
+            block.attn.to_v.weight *= 5
+            block.attn.to_out[0].weight *= 5
+    parts = {
+        "text_encoder": Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocabulary,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=28,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+            )
+        ),
+        "vae": vae,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
+        ),
+    }
+    return write_parts(folder, "Flux2KleinPipeline", parts, is_distilled=is_distilled)
+
+
+WRITERS: dict[type[Models], Callable[[Path], Path]] = {
+    StableDiffusion: write_base,
+    StableDiffusionXL: write_sdxl,
+    StableDiffusion3: write_sd3,
+    Flux: write_flux,
+    Flux2Klein: write_flux2_klein,
+}
