@@ -24,7 +24,7 @@ from gsoft_diffusion.errors import UserError
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
     """On this machine, `workers` cells at a time, each with its share of the cores. The first failure ends it all."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = _cores_each(workers)
     context = _process_context()
     with (
         ProcessPoolExecutor(workers, context, _use_threads, (threads,), max_tasks_per_child=1) as pool,
@@ -67,7 +67,7 @@ def run_with_ray(experiment: Experiment, cells: Sequence[Cell], out: Path, worke
         raise UserError("--engine ray needs a library: pip install ray") from error
     ray.init(ignore_reinit_error=True)
     gpus = ray.cluster_resources().get("GPU", 0)
-    options = {"num_gpus": 1} if gpus else {"num_cpus": max(1, (os.cpu_count() or 1) // workers)}
+    options = {"num_gpus": 1} if gpus else {"num_cpus": _cores_each(workers)}
     remote = ray.remote(max_calls=1, **options)(run_cell)  # max_calls: a fresh process for every cell
     waiting = [remote.remote(experiment, cell, out) for cell in cells]
     with tqdm(total=len(cells), desc="cells", unit="cell") as progress:
@@ -104,6 +104,12 @@ def _process_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eval.engines", "torch._dynamo"])  # optimizers import the latter when they start
     return context
+
+
+def _cores_each(workers: int) -> int:
+    """Cores for one of `workers` cells at a time, of those that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
 
 
 def _use_threads(count: int) -> None:
