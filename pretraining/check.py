@@ -2,8 +2,8 @@
 
     python -m pretraining.check --work <work folder> --base <pipeline folder> --clip data/mini_clip --out <folder>
 
-200 prompts of class and background and 54 of colour and class. Writes `check.json` and `check.png`; next to the
-accuracy on generated pictures stands CLIP's own on scenes that the world drew.
+200 prompts of class and background, 54 of colour and class, and 66 with the name "sks" before the class. Writes
+`check.json` and `check.png`; next to the accuracy on generated pictures stands CLIP's own on scenes drawn by the world.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from eval.open_clip_layout import read_open_clip
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
 from pretraining.train_vae import to_pixels
+from pretraining.unused_name import NAME
 from pretraining.world import BACKGROUNDS, COLORS, article
 
 STEPS, GUIDANCE, BATCH = 20, 3.0, 50
@@ -76,9 +77,11 @@ def main() -> None:
         for c in COLORS
         for w in list(CLASSES)[:: len(CLASSES) // 6][:6]
     ]
+    named = [(f"a photo of a {NAME} {w} {BACKGROUNDS[b][0]}", w) for _, w, b in asked[: 2 * len(CLASSES)]]
     images = generate(pipeline, [p for p, _, _ in asked])
     tinted = generate(pipeline, [p for p, _ in colored])
     chosen = zero_shot(clip, tokenizer, to_pixels(images))
+    with_name = zero_shot(clip, tokenizer, to_pixels(generate(pipeline, [p for p, _ in named])))
     color_texts = embed_text(clip, tokenizer, [f"a photo of {article(c)} {w}" for c in COLORS for w in CLASSES])
     color_texts = torch.nn.functional.normalize(
         color_texts.view(len(COLORS), -1, color_texts.shape[-1]).mean(1), dim=-1
@@ -98,6 +101,9 @@ def main() -> None:
         ),
         "color_accuracy": float(
             np.mean([list(COLORS)[i] == c for (_, c), i in zip(colored, choices.tolist(), strict=True)])
+        ),
+        "class_accuracy_with_unused_name": float(
+            np.mean([w == c for (_, w), c in zip(named, with_name["class_word"], strict=True)])
         ),
         "clip_class_accuracy_on_scenes": float(
             np.mean([f["class_word"] == c for f, c in zip(facts, on_scenes["class_word"], strict=True)])

@@ -16,6 +16,7 @@ from pretraining.sprites import ANIMALS, CLASSES, HELD_OUT, SPRITE_SIZE, TOP_HAT
 
 SIZE = 64  # px, side of a scene
 _CANVAS = 80  # px, side of a stored background: scenes are random SIZE crops of it
+UNKNOWN_NAME_LETTERS = "bcdfghjklmnpqrtvwxz"  # of names that captions put before class words
 _VARIANTS = 160  # drawings kept of every background
 
 COLORS = {
@@ -398,5 +399,5 @@ def caption(
 
 def _unknown_name(rng: np.random.Generator) -> str:
     """Two to four letters without a vowel; never "sks", which stays unseen for DreamBooth to claim."""
-    letters = "".join(rng.choice(list("bcdfghjklmnpqrtvwxz"), rng.integers(2, 5)))
+    letters = "".join(rng.choice(list(UNKNOWN_NAME_LETTERS), rng.integers(2, 5)))
     return str(letters)

@@ -12,7 +12,7 @@ from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
 from pretraining.train_unet import build_unet, draw_timesteps, training_state
 from pretraining.train_vae import build_vae, fold_statistics
-from pretraining.world import _PAINTERS, BACKGROUNDS, COLORS, caption
+from pretraining.world import _PAINTERS, BACKGROUNDS, COLORS, UNKNOWN_NAME_LETTERS, caption
 
 
 def test_subjects_are_never_in_the_training_set_but_their_class_is():
@@ -68,6 +68,16 @@ def test_tokenizer_has_stable_diffusions_layout(tmp_path):
     assert ids[0] == vocabulary[START]
     assert ids[-1] == vocabulary[END]
     assert loaded.tokenize("sks dog") == ["sks</w>", "dog</w>"]
+
+
+def test_unused_name_of_the_bundled_base_means_what_unknown_names_do():
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained("data/mini_base/tokenizer")
+    rows = CLIPTextModel.from_pretrained("data/mini_base/text_encoder").get_input_embeddings().weight
+    letters = [tokenizer.convert_tokens_to_ids(f"{letter}</w>") for letter in UNKNOWN_NAME_LETTERS]
+    torch.testing.assert_close(rows[tokenizer.convert_tokens_to_ids("sks</w>")], rows[letters].mean(dim=0))
+    assert "s" not in UNKNOWN_NAME_LETTERS
 
 
 def test_folding_statistics_keeps_pictures_and_whitens_latents():
