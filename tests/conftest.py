@@ -21,14 +21,14 @@ TEXT_LENGTH = 48  # on purpose neither 32 nor 77
 PIXELS = 32  # what the tiny UNet was "made for": 16 latent pixels, VAE factor 2
 
 
-def write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> int:
     """Write vocab.json and merges.txt of a CLIP tokenizer that knows single letters; returns the vocabulary's size."""
     letters = sorted(ByteLevel.alphabet())
     tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "unk_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
     return len(tokens)

@@ -143,7 +143,8 @@ def test_packing_is_that_of_the_pipeline():
     assert torch.equal(unpack(packed, 6, 8), latents)
 
 
-# The published models, on their configurations without weights
+# The published models, on their configurations without weights: the transformer/config.json of each on the hub, where
+# diffusers' defaults do not say the same; also in diffusers' scripts/convert_{sd3,flux,flux2}_to_diffusers.py.
 
 QUERIES = ("to_q", "to_k", "to_v", "to_out")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -176,6 +177,12 @@ KLEIN_4B = {
     "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }
+KLEIN_9B = KLEIN_4B | {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
 
 
 def sd3_layers(blocks: int, dual: int = 0) -> set[str]:
@@ -192,19 +199,22 @@ def flux_layers(double: int, single: int) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "layers", "width"),
+    ("kind", "config", "numbers", "layers", "width"),
     [
-        (SD3Transformer2DModel, SD3_MEDIUM, sd3_layers(24), 1536),
-        (SD3Transformer2DModel, SD35_MEDIUM, sd3_layers(24, dual=13), 1536),
-        (SD3Transformer2DModel, SD35_LARGE, sd3_layers(38), 2432),
-        (FluxTransformer2DModel, {"guidance_embeds": True}, flux_layers(19, 38), 3072),
-        (Flux2Transformer2DModel, KLEIN_4B, flux_layers(5, 0), 3072),
+        (SD3Transformer2DModel, SD3_MEDIUM, 2_084_951_104, sd3_layers(24), 1536),
+        (SD3Transformer2DModel, SD35_MEDIUM, 2_469_663_936, sd3_layers(24, dual=13), 1536),
+        (SD3Transformer2DModel, SD35_LARGE, None, sd3_layers(38), 2432),
+        (FluxTransformer2DModel, {"guidance_embeds": True}, 11_901_408_320, flux_layers(19, 38), 3072),
+        (Flux2Transformer2DModel, KLEIN_4B, 3_875_544_576, flux_layers(5, 0), 3072),
+        (Flux2Transformer2DModel, KLEIN_9B, 9_078_581_248, flux_layers(8, 0), 4096),
     ],
-    ids=["SD 3 medium", "SD 3.5 medium", "SD 3.5 large", "FLUX.1 dev", "FLUX.2 klein 4B"],
+    ids=["SD 3 medium", "SD 3.5 medium", "SD 3.5 large", "FLUX.1 dev", "FLUX.2 klein 4B", "FLUX.2 klein 9B"],
 )
-def test_layers_of_the_published_models(kind, config, layers, width):
+def test_layers_of_the_published_models(kind, config, numbers, layers, width):
+    """`numbers` is how many are in the transformer's published weights, where that is known."""
     with torch.device("meta"):
         transformer = kind(**config)
+    assert numbers in (None, sum(tensor.numel() for tensor in transformer.state_dict().values()))
     adapter = inject(AdapterConfig(nblocks=32, text_encoder=False), transformer)
     shapes = {name: tuple(parameter.shape) for name, parameter in adapter.named_parameters()}
     assert {name.rpartition(".")[0] for name in shapes} == {f"transformer.{layer}" for layer in layers}

@@ -201,7 +201,8 @@ def test_a_lora_of_full_rank_does_what_the_adapter_does(models, folder, adapter,
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# The real one
+# The real one: unet/config.json and text_encoder*/config.json on the hub; the same numbers are in
+# Stability-AI/generative-models, configs/inference/sd_xl_base.yaml.
 
 SDXL_UNET = {
     "sample_size": 128,

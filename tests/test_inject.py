@@ -342,6 +342,7 @@ class TestRefusals:
             inject(CONFIG, unet, [tiny_text_encoder()])
 
 
+# unet/config.json and text_encoder/config.json on the hub, where diffusers' defaults do not say the same
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {
     "sample_size": 96,

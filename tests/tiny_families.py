@@ -1,4 +1,9 @@
-"""Tiny checkpoints with random weights of every family: the real configurations, scaled down."""
+"""Tiny checkpoints with random weights of every family: the real configurations, scaled down.
+
+Source of all that is not a size: the configuration files on the hub of stabilityai/stable-diffusion-xl-base-1.0 and
+stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev, FLUX.1-schnell, FLUX.2-klein-base-4B and FLUX.2-klein-4B, and
+Qwen/Qwen3-4B (read in copies, for some ask to accept a licence); diffusers' scripts/convert_*_to_diffusers.py.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +54,9 @@ def write_parts(folder: Path, pipeline: str, parts: dict[str, Any], **options: o
 
 
 def clip_config(vocabulary: int, **changes: object) -> CLIPTextConfig:
+    """With the token numbers that the published files have, which are not the tokenizer's: 2 has come to mean the
+    largest number for the end.
+    """
     config: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
@@ -57,9 +65,9 @@ def clip_config(vocabulary: int, **changes: object) -> CLIPTextConfig:
         "num_attention_heads": 4,
         "max_position_embeddings": TEXT_LENGTH,
         "projection_dim": 32,
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-        "pad_token_id": vocabulary - 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
     }
     return CLIPTextConfig(**(config | changes))
 
@@ -78,11 +86,11 @@ def tiny_vae(**changes: object) -> AutoencoderKL:
 
 
 def write_sdxl(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Two text encoders of which the second has another width, no attention on the first level, VAE in float32."""
+    """Two text encoders of which the second has another width and padding, no attention on the first level."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
-    write_tokenizer(folder / "tokenizer_2")
+    write_tokenizer(folder / "tokenizer_2", pad="!")
     parts = {
         "text_encoder": CLIPTextModel(clip_config(vocabulary)),
         "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, hidden_size=64, hidden_act="gelu")),
@@ -149,7 +157,7 @@ def write_sd3(folder: Path) -> Path:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
-    write_tokenizer(folder / "tokenizer_2")
+    write_tokenizer(folder / "tokenizer_2", pad="!")
     parts = {
         "text_encoder": CLIPTextModelWithProjection(clip_config(vocabulary)),
         "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, hidden_size=64, hidden_act="gelu")),
@@ -201,7 +209,9 @@ def write_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
 
 
 def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
-    """As the 4B base model: 28 layers of Qwen3 (the embeddings are of the 9th, 18th and 27th), fused single blocks."""
+    """As the 4B base model, whose index does not speak of distilling: fused single blocks, and of Qwen3's 36 layers the
+    28 that the embeddings, of the 9th, 18th and 27th, need.
+    """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
@@ -248,6 +258,7 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 head_dim=8,
+                tie_word_embeddings=True,
             )
         ),
         "vae": vae,
@@ -256,7 +267,7 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
             use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
         ),
     }
-    return write_parts(folder, "Flux2KleinPipeline", parts, is_distilled=is_distilled)
+    return write_parts(folder, "Flux2KleinPipeline", parts, **({"is_distilled": True} if is_distilled else {}))
 
 
 WRITERS: dict[type[Models], Callable[[Path], Path]] = {
