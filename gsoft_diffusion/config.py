@@ -347,7 +347,9 @@ class GenerationConfig(Settings):
     guidance_scale: weight of classifier-free guidance; by default as in the adapter's training.
     negative_prompt: what guidance leads away from; by default as in the adapter's training.
     scheduler: a diffusers scheduler class such as DDIMScheduler; by default as in the adapter's training.
-    resolution: side of the square pictures in pixels; by default as in the adapter's training.
+    resolution: side in pixels of square pictures; by default as in the adapter's training.
+    width: of pictures that are not square, in pixels; by default the resolution.
+    height: of pictures that are not square, in pixels; by default the resolution.
     batch_size: pictures drawn at a time; changes speed and memory, not the pictures.
     output_dir: folder for the pictures; by default `images` beside the adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
@@ -367,6 +369,8 @@ class GenerationConfig(Settings):
     negative_prompt: str | None = None
     scheduler: str | None = None
     resolution: int | None = None
+    width: int | None = None
+    height: int | None = None
     batch_size: int = 4
     output_dir: str | None = None
     compare: bool = False
@@ -378,7 +382,8 @@ class GenerationConfig(Settings):
         weighed(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give one of them")
-        require(self, positive, "more than 0", "num_images", "batch_size", "resolution", "num_inference_steps")
+        sizes = ("num_images", "batch_size", "resolution", "width", "height", "num_inference_steps")
+        require(self, positive, "more than 0", *sizes)
         require(self, not_negative, "0 or more", "seed", "guidance_scale")
         require(self, lambda seed: seed < 2**63, "less than 2⁶³", "seed")
 

@@ -43,6 +43,8 @@ def generate(
     sampler: SamplerConfig,
     *,
     resolution: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
     batch_size: int = 4,
 ) -> Iterator[Sample]:
     """Draw one picture for each job, which is a prompt and a seed, in order.
@@ -50,10 +52,12 @@ def generate(
     All noise of a picture comes from its own generator on the CPU, so a picture depends on the batch size and the
     device by rounding only. Pixels that are not finite make a black picture.
 
-    resolution: side of the square pictures in pixels; the model's own by default.
+    resolution: side in pixels of square pictures; the model's own by default.
+    width, height: sides of pictures that are not square; `resolution` where one is left out.
     """
     resolution = resolution or models.resolution
-    models.check_resolution(resolution)
+    width, height = width or resolution, height or resolution
+    models.check_sides(resolution=resolution, width=width, height=height)
     embeddings = {prompt: models.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
     away = models.encode_negative(sampler.negative_prompt)
     for start in range(0, len(jobs), batch_size):
@@ -61,7 +65,7 @@ def generate(
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
         positive = _joined([embeddings[prompt] for prompt, _ in batch])
         negative = _joined([away] * len(batch))
-        latents = _denoise(models, positive, negative, generators, sampler, resolution)
+        latents = _denoise(models, positive, negative, generators, sampler, width, height)
         for (prompt, seed), image in zip(batch, _to_images(models.decode(latents)), strict=True):
             yield Sample(prompt, seed, image)
 
@@ -76,16 +80,17 @@ def _denoise(
     negative: Conditioning,
     generators: list[torch.Generator],
     sampler: SamplerConfig,
-    resolution: int,
+    width: int,
+    height: int,
 ) -> Tensor:
     """Latents (N, C, h, w) for the conditioning of N prompts, by the scheduler and classifier-free guidance."""
-    latent_shape = models.latent_shape(resolution)
-    scheduler = make_scheduler(models, sampler, resolution)
+    latent_shape = models.latent_shape(width, height)
+    scheduler = make_scheduler(models, sampler, latent_shape)
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
     latents = (noise * getattr(scheduler, "init_noise_sigma", 1)).to(models.device)  # float32 throughout
     guided = sampler.guidance_scale != 1 and not models.guides_itself
     conditioning = _joined([negative, positive]) if guided else positive
-    views = whole_view(resolution, resolution).to(models.device).repeat(len(latents) * (2 if guided else 1), 1)
+    views = whole_view(width, height).to(models.device).repeat(len(latents) * (2 if guided else 1), 1)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_options: dict[str, Any] = {"generator": generators} if takes_generator else {}
     for timestep in scheduler.timesteps:
@@ -100,8 +105,11 @@ def _denoise(
     return latents
 
 
-def make_scheduler(models: Models, sampler: SamplerConfig, resolution: int | None = None) -> Any:
-    """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set."""
+def make_scheduler(models: Models, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:
+    """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set.
+
+    latent_shape: of the latents to draw; by default those of the model's own pictures.
+    """
     base = models.scheduler
     chosen = scheduler_class(sampler.scheduler) if sampler.scheduler else type(base)
     if chosen not in models.schedulers:
@@ -109,9 +117,9 @@ def make_scheduler(models: Models, sampler: SamplerConfig, resolution: int | Non
         raise UserError(f"--scheduler {sampler.scheduler} does not fit {models.name}; these do: {names}")
     if sampler.num_inference_steps > base.config.num_train_timesteps:
         raise UserError(f"--num_inference_steps: at most {base.config.num_train_timesteps} for {models.name}")
-    shape = models.latent_shape(resolution or models.resolution)
+    latent_shape = latent_shape or models.latent_shape(models.resolution)
     try:
-        return models.make_scheduler(chosen, sampler.num_inference_steps, shape)
+        return models.make_scheduler(chosen, sampler.num_inference_steps, latent_shape)
     except ValueError as error:  # some need a few steps more
         given = f"{chosen.__name__} with --num_inference_steps {sampler.num_inference_steps}"
         raise UserError(f"{given}: {first_line(error)}") from error
@@ -127,7 +135,7 @@ def _to_images(pixels: Tensor) -> list[Image.Image]:
 # What inference.py does
 
 
-@running_out_explained("use a smaller --batch_size or --resolution, or --mixed_precision bf16")
+@running_out_explained("use a smaller --batch_size or smaller pictures, or --mixed_precision bf16")
 def draw(config: GenerationConfig) -> list[Path]:
     """Draw `num_images` pictures for each prompt with adapters, each into a PNG, and contact sheets of them all.
 
@@ -148,6 +156,7 @@ def draw(config: GenerationConfig) -> list[Path]:
         stack.load(path, path)
     stack.use(config.strengths)
     resolution = resolution or models.resolution
+    width, height = config.width or resolution, config.height or resolution
     sampler = replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__)
 
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
@@ -161,11 +170,12 @@ def draw(config: GenerationConfig) -> list[Path]:
         ],
         "base_model": asdict(file.base_model),
         "sampler": sampler.to_dict(),
-        "resolution": resolution,
+        "width": width,
+        "height": height,
     }
 
     def draw_jobs(model: str) -> list[Sample]:
-        samples = generate(models, jobs, sampler, resolution=resolution, batch_size=config.batch_size)
+        samples = generate(models, jobs, sampler, width=width, height=height, batch_size=config.batch_size)
         drawn = []
         for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=model, unit="picture"), start=first):
             mark = "_base" if model == "base" else ""

@@ -17,7 +17,7 @@ from gsoft_diffusion.errors import UserError
 
 METADATA_KEY = "gsoft_diffusion"  # the PNG text field that holds the settings, as JSON
 ROWS_A_SHEET = 25
-CELL = 192  # smallest side of a picture on a sheet, so that labels can be read
+CELL = 192  # least that a picture's longer side has on a sheet, so that labels can be read
 MARGIN, FONT_SIZE = 8, 14
 PAPER, INK, FAINT = "white", "black", "dimgray"
 
@@ -59,17 +59,17 @@ class Row:
 
 
 def contact_sheet(rows: Sequence[Row], title: str = "") -> Image.Image:
-    """The rows on white paper. Small pictures are enlarged to at least 192 pixels a side."""
+    """The rows on white paper. Small pictures are enlarged to at least 192 pixels."""
     font = ImageFont.load_default(FONT_SIZE)
-    largest = max(max(image.size) for row in rows for image in row.images)
-    factor = max(1, -(-CELL // largest))  # whole, so that pixels stay pixels
-    cell = largest * factor
+    largest = [max(sides) for sides in zip(*(image.size for row in rows for image in row.images), strict=True)]
+    factor = max(1, -(-CELL // max(largest)))  # whole, so that pixels stay pixels
+    cell_width, cell_height = (side * factor for side in largest)
     columns = max(len(row.images) for row in rows)
-    width = MARGIN + columns * (cell + MARGIN)
+    width = MARGIN + columns * (cell_width + MARGIN)
     line = FONT_SIZE + 6
     labels = [_wrapped(row.label, font, width - 2 * MARGIN) for row in rows]
     heading = _wrapped(title, font, width - 2 * MARGIN) if title else []
-    heights = [line * len(label) + cell + line + MARGIN for label in labels]
+    heights = [line * len(label) + cell_height + line + MARGIN for label in labels]
     sheet = Image.new("RGB", (width, MARGIN + line * len(heading) + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
@@ -81,10 +81,10 @@ def contact_sheet(rows: Sequence[Row], title: str = "") -> Image.Image:
             draw.text((MARGIN, top + number * line), text, fill=INK, font=font)
         y = top + line * len(label)
         for column, (image, caption) in enumerate(zip(row.images, row.captions, strict=True)):
-            x = MARGIN + column * (cell + MARGIN)
+            x = MARGIN + column * (cell_width + MARGIN)
             size = (image.width * factor, image.height * factor)
             sheet.paste(image.resize(size, Image.Resampling.NEAREST), (x, y))
-            draw.text((x, y + cell + 2), _wrapped(caption, font, cell)[0], fill=FAINT, font=font)
+            draw.text((x, y + cell_height + 2), _wrapped(caption, font, cell_width)[0], fill=FAINT, font=font)
         top += height
     return sheet
 

@@ -178,7 +178,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
     """The settings with what only the model decides filled in: resolution, scheduler, steps and learning rate."""
     resolution = config.resolution or models.resolution
-    models.check_resolution(resolution)
+    models.check_sides(resolution=resolution)
     scheduler = type(make_scheduler(models, config.sampler)).__name__
     usual = MINIATURE if models.resolution < MINIATURE_BELOW else FULL_SIZE
     left_open: dict[str, Any] = {name: value for name, value in usual.items() if getattr(config, name) is None}

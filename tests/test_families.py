@@ -41,29 +41,30 @@ COLUMNS = (
 SAMPLER = SamplerConfig(num_inference_steps=3, guidance_scale=2.0)
 
 
+def picture(models: Models, width: int = PIXELS, height: int = PIXELS) -> np.ndarray:
+    (sample,) = generate(models, [("a dog", 3)], SAMPLER, width=width, height=height)
+    return np.asarray(sample.image, dtype=int)
+
+
+def pipeline_picture(pipeline: diffusers.DiffusionPipeline, width: int = PIXELS, height: int = PIXELS) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        prompt="a dog",
+        num_inference_steps=SAMPLER.num_inference_steps,
+        guidance_scale=SAMPLER.guidance_scale,
+        generator=torch.Generator().manual_seed(3),
+        width=width,
+        height=height,
+    )
+    return np.asarray(drawn.images[0], dtype=int)
+
+
 class Life:
     """One family's steps, in the order of `COLUMNS`; each raises AssertionError, or UserError if it is refused."""
 
     def __init__(self, family: type[Models], folder: Path, photos: Path) -> None:
         self.family, self.folder, self.photos = family, folder, photos
         self.base = WRITERS[family](folder / "base")
-
-    def picture(self, models: Models) -> np.ndarray:
-        (sample,) = generate(models, [("a dog", 3)], SAMPLER, resolution=PIXELS)
-        return np.asarray(sample.image, dtype=int)
-
-    def pipeline_picture(self, pipeline: diffusers.DiffusionPipeline) -> np.ndarray:
-        pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(3)
-        drawn = pipeline(
-            prompt="a dog",
-            num_inference_steps=SAMPLER.num_inference_steps,
-            guidance_scale=SAMPLER.guidance_scale,
-            generator=generator,
-            width=PIXELS,
-            height=PIXELS,
-        )
-        return np.asarray(drawn.images[0], dtype=int)
 
     def train(self) -> None:
         config = TrainingConfig(
@@ -103,9 +104,9 @@ class Life:
         assert self.adapter_path.stat().st_size > 0
 
     def load(self) -> None:
-        untouched = self.picture(load_models(str(self.base)))
+        untouched = picture(load_models(str(self.base)))
         self.adapted, self.adapter = self.loaded()
-        self.expected = self.picture(self.adapted)
+        self.expected = picture(self.adapted)
         assert np.abs(self.expected - untouched).mean() > 1, "the adapter changes nothing"
         assert self.adapter.orthogonality_error() < 1e-5
 
@@ -117,23 +118,23 @@ class Life:
     def merge(self) -> None:
         target = export(ExportConfig((str(self.adapter_path),), "diffusers", precision="float32"))
         self.adapter.merge()
-        assert np.abs(self.picture(self.adapted) - self.expected).max() <= 1
-        assert np.abs(self.picture(load_models(str(target))) - self.expected).max() <= 1
+        assert np.abs(picture(self.adapted) - self.expected).max() <= 1
+        assert np.abs(picture(load_models(str(target))) - self.expected).max() <= 1
         pipeline = diffusers.DiffusionPipeline.from_pretrained(target)
         assert type(pipeline).__name__ == self.family.pipeline
-        assert np.abs(self.pipeline_picture(pipeline) - self.expected).max() <= 1
+        assert np.abs(pipeline_picture(pipeline) - self.expected).max() <= 1
 
     def lora(self, layout: str) -> None:
         target = export(ExportConfig((str(self.adapter_path),), layout, rank=64, precision="float32"))  # type: ignore[arg-type]
         pipeline = diffusers.DiffusionPipeline.from_pretrained(self.base)
         pipeline.load_lora_weights(str(target.parent), weight_name=target.name)
-        assert np.abs(self.pipeline_picture(pipeline) - self.expected).max() <= 2
+        assert np.abs(pipeline_picture(pipeline) - self.expected).max() <= 2
 
     def single_file(self) -> None:
         target = export(ExportConfig((str(self.adapter_path),), "checkpoint", precision="float32"))
         kind = getattr(diffusers, self.family.pipeline)
         pipeline = kind.from_single_file(str(target), config=str(self.base), local_files_only=True)
-        assert np.abs(self.pipeline_picture(pipeline) - self.expected).max() <= 1
+        assert np.abs(pipeline_picture(pipeline) - self.expected).max() <= 1
 
     def row(self) -> list[str]:
         steps: list[Callable[[], None]] = [
@@ -174,6 +175,18 @@ def test_the_table_says_what_the_family_can_do(family, tmp_path, photos):
         TABLE.write_text(text.replace(committed, line), encoding="utf-8")
     else:
         assert committed == line
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_pictures_that_are_not_square(family, tmp_path):
+    base = WRITERS[family](tmp_path / "base")
+    models = load_models(str(base))
+    found = picture(models, width=2 * PIXELS)
+    assert found.shape == (PIXELS, 2 * PIXELS, 3)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
+    assert np.abs(found - pipeline_picture(pipeline, width=2 * PIXELS)).max() <= 1
+    with pytest.raises(UserError, match=f"--height {PIXELS + 2}: must be a multiple of {models.size_step} for"):
+        picture(models, height=PIXELS + 2)
 
 
 def test_the_table_has_every_family_and_no_other():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PIXELS
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
-from tiny_families import WRITERS, write_flux, write_flux2_klein
+from tiny_families import WRITERS, write_flux, write_flux2_klein, write_sd3
 from tiny_models import randomise
 
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
@@ -59,6 +59,12 @@ def test_distilled_models_are_drawn_without_guidance(tmp_path, write, options):
     found = picture(models, SamplerConfig(num_inference_steps=2, guidance_scale=5.0))
     assert (found == picture(models, SamplerConfig(num_inference_steps=2, guidance_scale=1.0))).all()
     assert np.abs(found - pipeline_picture(base, num_inference_steps=2, guidance_scale=1.0)).max() <= 1
+
+
+def test_sd3_has_positions_for_pictures_of_some_size_only(tmp_path):
+    models = load_models(str(write_sd3(tmp_path / "base")))
+    with pytest.raises(UserError, match="--width 196: must be 192 or less"):
+        list(generate(models, [("a dog", 3)], SamplerConfig(num_inference_steps=2), width=196, height=PIXELS))
 
 
 def test_latents_come_back_from_the_vae_as_diffusers_has_them(folder):
@@ -124,7 +130,7 @@ def test_a_perfect_model_draws_its_picture_with_every_scheduler(folder, schedule
     models = load_models(str(folder))
     clean = torch.randn(1, *models.latent_shape(PIXELS), generator=torch.Generator().manual_seed(1))
     models.predict = lambda noisy, timestep, *rest: (noisy - clean) / (timestep / 1000)
-    made = make_scheduler(models, SamplerConfig(num_inference_steps=10, scheduler=scheduler.__name__), PIXELS)
+    made = make_scheduler(models, SamplerConfig(num_inference_steps=10, scheduler=scheduler.__name__))
     assert isinstance(made, scheduler)
     found = picture(models, SamplerConfig(num_inference_steps=10, guidance_scale=1.0, scheduler=scheduler.__name__))
     wanted = ((models.decode(clean)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
@@ -133,7 +139,7 @@ def test_a_perfect_model_draws_its_picture_with_every_scheduler(folder, schedule
 
 def test_a_scheduler_for_other_models_is_refused(folder):
     with pytest.raises(UserError, match=r"DDIMScheduler does not fit.*FlowMatchEulerDiscreteScheduler"):
-        make_scheduler(load_models(str(folder)), SamplerConfig(scheduler="DDIMScheduler"), PIXELS)
+        make_scheduler(load_models(str(folder)), SamplerConfig(scheduler="DDIMScheduler"))
 
 
 def test_packing_is_that_of_the_pipeline():

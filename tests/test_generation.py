@@ -235,6 +235,18 @@ def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
     assert second_metadata["sampler"] == first_metadata["sampler"] | {"guidance_scale": 1.5}
 
 
+def test_draw_in_the_shape_that_is_asked_for(adapter_file):
+    """Sides that are left out are the adapter's."""
+    draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1, width=64))
+    ((picture, metadata),) = pictures_in(adapter_file.parent / "images").values()
+    assert picture.shape == (36, 64, 3)
+    assert (metadata["width"], metadata["height"]) == (64, 36)
+    with pytest.raises(UserError, match="--width 34: must be a multiple of 4"):
+        draw(GenerationConfig((str(adapter_file),), prompts=("a",), width=34))
+    with pytest.raises(UserError, match="--height 0: must be more than 0"):
+        GenerationConfig((str(adapter_file),), height=0)
+
+
 def test_draw_never_writes_over(adapter_file, tmp_path):
     config = GenerationConfig((str(adapter_file),), prompts=("a",), num_images=2, output_dir=str(tmp_path / "out"))
     draw(config)

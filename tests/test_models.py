@@ -78,13 +78,13 @@ def test_a_prompt_that_is_cut_is_named_once(base, caplog):
 
 @pytest.mark.parametrize("resolution", [32, 64, 36])
 def test_resolution_that_fits(base, resolution):
-    load_models(str(base)).check_resolution(resolution)
+    load_models(str(base)).check_sides(resolution=resolution)
 
 
 @pytest.mark.parametrize("resolution", [33, 34, 30])
 def test_resolution_that_does_not_fit(base, resolution):
     with pytest.raises(UserError, match=f"--resolution {resolution}: must be a multiple of 4"):
-        load_models(str(base)).check_resolution(resolution)
+        load_models(str(base)).check_sides(resolution=resolution)
 
 
 def test_the_bundled_base_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -91,6 +91,15 @@ def test_large_pictures_stay_as_they_are():
     assert np.all(np.asarray(sheet) == (255, 0, 0), axis=-1).sum() == 256 * 256
 
 
+def test_pictures_that_are_not_square_leave_no_gaps():
+    square, wide, tall = (
+        contact_sheet([Row("label", [Image.new("RGB", size, "red")] * 2, ["1", "2"])])
+        for size in ((400, 400), (400, 200), (200, 400))
+    )
+    assert wide.size == (square.width, square.height - 200)
+    assert tall.size == (square.width - 2 * 200, square.height)
+
+
 def test_labels_are_drawn_and_long_ones_do_not_touch_the_pictures():
     def ink_outside(label: str) -> int:
         sheet = np.asarray(contact_sheet([Row(label, colours("red"), [label])]))

@@ -162,10 +162,11 @@ class Models(ABC):
         factor = self.vae_scale_factor
         return self.vae.config.latent_channels, (height or width) // factor, width // factor
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise UserError if pictures of this size do not survive the VAE's and the denoiser's halvings."""
-        if resolution % self.size_step:
-            raise UserError(f"--resolution {resolution}: must be a multiple of {self.size_step} for {self.name}")
+    def check_sides(self, **sides: int) -> None:
+        """Raise UserError if a side, named as its option, does not survive the VAE's and the denoiser's halvings."""
+        for name, side in sides.items():
+            if side % self.size_step:
+                raise UserError(f"--{name} {side}: must be a multiple of {self.size_step} for {self.name}")
 
     def identity(self) -> BaseModelIdentity:
         """What an adapter remembers of its base. Ask before an adapter is injected."""

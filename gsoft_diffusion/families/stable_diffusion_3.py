@@ -59,6 +59,13 @@ class StableDiffusion3(FlowModels):
         if transformer.pooled_projection_dim != sum(clip.projection_dim for clip in clips):
             raise UserError(f"{self.name}: the transformer is not made for these CLIP text encoders")
 
+    def check_sides(self, **sides: int) -> None:
+        super().check_sides(**sides)
+        largest = self.transformer.config.pos_embed_max_size * self.size_step  # there are no more positions
+        for name, side in sides.items():
+            if side > largest:
+                raise UserError(f"--{name} {side}: must be {largest} or less for {self.name}")
+
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token numbers for each CLIP, and T5's embeddings, which no adapter changes."""
         t5 = t5_embeddings(self.tokenizer_3, self.text_encoder_3, prompts, T5_LENGTH)
