@@ -4,12 +4,14 @@ python export.py --adapter outputs/my_dog/adapter.safetensors --format checkpoin
 """
 
 from gsoft_diffusion.config import ExportConfig
-from gsoft_diffusion.export import export
 from gsoft_diffusion.options import parse, run
 
 
 def main() -> int:
-    export(parse(ExportConfig, __doc__))
+    config = parse(ExportConfig, __doc__)
+    from gsoft_diffusion.export import export  # after mistakes in flags are found: it takes seconds
+
+    export(config)
     return 0
 
 

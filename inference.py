@@ -4,12 +4,14 @@ python inference.py --adapter outputs/my_dog/adapter.safetensors --prompt "a sks
 """
 
 from gsoft_diffusion.config import GenerationConfig
-from gsoft_diffusion.generation import draw
 from gsoft_diffusion.options import parse, run
 
 
 def main() -> int:
-    draw(parse(GenerationConfig, __doc__))
+    config = parse(GenerationConfig, __doc__)
+    from gsoft_diffusion.generation import draw  # after mistakes in flags are found: it takes seconds
+
+    draw(config)
     return 0
 
 

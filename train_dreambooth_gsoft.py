@@ -5,11 +5,13 @@ python train_dreambooth_gsoft.py --instance_data_dir photos_of_my_dog --class_wo
 
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.options import parse, run
-from gsoft_diffusion.training import train
 
 
 def main() -> int:
-    result = train(parse(TrainingConfig, __doc__))
+    config = parse(TrainingConfig, __doc__)
+    from gsoft_diffusion.training import train  # after mistakes in flags are found: it takes seconds
+
+    result = train(config)
     return 130 if result.interrupted else 0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gsoft_diffusion.group_and_shuffle import permutation_matrix
-from gsoft_diffusion.inject import find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
 
 
 class PublishedLinear(nn.Module):

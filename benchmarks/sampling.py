@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.bases import BASES, DTYPES, load_base
 from benchmarks.measure import CLOCKS, Records, median, table
 from eval.methods import matched
-from gsoft_diffusion.inject import find_attentions, find_linears, inject
+from gsoft_diffusion.injection import find_attentions, find_linears, inject
 
 STATES = {"base": "base model", "merged": "merged", "unmerged": "beside the model"}
 

@@ -25,7 +25,7 @@ from benchmarks.measure import CLOCKS, Records, bytes_in_use, median, peak_bytes
 from benchmarks.published import PublishedAdapter
 from eval.methods import matched
 from gsoft_diffusion.baselines import inject_baseline
-from gsoft_diffusion.inject import find_attentions, find_clip_attentions, find_linears, inject
+from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears, inject
 
 METHODS = {
     "floor": "frozen, only output biases train",

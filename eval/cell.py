@@ -37,7 +37,7 @@ from gsoft_diffusion.class_images import ensure_class_images
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import generate
-from gsoft_diffusion.inject import Adapter
+from gsoft_diffusion.injection import Adapter
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import slug

@@ -12,7 +12,7 @@ from torch import nn
 from gsoft_diffusion.baselines import BaselineConfig, baseline_count, expected_parameters
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.inject import find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
 from gsoft_diffusion.projection import parameter_count, parameter_shapes
 
 AnyConfig = AdapterConfig | BaselineConfig

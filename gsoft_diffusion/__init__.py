@@ -1,18 +1,23 @@
 """GSOFT fine-tuning of Stable Diffusion: orthogonal adapters from group-and-shuffle matrices."""
 
-from gsoft_diffusion import torchvision_builds  # noqa: F401 # isort: skip - before anything imports torchvision
-from gsoft_diffusion.adapter_file import (
-    AdapterFile,
-    BaseModelIdentity,
-    fingerprint,
-    load_adapter,
-    read_adapter,
-    save_adapter,
-)
-from gsoft_diffusion.adapter_stack import AdapterStack
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gsoft_diffusion import torchvision_builds  # noqa: F401 - makes torchvision importable
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.inject import Adapter, inject
+
+if TYPE_CHECKING:
+    from gsoft_diffusion.adapter_file import (
+        AdapterFile,
+        BaseModelIdentity,
+        fingerprint,
+        load_adapter,
+        read_adapter,
+        save_adapter,
+    )
+    from gsoft_diffusion.adapter_stack import AdapterStack
+    from gsoft_diffusion.injection import Adapter, inject
 
 __version__ = "0.1.0"
 
@@ -30,3 +35,18 @@ __all__ = [
     "read_adapter",
     "save_adapter",
 ]
+
+# Imported when asked for, because PyTorch and diffusers take seconds: --help and mistakes in flags need neither.
+_MODULES = dict.fromkeys(
+    ("AdapterFile", "BaseModelIdentity", "fingerprint", "load_adapter", "read_adapter", "save_adapter"), "adapter_file"
+) | {"AdapterStack": "adapter_stack", "Adapter": "injection", "inject": "injection"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

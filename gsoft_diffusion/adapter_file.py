@@ -26,7 +26,7 @@ from gsoft_diffusion.attention import attention_layers
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.inject import ATTENTIONS, Adapter, clip_attention_layers, expected_shapes, inject
+from gsoft_diffusion.injection import ATTENTIONS, Adapter, clip_attention_layers, expected_shapes, inject
 from gsoft_diffusion.projection import at_strength, parameter_shapes
 from gsoft_diffusion.settings import Settings
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gsoft_diffusion.adapter_file import AdapterFile, check_base, read_adapter
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.inject import Adapter
+from gsoft_diffusion.injection import Adapter
 from gsoft_diffusion.projection import at_strength
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.group_and_shuffle import fit_blocks
-from gsoft_diffusion.inject import add_submodule, find_attentions, find_clip_attentions, find_linears, root_of
+from gsoft_diffusion.injection import add_submodule, find_attentions, find_clip_attentions, find_linears, root_of
 from gsoft_diffusion.orthogonal import free_numbers
 from gsoft_diffusion.settings import Settings, require
 

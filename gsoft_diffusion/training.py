@@ -46,7 +46,7 @@ from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate, make_scheduler, sheet_rows
 from gsoft_diffusion.hub import HubRepository
-from gsoft_diffusion.inject import Adapter, inject
+from gsoft_diffusion.injection import Adapter, inject
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
 from gsoft_diffusion.memory import running_out_explained
 from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card

@@ -13,7 +13,7 @@ from gsoft_diffusion.adapter_file import BaseModelIdentity, fingerprint, load_ad
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 from gsoft_diffusion.projection import at_strength
 
 CONFIGS = {

@@ -19,7 +19,7 @@ from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import export
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 from gsoft_diffusion.lora import LoraLayer
 from gsoft_diffusion.models import load_models
 

@@ -25,7 +25,7 @@ from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import export, write_tensors
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 from gsoft_diffusion.lora import LoraLayer, approximate, low_rank, total_error
 from gsoft_diffusion.models import Models, load_models
 from gsoft_diffusion.original_layout import original_layout

@@ -23,7 +23,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import export
 from gsoft_diffusion.families import FAMILIES, Models
 from gsoft_diffusion.generation import generate
-from gsoft_diffusion.inject import Adapter
+from gsoft_diffusion.injection import Adapter
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.training import train
 

@@ -20,7 +20,7 @@ from gsoft_diffusion.families import Flux, Flux2Klein, StableDiffusion3, whole_v
 from gsoft_diffusion.families.flow import SCHEDULERS
 from gsoft_diffusion.families.flux import pack, unpack
 from gsoft_diffusion.generation import generate, make_scheduler
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import load_models
 
 FAMILIES = (StableDiffusion3, Flux, Flux2Klein)

@@ -18,7 +18,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import export
 from gsoft_diffusion.families import StableDiffusionXL
 from gsoft_diffusion.generation import generate
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import load_models
 
 

@@ -16,7 +16,7 @@ from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import Sample, _with_names, draw, generate, make_scheduler, sheet_rows
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.pictures import METADATA_KEY
 

@@ -14,7 +14,7 @@ from gsoft_diffusion.adapter_file import BaseModelIdentity, fingerprint, load_ad
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.hub import HubRepository, make_package
-from gsoft_diffusion.inject import inject
+from gsoft_diffusion.injection import inject
 
 ADAPTER = "adapter.safetensors"
 

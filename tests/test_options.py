@@ -182,6 +182,20 @@ def test_help_says_something_on_every_field(config_class, capsys):
     assert all(f"--{name}" in text for name in names)
 
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_gsoft.py", "inference.py", "export.py"])
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--nothing"], 2), (["--config", "nowhere"], 2)])
+def test_help_and_mistakes_need_no_library_that_takes_seconds(script, arguments, status):
+    command = [sys.executable, "-X", "importtime", REPOSITORY / script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert done.returncode == status
+    assert "gsoft_diffusion.config" in imported
+    assert not imported & {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL"}
+
+
 def fails() -> int:
     raise UserError("that file:\n  is broken")
 
@@ -221,6 +235,6 @@ run(main)
 
 
 def test_one_of_several_processes_ends_without_waiting_for_the_others():
-    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", HELD_UP], env=environment, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (2, "error: a peer has ended\n")

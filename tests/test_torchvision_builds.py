@@ -15,6 +15,7 @@ from gsoft_diffusion.torchvision_builds import mismatched
         ("2.13.0", "0.28.0", False),
         ("2.13.0+cu130", "0.28.0+cu130", False),
         ("2.13.0+cpu", None, False),
+        (None, "0.28.0", False),
     ],
 )
 def test_only_a_cpu_build_beside_another_is_mismatched(torch, torchvision, expected):

@@ -272,7 +272,7 @@ def test_gradient_checkpointing_changes_nothing(config):
 
 @pytest.mark.parametrize("text_encoder", [True, False])
 def test_prompt_embeddings_are_those_of_the_prompts(config, text_encoder):
-    from gsoft_diffusion.inject import inject
+    from gsoft_diffusion.injection import inject
 
     models = load_models(config.pretrained_model_name_or_path)
     expected = models.encode_prompts(["a dog", "a cat"])["encoder_hidden_states"]

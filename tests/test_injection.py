@@ -11,7 +11,7 @@ from tiny_models import randomise, run, tiny_text_encoder, tiny_unet, tokens, tr
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gsoft_diffusion import AdapterConfig, UserError, inject
-from gsoft_diffusion.inject import CLIP_PROJECTIONS, expected_shapes
+from gsoft_diffusion.injection import CLIP_PROJECTIONS, expected_shapes
 
 CONFIG = AdapterConfig(nblocks=4)
 DTYPES = [torch.float32, torch.bfloat16]
