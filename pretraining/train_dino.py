@@ -3,8 +3,10 @@
     python -m pretraining.train_dino --work <work folder> --images 50000 --out data/mini_dino
 
 Self-distillation (Caron et al., arXiv 2104.14294): the student, shown small crops, must say what the teacher, a running
-average of it, says of large ones. Resumes from `<work>/dino.pt`; saves the teacher in transformers' layout, in half
-precision. Colours are changed little: what tells two subjects of a class apart is often their colour.
+average of it, says of large ones. The two large crops show one thing in two places, a background augmentation (Ryali et
+al., arXiv 2103.12719): crops of one picture have the place in common, which is easier to learn and not what is asked.
+Resumes from `<work>/dino.pt`; saves the teacher in transformers' layout, in half precision. Colours are changed little:
+what tells two subjects of a class apart is often their colour.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +137,37 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    train(scenes, args.images, args.work / "dino.pt", args.out)
+    facts = [json.loads(line) for line in (args.work / "scenes.jsonl").open()]
+    things = [f"{fact['sprite']} {fact['color']}" for fact in facts]
+    train(scenes, things, args.images, args.work / "dino.pt", args.out)
 
 
-def train(scenes: np.ndarray, images: int, state: Path, out: Path, batch: int = BATCH) -> None:
-    """Train on `images` of the scenes (N, 64, 64, 3) uint8, but for the first ones, which the checks are made on."""
-    held_back = min(2048, len(scenes) // 2)
+class Pairs:
+    """Draws scenes (N, 64, 64, 3) uint8 together with others of the same thing; never the first ones, for the checks.
+
+    things: what each scene shows; scenes of the same thing differ in place, size and pose.
+    """
+
+    def __init__(self, scenes: np.ndarray, things: Sequence[str]) -> None:
+        self.scenes = scenes
+        self.first = min(2048, len(scenes) // 2)
+        number = np.unique(things, return_inverse=True)[1][self.first :]
+        self._sorted = np.argsort(number, kind="stable") + self.first
+        ends = np.searchsorted(np.sort(number), number, side="right")
+        starts = np.searchsorted(np.sort(number), number, side="left")
+        self._group = np.stack([starts, ends], axis=1)
+
+    def draw(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Two pictures of each of `n` things, in [-1, 1]."""
+        one = np.sort(rng.integers(self.first, len(self.scenes), n))
+        starts, ends = self._group[one - self.first].T
+        other = self._sorted[rng.integers(starts, ends)]
+        return to_pixels(self.scenes[one]), to_pixels(np.stack([self.scenes[number] for number in other]))
+
+
+def train(scenes: np.ndarray, things: Sequence[str], images: int, state: Path, out: Path, batch: int = BATCH) -> None:
+    """Train on `images` of the scenes (N, 64, 64, 3) uint8 of the things they show."""
+    pairs = Pairs(scenes, things)
     torch.manual_seed(0)
     student = Distilled()
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -157,9 +185,9 @@ def train(scenes: np.ndarray, images: int, state: Path, out: Path, batch: int = 
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_LR * min(1, 10 * (progress + 1e-3)) * (0.01 + 0.99 * cosine)
             rng, generator = np.random.default_rng((4, seen)), torch.Generator().manual_seed(seen)
-            pixels = to_pixels(scenes[np.sort(rng.integers(held_back, len(scenes), batch))])
-            large = [crops(pixels, SIZE, 0.4, 1, generator) for _ in range(2)]
-            small = [crops(pixels, SMALL_SIZE, 0.1, 0.4, generator) for _ in range(SMALL_CROPS)]
+            pair = pairs.draw(batch, rng)
+            large = [crops(pixels, SIZE, 0.5, 1, generator) for pixels in pair]
+            small = [crops(pixels, SMALL_SIZE, 0.2, 0.6, generator) for pixels in pair for _ in range(SMALL_CROPS // 2)]
             with fast_autocast():
                 with torch.no_grad():
                     said = list(teacher(torch.cat(large)).float().chunk(len(large)))

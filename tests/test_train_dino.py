@@ -44,10 +44,21 @@ def test_centering_takes_away_what_is_always_said():
     torch.testing.assert_close(center.value, said[0][0], rtol=1e-5, atol=1e-4)
 
 
+def test_pairs_show_one_thing_and_never_the_scenes_held_back():
+    scenes = np.zeros((40, 64, 64, 3), np.uint8) + np.arange(40, dtype=np.uint8)[:, None, None, None]
+    things = [str(number % 3) for number in range(40)]
+    one, other = train_dino.Pairs(scenes, things).draw(500, np.random.default_rng(0))
+    numbers, others = (((pictures[:, 0, 0, 0] + 1) * 127.5).round().int() for pictures in (one, other))
+    assert set(numbers.tolist()) == set(others.tolist()) == set(range(20, 40))
+    assert (numbers % 3 == others % 3).all()
+    assert (numbers != others).any()
+
+
 @pytest.mark.slow
 def test_a_stopped_training_goes_on_exactly(tmp_path):
     scenes = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), dtype=np.uint8)
-    train_dino.train(scenes, 6, tmp_path / "whole.pt", tmp_path / "whole", batch=2)
+    things = ["owl", "cup"] * 8
+    train_dino.train(scenes, things, 6, tmp_path / "whole.pt", tmp_path / "whole", batch=2)
     state = torch.load(tmp_path / "whole.pt", weights_only=True)
     assert state["images"] == 6
 
@@ -64,8 +75,8 @@ def test_a_stopped_training_goes_on_exactly(tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(train_dino, "Checkpoint", Stopping)
         with pytest.raises(StopError):
-            train_dino.train(scenes, 6, tmp_path / "parts.pt", tmp_path / "parts", batch=2)
-        train_dino.train(scenes, 6, tmp_path / "parts.pt", tmp_path / "parts", batch=2)
+            train_dino.train(scenes, things, 6, tmp_path / "parts.pt", tmp_path / "parts", batch=2)
+        train_dino.train(scenes, things, 6, tmp_path / "parts.pt", tmp_path / "parts", batch=2)
     whole, parts = (ViTModel.from_pretrained(tmp_path / name, add_pooling_layer=False) for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     encoder = load_dino(str(tmp_path / "whole"))
