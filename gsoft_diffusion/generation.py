@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -18,11 +16,12 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
-from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Conditioning, whole_view
 from gsoft_diffusion.memory import running_out_explained
-from gsoft_diffusion.models import DTYPES, Models, load_base, scheduler_class
+from gsoft_diffusion.models import DTYPES, Models, load_base
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
+from gsoft_diffusion.schedulers import denoise, make_scheduler
 
 PICTURES_A_ROW = 8  # on contact sheets
 
@@ -85,44 +84,21 @@ def _denoise(
 ) -> Tensor:
     """Latents (N, C, h, w) for the conditioning of N prompts, by the scheduler and classifier-free guidance."""
     latent_shape = models.latent_shape(width, height)
-    scheduler = make_scheduler(models, sampler, latent_shape)
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
-    latents = (noise * getattr(scheduler, "init_noise_sigma", 1)).to(models.device)  # float32 throughout
     guided = sampler.guidance_scale != 1 and not models.guides_itself
     conditioning = _joined([negative, positive]) if guided else positive
-    views = whole_view(width, height).to(models.device).repeat(len(latents) * (2 if guided else 1), 1)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_options: dict[str, Any] = {"generator": generators} if takes_generator else {}
-    for timestep in scheduler.timesteps:
-        model_input = torch.cat([latents, latents]) if guided else latents
-        if hasattr(scheduler, "scale_model_input"):
-            model_input = scheduler.scale_model_input(model_input, timestep)
-        prediction = models.predict(model_input, timestep, conditioning, views, sampler.guidance_scale)
+    views = whole_view(width, height).to(models.device).repeat(len(noise) * (2 if guided else 1), 1)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        latents = torch.cat([latents, latents]) if guided else latents
+        prediction = models.predict(latents, timestep, conditioning, views, sampler.guidance_scale)
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + sampler.guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(prediction, timestep, latents, **step_options).prev_sample
-    return latents
+        return prediction
 
-
-def make_scheduler(models: Models, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:
-    """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set.
-
-    latent_shape: of the latents to draw; by default those of the model's own pictures.
-    """
-    base = models.scheduler
-    chosen = scheduler_class(sampler.scheduler) if sampler.scheduler else type(base)
-    if chosen not in models.schedulers:
-        names = ", ".join(sorted(kind.__name__ for kind in models.schedulers))
-        raise UserError(f"--scheduler {sampler.scheduler} does not fit {models.name}; these do: {names}")
-    if sampler.num_inference_steps > base.config.num_train_timesteps:
-        raise UserError(f"--num_inference_steps: at most {base.config.num_train_timesteps} for {models.name}")
-    latent_shape = latent_shape or models.latent_shape(models.resolution)
-    try:
-        return models.make_scheduler(chosen, sampler.num_inference_steps, latent_shape)
-    except ValueError as error:  # some need a few steps more
-        given = f"{chosen.__name__} with --num_inference_steps {sampler.num_inference_steps}"
-        raise UserError(f"{given}: {first_line(error)}") from error
+    scheduler = make_scheduler(models, sampler, latent_shape)
+    return denoise(scheduler, noise.to(models.device), predict, generators)  # float32 throughout
 
 
 def _to_images(pixels: Tensor) -> list[Image.Image]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -19,6 +18,7 @@ from gsoft_diffusion.adapter_file import AdapterFile
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models, find_family
 from gsoft_diffusion.memory import check_weights
+from gsoft_diffusion.schedulers import scheduler_class
 from gsoft_diffusion.single_file import is_single_file, load_parts, usual_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -189,11 +189,3 @@ def _load_tokenizer(kind: Any, path: Path) -> Any:
 def _load_scheduler(path: Path) -> SchedulerMixin:
     config = DDPMScheduler.load_config(path, local_files_only=True)  # a dict of plain values, whatever the class
     return scheduler_class(config["_class_name"]).from_config(config)
-
-
-def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler of that name, such as DDIMScheduler; UserError if there is none."""
-    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise UserError(f"diffusers has no scheduler {name}; try DDIMScheduler or DPMSolverMultistepScheduler")
-    return found

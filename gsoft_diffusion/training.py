@@ -44,7 +44,7 @@ from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, Traini
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.generation import generate, make_scheduler, sheet_rows
+from gsoft_diffusion.generation import generate, sheet_rows
 from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.injection import Adapter, inject
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
@@ -53,6 +53,7 @@ from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
 from gsoft_diffusion.pictures import contact_sheet
+from gsoft_diffusion.schedulers import make_scheduler
 
 logger = logging.getLogger(__name__)
 

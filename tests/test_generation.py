@@ -15,7 +15,7 @@ from gsoft_diffusion.adapter_file import save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.generation import Sample, _with_names, draw, generate, make_scheduler, sheet_rows
+from gsoft_diffusion.generation import Sample, _with_names, draw, generate, sheet_rows
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.pictures import METADATA_KEY
@@ -150,21 +150,6 @@ def test_pictures_that_are_not_finite_are_black(base):
     pictures = arrays(generate(models, JOBS[:2], FEW_STEPS))
     assert pictures[0].max() == 0
     assert pictures[1].max() > 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scheduler": "NoScheduler"}, "no scheduler NoScheduler"),
-        ({"scheduler": "UNet2DConditionModel"}, "no scheduler UNet2DConditionModel"),
-        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "does not fit .*DDIMScheduler"),
-        ({"scheduler": "PNDMScheduler", "num_inference_steps": 2}, "PNDMScheduler with --num_inference_steps 2"),
-        ({"num_inference_steps": 1001}, "--num_inference_steps: at most 1000"),
-    ],
-)
-def test_samplers_that_cannot_work(base, changes, message):
-    with pytest.raises(UserError, match=message):
-        make_scheduler(load_models(str(base)), replace(FEW_STEPS, **changes))
 
 
 @pytest.mark.parametrize(("models", "lengths"), [(["adapter"], [8, 2, 8, 2]), (["adapter", "base"], [8, 8, 4] * 2)])

@@ -114,17 +114,16 @@ class Models(ABC):
         """Timesteps (B,) to train on, for numbers drawn evenly from those of the noise scheduler."""
         return uniform
 
-    @property
-    def schedulers(self) -> list[type[SchedulerMixin]]:
-        """The diffusers schedulers that can draw with the model."""
-        compatible = [kind for kind in self.scheduler.compatibles if issubclass(kind, SchedulerMixin)]
-        return list(dict.fromkeys([type(self.scheduler), *compatible]))
-
     def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
-        """One of `schedulers` with the model's noise schedule and way of predicting, its steps set for such latents."""
-        scheduler = kind.from_config(self.scheduler.config)
+        """A diffusers scheduler with all it takes of the model's settings, its steps set for such latents."""
+        scheduler = kind.from_config(self.scheduler.config, clip_sample=False)  # latents go beyond [-1, 1]
         scheduler.set_timesteps(num_inference_steps, device=self.device)
         return scheduler
+
+    def keeps_schedule(self, scheduler: Any) -> bool:
+        """Whether what `make_scheduler` made has the model's noise schedule."""
+        wanted, found = self.noise_scheduler().alphas_cumprod, getattr(scheduler, "alphas_cumprod", None)
+        return found is not None and found.shape == wanted.shape and torch.allclose(found.to(wanted), wanted, atol=1e-6)
 
     def original_layout(self) -> dict[str, Tensor]:
         """All weights as in the family's original checkpoints, whole models in one file. UserError if unknown."""

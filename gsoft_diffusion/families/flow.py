@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from gsoft_diffusion.families.base import Models, token_numbers
 from gsoft_diffusion.flow_matching import FlowMatching
-
-# DEISMultistep and SASolver claim to take flows too, but do not arrive where a perfect model points.
-SCHEDULERS = (
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    UniPCMultistepScheduler,
-)
 
 
 class FlowModels(Models):
@@ -50,33 +35,20 @@ class FlowModels(Models):
     def draw_timesteps(self, uniform: Tensor) -> Tensor:
         return self.noise_scheduler().draw(uniform)
 
-    @property
-    def schedulers(self) -> list[type[SchedulerMixin]]:
-        return list(SCHEDULERS)
-
     def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
         """Timesteps are shifted towards noise as the checkpoint says, more for larger pictures if it says so."""
-        config = self.scheduler.config
-        mu = self.dynamic_shift(num_inference_steps, latent_shape) if config.use_dynamic_shifting else None
-        if kind is FlowMatchEulerDiscreteScheduler:
-            scheduler = kind.from_config(config)
-            sigmas = self.sigmas(num_inference_steps)
-            scheduler.set_timesteps(num_inference_steps, device=self.device, sigmas=sigmas, mu=mu)
-            return scheduler
-        # The exponential shift by mu is the plain one by exp(mu).
-        shift = config.shift if mu is None else math.exp(mu)
-        if kind is FlowMatchHeunDiscreteScheduler:
-            scheduler = kind.from_config(config, shift=shift)
-        else:
-            scheduler = kind.from_config(
-                config,
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=shift,
-                use_dynamic_shifting=False,
-            )
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        config, shift = self.scheduler.config, self.scheduler.config.shift
+        if config.use_dynamic_shifting:  # the exponential shift by mu is the plain one by exp(mu)
+            shift = math.exp(self.dynamic_shift(num_inference_steps, latent_shape))
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}  # for solvers
+        scheduler = kind.from_config(config, use_dynamic_shifting=False, shift=shift, **flow)
+        takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+        options = {"sigmas": self.sigmas(num_inference_steps)} if takes_sigmas else {}
+        scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
         return scheduler
+
+    def keeps_schedule(self, scheduler: Any) -> bool:
+        return not {"shift", "flow_shift"}.isdisjoint(inspect.signature(type(scheduler)).parameters)
 
     def dynamic_shift(self, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> float:
         """The logarithm `mu` of the shift, linear in the number of tokens between the scheduler's two points."""
@@ -85,7 +57,7 @@ class FlowModels(Models):
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return config.base_shift + slope * (height * width // 4 - config.base_image_seq_len)
 
-    def sigmas(self, num_inference_steps: int) -> list[float] | None:
+    def sigmas(self, num_inference_steps: int) -> np.ndarray | None:
         """Sigmas before shifting, where they are not the scheduler's own."""
         return None
 
@@ -97,8 +69,8 @@ class FluxModels(FlowModels):
     def resolution(self) -> int:
         return 128 * self.vae_scale_factor
 
-    def sigmas(self, num_inference_steps: int) -> list[float]:
-        return torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
+    def sigmas(self, num_inference_steps: int) -> np.ndarray:
+        return np.linspace(1, 1 / num_inference_steps, num_inference_steps)
 
 
 @torch.no_grad()
