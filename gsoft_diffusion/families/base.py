@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 
 from gsoft_diffusion.adapter_file import BaseModelIdentity, fingerprint
 from gsoft_diffusion.errors import UserError
@@ -221,14 +221,13 @@ def whole_view(width: int, height: int) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]])
 
 
-def token_numbers(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Token numbers (prompts, length), padded; what does not fit is cut and said so."""
+def tokenized(tokenizer: Any, prompts: Sequence[str], length: int) -> BatchEncoding:
+    """`input_ids` and `attention_mask`, (prompts, length), padded; what does not fit is cut and said so."""
     for prompt in prompts:
         count = len(tokenizer(prompt, verbose=False).input_ids)
         if count > length:
             _say_cut(prompt, count, length)
-    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoded.input_ids
+    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
 @cache  # once for each prompt

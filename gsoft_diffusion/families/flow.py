@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from gsoft_diffusion.families.base import Models, token_numbers
+from gsoft_diffusion.families.base import Models, tokenized
 from gsoft_diffusion.flow_matching import FlowMatching
 
 
@@ -76,4 +76,4 @@ class FluxModels(FlowModels):
 @torch.no_grad()
 def t5_embeddings(tokenizer: T5Tokenizer, encoder: T5EncoderModel, prompts: Sequence[str], length: int) -> Tensor:
     """T5's embeddings (prompts, length, width), on its own device; no adapter changes them."""
-    return encoder(token_numbers(tokenizer, prompts, length).to(encoder.device))[0]
+    return encoder(tokenized(tokenizer, prompts, length).input_ids.to(encoder.device))[0]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.families.base import Conditioning, token_numbers
+from gsoft_diffusion.families.base import Conditioning, tokenized
 from gsoft_diffusion.families.flow import FluxModels
 
 TEXT_LENGTH = 512  # as diffusers' pipeline has it
@@ -66,13 +66,11 @@ class Flux2Klein(FluxModels):
             )
             for prompt in prompts
         ]
-        encoded = token_numbers(self.tokenizer, chats, TEXT_LENGTH)
-        mask = self.tokenizer(chats, padding="max_length", max_length=TEXT_LENGTH, truncation=True).attention_mask
-        device = self.text_encoder.device
+        encoded = tokenized(self.tokenizer, chats, TEXT_LENGTH).to(self.text_encoder.device)
         with torch.no_grad():
             states = self.text_encoder.model(
-                input_ids=encoded.to(device),
-                attention_mask=torch.tensor(mask, device=device),
+                input_ids=encoded.input_ids,
+                attention_mask=encoded.attention_mask,
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.families.base import Conditioning, Models, token_numbers
+from gsoft_diffusion.families.base import Conditioning, Models, tokenized
 from gsoft_diffusion.original_layout import is_open_clip, original_layout
 
 
@@ -86,6 +86,5 @@ class StableDiffusion(Models):
 
 def clip_tokens(tokenizer: CLIPTokenizer, text_encoder: Any, prompts: Sequence[str]) -> Tensor:
     """Token numbers (prompts, length) for a CLIP text encoder."""
-    return token_numbers(
-        tokenizer, prompts, min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    )
+    length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    return tokenized(tokenizer, prompts, length).input_ids
