@@ -55,10 +55,8 @@ class Flux(FluxModels):
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token numbers for CLIP, and T5's embeddings, which no adapter changes."""
-        return {
-            "tokens": clip_tokens(self.tokenizer, self.text_encoder, prompts).to(self.device),
-            "t5": t5_embeddings(self.tokenizer_2, self.text_encoder_2, prompts, T5_LENGTH).to(self.device),
-        }
+        t5 = t5_embeddings(self.tokenizer_2, self.text_encoder_2, prompts, T5_LENGTH)
+        return clip_tokens(self, prompts) | {"t5": t5.to(self.device)}
 
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
         """T5's embeddings and CLIP's pooled output."""

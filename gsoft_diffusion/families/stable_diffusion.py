@@ -57,8 +57,8 @@ class StableDiffusion(Models):
             raise UserError(f"{self.name}: not a text-to-image model like Stable Diffusion 1.x or 2.x")
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Token numbers (prompts, length)."""
-        return {"tokens": clip_tokens(self.tokenizer, self.text_encoder, prompts).to(self.device)}
+        """Token numbers (prompts, length), for each of the text encoders."""
+        return clip_tokens(self, prompts)
 
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
         """Text embeddings (prompts, length, width)."""
@@ -84,7 +84,11 @@ class StableDiffusion(Models):
         return "lora_" + module.replace("text_encoder.", "te.").replace(".", "_")
 
 
-def clip_tokens(tokenizer: CLIPTokenizer, text_encoder: Any, prompts: Sequence[str]) -> Tensor:
-    """Token numbers (prompts, length) for a CLIP text encoder."""
-    length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    return tokenized(tokenizer, prompts, length).input_ids
+def clip_tokens(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Token numbers (prompts, length), `tokens` and `tokens_2`, for the CLIP text encoders of a model."""
+    tokens = {}
+    for end, text_encoder in zip(("", "_2"), models.text_encoders, strict=False):
+        tokenizer: CLIPTokenizer = getattr(models, f"tokenizer{end}")
+        length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        tokens[f"tokens{end}"] = tokenized(tokenizer, prompts, length).input_ids.to(models.device)
+    return tokens

@@ -69,9 +69,7 @@ class StableDiffusion3(FlowModels):
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token numbers for each CLIP, and T5's embeddings, which no adapter changes."""
         t5 = t5_embeddings(self.tokenizer_3, self.text_encoder_3, prompts, T5_LENGTH)
-        pairs = {"tokens": (self.tokenizer, self.text_encoder), "tokens_2": (self.tokenizer_2, self.text_encoder_2)}
-        prepared = {name: clip_tokens(*pair, prompts).to(self.device) for name, pair in pairs.items()}
-        return prepared | {"t5": t5.to(self.device)}
+        return clip_tokens(self, prompts) | {"t5": t5.to(self.device)}
 
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
         """CLIP's last but one hidden states side by side, then T5's in the same width; both CLIPs' pooled outputs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families.base import Conditioning
-from gsoft_diffusion.families.stable_diffusion import StableDiffusion, clip_tokens
+from gsoft_diffusion.families.stable_diffusion import StableDiffusion
 from gsoft_diffusion.original_layout import original_layout_xl, original_unet_module
 
 
@@ -50,11 +49,6 @@ class StableDiffusionXL(StableDiffusion):
         told = 6 * unet.addition_time_embed_dim + self.text_encoder_2.config.projection_dim
         if unet.projection_class_embeddings_input_dim != told:
             raise UserError(f"{self.name}: the UNet is not made for the second text encoder, or is SDXL's refiner")
-
-    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Token numbers (prompts, length), for each of the text encoders."""
-        pairs = {"tokens": (self.tokenizer, self.text_encoder), "tokens_2": (self.tokenizer_2, self.text_encoder_2)}
-        return {name: clip_tokens(*pair, prompts).to(self.device) for name, pair in pairs.items()}
 
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
         """Both encoders' last but one hidden states side by side, and the second's pooled output."""
