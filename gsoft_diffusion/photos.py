@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif", ".bmp", ".
 MASK_END = "-masklabel"  # as OneTrainer names mask files
 METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder names its table
 EXIF_ORIENTATION = 0x0112
+USUAL_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's; of the others it is said that they were converted
 SMALLEST = 2  # pixels along the shorter side
 SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP")  # whose further pictures are others, not previews as in photos of telephones
 CROPS = 5  # places along the side that a crop leaves out something of, for a random crop to choose from
@@ -44,7 +45,7 @@ class Photo:
     """A picture and what it is trained with.
 
     prompt: its caption, or the prompt of its folder if it has none.
-    size: upright. turned: whether EXIF data asked to turn it.
+    size: upright. turned: whether EXIF data asked to turn it. mode: Pillow's name for the colours in the file.
     mask: the file that says where the subject is: another one, or the photo itself by its transparency.
     """
 
@@ -52,6 +53,7 @@ class Photo:
     prompt: str
     size: Size
     turned: bool = False
+    mode: str = "RGB"
     mask: Path | None = None
 
 
@@ -69,6 +71,8 @@ class Folder:
         parts += [f"{self.captions} with captions"] if self.captions else []
         parts += [f"{masks} with masks"] if masks else []
         parts += [f"{sum(photo.turned for photo in self.photos)} turned upright by their EXIF data"]
+        odd = Counter(photo.mode for photo in self.photos if photo.mode not in USUAL_MODES)
+        parts += [f"{count} converted from {mode} to RGB" for mode, count in sorted(odd.items())]
         return f"{', '.join(parts)}; {self.skipped} other files skipped"
 
 
@@ -85,12 +89,12 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
     masks = find_masks(Path(folder), paths)
     photos = []
     for path in paths[:limit]:
-        image, turned = _open_upright(path)
+        image, turned, mode = _open_upright(path)
         if min(image.size) < SMALLEST:
             found = "×".join(map(str, image.size))
             raise UserError(f"{path}: only {found} pixels, too small to show anything; use a larger picture")
         mask = masks.get(path) or (path if _alpha(image) is not None else None)
-        photos.append(Photo(path, captions.get(path, prompt), image.size, turned, mask))
+        photos.append(Photo(path, captions.get(path, prompt), image.size, turned, mode, mask))
         if mask:
             _check_mask(photos[-1])
     count = sum(photo.path in captions for photo in photos)
@@ -207,7 +211,7 @@ def open_image(path: Path) -> Image.Image:
 def open_mask(photo: Photo) -> Image.Image:
     """Where the subject is, in shades from black (not there) to white, in the size of the photo."""
     assert photo.mask is not None
-    image, _ = _open_upright(photo.mask)
+    image = _open_upright(photo.mask)[0]
     if photo.mask == photo.path:
         alpha = _alpha(image)
         assert alpha is not None
@@ -227,10 +231,11 @@ def _check_mask(photo: Photo) -> None:
         raise UserError(f"{photo.mask}: {what}")
 
 
-def _open_upright(path: Path) -> tuple[Image.Image, bool]:
+def _open_upright(path: Path) -> tuple[Image.Image, bool, str]:
+    """The picture with at most 8 bits a channel, whether it was turned, and its mode in the file."""
     with _opened(path) as image:
         turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
-        return _eight_bits(ImageOps.exif_transpose(image)), turned
+        return _eight_bits(ImageOps.exif_transpose(image)), turned, image.mode
 
 
 @contextmanager

@@ -164,6 +164,8 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
     for concept in config.concepts:
         folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
         say(f"subject{'' if len(config.concepts) == 1 else ' ' + concept.name}: {folder}")
+        if len(folder.photos) == 1:
+            say(f"note: {concept.instance_data_dir} holds a single photo, which is easily copied; 3 to 5 are better")
         photos += folder.photos
     masks = sum(photo.mask is not None for photo in photos)
     if masks and config.unmasked_weight == 1:

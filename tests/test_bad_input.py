@@ -258,9 +258,9 @@ def test_goes_on_and_says_what_became_of_it(case, place, capfd, caplog):
         if re.fullmatch(r"out/(validation/step-000001\.png|README\.md|sample_\d+\.png|images.*)", name)
     }
     printed = capfd.readouterr().out.splitlines()
-    said = [line for line in printed if line.startswith("subject")]
+    said = [line for line in printed if line.startswith(("subject", "note"))]
     said += [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
-    check_row(case.name, "; ".join(said[-1:]))
+    check_row(case.name, "; ".join(said))
 
 
 @pytest.mark.skipif(bool(os.environ.get("UPDATE_TABLE")), reason="the table is being written")

@@ -142,6 +142,15 @@ def test_cmyk(tmp_path):
     assert max(green, blue) < 60
 
 
+def test_what_was_converted_is_said(tmp_path):
+    Image.new("CMYK", (8, 8)).save(tmp_path / "print.jpg")
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
+    picture(8, 8).save(tmp_path / "usual.png")
+    said = str(read_folder(tmp_path, "--instance_data_dir", "a photo"))
+    assert "3 pictures" in said
+    assert "1 converted from CMYK to RGB, 1 converted from I;16 to RGB" in said
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "huge"])
 def test_damaged_files_are_named(tmp_path, damage, monkeypatch):
     path = tmp_path / "broken.png"
