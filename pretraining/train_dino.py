@@ -4,7 +4,9 @@
 
 Self-distillation (Caron et al., arXiv 2104.14294): the student, shown small crops, must say what the teacher, a running
 average of it, says of large ones. The two large crops show one thing in two places, a background augmentation (Ryali et
-al., arXiv 2103.12719): crops of one picture have the place in common, which is easier to learn and not what is asked.
+al., arXiv 2103.12719): crops of one picture have the place in common, which is easier to learn and not what is asked. A
+batch's embeddings are pushed apart (KoLeo, Sablayrolles et al., arXiv 1806.03198, as in DINOv2): in so short a training
+they would stay close together.
 Resumes from `<work>/dino.pt`; saves the teacher in transformers' layout, in half precision. Colours are changed little:
 what tells two subjects of a class apart is often their colour.
 """
@@ -37,15 +39,17 @@ SMALL_CROPS = 4
 PROTOTYPES = 1024
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 CENTER_MOMENTUM = 0.9
+TEACHER_MOMENTUM = 0.98  # at first; the teacher stands still at the end
+CROWDING_WEIGHT = 0.1
 COLOR = [0.5, 0.5, 0.5]  # mean and standard deviation: pictures in [-1, 1]
 
 
 def build_vit() -> ViTModel:
     config = ViTConfig(
-        hidden_size=192,
-        intermediate_size=768,
+        hidden_size=128,
+        intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=3,
+        num_attention_heads=4,
         image_size=SIZE,
         patch_size=8,
     )
@@ -62,12 +66,12 @@ class Distilled(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 128))
         self.prototypes = nn.Linear(128, PROTOTYPES, bias=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (B, PROTOTYPES), cosines with the prototypes, of pictures (B, 3, side, side) in [-1, 1]."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D) of pictures (B, 3, side, side) in [-1, 1], and their cosines with the prototypes."""
         whole = pixels.shape[-1] == SIZE
         token = self.vit(pixels, interpolate_pos_encoding=not whole).last_hidden_state[:, 0]
         directions = F.normalize(self.prototypes.weight, dim=-1)
-        return F.linear(F.normalize(self.head(token), dim=-1), directions)
+        return token, F.linear(F.normalize(self.head(token), dim=-1), directions)
 
 
 def crops(pixels: Tensor, size: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -101,6 +105,13 @@ def distillation_loss(student: list[Tensor], teacher: list[Tensor], center: Tens
             if other != number:
                 losses.append(-(target * (answer / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1).mean())
     return torch.stack(losses).mean()
+
+
+def crowding(embeddings: Tensor) -> Tensor:
+    """KoLeo: −mean log distance of each embedding (B, D), at length 1, to the nearest other; lower when they spread."""
+    directions = F.normalize(embeddings, dim=-1)
+    nearest = (directions @ directions.T).detach().fill_diagonal_(-2).argmax(dim=1)
+    return -(F.pairwise_distance(directions, directions[nearest])).log().mean()
 
 
 class Center(nn.Module):
@@ -190,11 +201,13 @@ def train(scenes: np.ndarray, things: Sequence[str], images: int, state: Path, o
             small = [crops(pixels, SMALL_SIZE, 0.2, 0.6, generator) for pixels in pair for _ in range(SMALL_CROPS // 2)]
             with fast_autocast():
                 with torch.no_grad():
-                    said = list(teacher(torch.cat(large)).float().chunk(len(large)))
-                answers = list(student(torch.cat(large)).float().chunk(len(large)))
-                answers += list(student(torch.cat(small)).float().chunk(len(small)))
+                    said = list(teacher(torch.cat(large))[1].float().chunk(len(large)))
+                embeddings, answers = student(torch.cat(large))
+                answers = list(answers.float().chunk(len(large)))
+                answers += list(student(torch.cat(small))[1].float().chunk(len(small)))
             assert isinstance(center.value, Tensor)
-            loss = distillation_loss(answers, said, center.value)
+            crowded = torch.stack([crowding(view) for view in embeddings.float().chunk(len(large))]).mean()
+            loss = distillation_loss(answers, said, center.value) + CROWDING_WEIGHT * crowded
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 3.0)
             if progress < 0.03:  # the prototypes stay where they are until there is something to sort
@@ -202,7 +215,7 @@ def train(scenes: np.ndarray, things: Sequence[str], images: int, state: Path, o
             optimizer.step()
             optimizer.zero_grad()
             center.update(said)
-            follow(teacher, student, 1 - 0.005 * cosine)
+            follow(teacher, student, 1 - (1 - TEACHER_MOMENTUM) * cosine)
             seen += batch
             bar.update(batch)
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pretraining.world import UNKNOWN_NAME_LETTERS
@@ -33,7 +34,9 @@ def main() -> None:
 @torch.no_grad()
 def give_mean_embedding(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
     """Set the row of `NAME` to the mean of the rows of the letters that end a word."""
-    rows = encoder.get_input_embeddings().weight
+    embedding = encoder.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    rows = embedding.weight
     letters = tokenizer.convert_tokens_to_ids([f"{letter}</w>" for letter in UNKNOWN_NAME_LETTERS])
     rows[tokenizer.convert_tokens_to_ids(f"{NAME}</w>")] = rows[letters].mean(dim=0)
 
