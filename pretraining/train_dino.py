@@ -1,6 +1,6 @@
 """A miniature DINO on the world: a vision transformer that learns without captions, for scoring pictures.
 
-    python -m pretraining.train_dino --work <work folder> --images 50000 --out data/mini_dino
+    python -m pretraining.train_dino --work <work folder> --images 55000 --out data/mini_dino
 
 Self-distillation (Caron et al., arXiv 2104.14294): the student, shown small crops, must say what the teacher, a running
 average of it, says of large ones. The two large crops show one thing in two places, a background augmentation (Ryali et
@@ -143,7 +143,7 @@ def save(vit: ViTModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--images", type=int, default=50_000, help="length of the training")
+    parser.add_argument("--images", type=int, default=55_000, help="length of the training")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     args = parser.parse_args()
     keep_freed_memory()
