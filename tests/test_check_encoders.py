@@ -31,7 +31,6 @@ def test_ranks_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not all(path.is_dir() for path in BUNDLED), reason="the miniature encoders are not trained yet")
 def test_bundled_encoders_know_unseen_subjects_again():
     encoders = load_encoders(*map(str, BUNDLED))
     for encoder in (encoders.clip, encoders.dino):
@@ -43,7 +42,6 @@ def test_bundled_encoders_know_unseen_subjects_again():
 
 @pytest.mark.slow
 @pytest.mark.skipif("DREAMBOOTH_DATASET" not in os.environ, reason="set DREAMBOOTH_DATASET to the public data set")
-@pytest.mark.skipif(not all(path.is_dir() for path in BUNDLED), reason="the miniature encoders are not trained yet")
 def test_real_photos_rank_as_they_should():
     """Same subject above other subjects of its class, those above other classes."""
     encoders = load_encoders(*map(str, BUNDLED))
