@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from gsoft_diffusion.errors import UserError, first_line
 
+UNUSED = "model_ema."  # a second copy of the weights that some single files hold, and that is not loaded
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much memory a container may use
 
 
@@ -50,7 +51,8 @@ def free_memory(device: torch.device) -> int:
 
 def _numbers_in(path: Path) -> int:
     with safe_open(path, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
+        names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118 - not a dict
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from gsoft_diffusion.single_file import is_single_file, load_parts, usual_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INDEX = "model_index.json"
+DENOISERS = ("unet", "transformer")  # what the part that denoises is called
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
 
 
@@ -46,13 +47,16 @@ def load_models(
     transformers.utils.logging.disable_progress_bar()
     if is_single_file(name):
         folder, family, options = _find_config(name, base_config)
+        file = [(Path(name).expanduser(), dtype)]
+        check_weights(name, file, "cpu" if cpu_offload else device)
         parts = load_parts(name, family, folder, dtype)
     else:
         folder, family, options = _find(name, revision, variant)
         weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
         parts = {}
         dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
-        check_weights(name, _weight_files(folder, variant, dtypes), device)
+        on_device = {part: kept for part, kept in dtypes.items() if not cpu_offload or part in DENOISERS}
+        check_weights(name, _weight_files(folder, variant, on_device), device)
         for part, kind in family.parts().items():
             parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
     models = family(name=name, options=options, **parts)

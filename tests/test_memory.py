@@ -11,7 +11,7 @@ from gsoft_diffusion.memory import check_weights, free_memory, running_out_expla
 
 def test_weights_are_counted_in_the_type_they_will_have(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(10, 10), "b": torch.zeros(5)}, path)
+    save_file({"a": torch.zeros(10, 10), "b": torch.zeros(5), "model_ema.a": torch.zeros(10, 10)}, path)
     monkeypatch.setattr(memory, "free_memory", lambda device: 210)
     check_weights("m", [(path, torch.bfloat16)], "cpu")
     with pytest.raises(UserError, match=r"not enough memory for m: its weights alone take 0\.00 GB"):

@@ -10,6 +10,7 @@ from conftest import PIXELS, TEXT_LENGTH, write_base
 from diffusers import DDIMScheduler
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from gsoft_diffusion import memory
 from gsoft_diffusion import models as models_module
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import load_models
@@ -211,6 +212,14 @@ class Elsewhere(torch.nn.Module):
     """A denoiser on a device that this machine does not have, or so it says."""
 
     device, dtype = torch.device("cuda:7"), torch.float32
+
+
+def test_with_offload_only_the_denoiser_must_fit_on_the_device(base, monkeypatch):
+    needed = (base / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
+    with pytest.raises(UserError, match="not enough memory"):
+        load_models(str(base))
+    load_models(str(base), cpu_offload=True)
 
 
 def test_parts_are_brought_to_the_denoiser_and_back(base, monkeypatch):

@@ -8,6 +8,7 @@ from conftest import write_base
 from safetensors.torch import load_file, save_file
 from tiny_families import write_sdxl
 
+from gsoft_diffusion import memory
 from gsoft_diffusion import models as models_module
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import load_models
@@ -42,6 +43,13 @@ def test_a_file_is_the_same_model_as_the_folder(checkpoint, dtype):
         assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items()), part
         assert not any(parameter.requires_grad for parameter in getattr(found, part).parameters())
     assert found.vae.dtype == torch.float32
+
+
+def test_a_file_that_does_not_fit_into_memory_is_refused(checkpoint, monkeypatch):
+    folder, file = checkpoint
+    monkeypatch.setattr(memory, "free_memory", lambda device: file.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"not enough memory for .*model\.safetensors"):
+        load_models(str(file), base_config=str(folder))
 
 
 def test_without_a_network_one_line_says_what_to_give(checkpoint, monkeypatch):
