@@ -69,6 +69,7 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
+        base_config=config.base_config,
         dtype=DTYPES[config.mixed_precision],
         device=encoders.clip.device,
     )

@@ -67,13 +67,18 @@ def make_package(run: Path, adapter: str) -> Path:
 
 def save_public(file: AdapterFile, path: Path) -> None:
     """Write an adapter again, its base model called by its name on the hub or, if it has none, without its folders."""
-    name = file.base_model.name
-    public = name if public_base(name)[0] else Path(name).name
-    training = {key: public if value == name else value for key, value in file.training.items()}
+    names = ("pretrained_model_name_or_path", "base_config")
+    training = {
+        key: _without_folders(value) if key in names and value else value for key, value in file.training.items()
+    }
     save_adapter(
         path,
         SimpleNamespace(config=file.config, state_dict=lambda: file.tensors),
-        base_model=replace(file.base_model, name=public),
+        base_model=replace(file.base_model, name=_without_folders(file.base_model.name)),
         training=training,
         prompts=file.prompts,
     )
+
+
+def _without_folders(model: str) -> str:
+    return model if public_base(model)[0] else Path(model).name

@@ -130,6 +130,7 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
+            base_config=config.base_config,
             dtype=DTYPES[config.mixed_precision],
             device=accelerator.device,
             cpu_offload=config.cpu_offload,

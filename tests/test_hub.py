@@ -35,6 +35,7 @@ def run(tmp_path) -> Path:
     base = BaseModelIdentity("/home/ann/models/tiny", fingerprint(unet, [text_encoder]))
     adapter = inject(AdapterConfig(nblocks=4), unet, [text_encoder])
     training = {"pretrained_model_name_or_path": "/home/ann/models/tiny", "seed": 1}
+    training["base_config"] = "/home/ann/models/config"
     save_adapter(folder / ADAPTER, adapter, base_model=base, training=training, prompts={"instance_prompt": "a dog"})
     sheet = "validation/step-000004.png"
     Image.new("RGB", (8, 8)).save(folder / sheet)
@@ -58,7 +59,7 @@ def test_the_published_adapter_is_the_same(run):
     _, file = load_adapter(make_package(run, ADAPTER) / ADAPTER, unet, [text_encoder])
     original = read_adapter(run / ADAPTER)
     assert file.base_model.name == "tiny"
-    assert file.training == {"pretrained_model_name_or_path": "tiny", "seed": 1}
+    assert file.training == {"pretrained_model_name_or_path": "tiny", "base_config": "config", "seed": 1}
     assert file.base_model.fingerprint == original.base_model.fingerprint
     assert all((file.tensors[name] == tensor).all() for name, tensor in original.tensors.items())
 

@@ -10,8 +10,10 @@ from tiny_families import write_sdxl
 
 from gsoft_diffusion import memory
 from gsoft_diffusion import models as models_module
+from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.training import train
 
 
 @pytest.fixture(scope="module", params=[write_base, write_sdxl], ids=["SD", "SDXL"])
@@ -85,6 +87,15 @@ def test_a_file_that_lacks_weights_is_refused(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"part\.safetensors") as caught:
         load_models(str(tmp_path / "part.safetensors"), base_config=str(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_training_takes_the_configuration_that_is_named(checkpoint, photos, tmp_path):
+    folder, file = checkpoint
+    model = {"pretrained_model_name_or_path": str(file), "base_config": str(folder)}
+    quick = {"max_train_steps": 1, "num_validation_images": 0, "report_to": "none", "adapter": AdapterConfig(nblocks=4)}
+    data = {"instance_data_dir": str(photos), "class_word": "dog", "output_dir": str(tmp_path / "out")}
+    assert train(TrainingConfig(**model, **quick, **data)).adapter.is_file()
 
 
 def test_a_file_of_other_sizes_is_refused(checkpoint, tmp_path):
