@@ -27,6 +27,7 @@ import torch
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import locked, sync_folder, whole_file
+from gsoft_diffusion.model_card import CARD
 
 SETTINGS, ADAPTER, STATE, SUMS = "settings.yaml", "adapter.safetensors", "state.pt", "SHA256SUMS"
 # May change when a run is resumed: they decide how long it goes on and what it reports, not how it learns.
@@ -58,7 +59,7 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
             stack.enter_context(locked(folder))
             for path in folder.glob(".checkpoint-*.tmp"):  # left by a run that was killed
                 shutil.rmtree(path)
-            for name in (SETTINGS, ADAPTER):
+            for name in (SETTINGS, ADAPTER, CARD):
                 for path in folder.glob(f".{name}.*.tmp"):
                     path.unlink()
         except BlockingIOError as error:

@@ -219,7 +219,7 @@ def test_what_a_killed_run_left_unfinished_is_cleared_away_and_nothing_else(conf
     folder = tmp_path / "run"
     (folder / ".checkpoint-3.tmp").mkdir(parents=True)
     (folder / ".checkpoint-3.tmp" / STATE).touch()
-    for name in (f".{ADAPTER}.12.tmp", f".{SETTINGS}.12.tmp", ".mine.tmp", "notes.tmp"):
+    for name in (f".{ADAPTER}.12.tmp", f".{SETTINGS}.12.tmp", ".README.md.12.tmp", ".mine.tmp", "notes.tmp"):
         (folder / name).touch()
     with output_folder(config):
         pass
