@@ -154,6 +154,7 @@ class Experiment(Settings):
                 "class_data_dir": str(class_images) if self.with_prior_preservation else None,
                 "seed": seed,
                 "learning_rate": learning_rate,
+                "text_encoder_lr": learning_rate if self.text_encoder else None,
                 "sampler": self.sampler.to_dict(),
                 "checkpointing_steps": self.curve_every if seed == 0 else 0,
                 "num_validation_images": 0,

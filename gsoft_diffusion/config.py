@@ -18,6 +18,7 @@ BUNDLED_BASE = "data/mini_base"  # found in the repository whatever the working 
 FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5}  # the paper's
 MINIATURE = {"max_train_steps": 250, "learning_rate": 2e-3}
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
+TEXT_ENCODER_SHARE = 0.1  # of the learning rate: trained as fast as the denoiser, scenes go first
 VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the background")
 
 
@@ -153,6 +154,7 @@ class TrainingConfig(Settings):
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
     cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they have nothing to do.
     learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 2e-3 on a miniature base.
+    text_encoder_lr: step size for the text encoders; by default a tenth of learning_rate, with prodigy the same.
     lr_scheduler: how the learning rate changes over the run.
     lr_warmup_steps: steps of linear rise at the start, for schedules other than constant, and for schedulefree.
     lr_num_cycles: restarts of cosine_with_restarts.
@@ -216,6 +218,7 @@ class TrainingConfig(Settings):
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
     learning_rate: float | None = None
+    text_encoder_lr: float | None = None
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
@@ -267,6 +270,10 @@ class TrainingConfig(Settings):
             raise UserError("--hub_model_id, --hub_token: are for --push_to_hub, which is off")
         if self.optimizer == "prodigy" and (self.learning_rate or 0) < 0.1:
             raise UserError("--optimizer prodigy finds the step size itself: give --learning_rate 1")
+        if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
+            raise UserError("--text_encoder_lr: --optimizer prodigy finds one step size for all; leave it out")
+        if self.text_encoder_lr is not None and not self.adapter.text_encoder:
+            raise UserError("--text_encoder_lr: the text encoder is not trained; leave it out")
         if self.optimizer == "schedulefree":
             if self.lr_scheduler != "constant":
                 raise UserError("--optimizer schedulefree needs no schedule: give --lr_scheduler constant")
@@ -311,6 +318,7 @@ _POSITIVE = (
     "train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "text_encoder_lr",
     "lr_num_cycles",
     "adam_epsilon",
     "snr_gamma",

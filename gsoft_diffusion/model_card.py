@@ -164,6 +164,7 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
         "gradient_accumulation_steps": "batches in a step",
         "optimizer": "optimizer",
         "learning_rate": "learning rate",
+        "text_encoder_lr": "learning rate of the text encoder",
         "lr_scheduler": "learning rate schedule",
         "resolution": "resolution",
         "with_prior_preservation": "prior preservation",

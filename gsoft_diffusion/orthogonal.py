@@ -11,12 +11,18 @@ even under autocast: rounded to half precision a block is no longer orthogonal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+# Measured on a CPU: docs/performance.md.
+LAPACK_SIDE = 10  # up to this side LAPACK is the faster one
+TOGETHER = 256  # matrices that go through the products at a time
+PRODUCTS_BELOW = 0.75  # bound of ‖K‖ above which the products are too many
 
 
 def free_numbers(size: int) -> int:
@@ -30,8 +36,8 @@ def skew_symmetric(free: Tensor, size: int) -> Tensor:
     free: `(…, b(b−1)/2)`; returns `(…, b, b)` of the same dtype.
     """
     row, column = torch.triu_indices(size, size, offset=1, device=free.device)
-    upper = free.new_zeros(*free.shape[:-1], size, size)
-    upper[..., row, column] = free
+    zeros = free.new_zeros(*free.shape[:-1], size * size)
+    upper = zeros.index_copy(-1, row * size + column, free).unflatten(-1, (size, size))
     return upper - upper.mT
 
 
@@ -43,10 +49,9 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, skew: Tensor) -> Tensor:
-        identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-        inverse = torch.linalg.inv_ex(identity - skew).inverse  # never singular: K has imaginary eigenvalues
+        inverse = resolvent(skew)
         ctx.save_for_backward(inverse)
-        return 2 * inverse - identity
+        return 2 * inverse - torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
 
     @staticmethod
     @once_differentiable
@@ -62,6 +67,42 @@ def cayley(skew: Tensor) -> Tensor:
     """
     with full_precision(skew):
         return _Cayley.apply(_at_least_float32(skew))
+
+
+def resolvent(skew: Tensor) -> Tensor:
+    """`(I − K)⁻¹` of every matrix in the batch, `(…, b, b)` in and out; it always exists, eigenvalues are imaginary.
+
+    LAPACK takes one matrix after the other, which is slow for the thousands of small ones of a model. On a CPU they go
+    through batched products instead, as many at a time as a core's cache holds.
+    """
+    size = skew.shape[-1]
+    if not skew.is_cpu or size <= LAPACK_SIDE:
+        return _resolvent_by_lapack(skew)
+    parts = skew.reshape(-1, size, size).split(TOGETHER)
+    return torch.cat([_resolvent_by_products(part) for part in parts]).reshape(skew.shape)
+
+
+def _resolvent_by_products(skew: Tensor) -> Tensor:
+    """`(I − K)⁻¹ = (I + K)(I + K²)(I + K⁴)…` for `‖K‖ < 1`, up to rounding; angles that need many factors: by LAPACK."""
+    bound = _norm_bound(skew)
+    if not bound < PRODUCTS_BELOW:
+        return _resolvent_by_lapack(skew)
+    power, inverse = skew, skew + torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    while bound**2 > torch.finfo(skew.dtype).eps / 8:
+        power = power @ power
+        inverse = torch.baddbmm(inverse, inverse, power)
+        bound = _norm_bound(power)
+    return inverse
+
+
+def _norm_bound(power: Tensor) -> float:
+    """At least every `‖Kⁱ‖` in the batch: singular values of skew matrices come in pairs, and so do those of powers."""
+    return torch.linalg.vector_norm(power, dim=(-2, -1)).max().item() / math.sqrt(2)
+
+
+def _resolvent_by_lapack(skew: Tensor) -> Tensor:
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.inv_ex(identity - skew).inverse
 
 
 def exponential(skew: Tensor) -> Tensor:

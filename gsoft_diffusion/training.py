@@ -40,7 +40,7 @@ from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TEXT_ENCODER_SHARE, TrainingConfig
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import whole_file
@@ -189,7 +189,12 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
     if config.adapter.text_encoder and not models.text_encoders:
         logger.warning("the text encoder of %s cannot be trained: it stays as it is", models.title)
         config = replace(config, adapter=replace(config.adapter, text_encoder=False))
-    return replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
+    config = replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
+    if config.text_encoder_lr is None and config.adapter.text_encoder:
+        assert config.learning_rate is not None
+        share = 1 if config.optimizer == "prodigy" else TEXT_ENCODER_SHARE
+        config = replace(config, text_encoder_lr=share * config.learning_rate)
+    return config
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -220,15 +225,19 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def make_optimizer(config: TrainingConfig, adapter: Adapter | BaselineAdapter) -> torch.optim.Optimizer:
-    """The optimizer over the adapter's parameters; weight decay leaves output scales, which are 1 at rest, alone.
+    """The optimizer over the adapter's parameters.
+
+    Weight decay leaves output scales, which are 1 at rest, alone. Text encoders have a learning rate of their own.
 
     Raises UserError with the name of the package if its library is missing.
     """
-    scales = [parameter for name, parameter in adapter.named_parameters() if name.endswith("output_scale")]
-    rotations = [parameter for name, parameter in adapter.named_parameters() if not name.endswith("output_scale")]
-    groups = [{"params": rotations, "weight_decay": config.adam_weight_decay}]
-    if scales:
-        groups.append({"params": scales, "weight_decay": 0.0})
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in adapter.named_parameters():
+        in_text_encoder, is_scale = name.startswith("text_encoder"), name.endswith("output_scale")
+        rate = config.text_encoder_lr if in_text_encoder else config.learning_rate
+        decay = 0.0 if is_scale else config.adam_weight_decay
+        group = groups.setdefault((in_text_encoder, is_scale), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
     module, name = {
         "adamw": ("torch.optim", "AdamW"),
         "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
@@ -244,9 +253,10 @@ def make_optimizer(config: TrainingConfig, adapter: Adapter | BaselineAdapter) -
     if config.optimizer == "schedulefree":
         options["warmup_steps"] = config.lr_warmup_steps
     if config.optimizer == "adamw":
-        options["fused"] = rotations[0].is_cpu  # hundreds of small tensors in one call; on a GPU PyTorch knows best
+        # Hundreds of small tensors in one call; on a GPU PyTorch knows best.
+        options["fused"] = next(adapter.parameters()).is_cpu
     assert config.learning_rate is not None, "with_model_defaults sets it"
-    return optimizer_class(groups, lr=config.learning_rate, **options)
+    return optimizer_class(list(groups.values()), lr=config.learning_rate, **options)
 
 
 class Run:

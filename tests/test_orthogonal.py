@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gsoft_diffusion.orthogonal import cayley, exponential, free_numbers, orthogonal_blocks, skew_symmetric
+from gsoft_diffusion.orthogonal import cayley, exponential, free_numbers, orthogonal_blocks, resolvent, skew_symmetric
 
 MAPS = ["cayley", "exp"]
 
@@ -31,6 +31,24 @@ def test_blocks_are_rotations(parametrization, size, norm):
     assert blocks.dtype == torch.float32
     assert (blocks.mT @ blocks - torch.eye(size)).abs().max() < 1e-5
     assert (torch.linalg.det(blocks) > 0).all()  # no reflections
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [0.0, 1e-5, 0.1, 0.5, 0.7, 0.9, 3.0])  # products for small angles, LAPACK for large
+@pytest.mark.parametrize("size", [3, 11, 32])
+def test_resolvent_is_the_inverse(size, norm, dtype):
+    skew = skew_symmetric(random_free(300, free_numbers(size), dtype=torch.float64), size)
+    skew *= norm / torch.linalg.matrix_norm(skew, ord=2).max()
+    made = resolvent(skew.to(dtype))
+    exact = torch.linalg.inv(torch.eye(size, dtype=torch.float64) - skew.to(dtype).double())
+    assert made.dtype == dtype
+    assert (made.double() - exact).abs().max() < 16 * torch.finfo(dtype).eps
+
+
+def test_resolvent_passes_on_what_is_not_a_number():
+    skew = torch.zeros(2, 32, 32)
+    skew[1, 0, 1] = torch.nan
+    assert resolvent(skew).isnan().any()
 
 
 @pytest.mark.parametrize("parametrization", MAPS)

@@ -82,7 +82,7 @@ def test_a_run_leaves_an_adapter_that_loads_and_its_settings(config):
     assert file.training["sampler"]["scheduler"] == "DDIMScheduler"
     assert file.training["resolution"] == 32
     settings = TrainingConfig.from_dict(read_yaml(folder / "settings.yaml"))
-    assert settings == replace(config, resolution=32, sampler=settings.sampler).resolved()
+    assert settings == replace(config, resolution=32, text_encoder_lr=1e-3, sampler=settings.sampler).resolved()
 
 
 def test_an_adapter_does_not_tell_where_the_photos_were(config):
@@ -332,6 +332,22 @@ def test_weight_decay_leaves_scales_alone(config):
     assert len(decay) == len(list(adapter.parameters()))
     for name, parameter in adapter.named_parameters():
         assert decay[id(parameter)] == (0.0 if name.endswith("output_scale") else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer", "expected"),
+    [(None, "adamw", 0.1), (0.25, "adamw", 0.25), (None, "prodigy", 1.0)],
+)
+def test_text_encoders_have_a_learning_rate_of_their_own(config, given, optimizer, expected):
+    pytest.importorskip("prodigyopt")
+    models = load_models(config.pretrained_model_name_or_path)
+    config = replace(config, learning_rate=1.0, text_encoder_lr=given, optimizer=optimizer)
+    config = training.with_model_defaults(config, models)
+    adapter = training.inject(config.adapter, models.unet, [models.text_encoder])
+    made = training.make_optimizer(config, adapter)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    for name, parameter in adapter.named_parameters():
+        assert rates[id(parameter)] == (expected if name.startswith("text_encoder") else 1.0)
 
 
 @pytest.mark.parametrize(
