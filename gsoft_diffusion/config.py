@@ -18,7 +18,7 @@ BUNDLED_BASE = "data/mini_base"  # found in the repository whatever the working 
 FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5}  # the paper's
 MINIATURE = {"max_train_steps": 250, "learning_rate": 2e-3}
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
-TEXT_ENCODER_SHARE = 0.1  # of the learning rate: trained as fast as the denoiser, scenes go first
+TEXT_ENCODER_SLOWER = 10  # times than the denoiser; trained as fast, it forgets scenes before the subject is learned
 VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the background")
 
 

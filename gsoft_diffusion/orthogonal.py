@@ -83,7 +83,7 @@ def resolvent(skew: Tensor) -> Tensor:
 
 
 def _resolvent_by_products(skew: Tensor) -> Tensor:
-    """`(I − K)⁻¹ = (I + K)(I + K²)(I + K⁴)…` for `‖K‖ < 1`, up to rounding; angles that need many factors: by LAPACK."""
+    """`(I − K)⁻¹ = (I + K)(I + K²)(I + K⁴)…` for `‖K‖ < 1`, up to rounding; by LAPACK where that takes many."""
     bound = _norm_bound(skew)
     if not bound < PRODUCTS_BELOW:
         return _resolvent_by_lapack(skew)

@@ -40,7 +40,7 @@ from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TEXT_ENCODER_SHARE, TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TEXT_ENCODER_SLOWER, TrainingConfig
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import whole_file
@@ -192,8 +192,8 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
     config = replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
     if config.text_encoder_lr is None and config.adapter.text_encoder:
         assert config.learning_rate is not None
-        share = 1 if config.optimizer == "prodigy" else TEXT_ENCODER_SHARE
-        config = replace(config, text_encoder_lr=share * config.learning_rate)
+        slower = 1 if config.optimizer == "prodigy" else TEXT_ENCODER_SLOWER
+        config = replace(config, text_encoder_lr=config.learning_rate / slower)
     return config
 
 
