@@ -355,6 +355,7 @@ class GenerationConfig(Settings):
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations.
+    cpu_offload: keep VAE and text encoders in main memory while they have nothing to do; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default the fastest there is.
     """
 
@@ -376,6 +377,7 @@ class GenerationConfig(Settings):
     compare: bool = False
     pretrained_model_name_or_path: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    cpu_offload: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:

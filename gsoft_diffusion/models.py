@@ -78,6 +78,7 @@ def load_base(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    cpu_offload: bool = False,
 ) -> Models:
     """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`."""
     names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
@@ -88,6 +89,7 @@ def load_base(
         **versions,
         dtype=dtype,
         device=device,
+        cpu_offload=cpu_offload,
     )
 
 
