@@ -152,6 +152,7 @@ class TrainingConfig(Settings):
     gradient_accumulation_steps: batches in one optimizer step.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
     cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they have nothing to do.
+    quantize_base: keep what no adapter can be on, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
     learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 2e-3 on a miniature base.
     lr_scheduler: how the learning rate changes over the run.
     lr_warmup_steps: steps of linear rise at the start, for schedules other than constant, and for schedulefree.
@@ -215,6 +216,7 @@ class TrainingConfig(Settings):
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
+    quantize_base: Literal["nf4"] | None = None
     learning_rate: float | None = None
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
