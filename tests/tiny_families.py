@@ -182,7 +182,7 @@ def write_sd3(folder: Path) -> Path:
     return write_parts(folder, "StableDiffusion3Pipeline", parts)
 
 
-def write_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
+def write_flux(folder: Path, *, guidance_embeds: bool = True, num_single_layers: int = 2) -> Path:
     """As dev: told its guidance, timesteps shifted by the picture's size. As schnell without guidance."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
@@ -195,7 +195,7 @@ def write_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
         "transformer": FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
-            num_single_layers=2,
+            num_single_layers=num_single_layers,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=32,
