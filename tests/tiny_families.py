@@ -153,7 +153,10 @@ def tiny_t5(vocabulary: int, width: int) -> T5EncoderModel:
 
 
 def write_sd3(folder: Path) -> Path:
-    """As 3.5 medium: normalised queries, dual attention in the first block; 16 latent channels with a shift."""
+    """As 3.5 medium: normalised queries, dual attention in the first block; 16 latent channels with a shift.
+
+    The first text encoder's projection is the identity, which is what diffusers takes for it in any single file.
+    """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
@@ -179,6 +182,7 @@ def write_sd3(folder: Path) -> Path:
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
+    torch.nn.init.eye_(parts["text_encoder"].text_projection.weight)
     return write_parts(folder, "StableDiffusion3Pipeline", parts)
 
 
