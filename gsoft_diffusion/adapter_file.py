@@ -28,6 +28,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.injection import ATTENTIONS, Adapter, clip_attention_layers, expected_shapes, inject
 from gsoft_diffusion.projection import at_strength, parameter_shapes
+from gsoft_diffusion.quantization import numbers_in
 from gsoft_diffusion.settings import Settings
 
 FORMAT_KEY, FORMAT_VERSION = "gsoft_diffusion_adapter", "1"
@@ -178,9 +179,7 @@ def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str
 
     For models with or without an adapter, but not with a merged one.
     """
-    architecture: list[Any] = [
-        sum(parameter.numel() for parameter in model.parameters()) for model in (unet, *text_encoders)
-    ]
+    architecture: list[Any] = [sum(map(numbers_in, model.parameters())) for model in (unet, *text_encoders)]
     weights: list[Tensor] = []
     for model in (unet, *text_encoders):
         for module in model.modules():

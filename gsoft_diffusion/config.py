@@ -153,6 +153,7 @@ class TrainingConfig(Settings):
     gradient_accumulation_steps: batches in one optimizer step.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
     cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they have nothing to do.
+    quantize_base: keep what no adapter can be on, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
     learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 2e-3 on a miniature base.
     text_encoder_lr: step size for the text encoders; by default a tenth of learning_rate, with prodigy the same.
     lr_scheduler: how the learning rate changes over the run.
@@ -217,6 +218,7 @@ class TrainingConfig(Settings):
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
+    quantize_base: Literal["nf4"] | None = None
     learning_rate: float | None = None
     text_encoder_lr: float | None = None
     lr_scheduler: Literal[
@@ -363,6 +365,7 @@ class GenerationConfig(Settings):
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations.
+    cpu_offload: keep VAE and text encoders in main memory while they have nothing to do; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default the fastest there is.
     """
 
@@ -384,6 +387,7 @@ class GenerationConfig(Settings):
     compare: bool = False
     pretrained_model_name_or_path: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    cpu_offload: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:

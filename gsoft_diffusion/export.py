@@ -56,7 +56,7 @@ def export(config: ExportConfig) -> Path:
     if config.is_lora:
         metadata = kohya_metadata(models, rank) if config.format == "kohya_lora" else {}
         layers = lora_layers(stack, config.strengths, rank, dtype)
-        tensors = kohya_tensors(layers, models.kohya_name) if metadata else diffusers_tensors(layers)
+        tensors = kohya_tensors(layers, models.kohya_place) if metadata else diffusers_tensors(layers)
         write_tensors(target, rounded(tensors, dtype), origin | metadata)
         write_report(report, layers)
         worst = max(layers, key=lambda layer: layer.error)

@@ -111,7 +111,7 @@ def _to_images(pixels: Tensor) -> list[Image.Image]:
 # What inference.py does
 
 
-@running_out_explained("use a smaller --batch_size or smaller pictures, or --mixed_precision bf16")
+@running_out_explained("use a smaller --batch_size or smaller pictures, --cpu_offload, or --mixed_precision bf16")
 def draw(config: GenerationConfig) -> list[Path]:
     """Draw `num_images` pictures for each prompt with adapters, each into a PNG, and contact sheets of them all.
 
@@ -126,11 +126,13 @@ def draw(config: GenerationConfig) -> list[Path]:
         config.pretrained_model_name_or_path,
         dtype=DTYPES[config.mixed_precision],
         device=config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
+        cpu_offload=config.cpu_offload,
     )
     stack = AdapterStack(models.denoiser, models.text_encoders)
-    for path in config.adapter:
-        stack.load(path, path)
-    stack.use(config.strengths)
+    with models.brought(*models.text_encoders):  # elsewhere their weights would be rounded otherwise
+        for path in config.adapter:
+            stack.load(path, path)
+        stack.use(config.strengths)
     resolution = resolution or models.resolution
     width, height = config.width or resolution, config.height or resolution
     sampler = replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__)
@@ -162,8 +164,8 @@ def draw(config: GenerationConfig) -> list[Path]:
 
     columns = {"adapter": draw_jobs("adapter")}
     if config.compare:
-        with stack.disabled():
-            columns["base"] = draw_jobs("base")
+        stack.use({})
+        columns["base"] = draw_jobs("base")
     names = (runs[path] + (f" × {strength:g}" if strength != 1 else "") for path, strength in config.strengths.items())
     title = (
         f"{', '.join(names)}: {sampler.scheduler}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -86,16 +87,22 @@ def diffusers_tensors(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
     return tensors
 
 
-def kohya_tensors(layers: Sequence[LoraLayer], name_of: Callable[[str], str]) -> dict[str, Tensor]:
+def kohya_tensors(layers: Sequence[LoraLayer], place_of: Callable[[str], tuple[str, int]]) -> dict[str, Tensor]:
     """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here.
 
-    name_of: what it calls a module of the diffusers pipeline.
+    place_of: what it calls a module of the diffusers pipeline, and how many rows are below it in a matrix that modules
+    share. Modules of one name share such a matrix, from the top in the order of `layers`: their downs are stacked, and
+    their ups are the blocks of a block-diagonal up, which therefore has the sum of their ranks.
     """
-    tensors: dict[str, Tensor] = {}
+    shared: dict[tuple[str, int], list[LoraLayer]] = defaultdict(list)
     for layer in layers:
-        prefix = name_of(module_path(layer.name))
-        tensors |= {f"{prefix}.lora_down.weight": layer.down, f"{prefix}.lora_up.weight": layer.up}
-        tensors[f"{prefix}.alpha"] = torch.tensor(float(len(layer.down)))
+        shared[place_of(module_path(layer.name))].append(layer)
+    tensors: dict[str, Tensor] = {}
+    for (name, rows_below), parts in shared.items():
+        down = torch.cat([part.down for part in parts])
+        up = F.pad(torch.block_diag(*(part.up for part in parts)), (0, 0, 0, rows_below))
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return tensors
 
 

@@ -18,6 +18,7 @@ from gsoft_diffusion.adapter_file import AdapterFile
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models, find_family
 from gsoft_diffusion.memory import check_weights
+from gsoft_diffusion.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.schedulers import scheduler_class
 from gsoft_diffusion.single_file import is_single_file, load_parts, usual_config
 
@@ -36,36 +37,44 @@ def load_models(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     cpu_offload: bool = False,
+    quantize_base: str | None = None,
 ) -> Models:
     """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
 
     cpu_offload: put only the denoiser on `device`; the other parts are brought there when they have something to do.
+    quantize_base: bitsandbytes' name of a 4-bit type, for what no adapter can be on; see `quantization`.
     base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
 
     Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train.
     """
     transformers.utils.logging.disable_progress_bar()
+    if quantize_base:
+        require_bitsandbytes()
     if is_single_file(name):
         folder, family, options = _find_config(name, base_config)
         file = [(Path(name).expanduser(), dtype)]
-        check_weights(name, file, "cpu" if cpu_offload else device)
+        check_weights(name, file, "cpu" if cpu_offload or quantize_base else device)
         parts = load_parts(name, family, folder, dtype)
     else:
         folder, family, options = _find(name, revision, variant)
         weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
         parts = {}
         dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
-        on_device = {part: kept for part, kept in dtypes.items() if not cpu_offload or part in DENOISERS}
-        check_weights(name, _weight_files(folder, variant, on_device), device)
+        counted = {part: kept for part, kept in dtypes.items() if not cpu_offload or part in DENOISERS}
+        check_weights(name, _weight_files(folder, variant, counted), "cpu" if quantize_base else device)
         for part, kind in family.parts().items():
             parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
     models = family(name=name, options=options, **parts)
     models.check()
+    untrained = [reader for reader in models.readers() if reader not in models.text_encoders]
     for model in parts.values():
         if isinstance(model, nn.Module):
             try:
                 model.requires_grad_(False)
-                if model is models.denoiser or not cpu_offload:
+                on_device = model is models.denoiser or not cpu_offload
+                if quantize_base and (model is models.denoiser or model in untrained):
+                    quantize(model, quantize_base, device if on_device else "cpu")
+                if on_device:
                     model.to(device)
             except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
                 raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
@@ -78,6 +87,7 @@ def load_base(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    cpu_offload: bool = False,
 ) -> Models:
     """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`."""
     names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
@@ -88,6 +98,7 @@ def load_base(
         **versions,
         dtype=dtype,
         device=device,
+        cpu_offload=cpu_offload,
     )
 
 

@@ -1,10 +1,11 @@
 """The names that Stable Diffusion's original checkpoints, whole models in one file, give to diffusers' weights.
 
-    model.diffusion_model.…          UNet: latent-diffusion's blocks, counted through all resolutions
+    model.diffusion_model.…          UNet: latent-diffusion's blocks, counted through all resolutions; transformer of 3
     first_stage_model.…              VAE
     cond_stage_model.transformer.…   text encoder of 1.x: OpenAI's CLIP, as transformers names it
     cond_stage_model.model.…         text encoder of 2.x: OpenCLIP, with query, key and value in one matrix
     conditioner.embedders.0.…, .1.…  text encoders of XL: one of each of these kinds
+    text_encoders.clip_l.…           text encoders of 3, with clip_g and t5xxl: as transformers names them
 
 Derived from the models' structure, so that it holds for any number of blocks and layers.
 """
@@ -14,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from gsoft_diffusion.errors import UserError
 
@@ -43,6 +44,28 @@ OPEN_CLIP_LAYERS = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
+}
+JOINT_LAYERS = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+JOINT_ATTENTION = {  # query, key and value, in one matrix in the original
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 
 
@@ -72,6 +95,32 @@ def original_layout_xl(
         | {f"conditioner.embedders.1.{name}": tensor for name, tensor in open_clip_tensors(text_encoder_2).items()}
     )
     return tensors | ({"v_pred": torch.empty(0)} if v_prediction else {})
+
+
+def original_layout_3(
+    transformer: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    clip_l: CLIPTextModelWithProjection,
+    clip_g: CLIPTextModelWithProjection,
+    t5xxl: T5EncoderModel,
+) -> dict[str, Tensor]:
+    """The same for Stable Diffusion 3 and 3.5. UserError if CLIP-L has a projection, where readers put the identity."""
+    projection = clip_l.text_projection.weight
+    if not torch.equal(projection, torch.eye(*projection.shape, dtype=projection.dtype)):
+        raise UserError(
+            "--format checkpoint: text_encoder.text_projection is not the identity, and a single file of Stable "
+            "Diffusion 3 has no place for it; choose --format diffusers"
+        )
+    text = {f"clip_l.transformer.{name}": tensor for name, tensor in clip_l.state_dict().items()}
+    text |= {f"clip_g.transformer.{name}": tensor for name, tensor in clip_g.state_dict().items()}
+    text |= {f"t5xxl.transformer.{name}": tensor for name, tensor in t5xxl.state_dict().items()}
+    embedding = "t5xxl.transformer.encoder.embed_tokens.weight"  # `shared` again: diffusers asks for both
+    text[embedding] = text[embedding].clone()  # one file cannot hold one tensor twice
+    return (
+        {f"model.diffusion_model.{name}": tensor for name, tensor in joint_transformer_tensors(transformer).items()}
+        | {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(vae).items()}
+        | {f"text_encoders.{name}": tensor for name, tensor in text.items()}
+    )
 
 
 def is_open_clip(text_encoder: CLIPTextModel) -> bool:
@@ -126,6 +175,34 @@ def _unet_blocks(unet: UNet2DConditionModel) -> dict[str, str]:
         place = 2 if hasattr(block, "attentions") else 1  # the last of what the level's last output block holds
         blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count - 1}.{place}.conv"
     return blocks
+
+
+def joint_transformer_tensors(transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
+    blocks = {
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "context_embedder": "context_embedder",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+    }
+    tensors = transformer.state_dict()
+    renamed = {"pos_embed": tensors.pop("pos_embed.pos_embed")}
+    last = len(transformer.transformer_blocks) - 1
+    for kind in ("weight", "bias"):
+        for name in (f"norm_out.linear.{kind}", f"transformer_blocks.{last}.norm1_context.linear.{kind}"):
+            tensors[name] = torch.cat(tensors[name].chunk(2)[::-1])  # scale and shift, the other way round
+        for block in range(last + 1):
+            for original, parts in JOINT_ATTENTION.items():
+                names = [f"transformer_blocks.{block}.{part}.{kind}" for part in parts]
+                if names[0] in tensors:
+                    renamed[f"joint_blocks.{block}.{original}.{kind}"] = torch.cat(
+                        [tensors.pop(name) for name in names]
+                    )
+    blocks |= {f"transformer_blocks.{block}": f"joint_blocks.{block}" for block in range(last + 1)}
+    return renamed | {_rename(name, blocks, JOINT_LAYERS): tensor for name, tensor in tensors.items()}
 
 
 def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:

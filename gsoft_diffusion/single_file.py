@@ -60,4 +60,5 @@ def load_parts(name: str, family: type[Models], config: Path, dtype: torch.dtype
             missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
             if missing:
                 raise UserError(f"{name} has no weights for {part}.{missing[0]}: it must be a whole model")
+            model.eval()  # diffusers leaves T5 with dropout
     return parts

@@ -134,6 +134,7 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
             dtype=DTYPES[config.mixed_precision],
             device=accelerator.device,
             cpu_offload=config.cpu_offload,
+            quantize_base=config.quantize_base,
         )
         config = with_model_defaults(config, models)
         state = checkpoints.read_state(checkpoint) if checkpoint else None

@@ -16,6 +16,7 @@ from conftest import write_base
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_families import write_sd3
 from tiny_models import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -237,6 +238,17 @@ def test_original_names_are_the_published_ones(base, tmp_path):
     assert tensors["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"].shape == (96, 32)
     first = load_models(str(base))
     assert original_layout(first.unet, first.vae, first.text_encoder).keys() >= CLIP
+
+
+def test_a_projection_that_a_single_file_cannot_hold_is_refused(tmp_path):
+    models = load_models(str(write_sd3(tmp_path / "base")))
+    names = models.original_layout().keys()
+    assert sum(name.startswith("text_encoders.t5xxl.transformer.") for name in names) == len(
+        models.text_encoder_3.state_dict()
+    )
+    models.text_encoder.text_projection.weight[0, 1] = 0.1
+    with pytest.raises(UserError, match=r"text_projection is not the identity.*--format diffusers"):
+        models.original_layout()
 
 
 def test_what_has_no_place_in_the_original_layout_is_named(base):

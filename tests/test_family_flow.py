@@ -19,7 +19,8 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Flux, Flux2Klein, StableDiffusion3, whole_view
 from gsoft_diffusion.families.flux import pack, unpack
 from gsoft_diffusion.generation import generate
-from gsoft_diffusion.injection import inject
+from gsoft_diffusion.injection import find_attentions, find_linears, inject
+from gsoft_diffusion.lora import LoraLayer, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.models import load_models
 
 FAMILIES = (StableDiffusion3, Flux, Flux2Klein)
@@ -149,6 +150,33 @@ def test_packing_is_that_of_the_pipeline():
     packed = pack(latents)
     assert torch.equal(packed, diffusers.FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
     assert torch.equal(unpack(packed, 6, 8), latents)
+
+
+@pytest.mark.parametrize("rank", [4, 3])
+def test_kohya_loras_of_flux_are_read_in_the_published_width(rank):
+    """By diffusers' converter, which knows that width only: every layer's change comes back, and no other's."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    models = object.__new__(Flux)
+    models.transformer = transformer
+    generator = torch.Generator().manual_seed(0)
+    layers = [
+        LoraLayer(name, *(torch.randn(shape, generator=generator) for shape in ((3072, rank), (rank, 3072))), 1, 1, 0)
+        for name in find_linears(find_attentions(transformer), {})
+    ]
+    tensors = kohya_tensors(layers, models.kohya_place)
+    assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 3072, 3 * rank)
+    assert tensors["lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight"].shape == (3 * rank, 3072)
+    read, wanted = diffusers.FluxPipeline.lora_state_dict(tensors), diffusers_tensors(layers)
+    modules = {name.removesuffix(".lora_A.weight") for name in read if name.endswith(".lora_A.weight")}
+    rest = "transformer.single_transformer_blocks.0.proj_mlp"
+    assert modules == {name.removesuffix(".lora_A.weight") for name in wanted if "lora_A" in name} | {rest}
+    probe = torch.randn(3072, 2, generator=generator)
+    for module in modules - {rest}:
+        down, up = (read[f"{module}.lora_{side}.weight"] for side in "AB")
+        wanted_down, wanted_up = (wanted[f"{module}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(up @ (down @ probe), wanted_up @ (wanted_down @ probe), rtol=1e-4, atol=1e-2)
+    assert not read[f"{rest}.lora_B.weight"].any()
 
 
 # The published models, on their configurations without weights: the transformer/config.json of each on the hub, where

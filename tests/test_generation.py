@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
@@ -11,13 +12,14 @@ import torch
 from PIL import Image
 from tiny_models import randomise
 
+from gsoft_diffusion import models as models_module
 from gsoft_diffusion.adapter_file import save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import Sample, _with_names, draw, generate, sheet_rows
 from gsoft_diffusion.injection import inject
-from gsoft_diffusion.models import load_models
+from gsoft_diffusion.models import Models, load_models
 from gsoft_diffusion.pictures import METADATA_KEY
 
 FEW_STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
@@ -252,6 +254,43 @@ def test_draw_beside_the_base_model(adapter_file, base):
         assert metadata["model"] == "base"
         assert np.abs(base_picture - expected[seed]).max() <= 1
         assert np.abs(pictures[f"{seed:04d}_seed{seed}_a-sks-dog.png"][0] - expected[seed]).max() > 1
+
+
+def test_offloading_draws_the_same_pictures(adapter_file, tmp_path, monkeypatch):
+    """With the weights made where the denoiser is, as without it: elsewhere they would be rounded otherwise."""
+    brought, merged, loaded = Models.brought, AdapterStack.use, []
+    here: list[torch.nn.Module] = []
+
+    @contextmanager
+    def watched(models, *parts):
+        with brought(models, *parts):
+            here.extend(parts)
+            yield
+            here.clear()
+
+    def merge(stack, strengths):
+        if strengths:
+            assert {type(part).__name__ for part in here} == {"CLIPTextModel"}
+        merged(stack, strengths)
+
+    def load(*arguments, **options):
+        loaded.append(options["cpu_offload"])
+        return load_models(*arguments, **options)
+
+    monkeypatch.setattr(Models, "brought", watched)
+    monkeypatch.setattr(AdapterStack, "use", merge)
+    monkeypatch.setattr(models_module, "load_models", load)
+    config = GenerationConfig((str(adapter_file),), prompts=("a sks dog",), num_images=2, compare=True)
+    drawn = []
+    for offload in (False, True):
+        folder = tmp_path / str(offload)
+        draw(replace(config, cpu_offload=offload, output_dir=str(folder)))
+        drawn.append({name: picture for name, (picture, _) in pictures_in(folder).items()})
+    assert loaded == [False, True]
+    plain, offloaded = drawn
+    assert len(plain) == 4
+    assert plain.keys() == offloaded.keys()
+    assert all(np.array_equal(plain[name], offloaded[name]) for name in plain)
 
 
 def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):

@@ -43,6 +43,8 @@ def test_without_flags_the_defaults_hold():
         (["--nblocks", "4", "--one_sided"], "adapter", AdapterConfig(nblocks=4, double=False)),
         (["--nblocks", "4", "--no_output_scale"], "adapter", AdapterConfig(nblocks=4, output_scale=False)),
         (["--nblocks", "4", "--no_train_text_encoder"], "adapter", AdapterConfig(nblocks=4, text_encoder=False)),
+        (["--quantize_base", "nf4"], "quantize_base", "nf4"),
+        (["--quantize_base", "none"], "quantize_base", None),
         (["--guidance_scale", "2"], "sampler", SamplerConfig(guidance_scale=2.0)),
     ],
 )

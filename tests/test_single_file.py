@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import write_base
 from safetensors.torch import load_file, save_file
-from tiny_families import write_sdxl
+from tiny_families import write_sd3, write_sdxl
 
 from gsoft_diffusion import memory
 from gsoft_diffusion import models as models_module
@@ -16,7 +16,7 @@ from gsoft_diffusion.models import load_models
 from gsoft_diffusion.training import train
 
 
-@pytest.fixture(scope="module", params=[write_base, write_sdxl], ids=["SD", "SDXL"])
+@pytest.fixture(scope="module", params=[write_base, write_sdxl, write_sd3], ids=["SD", "SDXL", "SD3"])
 def checkpoint(request, tmp_path_factory) -> tuple[Path, Path]:
     """A diffusers folder and the same weights in one file."""
     place = tmp_path_factory.mktemp("single")
@@ -32,18 +32,15 @@ def test_a_file_is_the_same_model_as_the_folder(checkpoint, dtype):
     expected, found = (load_models(str(path), base_config=str(folder), dtype=dtype) for path in (folder, file))
     assert type(found) is type(expected)
     assert found.options == expected.options
-    assert found.scheduler.config.prediction_type == expected.scheduler.config.prediction_type
+    assert found.noise_scheduler().config.prediction_type == expected.noise_scheduler().config.prediction_type
     assert found.identity().fingerprint == expected.identity().fingerprint
-    for part in (
-        "unet",
-        "vae",
-        *(f"text_encoder{end}" for end in ("", "_2") if hasattr(expected, f"text_encoder{end}")),
-    ):
+    for part in (name for name, kind in expected.parts().items() if issubclass(kind, torch.nn.Module)):
         wanted = getattr(expected, part).state_dict()
         weights = getattr(found, part).state_dict()
         assert weights.keys() == wanted.keys()
         assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items()), part
         assert not any(parameter.requires_grad for parameter in getattr(found, part).parameters())
+        assert not getattr(found, part).training, part
     assert found.vae.dtype == torch.float32
 
 
@@ -81,7 +78,7 @@ def test_the_usual_configuration_is_asked_for_without_weights(checkpoint, monkey
 def test_a_file_that_lacks_weights_is_refused(checkpoint, tmp_path):
     folder, file = checkpoint
     weights = load_file(file)
-    name = next(name for name in weights if name.startswith("model.diffusion_model.middle_block"))
+    name = next(name for name in weights if ".middle_block." in name or ".joint_blocks.1." in name)
     del weights[name]
     save_file(weights, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match=r"part\.safetensors") as caught:
@@ -101,7 +98,8 @@ def test_training_takes_the_configuration_that_is_named(checkpoint, photos, tmp_
 def test_a_file_of_other_sizes_is_refused(checkpoint, tmp_path):
     folder, file = checkpoint
     weights = load_file(file)
-    weights["model.diffusion_model.out.2.weight"] = torch.zeros(4, 5, 3, 3)
+    name = next(name for name in weights if name.endswith((".out.2.weight", ".final_layer.linear.weight")))
+    weights[name] = torch.cat([weights[name], weights[name]], dim=1)
     save_file(weights, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"cannot load .*odd\.safetensors"):
         load_models(str(tmp_path / "odd.safetensors"), base_config=str(folder))

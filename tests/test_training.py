@@ -383,6 +383,7 @@ def test_settings_that_cannot_work_leave_nothing_behind(config, changes, message
                 {"optimizer": "prodigy", "learning_rate": 1.0},
                 {"mixed_precision": "bf16"},
                 {"cache_latents": False},
+                {"quantize_base": "nf4"},
                 {"aspect_buckets": True, "with_prior_preservation": True, "num_class_images": 3},
             )
         ),
@@ -390,6 +391,8 @@ def test_settings_that_cannot_work_leave_nothing_behind(config, changes, message
     ids=str,
 )
 def test_resuming_is_exact(config, changes):
+    if "quantize_base" in changes:
+        pytest.importorskip("bitsandbytes")
     if (library := {"prodigy": "prodigyopt", "schedulefree": "schedulefree"}.get(changes.get("optimizer"))) is not None:
         pytest.importorskip(library)
     config = replace(config, num_validation_images=1, **changes)

@@ -153,7 +153,10 @@ def tiny_t5(vocabulary: int, width: int) -> T5EncoderModel:
 
 
 def write_sd3(folder: Path) -> Path:
-    """As 3.5 medium: normalised queries, dual attention in the first block; 16 latent channels with a shift."""
+    """As 3.5 medium: normalised queries, dual attention in the first block; 16 latent channels with a shift.
+
+    The first text encoder's projection is the identity, which is what diffusers takes for it in any single file.
+    """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
@@ -179,10 +182,11 @@ def write_sd3(folder: Path) -> Path:
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
+    torch.nn.init.eye_(parts["text_encoder"].text_projection.weight)
     return write_parts(folder, "StableDiffusion3Pipeline", parts)
 
 
-def write_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
+def write_flux(folder: Path, *, guidance_embeds: bool = True, num_single_layers: int = 2) -> Path:
     """As dev: told its guidance, timesteps shifted by the picture's size. As schnell without guidance."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
@@ -195,7 +199,7 @@ def write_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
         "transformer": FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
-            num_single_layers=2,
+            num_single_layers=num_single_layers,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=32,

@@ -133,8 +133,12 @@ class Models(ABC):
         """What web UIs read to tell which base model a LoRA in kohya's format is for. UserError if there is none."""
         raise UserError(f"--format kohya_lora: not known for {self.title}; use --format diffusers_lora")
 
-    def kohya_name(self, module: str) -> str:
-        """What kohya's LoRAs call a module of the diffusers pipeline, such as `unet.mid_block.….to_q`."""
+    def kohya_place(self, module: str) -> tuple[str, int]:
+        """What kohya's LoRAs call a module of the diffusers pipeline, such as `unet.mid_block.….to_q`.
+
+        Modules that share a matrix there, one below the other, have its name; with it comes how many of its rows are
+        below all that an adapter may be on.
+        """
         raise NotImplementedError
 
     def encode_negative(self, prompt: str) -> Conditioning:

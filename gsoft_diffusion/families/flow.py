@@ -62,6 +62,19 @@ class FlowModels(Models):
         return None
 
 
+# What the original calls the joint attention's projections; where query, key and value share a matrix, in this order.
+ORIGINAL_ATTENTION = {
+    "to_q": "img_attn_qkv",
+    "to_k": "img_attn_qkv",
+    "to_v": "img_attn_qkv",
+    "to_out.0": "img_attn_proj",
+    "add_q_proj": "txt_attn_qkv",
+    "add_k_proj": "txt_attn_qkv",
+    "add_v_proj": "txt_attn_qkv",
+    "to_add_out": "txt_attn_proj",
+}
+
+
 class FluxModels(FlowModels):
     """What FLUX.1 and FLUX.2 have in common, and no checkpoint says: it is as in diffusers' pipelines."""
 
@@ -71,6 +84,11 @@ class FluxModels(FlowModels):
 
     def sigmas(self, num_inference_steps: int) -> np.ndarray:
         return np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+
+    def kohya_place(self, module: str) -> tuple[str, int]:
+        """As in the original: `transformer.transformer_blocks.0.attn.to_q` is in `double_blocks_0_img_attn_qkv`."""
+        block, _, layer = module.removeprefix("transformer.transformer_blocks.").partition(".attn.")
+        return f"lora_unet_double_blocks_{block}_{ORIGINAL_ATTENTION[layer]}", 0
 
 
 @torch.no_grad()

@@ -83,6 +83,20 @@ class Flux(FluxModels):
         ).sample
         return unpack(packed, height, width).float()
 
+    def kohya_metadata(self) -> dict[str, str]:
+        return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
+
+    def kohya_place(self, module: str) -> tuple[str, int]:
+        """Single-stream blocks have query, key, value and half of the feed-forward layer in one matrix."""
+        part, _, path = module.partition(".")
+        if part == "text_encoder":
+            return f"lora_te1_{path.replace('.', '_')}", 0
+        if path.startswith("single_transformer_blocks."):
+            block = path.split(".")[1]
+            rows = self.transformer.single_transformer_blocks[int(block)].proj_mlp.out_features
+            return f"lora_unet_single_blocks_{block}_linear1", rows
+        return super().kohya_place(module)
+
     @property
     def _takes_guidance(self) -> bool:
         return self.transformer.config.guidance_embeds

@@ -80,6 +80,9 @@ class Flux2Klein(FluxModels):
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
         return prepared
 
+    def kohya_metadata(self) -> dict[str, str]:
+        return {"ss_network_module": "networks.lora_flux_2"}
+
     # Latents: two by two of the VAE's pixels on top of each other, normalised by its statistics
 
     def latent_shape(self, width: int, height: int | None = None) -> tuple[int, int, int]:

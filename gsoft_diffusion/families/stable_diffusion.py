@@ -80,8 +80,8 @@ class StableDiffusion(Models):
     def kohya_metadata(self) -> dict[str, str]:
         return {"ss_v2": str(is_open_clip(self.text_encoder))}
 
-    def kohya_name(self, module: str) -> str:
-        return "lora_" + module.replace("text_encoder.", "te.").replace(".", "_")
+    def kohya_place(self, module: str) -> tuple[str, int]:
+        return "lora_" + module.replace("text_encoder.", "te.").replace(".", "_"), 0
 
 
 def clip_tokens(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:

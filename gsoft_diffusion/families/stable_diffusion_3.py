@@ -16,6 +16,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families.base import Conditioning
 from gsoft_diffusion.families.flow import FlowModels, t5_embeddings
 from gsoft_diffusion.families.stable_diffusion import clip_tokens
+from gsoft_diffusion.original_layout import original_layout_3
 
 T5_LENGTH = 256  # as diffusers' pipeline has it
 
@@ -81,6 +82,11 @@ class StableDiffusion3(FlowModels):
             "encoder_hidden_states": torch.cat([clip, prepared["t5"]], dim=1),
             "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
         }
+
+    def original_layout(self) -> dict[str, Tensor]:
+        return original_layout_3(
+            self.transformer, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3
+        )
 
     def predict(
         self,

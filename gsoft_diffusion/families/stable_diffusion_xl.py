@@ -92,10 +92,10 @@ class StableDiffusionXL(StableDiffusion):
     def kohya_metadata(self) -> dict[str, str]:
         return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
 
-    def kohya_name(self, module: str) -> str:
+    def kohya_place(self, module: str) -> tuple[str, int]:
         """For this family kohya counts the UNet's blocks as the original checkpoints do."""
         part, _, path = module.partition(".")
         if part == "unet":
             path = original_unet_module(self.unet, path)
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
-        return f"{prefix}_{path.replace('.', '_')}"
+        return f"{prefix}_{path.replace('.', '_')}", 0
