@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.group_and_shuffle import permutation_matrix
 from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.projection import factor_shape
 
 
 class PublishedLinear(nn.Module):
     """`y = s·(Q_out W Q_in x) + bias`."""
 
-    def __init__(self, linear: nn.Linear, nblocks: int) -> None:
+    def __init__(self, linear: nn.Linear, config: AdapterConfig) -> None:
         super().__init__()
-        self.linear, self.nblocks = linear, nblocks
+        self.linear = linear
         for name, width in (("in", linear.in_features), ("out", linear.out_features)):
-            size = width // nblocks
-            self.register_parameter(f"q_{name}", nn.Parameter(torch.zeros(2, nblocks, size, size)))
+            nfactors, nblocks, size = factor_shape(config, width, "layer")
+            self.register_parameter(f"q_{name}", nn.Parameter(torch.zeros(nfactors, nblocks, size, size)))
             self.register_buffer(f"shuffle_{name}", permutation_matrix(nblocks, width).argmax(1), persistent=False)
         self.output_scale = nn.Parameter(torch.ones(linear.out_features))
 
@@ -48,10 +50,10 @@ def rotate(free: Any, shuffle: Any, x: Tensor) -> Tensor:
 class PublishedAdapter(nn.Module):
     """Puts `PublishedLinear` around the layers that every other method adapts; `remove` takes it away."""
 
-    def __init__(self, nblocks: int, unet: nn.Module, text_encoders: list[nn.Module]) -> None:
+    def __init__(self, config: AdapterConfig, unet: nn.Module, text_encoders: list[nn.Module]) -> None:
         super().__init__()
         linears = find_linears(find_attentions(unet), find_clip_attentions(bool(text_encoders), text_encoders))
-        wrapped = {linear: PublishedLinear(linear, nblocks) for linear in linears.values()}
+        wrapped = {linear: PublishedLinear(linear, config) for linear in linears.values()}
         self.layers = nn.ModuleList(wrapped.values())
         self._places = [
             (module, name, child)

@@ -28,8 +28,10 @@ from gsoft_diffusion.baselines import inject_baseline
 from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears, inject
 
 METHODS = {
-    "floor": "frozen, only output biases train",
+    "floor": "frozen, only the attentions' output biases train",
+    "biases": "frozen, an output bias of every adapted layer trains",
     "lora": "LoRA (PEFT)",
+    "lora_half": "LoRA (PEFT), its parameters in the base's dtype",
     "double_gsoft": "Double GSOFT",
     "published": "Double GSOFT as published",
     "boft": "BOFT, all its factors",
@@ -70,6 +72,19 @@ def main() -> None:
     print(report(records.records))
 
 
+SIZED_AS = {"published": "double_gsoft", "lora_half": "lora"}
+ANGLE = 0.02  # standard deviation of what a rotation is made from: what Cayley's map costs depends on it
+
+
+def turned(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Rotations away from the identity, as they are after some training; scales as they are."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=ANGLE, generator=generator)
+    return parameters
+
+
 class Bench:
     """The model, and the one batch that every method trains on."""
 
@@ -84,7 +99,7 @@ class Bench:
         self.latents = torch.randn(args.batch, 4, args.latents, args.latents, generator=generator).to(dtype)
         self.noise = torch.randn(self.latents.shape, generator=generator)
         self.timesteps = torch.randint(1000, (args.batch,), generator=generator)
-        self.tokens = torch.randint(1000, (1, length), generator=generator)
+        self.tokens = torch.randint(self.text_encoder.config.vocab_size, (1, length), generator=generator)
         with torch.no_grad():
             self.text = self.text_encoder(self.tokens)[0]
         text_encoders = [self.text_encoder] if self.trains_text else []
@@ -95,7 +110,7 @@ class Bench:
         gc.collect()
         before = bytes_in_use()
         parameters, remove = self._put_in(method)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # as in training on a CPU
         self._step(optimizer)
         loss = self._loss()
         kept = None if before is None else bytes_in_use() - before  # type: ignore[operator]
@@ -120,19 +135,32 @@ class Bench:
     def _put_in(self, method: str) -> tuple[list[nn.Parameter], Callable[[], None]]:
         """Put the method into the model; returns its trainable parameters and what takes it out again."""
         text_encoders = [self.text_encoder] if self.trains_text else []
-        if method == "floor":
-            biases = [layer.bias for layer in self.layers.values() if layer.bias is not None]
-            for bias in biases:
-                bias.requires_grad_(True)
-            return biases, lambda: [bias.requires_grad_(False) for bias in biases] and None
-        config: Any = matched(
-            "double_gsoft" if method == "published" else method, "small", self.layers, self.trains_text
-        )
+        if method in ("floor", "biases"):
+            return self._biases(every_layer=method == "biases")
+        config: Any = matched(SIZED_AS.get(method, method), "small", self.layers, self.trains_text)
         if method == "published":
-            published = PublishedAdapter(config.nblocks, self.unet, text_encoders)
-            return published.trainable(), published.remove
+            published = PublishedAdapter(config, self.unet, text_encoders)
+            return turned(published.trainable()), published.remove
         adapter: Any = (inject if method == "double_gsoft" else inject_baseline)(config, self.unet, text_encoders)
-        return list(adapter.parameters()), adapter.remove
+        parameters = list(adapter.parameters())
+        if method == "lora_half":
+            for parameter in parameters:
+                parameter.data = parameter.data.to(self.latents.dtype)
+        return turned(parameters) if method == "double_gsoft" else parameters, adapter.remove
+
+    def _biases(self, every_layer: bool) -> tuple[list[nn.Parameter], Callable[[], None]]:
+        """The floor. The first attention's products need no backward pass if only biases behind them train."""
+        before = {layer: layer.bias for layer in self.layers.values() if every_layer or layer.bias is not None}
+        for layer, bias in before.items():
+            layer.bias = nn.Parameter(
+                layer.weight.new_zeros(layer.out_features) if bias is None else bias.detach().clone()
+            )
+
+        def remove() -> None:
+            for layer, bias in before.items():
+                layer.bias = bias
+
+        return [layer.bias for layer in before], remove
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         self._loss().backward()

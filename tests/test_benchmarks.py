@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
-from tiny_models import randomise, run, tiny_unet
+from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
 from benchmarks.measure import Records, bytes_in_use
 from benchmarks.published import PublishedAdapter, PublishedLinear
-from benchmarks.step import report
+from benchmarks.step import METHODS, Bench, report
 from gsoft_diffusion import AdapterConfig
 from gsoft_diffusion.orthogonal import skew_symmetric
 from gsoft_diffusion.projection import GSOFTProjection
@@ -19,7 +20,10 @@ def test_the_published_formulation_is_the_same_map():
     """Equal output and gradient by x at equal rotations and scales, so that only speed is compared."""
     torch.manual_seed(0)
     linear = nn.Linear(24, 40).requires_grad_(False)
-    ours, published = GSOFTProjection(AdapterConfig(nblocks=4), 24, 40), PublishedLinear(linear, 4)
+    ours, published = (
+        GSOFTProjection(AdapterConfig(nblocks=4), 24, 40),
+        PublishedLinear(linear, AdapterConfig(nblocks=4)),
+    )
     randomise(ours)
     with torch.no_grad():
         published.q_in.copy_(skew_symmetric(ours.q_in, 6).triu())  # A − Aᵀ is the skew block
@@ -34,12 +38,28 @@ def test_the_published_formulation_is_the_same_map():
 def test_the_published_adapter_is_put_in_and_taken_out():
     unet = tiny_unet().requires_grad_(False)
     before, modules = run(unet), dict(unet.named_modules())
-    adapter = PublishedAdapter(4, unet, [])
+    adapter = PublishedAdapter(AdapterConfig(block_size=4), unet, [])
     torch.testing.assert_close(run(unet), before)
     run(unet).sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.trainable())
     adapter.remove()
     assert dict(unet.named_modules()) == modules
+    assert torch.equal(run(unet), before)
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured_and_taken_out(monkeypatch, method, text_encoder):
+    unet, text = tiny_unet().requires_grad_(False), tiny_text_encoder().requires_grad_(False)
+    monkeypatch.setattr("benchmarks.step.load_base", lambda name, dtype: (unet, text, 8))
+    settings = {"base": "tiny", "dtype": "float32", "latents": 8, "batch": 2, "clock": "wall"}
+    bench = Bench(Namespace(gradient_checkpointing=False, text_encoder=text_encoder, **settings))
+    before, modules = run(unet), dict(unet.named_modules())
+    names = {name for name, _ in unet.named_parameters()}
+    result = bench.measure(method, steps=1)
+    assert result["parameters"] > 0
+    assert len(result["seconds"]) == 1
+    assert (dict(unet.named_modules()), {name for name, _ in unet.named_parameters()}) == (modules, names)
     assert torch.equal(run(unet), before)
 
 
