@@ -79,7 +79,7 @@ def measure(
         torch.autograd.grad(F.linear(x, rotated), (x, right, left), grad)
 
     def on_activations() -> None:
-        torch.autograd.grad(rotate_activations(x, weight, None, right, left), (x, right, left), grad)
+        torch.autograd.grad(rotate_activations(x, [(weight, None, right, left)], False)[0], (x, right, left), grad)
 
     def frozen() -> None:
         torch.autograd.grad(F.linear(x, weight), x, grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.projection import GSOFTProjection
+from gsoft_diffusion.projection import GSOFTProjection, project
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of joint attention, for the text's tokens
@@ -85,9 +85,11 @@ class GSOFTAttnProcessor:
             attention_mask = attn.prepare_attention_mask(attention_mask, key_length, batch_size)
             attention_mask = attention_mask.view(batch_size, attn.heads, -1, attention_mask.shape[-1])
 
-        query = self.projections["to_q"](attn.to_q, hidden_states)
-        key = self.projections["to_k"](attn.to_k, encoder_hidden_states)
-        value = self.projections["to_v"](attn.to_v, encoder_hidden_states)
+        if encoder_hidden_states is hidden_states:
+            query, key, value = self._project(attn, ("to_q", "to_k", "to_v"), hidden_states)
+        else:
+            (query,) = self._project(attn, ("to_q",), hidden_states)
+            key, value = self._project(attn, ("to_k", "to_v"), encoder_hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, S, heads, D)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
@@ -113,6 +115,9 @@ class GSOFTAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def _project(self, attn: Attention, names: Sequence[str], x: Tensor) -> list[Tensor]:
+        return project([self.projections[name] for name in names], [getattr(attn, name) for name in names], x)
 
 
 class GuardedAttention(Attention):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -104,8 +104,16 @@ class GSOFTProjection(nn.Module):
             return linear(x)
         self._check(linear)
         if self._rotates_activations(linear, x):
-            return rotate_activations(x, linear.weight, linear.bias, *self._group.blocks(self._index))
+            return rotate_activations(x, [self._layer(linear)], self._group.neutral)[0]
         return F.linear(x, self._group.weight(self._index, linear.weight), linear.bias)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether nothing has been learned: the rotations are identities, the scale is 1."""
+        rotations = (free for free in (self.q_in, self.q_out) if free is not None)
+        return not any(free.any() for free in rotations) and (
+            self.output_scale is None or bool((self.output_scale == 1).all())
+        )
 
     @property
     def active(self) -> bool:
@@ -128,6 +136,10 @@ class GSOFTProjection(nn.Module):
         if not (torch.is_grad_enabled() and self.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
             return False
         return not self._group.weight_side(x.numel() // self.in_features, linear.weight)
+
+    def _layer(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """As `rotate_activations` takes it."""
+        return linear.weight, linear.bias, *self._group.blocks(self._index)
 
     def rotated_weight(self, weight: Tensor) -> Tensor:
         """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`."""
@@ -180,6 +192,18 @@ class GSOFTProjection(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def project(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """What each of several projections makes of the same x; equal-shaped ones that rotate it do so together."""
+    first, layer = projections[0], linears[0]
+    alike = all(p._group is first._group and p.active for p in projections)
+    if not (alike and first._rotates_activations(layer, x)):
+        return [projection(linear, x) for projection, linear in zip(projections, linears, strict=True)]
+    for projection, linear in zip(projections, linears, strict=True):
+        projection._check(linear)
+    layers = [projection._layer(linear) for projection, linear in zip(projections, linears, strict=True)]
+    return list(rotate_activations(x, layers, first._group.neutral))
 
 
 class GSOFTLinear(nn.Linear):

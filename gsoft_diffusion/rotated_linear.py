@@ -14,6 +14,7 @@ Both keep for the backward pass only what cannot be made again cheaply, and give
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,13 +49,15 @@ def rotate_weights(weights: Sequence[Tensor], right: Tensor, left: Tensor | None
     return _RotatedWeights.apply(right, left, *weights)
 
 
-def rotate_activations(x: Tensor, weight: Tensor, bias: Tensor | None, right: Tensor, left: Tensor | None) -> Tensor:
-    """`left(W Q_in x) + bias` for x `(…, in)`, in the dtype of x; blocks are rounded to it.
+def rotate_activations(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor | None]], neutral: bool
+) -> tuple[Tensor, ...]:
+    """`left(W Q_in x) + bias` of each of some equal-shaped layers for the same x `(…, in)`, in its dtype.
 
-    With identity blocks the result is bit-equal to the plain layer's: the bias goes through the frozen layer's own
-    fused product, `y = left(Wz + bias) + (bias − left(bias))`. Differentiable once by x, right and left.
+    layers: weight, bias, right and left of each; blocks are rounded to the dtype of x. neutral: all blocks are
+    identities, so the plain layers' own products are taken, to the bit. Differentiable once by x, right and left.
     """
-    return _RotatedActivations.apply(x, weight, bias, right, left)
+    return _RotatedActivations.apply(neutral, x, len(layers), *chain(*zip(*layers, strict=True)))
 
 
 class _RotatedWeights(torch.autograd.Function):
@@ -85,36 +88,49 @@ class _RotatedWeights(torch.autograd.Function):
 
 
 class _RotatedActivations(torch.autograd.Function):
-    """x → z = Q_in x → h = Wz + bias → y = left(h) + (bias − left(bias)). Kept: x, and Wz if there is a left."""
+    """x → z = Q_in x → h = Wz → y = left(h) + bias, for N layers at once. Kept: x, and h where there is a left."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, right: Tensor, left: Tensor | None) -> Tensor:
-        ctx.shape = x.shape
+    def forward(ctx: Any, neutral: bool, x: Tensor, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, rights, lefts = (tensors[i : i + count] for i in range(0, len(tensors), count))
+        ctx.shape, ctx.with_left = x.shape, lefts[0] is not None
         x = x.reshape(-1, x.shape[-1])  # (T, in)
-        z = rotate(right.to(x.dtype), _turned(x))
-        y = F.linear(_turned(z), weight, bias)
-        h = None
-        if left is not None:
-            h = _turned(y)  # (out, T)
-            y = rotate(left.to(x.dtype), h)
-            if bias is not None:
-                y = y + _bias_correction(bias, left)[:, None]
-                h = h - bias[:, None]
-            y = _turned(y)
-        ctx.save_for_backward(x, h, weight, right, left)
-        return y.reshape(*ctx.shape[:-1], y.shape[-1])
+        if neutral:
+            outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            h = torch.stack([F.linear(x, weight).mT for weight in weights]) if ctx.with_left else None
+        else:
+            z = rotate(torch.stack(rights).to(x.dtype), _turned(x).expand(count, -1, -1))  # (N, in, T)
+            h = _products(weights, z)  # (N, out, T)
+            y = rotate(torch.stack(lefts).to(x.dtype), h) if ctx.with_left else h
+            outputs = [_turned(rows) for rows in y]
+            outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
+        ctx.save_for_backward(x, h if ctx.with_left else None, *weights, *rights, *lefts)
+        return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor | None]:
-        x, h, weight, right, left = ctx.saved_tensors
-        grad = _turned(grad.reshape(-1, grad.shape[-1]))  # (out, T)
-        by_left = None
-        if left is not None:
-            by_left, grad = rotate_gradients(left.to(x.dtype), h, grad)
-            by_left = by_left.to(left.dtype)
-        by_right, grad = rotate_gradients(right.to(x.dtype), _turned(x), weight.mT @ grad)
-        return _turned(grad).reshape(ctx.shape), None, None, by_right.to(right.dtype), by_left
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *tensors = ctx.saved_tensors
+        count = len(grads)
+        weights, rights, lefts = (tensors[i : i + count] for i in range(0, len(tensors), count))
+        grad = torch.stack([_turned(grad.reshape(len(x), -1)) for grad in grads])  # (N, out, T)
+        by_left: Sequence[Tensor | None] = [None] * count
+        if ctx.with_left:
+            by_left, grad = rotate_gradients(torch.stack(lefts).to(x.dtype), h, grad)
+            by_left = by_left.to(lefts[0].dtype).unbind()
+        grad = _products([weight.mT for weight in weights], grad)  # (N, in, T)
+        turned = _turned(x).expand(count, -1, -1)
+        by_right, grad = rotate_gradients(torch.stack(rights).to(x.dtype), turned, grad)
+        by_x = _turned(grad[0] if count == 1 else grad.sum(0)).reshape(ctx.shape)
+        return None, by_x, None, *[None] * (2 * count), *by_right.to(rights[0].dtype).unbind(), *by_left
+
+
+def _products(weights: Sequence[Tensor], vectors: Tensor) -> Tensor:
+    """`W x (N, out, T)` of N weights, each with its own x `(N, in, T)`."""
+    made = vectors.new_empty(len(weights), weights[0].shape[0], vectors.shape[-1])
+    for weight, x, y in zip(weights, vectors, made, strict=True):
+        torch.mm(weight, x, out=y)
+    return made
 
 
 def _stacked_and_turned(weights: Sequence[Tensor]) -> Tensor:
@@ -125,9 +141,3 @@ def _stacked_and_turned(weights: Sequence[Tensor]) -> Tensor:
 def _turned(x: Tensor) -> Tensor:
     """The transposed matrix, contiguous: block products on contiguous columns are several times faster."""
     return x.mT.contiguous()
-
-
-def _bias_correction(bias: Tensor, left: Tensor) -> Tensor:
-    dtype = torch.promote_types(bias.dtype, torch.float32)
-    exact = bias.to(dtype)
-    return (exact - rotate(left.to(dtype), exact[:, None])[:, 0]).to(bias.dtype)

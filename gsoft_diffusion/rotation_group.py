@@ -40,6 +40,7 @@ class RotationGroup:
         self._weights: dict[int, tuple[object, Tensor]] = {}  # and the states of the weights that they were made from
         self._values: Tensor | None = None  # of all parameters, from which all this was made
         self._states: list[object] = []
+        self.neutral = False  # whether all rotations are identities and all scales 1; known once blocks were asked for
         self._has_graph = self._differentiated = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class RotationGroup:
         if not same or (wants_graph and not self._has_graph):
             self.forget()
             self._values, self._has_graph = values, graph
+            self.neutral = all(projection.neutral for projection in self._projections)
         self._states = [_states(projection.parameters()) for projection in self._projections]
         self._differentiated = False
 

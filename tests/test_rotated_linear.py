@@ -42,12 +42,20 @@ def case(nfactors: int, left: str, dtype: torch.dtype = torch.float64) -> dict[s
     return half
 
 
-def product(side: str, x: Tensor, weight: Tensor, bias: Tensor | None, right: Tensor, left: Tensor | None) -> Tensor:
+def product(
+    side: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    right: Tensor,
+    left: Tensor | None,
+    neutral: bool = False,
+) -> Tensor:
     if side == "weight":
         rotated = rotate_weights([weight], right[None], None if left is None else left[None])[0]
         return F.linear(x, rotated, bias)
     if side == "activations":
-        return rotate_activations(x, weight, bias, right, left)
+        return rotate_activations(x, [(weight, bias, right, left)], neutral)[0]
     rotated = weight @ dense_reference(right)
     return F.linear(x, rotated if left is None else dense_reference(left) @ rotated, bias)
 
@@ -94,7 +102,51 @@ def test_identities_change_no_bit(side, dtype, tokens):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(tokens, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
     right, left = torch.eye(3).expand(2, 8, 3, 3), torch.eye(10).expand(2, 4, 10, 10)
-    assert torch.equal(product(side, x, weight, bias, right, left), F.linear(x, weight, bias))
+    assert torch.equal(product(side, x, weight, bias, right, left, neutral=True), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("nfactors", [1, 2])
+@pytest.mark.parametrize("left", ["none", "scaled rotation"])
+def test_gradients_of_neutral_layers_are_those_of_identities(left, nfactors):
+    tensors = case(nfactors, left)
+    leaves = {name: tensors[name] for name in ("right", "left") if tensors[name] is not None}
+    for name, blocks in leaves.items():
+        tensors[name] = torch.eye(blocks.shape[-1], dtype=blocks.dtype).expand_as(blocks)
+    results = []
+    for neutral in (False, True):
+        given = {
+            n: t if t is None or n in ("weight", "bias") else t.clone().requires_grad_() for n, t in tensors.items()
+        }
+        y = product("activations", **given, neutral=neutral)
+        (y * torch.arange(y.numel()).reshape(y.shape)).sum().backward()
+        results.append([y.detach(), *(t.grad for t in given.values() if t is not None and t.requires_grad)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-12)
+
+
+@pytest.mark.parametrize("left", ["none", "scaled rotation"])
+def test_layers_together_are_layers_one_by_one(left):
+    """Value and gradients; one of the outputs is not used."""
+    tensors = case(2, left)
+    x = tensors["x"]
+    layers = []
+    for factor in (1.0, 0.5, -1.0):
+        right = (factor * tensors["right"]).requires_grad_()
+        left_blocks = None if tensors["left"] is None else (factor * tensors["left"]).requires_grad_()
+        layers.append((factor * tensors["weight"], None if factor == 0.5 else tensors["bias"], right, left_blocks))
+    results = []
+    for together in (False, True):
+        given = x.clone().requires_grad_()
+        made = (
+            rotate_activations(given, layers, False)
+            if together
+            else [rotate_activations(given, [layer], False)[0] for layer in layers]
+        )
+        loss = made[0].square().sum() + made[2].sum()
+        leaves = [given, *(t for layer in (layers[0], layers[2]) for t in layer[2:] if t is not None)]
+        results.append([*made, *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 def test_scale_outputs_scales_rows():
