@@ -26,6 +26,7 @@ from benchmarks.published import PublishedAdapter
 from eval.methods import matched
 from gsoft_diffusion.baselines import inject_baseline
 from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears, inject
+from gsoft_diffusion.memory import keep_freed_memory
 
 METHODS = {
     "floor": "frozen, only the attentions' output biases train",
@@ -66,6 +67,7 @@ def main() -> None:
         if not records.has(repetition=repetition, method=method)
     ]
     if wanted:
+        keep_freed_memory()  # as training on a CPU does
         bench = Bench(args)
         for repetition, method in tqdm(wanted, unit="method"):
             records.add(repetition=repetition, method=method, **bench.measure(method, args.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,14 @@ def check_weights(name: str, files: Iterable[tuple[Path, torch.dtype]], device: 
             f"not enough memory for {name}: its weights alone take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
             f"free on {device}; end other programs, or halve most of it by --mixed_precision bf16"
         )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: giving large tensors back to the system at every step costs page faults."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def free_memory(device: torch.device) -> int:

@@ -48,7 +48,7 @@ from gsoft_diffusion.generation import generate, sheet_rows
 from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.injection import Adapter, inject
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
-from gsoft_diffusion.memory import running_out_explained
+from gsoft_diffusion.memory import keep_freed_memory, running_out_explained
 from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
@@ -120,6 +120,8 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
     """
     config, token = replace(config.resolved(), hub_token=None), config.hub_token  # so that it cannot get anywhere
     accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with checkpoints.output_folder(config) if accelerator.is_main_process else nullcontext():
         checkpoint = checkpoints.checkpoint_to_resume(config, accelerator.print)
         instance = instance_photos(config, accelerator.print)

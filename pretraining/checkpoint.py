@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: giving every large tensor back to the system costs half the time in page faults."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class Checkpoint:

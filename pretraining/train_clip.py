@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pretraining.checkpoint import Checkpoint, keep_freed_memory
+from gsoft_diffusion.memory import keep_freed_memory
+from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.sprites import CLASSES
 from pretraining.tokenizer import MAX_LENGTH

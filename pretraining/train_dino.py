@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTModel
 
-from pretraining.checkpoint import Checkpoint, keep_freed_memory
+from gsoft_diffusion.memory import keep_freed_memory
+from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.train_vae import to_pixels
 

@@ -24,7 +24,8 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pretraining.checkpoint import Average, Checkpoint, keep_freed_memory
+from gsoft_diffusion.memory import keep_freed_memory
+from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.train_vae import build_vae, to_pixels
 

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pretraining.checkpoint import Average, Checkpoint, keep_freed_memory
+from gsoft_diffusion.memory import keep_freed_memory
+from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 
 BATCH = 16
