@@ -116,8 +116,8 @@ class _RotatedActivations(torch.autograd.Function):
         grad = torch.stack([_turned(grad.reshape(len(x), -1)) for grad in grads])  # (N, out, T)
         by_left: Sequence[Tensor | None] = [None] * count
         if ctx.with_left:
-            by_left, grad = rotate_gradients(torch.stack(lefts).to(x.dtype), h, grad)
-            by_left = by_left.to(lefts[0].dtype).unbind()
+            by_blocks, grad = rotate_gradients(torch.stack(lefts).to(x.dtype), h, grad)
+            by_left = by_blocks.to(lefts[0].dtype).unbind()
         grad = _products([weight.mT for weight in weights], grad)  # (N, in, T)
         turned = _turned(x).expand(count, -1, -1)
         by_right, grad = rotate_gradients(torch.stack(rights).to(x.dtype), turned, grad)
