@@ -40,7 +40,7 @@ from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TEXT_ENCODER_SLOWER, TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TrainingConfig
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import whole_file
@@ -192,12 +192,11 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
     if config.adapter.text_encoder and not models.text_encoders:
         logger.warning("the text encoder of %s cannot be trained: it stays as it is", models.title)
         config = replace(config, adapter=replace(config.adapter, text_encoder=False))
-    config = replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
-    if config.text_encoder_lr is None and config.adapter.text_encoder:
-        assert config.learning_rate is not None
-        slower = 1 if config.optimizer == "prodigy" else TEXT_ENCODER_SLOWER
-        config = replace(config, text_encoder_lr=config.learning_rate / slower)
-    return config
+    if not config.adapter.text_encoder:
+        left_open.pop("text_encoder_lr", None)
+    elif config.optimizer == "prodigy":
+        left_open["text_encoder_lr"] = config.learning_rate
+    return replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
