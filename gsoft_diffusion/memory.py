@@ -1,4 +1,4 @@
-"""Whether memory will do: an estimate before anything is allocated, and a message where it did not."""
+"""How much memory is free: whether the weights will fit, and a message where it did not do."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from gsoft_diffusion.errors import UserError, first_line
 
 UNUSED = "model_ema."  # a second copy of the weights that some single files hold, and that is not loaded
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much memory a container may use
+FILE_CACHE = ("inactive_file ", "active_file ")
 
 
 def check_weights(name: str, files: Iterable[tuple[Path, torch.dtype]], device: torch.device | str) -> None:
     """Raise UserError if the weights in the files, each in its dtype, do not fit into what is free on the device.
 
-    From the files' headers alone. What a step takes besides, above all for activations, is not estimated.
+    From the files' headers alone. What a training step takes besides is estimated once they are loaded (`preflight`).
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -52,8 +53,10 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:
-        limit, used = ((CGROUP / f"memory.{what}").read_text().strip() for what in ("max", "current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
+        limit, used, stat = ((CGROUP / f"memory.{what}").read_text() for what in ("max", "current", "stat"))
+        # What is cached of files counts as used, but gives way: above all the weights just read.
+        cached = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith(FILE_CACHE))
+        return free if limit.strip() == "max" else min(free, int(limit) - int(used) + cached)
     except OSError:  # no container, or not Linux
         return free
 

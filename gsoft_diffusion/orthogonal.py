@@ -91,7 +91,7 @@ def _resolvent_by_products(skew: Tensor) -> Tensor:
     while bound**2 > torch.finfo(skew.dtype).eps / 8:
         power = power @ power
         inverse = torch.baddbmm(inverse, inverse, power)
-        bound = _norm_bound(power)
+        bound = min(bound**2, _norm_bound(power))
     return inverse
 
 

@@ -53,6 +53,7 @@ from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
 from gsoft_diffusion.pictures import contact_sheet
+from gsoft_diffusion.preflight import check_step
 from gsoft_diffusion.schedulers import make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -289,6 +290,7 @@ class Run:
             self.adapter = inject_baseline(baseline, models.denoiser, models.text_encoders)
         else:
             self.adapter = inject(config.adapter, models.denoiser, models.text_encoders)
+        check_step(config, models, self.adapter, accelerator.device)
         self._set_up_attention()
         optimizer = make_optimizer(config, self.adapter)
         self.dataset = self._make_dataset(instance, self._class_photos())
@@ -459,9 +461,7 @@ class Run:
                 given = f"--attention_backend {self.config.attention_backend}"
                 raise UserError(f"{given}: {first_line(error)}") from error
         if self.config.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-            for text_encoder in self.models.text_encoders:
-                text_encoder.activation_checkpointing_enable()
+            self.models.checkpoint_gradients()
 
     # One step
 

@@ -18,7 +18,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from gsoft_diffusion import memory
+from gsoft_diffusion import memory, preflight
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.options import parse, run
 from gsoft_diffusion.training import train
@@ -186,6 +186,7 @@ ERRORS = [
     Case("a folder that is not a model's", options=("--pretrained_model_name_or_path", "photos")),
     Case("no network for a model on the hub", options=("--pretrained_model_name_or_path", "someone/some-model")),
     Case("not enough memory for the model"),
+    Case("not enough memory for a training step"),
     Case("an output folder with a finished run", another_run("settings.yaml", "adapter.safetensors")),
     Case("an output folder with a run to go on with", another_run("settings.yaml", "checkpoint-5/state.pt")),
     Case("an output folder that is a file", lambda: Path("out").touch()),
@@ -203,7 +204,8 @@ ERRORS = [
 def test_one_line_and_nothing_written(case, place, monkeypatch, capfd):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if "memory" in case.name:
-        monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
+        asking = preflight if "step" in case.name else memory
+        monkeypatch.setattr(asking, "free_memory", lambda device: 100_000)
     if case.name.startswith("a file that cannot be read") and not Path("/proc/self/mem").exists():
         pytest.skip("needs a file that not even root can read, as Linux has")
     case.prepare()

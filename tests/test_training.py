@@ -425,8 +425,10 @@ def test_more_steps_after_the_end(config):
 def test_resuming_with_other_settings_is_refused_unless_accepted(config):
     config = replace(config, checkpointing_steps=2)
     first = weights(config)
-    slower = replace(config, resume_from_checkpoint="latest", learning_rate=1e-9, max_train_steps=6)
-    with pytest.raises(UserError, match=r"learning_rate is 1e-09 and was 0\.01; .*--accept_changes"):
+    slower = replace(
+        config, resume_from_checkpoint="latest", learning_rate=1e-9, text_encoder_lr=1e-9, max_train_steps=6
+    )
+    with pytest.raises(UserError, match=r"learning_rate is 1e-09 and was 0\.01, .*--accept_changes"):
         train(slower)
     assert difference(first, weights(replace(slower, accept_changes=True))) < 1e-7  # it does learn at that rate
     after = TrainingConfig.from_dict(read_yaml(Path(config.output_dir or "") / "settings.yaml"))

@@ -175,6 +175,12 @@ class Models(ABC):
         """What an adapter remembers of its base. Ask before an adapter is injected."""
         return BaseModelIdentity(name=self.name, fingerprint=fingerprint(self.denoiser, self.text_encoders))
 
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them: less memory, slower."""
+        self.denoiser.enable_gradient_checkpointing()
+        for text_encoder in self.text_encoders:
+            text_encoder.activation_checkpointing_enable()
+
     @contextmanager
     def brought(self, *parts: nn.Module) -> Iterator[None]:
         """Inside the block these parts are where the denoiser is, and afterwards where they were before."""
