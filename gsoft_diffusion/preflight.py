@@ -31,8 +31,10 @@ def check_step(
 
     Counted are the base model's weights, what a step holds at a time (see `step_bytes`) and the optimizer's state: a
     lower bound, so that what is refused would not have run. What can be had is what is free and what the weights
-    that are on the device already take.
+    that are on the device already take. A quantised base is not counted: bitsandbytes' parameters have no stand-ins.
     """
+    if config.quantize_base:
+        return
     available = free_memory(device) + sum(
         parameter.nbytes
         for part in _networks(models)
@@ -74,8 +76,7 @@ def needed_bytes(
     if config.cpu_offload and device.type != "cpu":
         on_device = [models.denoiser, *(models.text_encoders if adapter.config.text_encoder else [])]
     weights = sum(
-        parameter.numel()
-        * (dtype if parameter.is_floating_point() and part is not models.vae else parameter.dtype).itemsize
+        parameter.numel() * (parameter.dtype if part is models.vae else dtype).itemsize
         for part in on_device
         for parameter in part.parameters()
     )

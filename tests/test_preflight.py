@@ -111,7 +111,7 @@ def test_the_optimizers_state_is_as_large_as_counted(adapted, name):
     _, adapter = adapted
     for parameter in adapter.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer = make_optimizer(replace(CONFIG, optimizer=name, learning_rate=1.0), adapter)
+    optimizer = make_optimizer(replace(CONFIG, optimizer=name, learning_rate=1.0, text_encoder_lr=1.0), adapter)
     getattr(optimizer, "train", lambda: None)()
     optimizer.step()
     adapter.zero_grad()
