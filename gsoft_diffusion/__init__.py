@@ -1,5 +1,6 @@
 """GSOFT fine-tuning of Stable Diffusion: orthogonal adapters from group-and-shuffle matrices."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     )
     from gsoft_diffusion.adapter_stack import AdapterStack
     from gsoft_diffusion.injection import Adapter, inject
+
+# Where bitsandbytes is installed, PEFT imports it, and it then misses a kernel that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 
