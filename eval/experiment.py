@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,7 @@ class Experiment(Settings):
                 "class_data_dir": str(class_images) if self.with_prior_preservation else None,
                 "seed": seed,
                 "learning_rate": learning_rate,
+                "adapter": replace(TrainingConfig.adapter, text_encoder=self.text_encoder).to_dict(),
                 "text_encoder_lr": learning_rate if self.text_encoder else None,
                 "sampler": self.sampler.to_dict(),
                 "checkpointing_steps": self.curve_every if seed == 0 else 0,

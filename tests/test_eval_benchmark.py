@@ -174,6 +174,17 @@ def test_a_cell_gives_the_same_scores_again(world, finished, tmp_path):
     assert read_result(which, tmp_path)["scores"] == read_result(which, finished)["scores"]
 
 
+@pytest.mark.parametrize("text_encoder", [True, False])
+def test_the_text_encoder_learns_at_the_methods_rate_or_not_at_all(world, tmp_path, in_process, text_encoder):
+    run_benchmark(experiment(world, text_encoder=text_encoder, subjects=["rex"]), tmp_path)
+    tuned = [result for result in read_results(tmp_path) if result["cell"]["method"] != "base"]
+    assert {result["cell"]["method"] for result in tuned} == {"double_gsoft", "lora"}
+    for result in tuned:
+        assert result["method"]["text_encoder"] is text_encoder
+        expected = result["cell"]["learning_rate"] if text_encoder else None
+        assert result["training"]["text_encoder_lr"] == expected
+
+
 def test_divergence_is_a_result_without_scores(world, tmp_path, in_process):
     rates = {"double_gsoft": [1e-3, 1e30], "lora": [1e-3]}
     settings = experiment(world, learning_rates=rates, max_train_steps=4, subjects=["rex"])
