@@ -198,10 +198,11 @@ def project(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear]
     """What each of several projections makes of the same x; equal-shaped ones that rotate it do so together."""
     first, layer = projections[0], linears[0]
     alike = all(p._group is first._group and p.active for p in projections)
+    if alike:
+        for projection, linear in zip(projections, linears, strict=True):
+            projection._check(linear)
     if not (alike and first._rotates_activations(layer, x)):
         return [projection(linear, x) for projection, linear in zip(projections, linears, strict=True)]
-    for projection, linear in zip(projections, linears, strict=True):
-        projection._check(linear)
     layers = [projection._layer(linear) for projection, linear in zip(projections, linears, strict=True)]
     return list(rotate_activations(x, layers, first._group.neutral))
 
