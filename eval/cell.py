@@ -41,6 +41,7 @@ from gsoft_diffusion.injection import Adapter
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import slug
+from gsoft_diffusion.schedulers import with_model_sampler
 from gsoft_diffusion.training import train, with_model_defaults
 
 RESULT = "result.json"
@@ -288,7 +289,7 @@ def _facts(experiment: Experiment, cell: Cell, models: Models, encoders: Encoder
         "base_model": asdict(models.identity()) | {"name": _public(models.name)},
         "encoders": encoders.to_dict(),
         "captions": "with the unique token" if experiment.token_in_caption else "without the unique token",
-        "sampler": experiment.sampler.to_dict(),
+        "sampler": with_model_sampler(models, experiment.sampler).to_dict(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),

@@ -2,8 +2,8 @@
 
     python -m eval.report results/mini
 
-Writes `report.md`, `table.csv`, `learning_rates.csv`, `pareto.svg`, `curves.svg` and `report.html`, which holds
-everything and opens from disk.
+Writes `report.md`, `table.csv`, `learning_rates.csv`, `pareto.svg`, `learning_rates.svg`, `curves.svg` and
+`report.html`, which holds everything and opens from disk.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ COMPARED = ("dino", "clip_i", "clip_t", "balance")
 OURS = "double_gsoft"
 COLORS = dict(zip(METHODS, ("#c1121f", "#f08a24", "#1d6fb8", "#2a9d4a", "#7b4fb5", "#6b6b6b"), strict=True))
 MARKERS = {"small": "o", "medium": "s", "large": "^", None: "D"}
+PLOTS = {"Scores": ("pareto", "curves"), "Learning rates": ("learning_rates",)}  # of the page's sections
 THUMBNAIL = 160
 MINIATURE = (
     "Scored with the bundled miniature encoders: these numbers compare with each other only, "
@@ -306,6 +307,28 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
         reached = [(x.mean, y.mean) for x, y in points if x and y]
         if len(reached) > 1:
             axes.plot(*zip(*reached, strict=True), color=COLORS[method], linewidth=0.8, alpha=0.5)
+    return _trade_off(figure, axes, miniature)
+
+
+def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float], miniature: bool) -> str | None:
+    """Where every learning rate of the sweep ends up between subject and prompt, as SVG: a line a method, the chosen
+    rates large. Methods whose lines coincide make the same trade at different rates. None without a sweep."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for method, by_rate in sweep.items():
+        ends = {rate: (line.interval("clip_t"), line.interval("dino")) for rate, line in sorted(by_rate.items())}
+        points = {rate: (x.mean, y.mean) for rate, (x, y) in ends.items() if x and y}
+        if not points:
+            continue
+        axes.plot(*zip(*points.values(), strict=True), color=COLORS[method], linewidth=1, label=METHODS[method])
+        for rate, point in points.items():
+            axes.plot(*point, "o", color=COLORS[method], markersize=8 if rate == chosen[method] else 3)
+            axes.annotate(f"{rate:g}", point, (4, 4), textcoords="offset points", fontsize=6, color=COLORS[method])
+    return _trade_off(figure, axes, miniature) if axes.lines else None
+
+
+def _trade_off(figure: Figure, axes: Axes, miniature: bool) -> str:
+    """The figure with the axes of the trade-off, as SVG."""
     small = " (miniature encoders)" if miniature else ""
     axes.set_xlabel(f"prompt: CLIP-T{small}")
     axes.set_ylabel(f"subject: DINO{small}")
@@ -358,12 +381,17 @@ def write_report(experiment: Experiment, out: Path) -> list[Path]:
     """Write all files of the report; returns their paths, the page with the pictures last."""
     lines = table_lines(experiment, out)
     chosen = choose_learning_rates(experiment, out)
-    sweep = sweep_rows(sweep_lines(experiment, out), chosen)
+    swept = sweep_lines(experiment, out)
+    sweep = sweep_rows(swept, chosen)
     results = [result for line in lines for result in line.results]
     encoders = _one([result["encoders"] for result in results], "encoders")
     _one([result["base_model"] for result in results], "base models")
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
-    plots = {"pareto": pareto_plot(lines, miniature), "curves": curve_plot(lines, miniature)}
+    plots = {
+        "pareto": pareto_plot(lines, miniature),
+        "learning_rates": sweep_plot(swept, chosen, miniature),
+        "curves": curve_plot(lines, miniature),
+    }
     sections = {
         "": _introduction(experiment, lines, results, encoders),
         "Scores": markdown_table(table_rows(lines)),
@@ -439,8 +467,9 @@ def page(
     parts = []
     for title, text in sections.items():
         parts.append((f"<h2>{html.escape(title)}</h2>" if title else "") + _html(text))
-        if title == "Scores":
-            parts += [f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in plots.values() if svg]
+        for name in PLOTS.get(title, ()):
+            if svg := plots[name]:
+                parts.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
     parts.append("<h2>Pictures</h2>" + _pictures(experiment, out, lines))
     return PAGE.replace("{body}", "\n".join(parts))
 

@@ -18,6 +18,7 @@ BUNDLED_BASE = "data/mini_base"  # found in the repository whatever the working 
 # The paper trains no text encoder; there a tenth of the denoiser's rate is a guess.
 FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5, "text_encoder_lr": 2e-6}
 MINIATURE = {"max_train_steps": 500, "learning_rate": 1e-3, "text_encoder_lr": 2e-5}
+GUIDANCE, MINIATURE_GUIDANCE = 5.0, 3.0  # above it the miniature's shapes come apart
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
 VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the background")
 
@@ -57,13 +58,13 @@ class SamplerConfig(Settings):
     """How a picture is drawn, apart from its prompt, its seed and the model.
 
     num_inference_steps: denoising steps.
-    guidance_scale: weight of classifier-free guidance; 1 switches it off.
+    guidance_scale: weight of classifier-free guidance; 1 switches it off; by default 5, with miniature bases 3.
     negative_prompt: what guidance leads away from.
     scheduler: a diffusers scheduler class such as DDIMScheduler; by default the one the base model names.
     """
 
     num_inference_steps: int = 30
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     negative_prompt: str = ""
     scheduler: str | None = None
 

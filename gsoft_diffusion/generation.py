@@ -21,7 +21,7 @@ from gsoft_diffusion.families import Conditioning, whole_view
 from gsoft_diffusion.memory import running_out_explained
 from gsoft_diffusion.models import DTYPES, Models, load_base
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
-from gsoft_diffusion.schedulers import denoise, make_scheduler
+from gsoft_diffusion.schedulers import denoise, make_scheduler, with_model_sampler
 
 PICTURES_A_ROW = 8  # on contact sheets
 
@@ -57,6 +57,7 @@ def generate(
     resolution = resolution or models.resolution
     width, height = width or resolution, height or resolution
     models.check_sides(resolution=resolution, width=width, height=height)
+    sampler = with_model_sampler(models, sampler)
     embeddings = {prompt: models.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
     away = models.encode_negative(sampler.negative_prompt)
     for start in range(0, len(jobs), batch_size):
@@ -85,16 +86,18 @@ def _denoise(
     """Latents (N, C, h, w) for the conditioning of N prompts, by the scheduler and classifier-free guidance."""
     latent_shape = models.latent_shape(width, height)
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
-    guided = sampler.guidance_scale != 1 and not models.guides_itself
+    guidance = sampler.guidance_scale
+    assert guidance is not None, "with_model_sampler sets it"
+    guided = guidance != 1 and not models.guides_itself
     conditioning = _joined([negative, positive]) if guided else positive
     views = whole_view(width, height).to(models.device).repeat(len(noise) * (2 if guided else 1), 1)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         latents = torch.cat([latents, latents]) if guided else latents
-        prediction = models.predict(latents, timestep, conditioning, views, sampler.guidance_scale)
+        prediction = models.predict(latents, timestep, conditioning, views, guidance)
         if guided:
             unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + sampler.guidance_scale * (conditional - unconditional)
+            prediction = unconditional + guidance * (conditional - unconditional)
         return prediction
 
     scheduler = make_scheduler(models, sampler, latent_shape)
@@ -135,7 +138,7 @@ def draw(config: GenerationConfig) -> list[Path]:
         stack.use(config.strengths)
     resolution = resolution or models.resolution
     width, height = config.width or resolution, config.height or resolution
-    sampler = replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__)
+    sampler = with_model_sampler(models, sampler)
 
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
     folder = Path(config.output_dir or file.path.parent / "images")

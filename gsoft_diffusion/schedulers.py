@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -16,7 +17,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils import logging
 from torch import Tensor
 
-from gsoft_diffusion.config import SamplerConfig
+from gsoft_diffusion.config import GUIDANCE, MINIATURE_BELOW, MINIATURE_GUIDANCE, SamplerConfig
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models
 from gsoft_diffusion.losses import prediction_target
@@ -33,6 +34,16 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise UserError(f"diffusers has no scheduler {name}; try DDIMScheduler or DPMSolverMultistepScheduler")
     return found
+
+
+def with_model_sampler(models: Models, sampler: SamplerConfig) -> SamplerConfig:
+    """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`."""
+    usual = MINIATURE_GUIDANCE if models.resolution < MINIATURE_BELOW else GUIDANCE
+    return replace(
+        sampler,
+        scheduler=type(make_scheduler(models, sampler)).__name__,
+        guidance_scale=usual if sampler.guidance_scale is None else sampler.guidance_scale,
+    )
 
 
 def make_scheduler(models: Models, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:

@@ -54,7 +54,7 @@ from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
 from gsoft_diffusion.pictures import contact_sheet
 from gsoft_diffusion.preflight import check_step
-from gsoft_diffusion.schedulers import make_scheduler
+from gsoft_diffusion.schedulers import with_model_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +184,9 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
 
 
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
-    """The settings with what only the model decides filled in: resolution, scheduler, steps and learning rate."""
+    """The settings with what only the model decides filled in: resolution, sampler, steps and learning rates."""
     resolution = config.resolution or models.resolution
     models.check_sides(resolution=resolution)
-    scheduler = type(make_scheduler(models, config.sampler)).__name__
     usual = MINIATURE if models.resolution < MINIATURE_BELOW else FULL_SIZE
     left_open: dict[str, Any] = {name: value for name, value in usual.items() if getattr(config, name) is None}
     if config.adapter.text_encoder and not models.text_encoders:
@@ -197,7 +196,7 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
         left_open.pop("text_encoder_lr", None)
     elif config.optimizer == "prodigy":
         left_open["text_encoder_lr"] = config.learning_rate
-    return replace(config, resolution=resolution, sampler=replace(config.sampler, scheduler=scheduler), **left_open)
+    return replace(config, resolution=resolution, sampler=with_model_sampler(models, config.sampler), **left_open)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:

@@ -86,13 +86,14 @@ def test_comparison_ends_in_a_report(world, finished):
     assert "rank" in text
     assert "Double GSOFT minus" in text
     page = (finished / "report.html").read_text()
-    assert page.count("<svg") == 2  # Pareto plot and curves
+    assert page.count("<svg") == 3  # Pareto plot, curves, and below them the learning rates
+    assert page.index("<svg") < page.index("<h2>Learning rates</h2>") < page.rindex("<svg")
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")  # nothing is fetched
     assert page.count("<details") == 2
-    assert (finished / "pareto.svg").read_text().startswith("<?xml")
+    assert all((finished / f"{plot}.svg").read_text().startswith("<?xml") for plot in ("pareto", "learning_rates"))
 
 
 def test_results_say_where_they_come_from(world, finished):

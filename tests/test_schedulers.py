@@ -10,12 +10,12 @@ import pytest
 from conftest import PIXELS
 from tiny_families import WRITERS, write_flux, write_sdxl
 
-from gsoft_diffusion.config import SamplerConfig
+from gsoft_diffusion.config import GUIDANCE, MINIATURE_GUIDANCE, SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import FAMILIES
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.models import load_models
-from gsoft_diffusion.schedulers import fits, fitting, make_scheduler, scheduler_class
+from gsoft_diffusion.schedulers import fits, fitting, make_scheduler, scheduler_class, with_model_sampler
 
 DOCUMENTED = " ".join((Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8").split())
 FEW_STEPS = SamplerConfig(num_inference_steps=4, guidance_scale=2.0)
@@ -92,3 +92,13 @@ def test_the_trial_is_quiet(base, caplog):
     with caplog.at_level("WARNING"):
         assert not fits(load_models(str(base)), diffusers.FlowMatchEulerDiscreteScheduler)
     assert not caplog.records
+
+
+def test_what_the_model_decides_is_filled_in(base, monkeypatch):
+    models = load_models(str(base))
+    usual = with_model_sampler(models, SamplerConfig())
+    assert (usual.scheduler, usual.guidance_scale) == (type(models.scheduler).__name__, MINIATURE_GUIDANCE)
+    wanted = SamplerConfig(guidance_scale=7.0, scheduler="DPMSolverMultistepScheduler")
+    assert with_model_sampler(models, wanted) == wanted
+    monkeypatch.setattr(type(models), "resolution", 512)
+    assert with_model_sampler(models, SamplerConfig()).guidance_scale == GUIDANCE
