@@ -28,8 +28,10 @@ fuzz: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	$(BIN)/python tests/faults.py
 
+# Which lines of the package no test reaches, processes of their own included; docs/reliability/coverage.txt.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --cov=gsoft_diffusion --cov-report=term-missing
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/coverage report --show-missing
 
 clean:
 	rm -rf $(VENV)

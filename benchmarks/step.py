@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.bases import BASES, DTYPES, load_base
 from benchmarks.measure import CLOCKS, Records, bytes_in_use, median, peak_bytes, reset_peak, table
+from benchmarks.peft_boft import compute_as_peft
 from benchmarks.published import PublishedAdapter
 from eval.methods import matched
 from gsoft_diffusion.baselines import inject_baseline
@@ -35,7 +36,8 @@ METHODS = {
     "lora_half": "LoRA (PEFT), its parameters in the base's dtype",
     "double_gsoft": "Double GSOFT",
     "published": "Double GSOFT as published",
-    "boft": "BOFT, all its factors",
+    "boft": "BOFT, all its factors, computed as here",
+    "boft_peft": "BOFT, all its factors, computed as in PEFT",
     "oft": "OFT v2 (PEFT)",
 }
 
@@ -74,7 +76,7 @@ def main() -> None:
     print(report(records.records))
 
 
-SIZED_AS = {"published": "double_gsoft", "lora_half": "lora"}
+SIZED_AS = {"published": "double_gsoft", "lora_half": "lora", "boft_peft": "boft"}
 ANGLE = 0.02  # standard deviation of what a rotation is made from: what Cayley's map costs depends on it
 
 
@@ -145,6 +147,8 @@ class Bench:
             return turned(published.trainable()), published.remove
         adapter: Any = (inject if method == "double_gsoft" else inject_baseline)(config, self.unet, text_encoders)
         parameters = list(adapter.parameters())
+        if method == "boft_peft":
+            compute_as_peft([self.unet, *text_encoders])
         if method == "lora_half":
             for parameter in parameters:
                 parameter.data = parameter.data.to(self.latents.dtype)

@@ -117,7 +117,7 @@ def _sizes(experiment: Experiment, models: Models) -> list[str]:
     lines = [f"{len(layers)} layers are adapted, {full:,} numbers"]
     for budget in experiment.budgets:
         for method in experiment.methods:
-            config = matched(method, budget, layers, experiment.text_encoder)
+            config = matched(method, budget, layers, experiment.text_encoder, experiment.output_scale)
             count = count_parameters(config, layers) or 0
             if method != "full":
                 lines.append(

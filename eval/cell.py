@@ -126,7 +126,8 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
 def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
     subject, prompts, models, encoders = _prepare(experiment, cell)
     layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
-    method = matched(cell.method, cell.budget or "medium", layers, experiment.text_encoder)
+    budget = cell.budget or "medium"
+    method = matched(cell.method, budget, layers, experiment.text_encoder, experiment.output_scale)
     config = _training(experiment, cell, subject, models, out, scratch)
     baseline = method if isinstance(method, BaselineConfig) else None
     if isinstance(method, AdapterConfig):

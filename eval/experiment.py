@@ -56,6 +56,7 @@ class Experiment(Settings):
     pretrained_model_name_or_path: base model.
     unique_token: the subject's name in prompts.
     text_encoder: adapt the text encoder's attention as well as the UNet's.
+    output_scale: whether GSOFT and Double GSOFT learn a scale for each output, as BOFT always does.
     resolution: side of the square pictures; by default what the base model was made for.
     max_train_steps: optimizer steps.
     train_batch_size: photos in a batch.
@@ -94,6 +95,7 @@ class Experiment(Settings):
     pretrained_model_name_or_path: str = BUNDLED_BASE
     unique_token: str = "sks"
     text_encoder: bool = True
+    output_scale: bool = True
     resolution: int | None = None
     max_train_steps: int = 400
     train_batch_size: int = 4

@@ -31,16 +31,20 @@ BUDGETS = {"small": 0.066, "medium": 0.133, "large": 0.266}
 POWERS = (2, 4, 8, 16, 32, 64, 128)
 
 
-def matched(method: str, budget: str, layers: Mapping[str, nn.Linear], text_encoder: bool) -> AnyConfig:
+def matched(
+    method: str, budget: str, layers: Mapping[str, nn.Linear], text_encoder: bool, output_scale: bool = True
+) -> AnyConfig:
     """The method's settings whose number of parameters comes nearest to the budget.
 
-    layers: all that will be adapted. Full fine-tuning has one size. Raises UserError if nothing fits the widths.
+    layers: all that will be adapted. output_scale: of GSOFT and Double GSOFT. Full fine-tuning has one size.
+    Raises UserError if nothing fits the widths.
     """
     widths = [(linear.in_features, linear.out_features) for linear in layers.values()]
     target = BUDGETS[budget] * sum(math.prod(pair) for pair in widths)
+    candidates = _candidates(method, text_encoder, output_scale, min(min(pair) for pair in widths))
     fitting = [
         (abs(math.log(count / target)), number, config)
-        for number, config in enumerate(_candidates(method, text_encoder, min(min(pair) for pair in widths)))
+        for number, config in enumerate(candidates)
         if (count := count_parameters(config, layers)) is not None
     ]
     if not fitting:
@@ -80,7 +84,7 @@ def describe(config: AnyConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None) or "all weights"
 
 
-def _candidates(method: str, text_encoder: bool, narrowest: int) -> list[AnyConfig]:
+def _candidates(method: str, text_encoder: bool, output_scale: bool, narrowest: int) -> list[AnyConfig]:
     """Every size worth trying; of two that are equally near the first is taken."""
     if method == "full":
         return [BaselineConfig("full", text_encoder=text_encoder)]
@@ -88,8 +92,8 @@ def _candidates(method: str, text_encoder: bool, narrowest: int) -> list[AnyConf
         return [BaselineConfig("lora", rank=rank, text_encoder=text_encoder) for rank in range(1, narrowest)]
     shapes: list[dict[str, int]] = [{name: size} for name in ("nblocks", "block_size") for size in POWERS]
     if method in ("gsoft", "double_gsoft"):
-        double = method == "double_gsoft"
-        return [AdapterConfig(**shape, double=double, text_encoder=text_encoder) for shape in shapes]  # type: ignore[arg-type]
+        shared = {"double": method == "double_gsoft", "text_encoder": text_encoder, "output_scale": output_scale}
+        return [AdapterConfig(**shape, **shared) for shape in shapes]  # type: ignore[arg-type]
     if method == "oft":
         return [BaselineConfig("oft", **shape, text_encoder=text_encoder) for shape in shapes]
     if method == "boft":  # with one factor it would be OFT

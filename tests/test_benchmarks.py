@@ -9,9 +9,11 @@ from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
 from benchmarks.measure import Records, bytes_in_use
+from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
 from benchmarks.published import PublishedAdapter, PublishedLinear
 from benchmarks.step import METHODS, Bench, report
 from gsoft_diffusion import AdapterConfig
+from gsoft_diffusion.baselines import BaselineConfig, inject_baseline
 from gsoft_diffusion.orthogonal import skew_symmetric
 from gsoft_diffusion.projection import GSOFTProjection
 
@@ -45,6 +47,23 @@ def test_the_published_adapter_is_put_in_and_taken_out():
     adapter.remove()
     assert dict(unet.named_modules()) == modules
     assert torch.equal(run(unet), before)
+
+
+def test_boft_as_peft_computes_it_is_the_same_map():
+    """Two independent ways to multiply the factors: equal output, equal gradients."""
+    unet = tiny_unet().requires_grad_(False)
+    adapter = inject_baseline(BaselineConfig("boft", block_size=4, nfactors=2, text_encoder=False), unet)
+    torch.manual_seed(0)
+    for name, parameter in adapter.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith("scale")), std=0.2)
+    found = []
+    for change in (lambda: None, lambda: compute_as_peft([unet])):
+        change()
+        y = run(unet)
+        found.append((y, torch.autograd.grad(y.square().sum(), list(adapter.parameters()))))
+    torch.testing.assert_close(*(y for y, _ in found))
+    torch.testing.assert_close(*(gradients for _, gradients in found), rtol=1e-3, atol=1e-4)
+    assert any(isinstance(module, PeftButterflyLinear) for module in unet.modules())
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])

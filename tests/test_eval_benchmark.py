@@ -235,7 +235,7 @@ def test_plan_is_made_without_the_base_model(world, tmp_path):
     assert "pictures of 512 px" in text
 
 
-@pytest.mark.parametrize("name", ["mini", "paper", "own"])
+@pytest.mark.parametrize("name", ["mini", "mini_long", "mini_unscaled", "paper", "own"])
 def test_committed_experiments_are_valid(name):
     settings = read_yaml(Path("eval/experiments") / f"{name}.yaml")
     assert Experiment.from_dict(settings).methods
@@ -264,6 +264,17 @@ def test_sizes_come_near_the_budget(method, budget, world):
         assert count == full
     else:
         assert 0.5 < count / full / {"small": 0.066, "medium": 0.133, "large": 0.266}[budget] < 2
+
+
+def test_our_methods_are_sized_without_their_scale_too(world):
+    models = load_models(str(world / "base"))
+    layers = adapted_layers(models.unet, [models.text_encoder], True)
+    outputs = sum(layer.out_features for layer in layers.values())
+    for method in ("gsoft", "double_gsoft"):
+        with_scale, without = (matched(method, "medium", layers, True, output_scale) for output_scale in (True, False))
+        assert (with_scale.output_scale, without.output_scale) == (True, False)
+        scaled = count_parameters(replace(without, output_scale=True), layers)
+        assert scaled - count_parameters(without, layers) == outputs
 
 
 @pytest.mark.parametrize(
