@@ -1,4 +1,4 @@
-"""A denoiser call while sampling: the base model, the adapter merged, and the adapter beside the model.
+"""A denoiser call while sampling: the base model, the adapter merged, beside the model, and as it was published.
 
 python -m benchmarks.sampling --base sd15 --latents 64 --out benchmarks/results/sampling_sd15_64.json
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,17 @@ from tqdm import tqdm
 
 from benchmarks.bases import BASES, DTYPES, load_base
 from benchmarks.measure import CLOCKS, Records, median, table
+from benchmarks.published import PublishedAdapter
+from benchmarks.step import turned
 from eval.methods import matched
 from gsoft_diffusion.injection import find_attentions, find_linears, inject
 
-STATES = {"base": "base model", "merged": "merged", "unmerged": "beside the model"}
+STATES = {
+    "base": "base model",
+    "merged": "merged",
+    "unmerged": "beside the model",
+    "published": "as published: solved for and rotated in every call",
+}
 
 
 def main() -> None:
@@ -52,31 +58,30 @@ def measure(
     layers = find_linears(find_attentions(unet), {})
     text = text_encoder(torch.zeros(2, length, dtype=torch.long))[0]
     latents = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.inference_mode(False):
-        config: Any = matched("double_gsoft", "small", layers, text_encoder=False)
-        adapter = inject(config, unet)
-        for parameter in adapter.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    config: Any = matched("double_gsoft", "small", layers, text_encoder=False)
 
     def call() -> float:
         started = clock()
         unet(latents, torch.tensor(500), encoder_hidden_states=text)
         return clock() - started
 
-    def in_state(state: str) -> float:
-        with adapter.disabled() if state == "base" else nullcontext():
-            return min(call(), call())
-
-    call()  # makes what is kept for the unmerged state
+    call()
     for repetition in tqdm(repetitions):
-        seconds = {state: in_state(state) for state in ("base", "unmerged")}
+        seconds = {"base": min(call(), call())}
+        with torch.inference_mode(False):
+            published = PublishedAdapter(config, unet, [])
+        seconds["published"] = min(call(), call())
+        published.remove()
+        with torch.inference_mode(False):
+            adapter = inject(config, unet)
+            turned(list(adapter.parameters()))
+        first = call()  # makes what is kept
+        seconds["unmerged"] = min(call(), call())
         started = clock()
         adapter.merge()
         merging = clock() - started
-        seconds["merged"] = in_state("merged")
-        adapter.unmerge()
-        started = clock()
-        first = call()
+        seconds["merged"] = min(call(), call())
+        adapter.remove()
         records.add(repetition=repetition, seconds=seconds, merging=merging, first_unmerged=first)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import cmath
 import csv
 import html
 import io
@@ -311,11 +312,14 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
 
 
 def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float], miniature: bool) -> str | None:
-    """Where every learning rate of the sweep ends up between subject and prompt, as SVG: a line a method, the chosen
-    rates large. Methods whose lines coincide make the same trade at different rates. None without a sweep."""
+    """Where every learning rate of the sweep ends up between subject and prompt, as SVG: a line a method.
+
+    The chosen rates are large; these and the ends are labelled. Methods whose lines coincide make the same trade at
+    different rates. None without a sweep.
+    """
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    for method, by_rate in sweep.items():
+    for number, (method, by_rate) in enumerate(sweep.items()):
         ends = {rate: (line.interval("clip_t"), line.interval("dino")) for rate, line in sorted(by_rate.items())}
         points = {rate: (x.mean, y.mean) for rate, (x, y) in ends.items() if x and y}
         if not points:
@@ -323,7 +327,18 @@ def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, f
         axes.plot(*zip(*points.values(), strict=True), color=COLORS[method], linewidth=1, label=METHODS[method])
         for rate, point in points.items():
             axes.plot(*point, "o", color=COLORS[method], markersize=8 if rate == chosen[method] else 3)
-            axes.annotate(f"{rate:g}", point, (4, 4), textcoords="offset points", fontsize=6, color=COLORS[method])
+        for rate in {min(points), chosen[method], max(points)} & points.keys():
+            away = cmath.rect(14, number * cmath.tau / len(sweep))  # each method's labels on a side of their own
+            axes.annotate(
+                f"{rate:g}",
+                points[rate],
+                (away.real, away.imag),
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color=COLORS[method],
+            )
     return _trade_off(figure, axes, miniature) if axes.lines else None
 
 

@@ -8,7 +8,8 @@ import torch
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
-from benchmarks.measure import Records, bytes_in_use
+from benchmarks import sampling
+from benchmarks.measure import CLOCKS, Records, bytes_in_use
 from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
 from benchmarks.published import PublishedAdapter, PublishedLinear
 from benchmarks.step import METHODS, Bench, report
@@ -79,6 +80,18 @@ def test_every_method_is_measured_and_taken_out(monkeypatch, method, text_encode
     assert result["parameters"] > 0
     assert len(result["seconds"]) == 1
     assert (dict(unet.named_modules()), {name for name, _ in unet.named_parameters()}) == (modules, names)
+    assert torch.equal(run(unet), before)
+
+
+def test_sampling_is_measured_in_every_state(monkeypatch, tmp_path):
+    unet, text = tiny_unet().requires_grad_(False), tiny_text_encoder().requires_grad_(False)
+    monkeypatch.setattr("benchmarks.sampling.load_base", lambda name, dtype: (unet, text, 8))
+    before, modules = run(unet), dict(unet.named_modules())
+    records = Records(tmp_path / "sampling.json", {})
+    sampling.measure("tiny", torch.float32, 8, [0, 1], records, CLOCKS["wall"])
+    assert [set(record["seconds"]) for record in records.records] == [set(sampling.STATES)] * 2
+    assert "as published" in sampling.report(records.records)
+    assert dict(unet.named_modules()) == modules
     assert torch.equal(run(unet), before)
 
 
