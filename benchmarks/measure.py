@@ -96,7 +96,10 @@ def bytes_in_use() -> int | None:
 
 
 def reset_peak() -> None:
-    """Have the peak counted from now on, where the system can (Linux)."""
+    """Give back what is free, and have the peak counted from now on, where the system can (glibc, Linux)."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists():
         clear_refs.write_text("5")

@@ -116,12 +116,13 @@ class Bench:
         parameters, remove = self._put_in(method)
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # as in training on a CPU
         self._step(optimizer)
+        reset_peak()
         loss = self._loss()
         kept = None if before is None else bytes_in_use() - before  # type: ignore[operator]
         loss.backward()
+        peak = peak_bytes()
         del loss
         optimizer.zero_grad()
-        reset_peak()
         seconds = []
         for _ in range(steps):
             started = self.clock()
@@ -130,7 +131,7 @@ class Bench:
         result = {
             "seconds": seconds,
             "kept_bytes": kept,  # for the backward pass, by the optimizer, and by the adapter itself
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak,
             "parameters": sum(parameter.numel() for parameter in parameters),
         }
         remove()

@@ -9,7 +9,6 @@ where it was; run again it only prints the table.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import multiprocessing
 import sys
@@ -73,7 +72,6 @@ def measure(base: str, dtype: str, latents: int, batch: int, gradient_checkpoint
     adapter = inject(AdapterConfig(nblocks=32), models.denoiser, models.text_encoders)
     denoiser = Denoiser(models, adapter, [""]).train()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # so that what is free does not count as in use
     reset_peak()
     before, resident = bytes_in_use(), peak_bytes()
     value = loss(denoiser)
