@@ -8,7 +8,7 @@ import torch
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
-from benchmarks import sampling
+from benchmarks import sampling, trainer
 from benchmarks.measure import CLOCKS, Records, bytes_in_use
 from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
 from benchmarks.published import PublishedAdapter, PublishedLinear
@@ -93,6 +93,14 @@ def test_sampling_is_measured_in_every_state(monkeypatch, tmp_path):
     assert "as published" in sampling.report(records.records)
     assert dict(unet.named_modules()) == modules
     assert torch.equal(run(unet), before)
+
+
+@pytest.mark.slow
+def test_the_training_loop_is_measured_beside_bare_steps():
+    seconds = trainer.measure(steps=2)
+    assert seconds.keys() == {"trained", "bare"}
+    assert min(seconds.values()) > 0
+    assert "| bare |" in trainer.report([seconds])
 
 
 def test_measurements_are_kept_as_they_come(tmp_path):
