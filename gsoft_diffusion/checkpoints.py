@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from gsoft_diffusion.files import locked, sync_folder, whole_file
 from gsoft_diffusion.model_card import CARD
 
 SETTINGS, ADAPTER, STATE, SUMS = "settings.yaml", "adapter.safetensors", "state.pt", "SHA256SUMS"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate")  # on which a run's numbers depend
 # May change when a run is resumed: they decide how long it goes on and what it reports, not how it learns.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint",
@@ -191,8 +194,9 @@ def write_checkpoint(
             _delete(target)
         unfinished.replace(target)
         sync_folder(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; earlier checkpoints are intact") from error
+    except (OSError, UserError) as error:
+        what = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"cannot write {target}: {what}; earlier checkpoints are intact") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if limit:
@@ -251,11 +255,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: {STATE} cannot be loaded ({first_line(error)}); resume from another") from error
 
 
-def write_settings(config: TrainingConfig) -> Path:
-    """Write the resolved settings so that `--config` takes them again."""
+def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
+    """Write the resolved settings so that `--config` takes them again; in a comment, what else a run depends on."""
     path = Path(config.output_dir or ".") / SETTINGS
     try:
         with whole_file(path) as file:
+            used = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+            file.write(f"# python {platform.python_version()}, {used}; processes: {processes}\n".encode())
             file.write(config.to_yaml().encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

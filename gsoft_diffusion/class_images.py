@@ -19,7 +19,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import locked, whole_file
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.models import Models
-from gsoft_diffusion.photos import IMAGE_SUFFIXES
+from gsoft_diffusion.photos import is_image
 from gsoft_diffusion.pictures import slug
 
 ATTEMPTS = 3  # pictures drawn for each that is wanted, before broken ones become an error
@@ -55,7 +55,7 @@ def ensure_class_images(concept: Concept, config: TrainingConfig, models: Models
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES] if folder.exists() else []
+    return [path for path in folder.iterdir() if is_image(path)] if folder.exists() else []
 
 
 def _missing(folder: Path, config: TrainingConfig) -> int:

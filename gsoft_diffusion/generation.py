@@ -24,6 +24,7 @@ from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png,
 from gsoft_diffusion.schedulers import denoise, make_scheduler, with_model_sampler
 
 PICTURES_A_ROW = 8  # on contact sheets
+LARGEST = 4096  # side of pictures that an adapter's file may ask for
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def draw(config: GenerationConfig) -> list[Path]:
     file = files[0]
     prompts = _prompts(config, [subject for each in files for subject in each.subjects])
     sampler, resolution = _sampler(config, file)
+    if not config.pretrained_model_name_or_path:
+        print(f"base model: {file.base_model.name}, as {file.path} says")
     models = load_base(
         file,
         config.pretrained_model_name_or_path,
@@ -239,4 +242,4 @@ def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig
     sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
     given = {name: getattr(config, name) for name in sampler.to_dict() if getattr(config, name) is not None}
     resolution = config.resolution or file.training.get("resolution")
-    return replace(sampler, **given), resolution if isinstance(resolution, int) and resolution > 0 else None
+    return replace(sampler, **given), resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None

@@ -111,13 +111,14 @@ def list_images(folder: str | Path, flag: str) -> tuple[list[Path], int]:
         files = sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be read as a folder ({error.strerror})") from error
-    images = [path for path in files if _is_image(path) and not path.stem.endswith(MASK_END)]
+    images = [path for path in files if is_image(path) and not path.stem.endswith(MASK_END)]
     if not images:
         raise UserError(f"{flag} {folder}: holds no picture (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
     return images, len(files) - len(images)
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether the name is a picture's, and not a hidden one's."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 

@@ -46,15 +46,15 @@ def check_step(
     def needed(changes: tuple[tuple[str, Any], ...] = ()) -> int:
         return needed_bytes(replace(config, **dict(changes)), models, adapter, device)
 
+    plans = switches(config, device)
     try:
         needs = needed()
+        if needs <= available:
+            return
+        fits = next((plan for plan in plans if needed(plans[-1]) <= available and needed(plan) <= available), None)
     except Exception as error:  # whatever a model does that takes numbers: no reason not to train it
         logger.warning("how much memory a training step takes could not be estimated: %s", first_line(error))
         return
-    if needs <= available:
-        return
-    plans = switches(config, device)
-    fits = next((plan for plan in plans if needed(plans[-1]) <= available and needed(plan) <= available), None)
     if fits:
         advice = f"{_flags(fits)} would make it {_gigabytes(needed(fits))}"
     elif plans:

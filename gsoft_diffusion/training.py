@@ -7,19 +7,15 @@ import importlib
 import logging
 import math
 import shlex
-import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain, product
+from itertools import chain, product, takewhile
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,6 +27,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from diffusers.optimization import get_scheduler
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed import DistError
 from torch.utils.data import DataLoader
@@ -55,6 +52,7 @@ from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
 from gsoft_diffusion.pictures import contact_sheet
 from gsoft_diffusion.preflight import check_step
 from gsoft_diffusion.schedulers import with_model_sampler
+from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +158,8 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
                 ) from error
             raise
         finally:
-            accelerator.end_training()
+            with suppress(OSError):  # of a tracker's last lines
+                accelerator.end_training()
 
 
 def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
@@ -317,8 +316,9 @@ class Run:
         config, accelerator = self.config, self.accelerator
         result = self.folder / checkpoints.ADAPTER
         if accelerator.is_main_process:
-            checkpoints.write_settings(replace(config, resume_from_checkpoint=None, accept_changes=False))
-        accelerator.init_trackers("training", config=_flat(config.to_dict()))
+            written = replace(config, resume_from_checkpoint=None, accept_changes=False)
+            checkpoints.write_settings(written, accelerator.num_processes)
+        self._track(lambda: accelerator.init_trackers("training", config=_flat(config.to_dict())))
         first = self.step
         with StopRequest(launched=accelerator.num_processes > 1) as stop:
             started = time.perf_counter()
@@ -326,15 +326,17 @@ class Run:
             seconds = time.perf_counter() - started
             if accelerator.is_main_process:
                 self._save_adapter(result)
-        interrupted = self.step < self.max_train_steps
+            interrupted = self.step < self.max_train_steps
+            if self.step > first and not interrupted:
+                self._validate(stop)
         if interrupted:
             settings = shlex.quote(str(self.folder / checkpoints.SETTINGS))
+            count = accelerator.num_processes
+            starter = "python" if count == 1 else f"by the same launcher, with {count} processes,"
             accelerator.print(
                 f"stopped at step {self.step}; to go on: "
-                f"python train_dreambooth_gsoft.py --config {settings} --resume_from_checkpoint latest"
+                f"{starter} train_dreambooth_gsoft.py --config {settings} --resume_from_checkpoint latest"
             )
-        elif self.step > first:
-            self._validate()
         if accelerator.is_main_process and isinstance(self.adapter, Adapter):
             self._write_card(result)
         if self.skipped:
@@ -368,7 +370,7 @@ class Run:
                 if stopping:
                     return
                 if _due(self.step, config.validation_steps) and self.step < self.max_train_steps:
-                    self._validate()
+                    self._validate(stop)
 
     def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
@@ -406,7 +408,8 @@ class Run:
                 photo_sum.update(photo.mask.read_bytes())
             photo_sum.update(photo.prompt.encode())
         photo_sums = {name: photo_sum.hexdigest() for name, photo_sum in sums.items()}
-        return {"number of processes": self.accelerator.num_processes, **photo_sums}
+        base = {"weights of the base model": self.identity.fingerprint}
+        return {"number of processes": self.accelerator.num_processes, **base, **photo_sums}
 
     # Making ready
 
@@ -474,7 +477,12 @@ class Run:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        loader = DataLoader(self.dataset, batch_sampler=positions, num_workers=config.dataloader_num_workers)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=positions,
+            num_workers=config.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_run,
+        )
         for batch in loader:
             yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
@@ -542,7 +550,8 @@ class Run:
 
     def _progress_bar(self) -> tqdm[NoReturn]:
         hidden = not self.accelerator.is_main_process
-        return tqdm(total=self.max_train_steps, initial=self.step, desc="training", unit="step", disable=hidden)
+        shown: dict[str, Any] = {"desc": "training", "unit": "step", "file": Stderr(), "dynamic_ncols": True}
+        return tqdm(total=self.max_train_steps, initial=self.step, disable=hidden, **shown)
 
     def _report(self, recent: Sequence[float], progress: tqdm[NoReturn]) -> None:
         group = self.optimizer.param_groups[0]
@@ -550,10 +559,21 @@ class Run:
         progress.update()
         skipped = {"skipped": self.skipped} if self.skipped else {}
         progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{lr:.2g}", **skipped)
-        self.accelerator.log({"loss": recent[-1], "lr": lr}, step=self.step)
+        self._track(lambda: self.accelerator.log({"loss": recent[-1], "lr": lr}, step=self.step))
 
-    def _validate(self) -> None:
-        """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`."""
+    def _track(self, send: Callable[[], None]) -> None:
+        """Trackers are a convenience: where they cannot write, the run goes on without them."""
+        try:
+            send()
+        except OSError as error:
+            self.accelerator.trackers = []
+            self.accelerator.print(f"note: {self.config.report_to} cannot write ({error}); no more is reported to it")
+
+    def _validate(self, stop: StopRequest) -> None:
+        """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`.
+
+        A request to stop does not wait for it: the sheet is left out then.
+        """
         config, accelerator = self.config, self.accelerator
         if config.num_validation_images and config.validation_prompts and accelerator.is_main_process:
             seeds = range(config.seed, config.seed + config.num_validation_images)
@@ -566,20 +586,27 @@ class Run:
                     resolution=config.resolution,
                     batch_size=config.sample_batch_size,
                 )
-                rows = sheet_rows({"adapter": list(samples)}, config.num_validation_images)
-            sheet = contact_sheet(rows, f"step {self.step}")
-            path = self.folder / "validation" / f"step-{self.step:06d}.png"
-            try:
-                path.parent.mkdir(exist_ok=True)
-                with whole_file(path) as file:
-                    sheet.save(file, "PNG")
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are intact") from error
-            for tracker in accelerator.trackers:
+                drawn = list(takewhile(lambda _: not stop.requested, samples))
+            if len(drawn) == len(jobs):
+                self._write_sheet(contact_sheet(sheet_rows({"adapter": drawn}, len(seeds)), f"step {self.step}"))
+        accelerator.wait_for_everyone()
+
+    def _write_sheet(self, sheet: Image.Image) -> None:
+        path = self.folder / "validation" / f"step-{self.step:06d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with whole_file(path) as file:
+                sheet.save(file, "PNG")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are intact") from error
+
+        def log_images() -> None:
+            for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"validation": np.asarray(sheet)[None]}, step=self.step, **options)
-        accelerator.wait_for_everyone()
+
+        self._track(log_images)
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:
@@ -638,39 +665,6 @@ class Run:
             limit = self.config.checkpoints_total_limit
             checkpoints.write_checkpoint(self.folder, self.step, state, self._save_adapter, limit)
         self.accelerator.wait_for_everyone()
-
-
-class StopRequest(AbstractContextManager["StopRequest"]):
-    """Inside the block SIGINT and SIGTERM only set `requested`; a second one acts as usual.
-
-    With a launcher it does not: launchers pass on what reaches them, and kill what takes too long.
-    """
-
-    def __init__(self, launched: bool = False) -> None:
-        self.requested = False
-        self.launched = launched
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            once_more = "" if self.launched else "; once more to stop at once"
-            print(f"\nstopping after this step, then saving{once_more}", file=sys.stderr)
-        self.requested = True
-        if not self.launched:
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 def _due(step: int, interval: int) -> bool:

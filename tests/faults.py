@@ -55,7 +55,7 @@ def run_to_hurt(base: Path, photos: Path, output: Path) -> TrainingConfig:
         checkpointing_steps=EVERY,
         checkpoints_total_limit=1,
         num_validation_images=0,
-        report_to="none",
+        report_to="tensorboard",
         sampler=SamplerConfig(num_inference_steps=2),
     )
 
@@ -124,13 +124,13 @@ class Hurt:
         sys.settrace(trace)
 
     def killed_in_a_write(self, size: int) -> None:
-        """The kernel ends the process when a file gets longer than this."""
+        """After the first checkpoint the kernel ends the process when a file gets longer than this."""
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        at_step(EVERY + 1, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
     def write_fails(self, size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        at_step(EVERY + 1, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
     def killed_at_any_time(self, _: int) -> None:
         pass  # by the harness, from outside
@@ -238,7 +238,9 @@ class Harness:
         if kind == "damaged_file":
             config = replace(config, checkpoints_total_limit=None)
         process = start(config, self.log, Hurt(self.notes, kind, detail))
-        if kind == "killed_at_any_time":
+        if kind == "killed_at_any_time":  # milliseconds after the first checkpoint
+            while process.is_alive() and not self.notes.exists():
+                time.sleep(0.001)
             time.sleep(detail / 1000)
             process.kill()
         return finish(process, self.log)
@@ -309,7 +311,7 @@ def all_faults(lines: int) -> dict[str, Sequence[int]]:
     return {
         "killed_at_line": sorted(chance.sample(range(1, lines + 1), 24)),
         "killed_in_a_write": [1, 1_000, *range(40_000, 280_001, 40_000)],
-        "killed_at_any_time": sorted(chance.randrange(300, 5_000) for _ in range(8)),
+        "killed_at_any_time": sorted(chance.randrange(1_500) for _ in range(8)),
         "write_fails": [20_000, 50_000, 100_000, 200_000],  # more than the log, which must take the message
         "full_file_system": [4, 192, 448, 600, 680],
         "becomes_read_only": [0, 2, 4],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import subprocess
@@ -21,9 +22,11 @@ from gsoft_diffusion.checkpoints import (
     output_folder,
     read_state,
     write_checkpoint,
+    write_settings,
 )
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.settings import read_yaml
 
 STATE_VALUES = {"step": 3, "adapter": {"a": torch.arange(3.0)}, "optimizer": {"state": {}, "lr": 1e-3}, "scaler": None}
 
@@ -157,6 +160,26 @@ def test_what_stops_a_write_is_named_whatever_torch_says(tmp_path, size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    save(tmp_path, 1)
+
+    def refuse(path: Path) -> None:
+        raise UserError(f"cannot write {path.name}: No space left on device")
+
+    with pytest.raises(
+        UserError, match=r"cannot write .*checkpoint-2: cannot write .*; earlier checkpoints are intact"
+    ):
+        write_checkpoint(tmp_path, 2, STATE_VALUES, refuse, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_settings_say_what_a_run_depends_on_and_can_be_read_again(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    path = write_settings(config, processes=2)
+    assert re.match(r"# python 3\.\S+, torch \S+, .*; processes: 2\n", path.read_text())
+    assert TrainingConfig.from_dict(read_yaml(path)) == config
 
 
 def test_nothing_is_executed(tmp_path):

@@ -52,6 +52,14 @@ def test_missing_ones_are_drawn_with_new_seeds(config, models):
     assert len(after) == len(set(after.values())) == 7
 
 
+def test_hidden_files_do_not_count(config, models):
+    folder = class_images_folder(config.concepts[0], config, models.identity())
+    folder.mkdir(parents=True)
+    (folder / "._seed000000.png").write_bytes(b"")
+    ensure_class_images(config.concepts[0], config, models, models.identity())
+    assert len(list(folder.glob("seed*.png"))) == 5
+
+
 def test_the_folder_depends_on_what_decides_the_pictures_and_on_nothing_else(config, models):
     identity = models.identity()
 

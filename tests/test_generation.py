@@ -17,7 +17,7 @@ from gsoft_diffusion.adapter_file import save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.generation import Sample, _with_names, draw, generate, sheet_rows
+from gsoft_diffusion.generation import Sample, _sampler, _with_names, draw, generate, sheet_rows
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import Models, load_models
 from gsoft_diffusion.pictures import METADATA_KEY
@@ -220,6 +220,15 @@ def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
     assert (first.shape, second.shape) == ((36, 36, 3), (32, 32, 3))
     assert first_metadata["sampler"]["guidance_scale"] == 3.0
     assert second_metadata["sampler"] == first_metadata["sampler"] | {"guidance_scale": 1.5}
+
+
+def test_a_file_may_not_ask_for_pictures_of_any_size():
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",))
+
+    def asked(side: object) -> int | None:
+        return _sampler(config, SimpleNamespace(training={"resolution": side}))[1]
+
+    assert [asked(side) for side in (64, 4096, 100_000, -8, "64")] == [64, 4096, None, None, None]
 
 
 def test_draw_in_the_shape_that_is_asked_for(adapter_file):

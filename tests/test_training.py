@@ -499,6 +499,29 @@ def test_a_signal_ends_the_run_after_the_step_with_everything_saved(config, monk
     assert_same(whole, weights(replace(config, resume_from_checkpoint="latest")))
 
 
+@pytest.mark.parametrize(("at", "steps"), [(2, 3), (4, 4)])
+def test_a_request_to_stop_does_not_wait_for_a_validation_sheet(config, monkeypatch, at, steps):
+    """At step 2 the run stops after the next one; at its end it is complete, card and all, without the last sheet."""
+    original = training.generate
+    drawn = []
+
+    def generate(*arguments, **options):
+        for sample in original(*arguments, **options):
+            drawn.append(sample)
+            if len(drawn) == at:  # with two pictures a sheet: the last of the first, the last of the second
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield sample
+
+    monkeypatch.setattr(training, "generate", generate)
+    prompts = ("a dog", "a sks dog")
+    changes = {"num_validation_images": 1, "validation_prompts": prompts, "validation_steps": 2, "sample_batch_size": 1}
+    result = train(replace(config, **changes))
+    folder = Path(config.output_dir or "")
+    assert (result.steps, result.interrupted) == (steps, steps < 4)
+    assert [path.name for path in (folder / "validation").glob("*")] == (["step-000002.png"] if at == 4 else [])
+    assert (folder / "README.md").exists()
+
+
 def test_a_second_signal_acts_as_usual(config, monkeypatch):
     def loss(self, batch):
         for _ in range(2):
@@ -670,6 +693,21 @@ def test_tensorboard_gets_loss_rate_and_pictures(config):
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-2] * 4)
     assert [event.step for event in events.Images("validation")] == [2, 4]
+
+
+@pytest.mark.parametrize("method", ["init_trackers", "log", "end_training"])
+def test_a_tracker_that_cannot_write_does_not_end_the_run(config, monkeypatch, capfd, method):
+    calls = []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"accelerate.Accelerator.{method}", full)
+    assert train(replace(config, report_to="tensorboard")).steps == 4
+    assert calls
+    noted = "note: tensorboard cannot write ([Errno 28] No space left on device)" in capfd.readouterr().out
+    assert noted == (method != "end_training")
 
 
 @pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run
+
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+class Gone:
+    """A stream whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before():
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_request_to_stop_counts_whether_or_not_anybody_listens(monkeypatch, number):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested
+
+
+def test_hanging_up_is_ignored_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+
+
+def test_workers_leave_signals_to_the_run():
+    leave_signals_to_the_run(0)
+    for number in NUMBERS:
+        os.kill(os.getpid(), number)
+
+
+def test_progress_is_shown_only_while_somebody_looks(monkeypatch, capsys):
+    Stderr().write("10 %")
+    assert capsys.readouterr().err == "10 %"
+    monkeypatch.setattr(sys, "stderr", Gone())
+    Stderr().write("20 %")
+    Stderr().flush()
