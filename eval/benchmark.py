@@ -1,4 +1,4 @@
-"""Compare GSOFT with LoRA, BOFT, OFT and full fine-tuning at equal numbers of parameters.
+"""Compare GSOFT with LoRA, BOFT, OFT and full fine-tuning at nearly equal numbers of parameters.
 
     python -m eval.benchmark eval/experiments/mini.yaml --out results/mini
 
@@ -54,6 +54,9 @@ def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", work
 
 def claim(experiment: Experiment, out: Path) -> None:
     """Write the settings into the output folder. UserError if it holds cells of other settings."""
+    for subject in experiment.chosen_subjects():
+        if len(subject.photos()) < 2:
+            raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
     path = out / SETTINGS
     if path.exists():
         before = Experiment.from_dict(read_yaml(path)).to_dict()

@@ -6,6 +6,7 @@ cells/<id>/*.png         the pictures
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 
 from eval import metrics
-from eval.encoders import Encoders, load_encoders
+from eval.encoders import Encoders, best_device, load_encoders
 from eval.experiment import Cell, Experiment
 from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
@@ -36,6 +37,7 @@ from gsoft_diffusion.checkpoints import checkpoints, step_of
 from gsoft_diffusion.class_images import ensure_class_images
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.injection import Adapter
 from gsoft_diffusion.models import DTYPES, Models, load_models
@@ -91,7 +93,8 @@ def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
     (scratch / "cell").mkdir(parents=True)
     try:
         result = (_base if cell.method == "base" else _tuned)(experiment, cell, out, scratch)
-        (scratch / "cell" / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with whole_file(scratch / "cell" / RESULT) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
         target = out / "cells" / cell.id
         target.parent.mkdir(exist_ok=True)
         try:
@@ -192,7 +195,7 @@ def _training(
 def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt], Models, Encoders]:
     subject = next(subject for subject in experiment.chosen_subjects() if subject.name == cell.subject)
     prompts = prompts_for(subject, experiment.unique_token, experiment.prompts, experiment.max_prompts)
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = best_device()
     models = load_models(
         experiment.pretrained_model_name_or_path, dtype=DTYPES[experiment.mixed_precision], device=device
     )
@@ -288,6 +291,7 @@ def _facts(experiment: Experiment, cell: Cell, models: Models, encoders: Encoder
     return {
         "cell": asdict(cell),
         "base_model": asdict(models.identity()) | {"name": _public(models.name)},
+        "photos_hash": photos_hash(experiment, cell),
         "encoders": encoders.to_dict(),
         "captions": "with the unique token" if experiment.token_in_caption else "without the unique token",
         "sampler": with_model_sampler(models, experiment.sampler).to_dict(),
@@ -295,6 +299,12 @@ def _facts(experiment: Experiment, cell: Cell, models: Models, encoders: Encoder
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
     }
+
+
+def photos_hash(experiment: Experiment, cell: Cell) -> str:
+    """The same for the same photos."""
+    subject = next(subject for subject in experiment.chosen_subjects() if subject.name == cell.subject)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in subject.photos())).hexdigest()[:16]
 
 
 def _public(name: str) -> str:

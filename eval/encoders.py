@@ -1,6 +1,7 @@
 """The encoders that scores are made with, each with everything that decides its numbers written down.
 
-CLIP by open_clip's name (`ViT-B-32/openai`), DINO by transformers' (`facebook/dino-vits16`), and both from folders.
+CLIP by open_clip's name (`ViT-B-32-quickgelu/openai`), DINO by transformers' (`facebook/dino-vits16`), and both from
+folders.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from eval.open_clip_layout import CONFIG, is_original_clip, read_open_clip
 from gsoft_diffusion.errors import UserError, first_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FIELD_CLIP, FIELD_DINO = "ViT-B-32/openai", "facebook/dino-vits16"
+FIELD_CLIP, FIELD_DINO = "ViT-B-32-quickgelu/openai", "facebook/dino-vits16"
 MINI_CLIP, MINI_DINO = "data/mini_clip", "data/mini_dino"
 DINO_MODELS = ("vit", "dinov2", "dinov3_vit")
 BATCH = 64
@@ -132,6 +134,11 @@ class Encoders:
         return {"clip": self.clip.identity.to_dict(), "dino": self.dino.identity.to_dict()}
 
 
+def best_device() -> torch.device | str:
+    """A GPU if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or "cpu"
+
+
 def load_encoders(clip: str = "auto", dino: str = "auto", device: torch.device | str = "cpu") -> Encoders:
     """Load both by name or folder. `auto`: the field's encoders, or the bundled miniatures where those do not load."""
     return Encoders(
@@ -200,14 +207,17 @@ def _clip_encoder(
 
 
 def _open_clip(name: str, folder: Path | None, device: torch.device | str) -> ClipEncoder:
-    import open_clip  # takes seconds, which the bundled encoders do without
-
     architecture, _, tag = name.partition("/")
     if not folder and not tag:
         raise UserError(f"CLIP {name}: name a folder, or model and weights as open_clip does, such as {FIELD_CLIP}")
     model_name = f"local-dir:{folder}" if folder else architecture
     try:
-        clip = open_clip.create_model(model_name, pretrained=None if folder else tag, device=device)
+        import open_clip  # takes seconds, which the bundled encoders do without
+
+        with warnings.catch_warnings():
+            # The weights would run, and score, with another activation than they were trained with.
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            clip = open_clip.create_model(model_name, pretrained=None if folder else tag, device=device)
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # a name it does not know, no network, damaged files
         raise UserError(f"CLIP {name}: open_clip cannot load it ({first_line(error)})") from error

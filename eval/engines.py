@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,30 +24,29 @@ from gsoft_diffusion.errors import UserError
 
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
-    """On this machine, `workers` cells at a time, each with its share of the cores. The first failure ends it all."""
+    """On this machine, `workers` cells at a time, each with its share of the cores. After a failure none is started."""
     threads = _cores_each(workers)
     context = _process_context()
-    with (
-        ProcessPoolExecutor(workers, context, _use_threads, (threads,), max_tasks_per_child=1) as pool,
-        tqdm(total=len(cells), desc="cells", unit="cell") as progress,
-    ):
+    pool = ProcessPoolExecutor(workers, context, _use_threads, (threads,), max_tasks_per_child=1)
+    try:
         jobs = {pool.submit(run_quietly, experiment, cell, out): cell for cell in cells}
-        try:
+        with tqdm(total=len(cells), desc="cells", unit="cell") as progress:
             for job in as_completed(jobs):
                 job.result()
                 progress.set_postfix_str(jobs[job].id)
                 progress.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is running ends first, its result is not lost
 
 
 def run_with_submitit(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
-    """As a job array on a Slurm cluster, `workers` at a time; here, in processes, where there is no Slurm."""
+    """As a job array on a Slurm cluster, `workers` at a time. What else Slurm is to know, it reads from `SBATCH_*`."""
     try:
         import submitit
     except ImportError as error:
         raise UserError("--engine submitit needs a library: pip install submitit") from error
+    if not shutil.which("sbatch"):  # submitit would start all cells here at once
+        raise UserError("--engine submitit: there is no Slurm here; leave it out to use this machine")
     executor = submitit.AutoExecutor(folder=out / "submitit")
     executor.update_parameters(
         timeout_min=24 * 60,

@@ -11,6 +11,7 @@ from eval.prompts import DREAMBOOTH
 from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.models import DTYPES
 from gsoft_diffusion.settings import Settings, not_negative, positive, require
 
 
@@ -129,6 +130,8 @@ class Experiment(Settings):
                 raise UserError(f"{name}: {', '.join(given) or 'nothing'}; choose from {', '.join(known)}")
         if self.sweep_budget not in BUDGETS:
             raise UserError(f"sweep_budget: {self.sweep_budget}; choose from {', '.join(BUDGETS)}")
+        if self.mixed_precision not in DTYPES:
+            raise UserError(f"mixed_precision: {self.mixed_precision}; choose from {', '.join(DTYPES)}")
         require(self, positive, "more than 0", "seeds", "images_per_prompt", "base_images", "max_prompts")
         require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
         require(self, not_negative, "0 or more", "curve_every")

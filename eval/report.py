@@ -90,8 +90,33 @@ class Line:
 # From cells to lines
 
 
+def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
+    """UserError naming the cells that were made with another base model, other encoders or photos than the rest."""
+    _check_same(results, "encoders", "encoders")
+    _check_same(results, "base_model", "base model")
+    for subject in {result["cell"]["subject"] for result in results}:
+        of_subject = [result for result in results if result["cell"]["subject"] == subject]
+        _check_same(of_subject, "photos_hash", f"photos of {subject}")
+
+
+def _check_same(results: Sequence[Mapping[str, Any]], fact: str, what: str) -> None:
+    found = [(Cell(**result["cell"]).id, result[fact]) for result in results if fact in result]
+    values = [value for _, value in found]
+    odd = [name for name, value in found if value != max(values, key=values.count)]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"cells/{odd[0]}{more}: made with other {what} than the rest, so they do not compare; delete them and run "
+            "eval.benchmark again"
+        )
+
+
 def choose_learning_rates(experiment: Experiment, out: Path) -> dict[str, float]:
-    """For each method the learning rate of the best balance in the sweep. UserError if all of them diverged."""
+    """For each method the learning rate of the best balance in the sweep.
+
+    UserError if all of them diverged, or if cells do not compare.
+    """
+    check_comparable(read_results(out))
     chosen = {}
     for method, by_rate in sweep_lines(experiment, out).items():
         rates = getattr(experiment.learning_rates, method)
@@ -399,8 +424,7 @@ def write_report(experiment: Experiment, out: Path) -> list[Path]:
     swept = sweep_lines(experiment, out)
     sweep = sweep_rows(swept, chosen)
     results = [result for line in lines for result in line.results]
-    encoders = _one([result["encoders"] for result in results], "encoders")
-    _one([result["base_model"] for result in results], "base models")
+    encoders = results[0]["encoders"]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
     plots = {
         "pareto": pareto_plot(lines, miniature),
@@ -425,15 +449,6 @@ def write_report(experiment: Experiment, out: Path) -> list[Path]:
     for name, text in texts.items():
         (out / name).write_text(text.rstrip() + "\n", encoding="utf-8")
     return [out / name for name in texts]
-
-
-def _one(values: list[Any], what: str) -> Any:
-    """The value that all share. UserError if results that do not compare have come together."""
-    if any(value != values[0] for value in values):
-        raise UserError(
-            f"the cells were made with different {what}, so they do not compare; run them into another folder"
-        )
-    return values[0]
 
 
 def _introduction(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval import metrics
-from eval.encoders import Encoders, load_encoders
+from eval.encoders import Encoders, best_device, load_encoders
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.options import run
 from gsoft_diffusion.photos import list_images, open_image
@@ -87,12 +87,11 @@ def score_folder(
     scores = picture_scores(embed(encoders, _open(paths)), real, texts)
     rows = [{"file": path.name, "prompt": text, **row} for path, text, row in zip(paths, prompts, scores, strict=True)]
     means = {name: metrics.mean([row[name] for row in scores]) for name in scores[0]}
-    several = len(real.clip) > 1
-    ceiling = {"clip_i": metrics.real_photo_ceiling(real.clip), "dino": metrics.real_photo_ceiling(real.dino)}
+    ceilings = {"clip_i": real.clip, "dino": real.dino} if len(real.clip) > 1 else {}
     return {
         "encoders": encoders.to_dict(),
         "mean": means,
-        "photos": ceiling if several else None,
+        "photos": {name: metrics.real_photo_ceiling(embedded) for name, embedded in ceilings.items()},
         "captions": "the prompts without the unique token" if texts is not None else None,
         "pictures": rows,
     }
@@ -109,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
     }
     lines = [f"{len(result['pictures'])} pictures"]
     for name, value in result["mean"].items():
-        ceiling = (result["photos"] or {}).get(name)
+        ceiling = result["photos"].get(name)
         lines.append(
             f"  {names[name]:38} {value:.3f}" + (f"   (the photos among each other {ceiling:.3f})" if ceiling else "")
         )
@@ -137,7 +136,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
         "--clip", default="auto", help="CLIP: a folder, or open_clip's model/tag (default: %(default)s)"
     )
     parser.add_argument("--dino", default="auto", help="DINO: a folder, or a name on the hub (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the encoders run (default: %(default)s)")
+    parser.add_argument("--device", default=best_device(), help="where models run (default: a GPU if there is one)")
 
 
 def main() -> int:
@@ -149,8 +148,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()
-    if args.out and args.out.exists():
-        raise UserError(f"--out {args.out}: exists; choose another file")
+    if args.out and (args.out.exists() or not args.out.parent.is_dir()):
+        why = "exists; choose another file" if args.out.exists() else "is in a folder that does not exist"
+        raise UserError(f"--out {args.out}: {why}")
     encoders = load_encoders(args.clip, args.dino, args.device)
     result = score_folder(args.images, args.photos, encoders, args.prompt, args.unique_token)
     print(f"{table(result)}\n  by {encoders.clip.identity}\n  and {encoders.dino.identity}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tiny_eval import write_world
@@ -209,13 +211,16 @@ def test_incomplete_cells_make_no_table(world, finished, tmp_path):
         report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
 
 
-def test_cells_of_different_encoders_make_no_table(world, finished, tmp_path):
+@pytest.mark.parametrize(
+    ("fact", "what"), [("encoders", "encoders"), ("base_model", "base model"), ("photos_hash", "photos of (rex|cup)")]
+)
+def test_cells_that_do_not_compare_make_no_table(world, finished, tmp_path, fact, what):
     out = shutil.copytree(finished, tmp_path / "out")
     path = next((out / "cells").glob("boft*")) / "result.json"
     result = json.loads(path.read_text())
-    result["encoders"]["clip"]["weights"] = "0" * 16
-    path.write_text(json.dumps(result))
-    with pytest.raises(UserError, match="different encoders"):
+    assert fact in result
+    path.write_text(json.dumps(result | {fact: "another"}))
+    with pytest.raises(UserError, match=f"cells/{path.parent.name}: made with other {what} than the rest"):
         report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
 
 
@@ -285,12 +290,22 @@ def test_our_methods_are_sized_without_their_scale_too(world):
         ({"learning_rates": {"lora": []}}, "learning_rates.lora: give one or more"),
         ({"learning_rates": {"lora": ["fast"]}}, "lora: .* is not a list of numbers"),
         ({"seeds": 0}, "--seeds 0: must be more than 0"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: fp8; choose from no, "),
         ({"step": 3}, "unknown setting step"),
     ],
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(UserError, match=message):
         Experiment.from_dict(settings)
+
+
+def test_a_single_photo_is_refused(world, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(world / "subjects" / "rex" / "0.png", folder)
+    with pytest.raises(UserError, match="photos: the balance needs two photos or more"):
+        run_benchmark(experiment(world, subjects_dir=str(folder), class_word="dog"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_subjects_are_named(world):
@@ -305,6 +320,23 @@ def test_engines_that_are_not_installed_say_so(world, tmp_path):
         except ImportError:
             with pytest.raises(UserError, match=f"pip install {name}"):
                 run_benchmark(experiment(world), tmp_path, engine=name)
+
+
+def test_submitit_is_refused_where_there_is_no_slurm(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", ModuleType("submitit"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="there is no Slurm here"):
+        run_benchmark(experiment(world), tmp_path, engine="submitit")
+
+
+@pytest.mark.slow
+def test_after_a_failure_no_cell_is_started(world, tmp_path):
+    broken = Cell("double_gsoft", "medium", 1e-3, "rex", 0)
+    cells = [broken, *(replace(broken, seed=seed) for seed in range(1, 6))]
+    settings = replace(experiment(world), pretrained_model_name_or_path="./nowhere")
+    with pytest.raises(UserError, match="no model folder"):
+        engines.run_locally(settings, cells, tmp_path, workers=1)
+    assert len(list((tmp_path / "logs").iterdir())) < len(cells)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -213,3 +214,22 @@ def test_damaged_clip_is_named(clip, tmp_path):
     (folder / "open_clip_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="not a CLIP in open_clip's layout"):
         load_clip(str(folder))
+
+
+def test_weights_with_another_activation_than_the_model_are_refused(monkeypatch):
+    """open_clip only warns, and would score with what the weights were not trained for."""
+    open_clip = pytest.importorskip("open_clip")
+
+    def create_model(*arguments: object, **options: object) -> None:
+        warnings.warn("QuickGELU mismatch between model and tag", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(UserError, match="QuickGELU mismatch"):
+        load_clip("ViT-B-32/openai")
+
+
+def test_the_fields_clip_has_the_activation_of_its_weights():
+    open_clip = pytest.importorskip("open_clip")
+    model, tag = encoders.FIELD_CLIP.split("/")
+    wanted = open_clip.pretrained.get_pretrained_cfg(model, tag)["quick_gelu"]
+    assert open_clip.get_model_config(model).get("quick_gelu", False) == wanted

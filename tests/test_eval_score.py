@@ -60,6 +60,14 @@ def test_without_prompts_there_is_no_clip_t(world, encoders):
     assert "no CLIP-T" in table(result)
 
 
+def test_a_single_photo_has_no_ceiling(world, encoders, tmp_path):
+    rex = world / "subjects" / "rex"
+    shutil.copy(rex / "0.png", tmp_path)
+    result = score_folder(str(rex), str(tmp_path), encoders)
+    assert result["photos"] == {}
+    assert "among each other" not in table(result)
+
+
 def test_command_line(world, tmp_path, monkeypatch, capsys):
     rex = str(world / "subjects" / "rex")
     arguments = ["score", "--images", rex, "--photos", rex, "--out", str(tmp_path / "scores.json")]
@@ -69,6 +77,9 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
     assert "miniature CLIP mini_clip" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "scores.json").read_text())["pictures"]) == 3
     with pytest.raises(UserError, match="exists; choose another file"):
+        score.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "nowhere" / "scores.json")])
+    with pytest.raises(UserError, match="in a folder that does not exist"):
         score.main()
 
 
