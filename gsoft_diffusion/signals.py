@@ -1,11 +1,12 @@
-"""What reaches a run from outside: requests to stop, and terminals that go away."""
+"""What reaches a run from outside: requests to stop, terminals that go away, disks that trackers find full."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -51,6 +52,21 @@ def leave_signals_to_the_run(_: int = 0) -> None:
     """For a run's worker processes, which signals to the whole group reach too: the run ends them when it is done."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Inside the block threads that cannot write end silently: TensorBoard's raises the error in the run as well."""
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, OSError):
+            before(ended)
+
+    before, threading.excepthook = threading.excepthook, hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Stderr:

@@ -52,7 +52,7 @@ from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
 from gsoft_diffusion.pictures import contact_sheet
 from gsoft_diffusion.preflight import check_step
 from gsoft_diffusion.schedulers import with_model_sampler
-from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run
+from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run, quiet_writers
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    with checkpoints.output_folder(config) if accelerator.is_main_process else nullcontext():
+    with checkpoints.output_folder(config) if accelerator.is_main_process else nullcontext(), quiet_writers():
         checkpoint = checkpoints.checkpoint_to_resume(config, accelerator.print)
         instance = instance_photos(config, accelerator.print)
         repository = None

@@ -254,7 +254,7 @@ class Harness:
         else:
             errors = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
             assert (outcome.status, len(errors)) == (2, 1), outcome.output
-            assert "Traceback" not in outcome.output
+            assert "Traceback" not in outcome.output, outcome.output
 
 
 def damage(output: Path, number: int) -> int:

@@ -240,7 +240,7 @@ def test_plan_is_made_without_the_base_model(world, tmp_path):
     assert "pictures of 512 px" in text
 
 
-@pytest.mark.parametrize("name", ["mini", "mini_long", "mini_unscaled", "paper", "own"])
+@pytest.mark.parametrize("name", ["mini", "mini_unscaled", "paper", "own"])
 def test_committed_experiments_are_valid(name):
     settings = read_yaml(Path("eval/experiments") / f"{name}.yaml")
     assert Experiment.from_dict(settings).methods

@@ -22,7 +22,15 @@ from gsoft_diffusion.adapter_file import load_adapter, save_adapter
 from gsoft_diffusion.config import AdapterConfig, ExportConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import export
-from gsoft_diffusion.families import FAMILIES, Flux, Models
+from gsoft_diffusion.families import (
+    FAMILIES,
+    Flux,
+    Flux2Klein,
+    Models,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+)
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.injection import Adapter, inject
 from gsoft_diffusion.models import load_models
@@ -223,3 +231,50 @@ def test_every_family_has_a_name_a_pipeline_and_parts():
     for family in FAMILIES:
         assert hasattr(diffusers, family.pipeline)
         assert {"scheduler", "vae"} < family.parts().keys()
+
+
+WRONG = {  # a part's setting that does not go with the other parts
+    "sd": (
+        StableDiffusion,
+        "unet",
+        {"class_embed_type": "timestep"},
+        "not a text-to-image model like Stable Diffusion",
+    ),
+    "sdxl": (StableDiffusionXL, "unet", {"addition_time_embed_dim": 3}, "not made for the second text encoder"),
+    "sd3 latents": (StableDiffusion3, "transformer", {"patch_size": 4}, "does not take the VAE's latents"),
+    "sd3 text": (StableDiffusion3, "transformer", {"joint_attention_dim": 7}, "third text encoder's width is"),
+    "sd3 pooled": (
+        StableDiffusion3,
+        "transformer",
+        {"pooled_projection_dim": 7},
+        "not made for these CLIP text encoders",
+    ),
+    "flux latents": (Flux, "transformer", {"in_channels": 7}, "takes more than latents"),
+    "flux text": (Flux, "transformer", {"joint_attention_dim": 7}, "but the transformer takes 7"),
+    "klein latents": (Flux2Klein, "transformer", {"in_channels": 7}, "does not take the VAE's latents"),
+    "klein text": (Flux2Klein, "transformer", {"joint_attention_dim": 7}, "but the transformer takes 7"),
+    "klein guidance": (Flux2Klein, "transformer", {"guidance_embeds": True}, "told its guidance is not supported"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_parts_that_do_not_go_together_are_refused(wrong, tmp_path):
+    family, part, changes, message = WRONG[wrong]
+    models = load_models(str(WRITERS[family](tmp_path / "base")))
+    getattr(models, part).register_to_config(**changes)
+    with pytest.raises(UserError, match=message):
+        models.check()
+
+
+def test_min_snr_is_refused_for_flow_matching(tmp_path, photos):
+    base = write_flux(tmp_path / "base")
+    config = TrainingConfig(
+        str(photos),
+        class_word="dog",
+        output_dir=str(tmp_path / "run"),
+        pretrained_model_name_or_path=str(base),
+        snr_gamma=5.0,
+        report_to="none",
+    )
+    with pytest.raises(UserError, match=r"--snr_gamma: .* learns by flow matching"):
+        train(config)

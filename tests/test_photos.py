@@ -194,6 +194,7 @@ def test_captions_from_text_files_and_from_the_table(photos):
     [
         ({"0.txt": "  \n"}, r"0\.png: its caption is empty"),
         ({"0.txt": b"\xff\xfe\x00"}, r"0\.txt: cannot be read as text"),
+        ({"metadata.jsonl": b"\xff\xfe\x00"}, r"metadata\.jsonl: cannot be read as text"),
         ({"metadata.jsonl": lines({"file_name": "0.png", "text": ""})}, r"0\.png: its caption is empty"),
         ({"metadata.jsonl": lines({"file_name": "9.png", "text": "a"})}, r"jsonl, line 1: .*no picture 9\.png"),
         ({"metadata.jsonl": lines({"file_name": "../photos/0.png", "text": "a"})}, r"no picture \.\./photos"),

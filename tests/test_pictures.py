@@ -45,6 +45,15 @@ def test_nothing_is_written_over(tmp_path):
     assert path.read_text() == "precious"
 
 
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*a\.png: No space left on device"):
+        save_png(Image.new("RGB", (2, 2)), tmp_path / "a.png", {})
+
+
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="file"):

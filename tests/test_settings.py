@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 
+from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import Settings, field_help, read_yaml
 
@@ -67,6 +68,11 @@ def test_broken_yaml_names_the_file(tmp_path, text):
     with pytest.raises(UserError, match=r"broken\.yaml") as caught:
         read_yaml(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_of_settings_must_be_one():
+    with pytest.raises(UserError, match="SamplerConfig: expected settings as `name: value`, got 3"):
+        SamplerConfig.from_dict(3)
 
 
 def test_missing_yaml_names_the_file(tmp_path):

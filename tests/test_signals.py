@@ -3,10 +3,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
 import pytest
 
-from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run
+from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run, quiet_writers
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -48,6 +49,22 @@ def test_workers_leave_signals_to_the_run():
     leave_signals_to_the_run(0)
     for number in NUMBERS:
         os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(OSError(28, "No space left on device"), False), (ValueError("a bug"), True)]
+)
+def test_threads_that_cannot_write_end_silently(capsys, error, shown):
+    def write() -> None:
+        raise error
+
+    before = threading.excepthook
+    with quiet_writers():
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert ("Traceback" in capsys.readouterr().err) == shown
+    assert threading.excepthook is before
 
 
 def test_progress_is_shown_only_while_somebody_looks(monkeypatch, capsys):

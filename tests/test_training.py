@@ -523,14 +523,19 @@ def test_a_request_to_stop_does_not_wait_for_a_validation_sheet(config, monkeypa
 
 
 def test_a_second_signal_acts_as_usual(config, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background may be without
+
     def loss(self, batch):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still running")
 
     monkeypatch.setattr(Run, "_loss", loss)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -693,6 +698,27 @@ def test_tensorboard_gets_loss_rate_and_pictures(config):
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-2] * 4)
     assert [event.step for event in events.Images("validation")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("step-000004.png", r"cannot write .*step-000004\.png: No space left on device; checkpoints are intact"),
+        ("README.md", r"cannot write .*README\.md: No space left on device; the adapter is in .*adapter\.safetensors"),
+    ],
+)
+def test_what_a_full_disk_stops_is_named(config, monkeypatch, name, message):
+    original = training.whole_file
+
+    def whole_file(path):
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return original(path)
+
+    monkeypatch.setattr(training, "whole_file", whole_file)
+    with pytest.raises(UserError, match=message):
+        train(replace(config, num_validation_images=1))
+    assert (Path(config.output_dir or "") / "adapter.safetensors").exists()
 
 
 @pytest.mark.parametrize("method", ["init_trackers", "log", "end_training"])
