@@ -230,6 +230,12 @@ def test_a_changed_file_is_refused_and_the_models_stay_untouched(saved, attack):
     inject(CONFIG, unet, [text_encoder])  # nothing was left behind
 
 
+def test_a_file_without_tensors_is_refused(saved):
+    rewrite(saved, dict.fromkeys(load_file(saved)))
+    with pytest.raises(UserError, match="holds no tensors"):
+        read_adapter(saved)
+
+
 def lie_about_size(content: bytes) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from other_process import held
 
 from gsoft_diffusion.checkpoints import (
     ADAPTER,
@@ -226,6 +227,39 @@ def test_a_folder_that_is_a_file(config, tmp_path, name):
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="is a file"), output_folder(replace(config, output_dir=str(tmp_path / name))):
         pass
+
+
+def test_a_second_run_in_the_folder_is_refused(config, tmp_path):
+    with held(tmp_path / "run", 60) as number:
+        message = rf"another run is writing to it \(process {number} on .*\); wait for it or choose another folder"
+        with pytest.raises(UserError, match=message), output_folder(config):
+            pass
+
+
+def test_a_folder_that_cannot_be_written(config, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("gsoft_diffusion.checkpoints.locked", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"), output_folder(config):
+        pass
+
+
+def test_settings_that_cannot_be_written(config):
+    with pytest.raises(UserError, match=r"cannot write .*settings\.yaml: No such file or directory"):
+        write_settings(config)
+
+
+def test_one_too_many_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def refuse(checkpoint: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("gsoft_diffusion.checkpoints._delete", refuse)
+    with pytest.raises(UserError, match=r"cannot delete .*checkpoint-1, which is one too many: Permission denied"):
+        save(tmp_path, 2, limit=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_the_folder_goes_again_if_nothing_was_written(config, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from other_process import held
 from PIL import Image
 
 from gsoft_diffusion import class_images
@@ -50,6 +51,20 @@ def test_missing_ones_are_drawn_with_new_seeds(config, models):
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert before.items() <= after.items()
     assert len(after) == len(set(after.values())) == 7
+
+
+def test_a_second_run_waits_for_the_first_and_takes_what_it_drew(config, models, monkeypatch, capsys):
+    folder = class_images_folder(config.concepts[0], config, models.identity())
+    monkeypatch.setattr(class_images, "generate", lambda *a, **k: pytest.fail("drew again"))
+    draws = (
+        "from PIL import Image; "
+        "[Image.effect_noise((32, 32), 50).save(f'{sys.argv[1]}/seed{i:06d}.png') for i in range(5)]; "
+        "Path(sys.argv[1], '.seed000005.png.1.tmp').touch()"
+    )
+    with held(folder, 1, draws) as number:
+        assert ensure_class_images(config.concepts[0], config, models, models.identity()) == folder
+    assert f"waiting for class images that another run (process {number} on " in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == [f"seed{seed:06d}.png" for seed in range(5)]
 
 
 def test_hidden_files_do_not_count(config, models):
