@@ -237,16 +237,36 @@ def table_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
     ]
 
 
-def sweep_rows(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float]) -> list[dict[str, str]]:
+def sweep_rows(
+    sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float], references: References
+) -> list[dict[str, str]]:
+    """Every learning rate at the end of training, and before where curves were recorded."""
     rows = []
     for method, by_rate in sweep.items():
         for rate, line in by_rate.items():
-            texts = {SCORES[name]: _short(line.interval(name)) for name in ("dino", "clip_t", "balance")}
-            if line.results and not line.scores["dino"]:
-                texts = dict.fromkeys(texts, "diverged")
-            mark = "✓" if rate == chosen[method] else ""
-            rows.append({"method": METHODS[method], "learning rate": f"{rate:g}", **texts, "chosen": mark})
+            steps: Sequence[int | None] = recorded_steps(line) or [None]
+            for step in steps:
+                shown = line if step is None else at_step(line, step, references)
+                texts = {SCORES[name]: _short(shown.interval(name)) for name in ("dino", "clip_t", "balance")}
+                if line.results and not line.scores["dino"]:
+                    texts = dict.fromkeys(texts, "diverged")
+                names = {"method": METHODS[method], "steps": str(step or ""), "learning rate": f"{rate:g}"}
+                rows.append(names | texts | {"chosen": "✓" if rate == chosen[method] and step == steps[-1] else ""})
     return rows
+
+
+def recorded_steps(line: Line) -> list[int]:
+    """After how many steps all of a line's cells were scored, by their curves."""
+    curves = [result["curve"] for result in line.results if "curve" in result]
+    return [point["step"] for point in curves[0]] if curves and len(curves) == len(line.results) else []
+
+
+def at_step(line: Line, step: int, references: References) -> Line:
+    """The line as it was after so many steps of its training."""
+    results = [
+        result | {"scores": point} for result in line.results for point in result["curve"] if point["step"] == step
+    ]
+    return _line(line.method, line.budget, line.learning_rate, results, references)
 
 
 def difference_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
@@ -422,7 +442,7 @@ def write_report(experiment: Experiment, out: Path) -> list[Path]:
     lines = table_lines(experiment, out)
     chosen = choose_learning_rates(experiment, out)
     swept = sweep_lines(experiment, out)
-    sweep = sweep_rows(swept, chosen)
+    sweep = sweep_rows(swept, chosen, _references(read_results(out)))
     results = [result for line in lines for result in line.results]
     encoders = results[0]["encoders"]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
@@ -560,8 +580,11 @@ def _cell_image(out: Path, result: Mapping[str, Any], file: str) -> str:
 
 def _image(path: Path, caption: str) -> str:
     """The picture inside the page: small ones as they are, large ones reduced."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete its folder and run eval.benchmark again") from error
     file, kind = io.BytesIO(), "png"
     if max(picture.size) > THUMBNAIL:
         picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))

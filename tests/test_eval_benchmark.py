@@ -83,6 +83,10 @@ def test_comparison_ends_in_a_report(world, finished):
     assert [row["method"] for row in rows] == ["photos", "base", "double_gsoft", "gsoft", "lora", "boft", "oft", "full"]
     assert all(-1 <= float(row["dino_low"]) <= float(row["dino_mean"]) <= float(row["dino_high"]) <= 1 for row in rows)
     assert all(float(row["balance_mean"]) >= 0 for row in rows[2:])
+    sweep = list(csv.DictReader((finished / "learning_rates.csv").open()))
+    assert [row["steps"] for row in sweep] == ["1", "2"] * (len(sweep) // 2)  # before the end too
+    assert {row["steps"] for row in sweep if row["chosen"]} == {"2"}
+    assert len({row["DINO ↑"] for row in sweep}) > 1
     text = (finished / "report.md").read_text()
     assert report.MINIATURE in text
     assert "rank" in text
@@ -203,6 +207,14 @@ def test_other_settings_need_another_folder(world, finished, tmp_path):
         run_benchmark(experiment(world, methods=list(METHODS), curve_every=1, max_train_steps=3), out)
 
 
+def test_a_picture_that_is_gone_is_named(world, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for picture in (out / "cells").glob("*/context-*.png"):
+        picture.unlink()
+    with pytest.raises(UserError, match=r"context-\S+\.png: cannot be read"):
+        report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
+
+
 def test_incomplete_cells_make_no_table(world, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     gone = next(r for r in read_results(out) if r["cell"]["method"] == "boft")
@@ -240,7 +252,7 @@ def test_plan_is_made_without_the_base_model(world, tmp_path):
     assert "pictures of 512 px" in text
 
 
-@pytest.mark.parametrize("name", ["mini", "mini_unscaled", "paper", "own"])
+@pytest.mark.parametrize("name", ["mini", "mini_sizes", "mini_unscaled", "paper", "own"])
 def test_committed_experiments_are_valid(name):
     settings = read_yaml(Path("eval/experiments") / f"{name}.yaml")
     assert Experiment.from_dict(settings).methods
