@@ -119,7 +119,7 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
     _save(pictures, scratch / "cell")
     photos = embed(encoders, (open_image(path) for path in subject.photos()))
     captions = [prompt.plain for prompt in prompts if prompt.kind == "context"]
-    return _facts(experiment, cell, models, encoders) | {
+    return _facts(experiment, cell, subject, models, encoders) | {
         "photos": reference_scores(photos, encoders.clip.embed_texts(captions)),
         **score(experiment, pictures, photos, encoders, None),
         "pictures_seconds": seconds,
@@ -135,7 +135,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     baseline = method if isinstance(method, BaselineConfig) else None
     if isinstance(method, AdapterConfig):
         config = replace(config, adapter=method)
-    facts = _facts(experiment, cell, models, encoders) | {
+    facts = _facts(experiment, cell, subject, models, encoders) | {
         "method": method.to_dict(),
         "size": describe(method),
         "parameters": count_parameters(method, layers),
@@ -286,12 +286,12 @@ def score(
     return {"scores": scores, "pictures": rows}
 
 
-def _facts(experiment: Experiment, cell: Cell, models: Models, encoders: Encoders) -> dict[str, Any]:
+def _facts(experiment: Experiment, cell: Cell, subject: Subject, models: Models, encoders: Encoders) -> dict[str, Any]:
     """What a result says of where it comes from."""
     return {
         "cell": asdict(cell),
         "base_model": asdict(models.identity()) | {"name": _public(models.name)},
-        "photos_hash": photos_hash(experiment, cell),
+        "photos_hash": photos_hash(subject),
         "encoders": encoders.to_dict(),
         "captions": "with the unique token" if experiment.token_in_caption else "without the unique token",
         "sampler": with_model_sampler(models, experiment.sampler).to_dict(),
@@ -301,9 +301,8 @@ def _facts(experiment: Experiment, cell: Cell, models: Models, encoders: Encoder
     }
 
 
-def photos_hash(experiment: Experiment, cell: Cell) -> str:
+def photos_hash(subject: Subject) -> str:
     """The same for the same photos."""
-    subject = next(subject for subject in experiment.chosen_subjects() if subject.name == cell.subject)
     return hashlib.sha256(b"".join(path.read_bytes() for path in subject.photos())).hexdigest()[:16]
 
 

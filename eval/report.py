@@ -14,6 +14,7 @@ import cmath
 import csv
 import html
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,8 @@ def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_same(results: Sequence[Mapping[str, Any]], fact: str, what: str) -> None:
     found = [(Cell(**result["cell"]).id, result[fact]) for result in results if fact in result]
-    values = [value for _, value in found]
-    odd = [name for name, value in found if value != max(values, key=values.count)]
+    usual = Counter(str(value) for _, value in found).most_common(1)
+    odd = [name for name, value in found if str(value) != usual[0][0]]
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise UserError(
