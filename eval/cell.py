@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from eval import metrics
-from eval.encoders import Encoders, best_device, load_encoders
+from eval.encoders import Encoders, load_encoders
 from eval.experiment import Cell, Experiment
 from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
@@ -40,7 +40,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.injection import Adapter
-from gsoft_diffusion.models import DTYPES, Models, load_models
+from gsoft_diffusion.models import DTYPES, Models, best_device, load_models
 from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import slug
 from gsoft_diffusion.schedulers import with_model_sampler

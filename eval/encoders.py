@@ -134,11 +134,6 @@ class Encoders:
         return {"clip": self.clip.identity.to_dict(), "dino": self.dino.identity.to_dict()}
 
 
-def best_device() -> torch.device | str:
-    """A GPU if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or "cpu"
-
-
 def load_encoders(clip: str = "auto", dino: str = "auto", device: torch.device | str = "cpu") -> Encoders:
     """Load both by name or folder. `auto`: the field's encoders, or the bundled miniatures where those do not load."""
     return Encoders(

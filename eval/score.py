@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from eval import metrics
-from eval.encoders import Encoders, best_device, load_encoders
+from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.models import best_device
 from gsoft_diffusion.options import run
 from gsoft_diffusion.photos import list_images, open_image
 from gsoft_diffusion.pictures import METADATA_KEY

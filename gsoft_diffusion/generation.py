@@ -19,7 +19,7 @@ from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Conditioning, whole_view
 from gsoft_diffusion.memory import running_out_explained
-from gsoft_diffusion.models import DTYPES, Models, load_base
+from gsoft_diffusion.models import DTYPES, Models, best_device, load_base
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.schedulers import denoise, make_scheduler, with_model_sampler
 
@@ -131,7 +131,7 @@ def draw(config: GenerationConfig) -> list[Path]:
         file,
         config.pretrained_model_name_or_path,
         dtype=DTYPES[config.mixed_precision],
-        device=config.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
+        device=config.device or best_device(),
         cpu_offload=config.cpu_offload,
     )
     stack = AdapterStack(models.denoiser, models.text_encoders)

@@ -81,6 +81,11 @@ def load_models(
     return models
 
 
+def best_device() -> torch.device | str:
+    """A GPU if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or "cpu"
+
+
 def load_base(
     file: AdapterFile,
     moved_to: str | None = None,
