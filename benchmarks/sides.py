@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.bases import DTYPES
 from benchmarks.measure import CLOCKS, Records
-from gsoft_diffusion.rotated_linear import rotate_activations, rotate_weights, weight_side_is_cheaper
+from gsoft_diffusion.rotated_linear import Rotation, rotate_activations, rotate_weights, weight_side_is_cheaper
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -74,12 +74,15 @@ def measure(
         for _ in range(2)
     )
 
+    rotation = Rotation(right, left, None)
+
     def on_weight() -> None:
-        rotated = rotate_weights([weight], right[None], left[None])[0]
+        (rotated,) = rotate_weights([weight], [rotation])
         torch.autograd.grad(F.linear(x, rotated), (x, right, left), grad)
 
     def on_activations() -> None:
-        torch.autograd.grad(rotate_activations(x, [(weight, None, right, left)], False)[0], (x, right, left), grad)
+        (y,) = rotate_activations(x, [(weight, None)], [rotation], neutral=False)
+        torch.autograd.grad(y, (x, right, left), grad)
 
     def frozen() -> None:
         torch.autograd.grad(F.linear(x, weight), x, grad)

@@ -74,6 +74,30 @@ def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, T
     return torch.stack(by_block[::-1], dim=-4), grad.flatten(-3, -2)
 
 
+def scale_outputs(blocks: Tensor, scale: Tensor) -> Tensor:
+    """The blocks of `diag(scale)·Q`: the last factor's rows are multiplied. blocks: as in `rotate`; scale: `(…, n)`."""
+    scaled = blocks.clone()
+    scaled[..., -1, :, :, :].mul_(_rows_of_last_factor(blocks, scale))
+    return scaled
+
+
+def scale_gradients(blocks: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a loss by `blocks` and by `scale` from its gradient by `scale_outputs(blocks, scale)`."""
+    by_scale = (grad[..., -1, :, :, :] * blocks[..., -1, :, :, :]).sum(-1, keepdim=True)
+    for _ in range(blocks.shape[-4] - 1):
+        by_scale = unshuffle(by_scale)
+    return scale_outputs(grad, scale), by_scale.flatten(-3)
+
+
+def _rows_of_last_factor(blocks: Tensor, scale: Tensor) -> Tensor:
+    """What is given for each output `(…, n)` where the last factor has it, `(…, r, b, 1)`."""
+    nfactors, nblocks, size, _ = blocks.shape[-4:]
+    rows = scale.unflatten(-1, (nblocks, size)).unsqueeze(-1)
+    for _ in range(nfactors - 1):
+        rows = shuffle(rows)
+    return rows
+
+
 def group(factor: Tensor, x: Tensor) -> Tensor:
     """`B x`: block `i` of the factor `(…, r, b, b)` acts on the `i`-th run of `b` entries of x `(…, r, b, T)`."""
     return factor * x if factor.shape[-1] == 1 else batched_product(factor, x)

@@ -12,17 +12,20 @@ even under autocast: rounded to half precision a block is no longer orthogonal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 # Measured on a CPU: docs/performance.md.
-LAPACK_SIDE = 10  # up to this side LAPACK is the faster one
-TOGETHER = 256  # matrices that go through the products at a time
-PRODUCTS_BELOW = 0.75  # bound of ‖K‖ above which the products are too many
+LAPACK_SIDE = 7  # up to this side LAPACK is the faster one
+TOGETHER = 2**18  # entries of matrices that go through the products at a time: more of them leave a core's cache
+# Up to which ‖K‖² a polynomial of this degree in −K² gives (I − K²)⁻¹ to 2⁻²⁵, half of float32's rounding.
+REACH = {2: 0.006, 4: 0.08, 6: 0.29, 8: 0.61, 10: 1.04, 12: 1.57}
 
 
 def free_numbers(size: int) -> int:
@@ -35,102 +38,152 @@ def skew_symmetric(free: Tensor, size: int) -> Tensor:
 
     free: `(…, b(b−1)/2)`; returns `(…, b, b)` of the same dtype.
     """
-    row, column = torch.triu_indices(size, size, offset=1, device=free.device)
-    zeros = free.new_zeros(*free.shape[:-1], size * size)
-    upper = zeros.index_copy(-1, row * size + column, free).unflatten(-1, (size, size))
-    return upper - upper.mT
+    upper, lower = _places(size, free.device)
+    place, sign = upper.new_zeros(size * size), free.new_zeros(size * size)
+    place[upper] = place[lower] = torch.arange(len(upper), device=free.device)
+    sign[upper], sign[lower] = 1, -1
+    entries = (
+        free.reshape(-1, free.shape[-1]).index_select(1, place).mul_(sign)
+    )  # as a matrix: PyTorch is slow with more dimensions
+    return entries.reshape(*free.shape[:-1], size, size)
+
+
+def _skew_gradient(grad: Tensor) -> Tensor:
+    """Gradient of a loss by the free numbers from its gradient by the skew-symmetric matrices `(…, b, b)`."""
+    upper, lower = _places(grad.shape[-1], grad.device)
+    entries = grad.flatten(-2)
+    return entries.index_select(-1, upper).sub_(entries.index_select(-1, lower))
+
+
+def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the free numbers are in a flattened matrix: above the diagonal, and mirrored below."""
+    row, column = torch.triu_indices(size, size, offset=1, device=device)
+    return row * size + column, column * size + row
 
 
 class _Cayley(torch.autograd.Function):
-    """`Q = (I + K)(I − K)⁻¹ = 2M − I` with `M = (I − K)⁻¹`.
+    """`Q = (I + K)(I − K)⁻¹`, of which alone is kept for the backward pass.
 
-    From `dM = M dK M` follows `∂ℓ/∂K = 2 Mᵀ (∂ℓ/∂Q) Mᵀ`: one inverse forward, two products backward.
+    From `dQ = ½ (I + Q) dK (I + Q)` follows `∂ℓ/∂K = ½ (I + Q)ᵀ (∂ℓ/∂Q) (I + Q)ᵀ`: two products.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, skew: Tensor) -> Tensor:
-        inverse = resolvent(skew)
-        ctx.save_for_backward(inverse)
-        return 2 * inverse - torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    def forward(ctx: Any, size: int, *free: Tensor) -> tuple[Tensor, ...]:
+        made = free[0].new_empty(len(free), *free[0].shape[:-1], size, size)
+        for run in _runs(len(free), made[0]):
+            _solve(skew_symmetric(torch.stack(free[run]), size), made[run])
+        rotations = made.unbind()
+        ctx.save_for_backward(*rotations)
+        return rotations
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inverse,) = ctx.saved_tensors
-        return 2 * (inverse.mT @ grad @ inverse.mT)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_free: list[Tensor] = []
+        for run in _runs(len(grads), grads[0]):
+            q, grad = (torch.stack(tensors[run]).flatten(0, -3) for tensors in (ctx.saved_tensors, grads))
+            half = torch.baddbmm(grad, q.mT, grad)
+            by_skew = torch.baddbmm(half, half, q.mT, beta=0.5, alpha=0.5)
+            by_free.extend(_skew_gradient(by_skew).unflatten(0, (-1, *grads[0].shape[:-2])))
+        return None, *by_free
 
 
-def cayley(skew: Tensor) -> Tensor:
-    """Cayley map `Q = (I + K)(I − K)⁻¹` of every matrix in the batch (paper, §6.1).
+def cayley(free: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+    """Cayley map `Q = (I + K)(I − K)⁻¹` of skew-symmetric matrices with these free numbers (paper, §6.1).
 
-    skew: `(…, b, b)`; returns the same shape. Reaches every rotation without an eigenvalue −1. Differentiable once.
+    Shapes as in `orthogonal_blocks`. Reaches every rotation without an eigenvalue −1. Differentiable once.
     """
-    with full_precision(skew):
-        return _Cayley.apply(_at_least_float32(skew))
+    return _Cayley.apply(size, *free)
 
 
-def resolvent(skew: Tensor) -> Tensor:
-    """`(I − K)⁻¹` of every matrix in the batch, `(…, b, b)` in and out; it always exists, eigenvalues are imaginary.
+def _runs(count: int, one: Tensor) -> list[slice]:
+    """Runs of so many tensors that are computed at a time: on a CPU what a core's cache holds, else all."""
+    step = max(1, TOGETHER // one.numel()) if one.is_cpu else count
+    return [slice(first, first + step) for first in range(0, count, step)]
 
-    LAPACK takes one matrix after the other, which is slow for the thousands of small ones of a model. On a CPU they go
-    through batched products instead, as many at a time as a core's cache holds.
+
+def _solve(skew: Tensor, rotations: Tensor) -> None:
+    """Write `(I + K)(I − K)⁻¹ = 2(I − K)⁻¹ − I` of each `K` in skew `(N, …, b, b)` into `rotations`.
+
+    `I − K` always has an inverse: eigenvalues of `K` are imaginary. LAPACK takes one matrix after the other, which is
+    slow for the thousands of small ones of a model. On a CPU they go through batched products instead, as long as
+    `‖K‖` is not too large:
+
+        (I − K)⁻¹ = (I + K)(I + S)⁻¹,   S = −K²,   (I + S)⁻¹ ≈ a polynomial in S
+
+    Its degree is chosen for each of the `N` by itself: no result depends on what is computed beside it.
     """
-    size = skew.shape[-1]
-    if not skew.is_cpu or size <= LAPACK_SIDE:
-        return _resolvent_by_lapack(skew)
-    parts = skew.reshape(-1, size, size).split(TOGETHER)
-    return torch.cat([_resolvent_by_products(part) for part in parts]).reshape(skew.shape)
+    size, dtype = skew.shape[-1], skew.dtype
+    if not (skew.is_cpu and size > LAPACK_SIDE and dtype == torch.float32):
+        return _solve_by_lapack(skew, rotations)
+    square = skew @ skew.mT
+    fourth = square @ square
+    # At least every ‖S‖²: singular values of powers of a skew matrix come in pairs.
+    norms = torch.linalg.vector_norm(fourth, dim=(-2, -1)).flatten(1).amax(1) / math.sqrt(2)
+    degrees = [next((d for d, reach in REACH.items() if norm <= reach**2), 0) for norm in map(Tensor.item, norms)]
+    for degree in set(degrees):
+        chosen = [index for index, other in enumerate(degrees) if other == degree]
+        parts = (skew, square, fourth) if len(chosen) == len(skew) else (t[chosen] for t in (skew, square, fourth))
+        k, s, s2 = (part.flatten(0, -3) for part in parts)
+        made = torch.empty_like(k)
+        if degree:
+            twice = _polynomial(_coefficients(degree), s, s2)
+            _diagonal(torch.baddbmm(twice, k, twice, out=made)).sub_(1)
+        else:
+            _solve_by_lapack(k, made)
+        rotations[chosen] = made.unflatten(0, (len(chosen), *skew.shape[1:-2]))
 
 
-def _resolvent_by_products(skew: Tensor) -> Tensor:
-    """`(I − K)⁻¹ = (I + K)(I + K²)(I + K⁴)…` for `‖K‖ < 1`, up to rounding; by LAPACK where that takes many."""
-    bound = _norm_bound(skew)
-    if not bound < PRODUCTS_BELOW:
-        return _resolvent_by_lapack(skew)
-    power, inverse = skew, skew + torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    while bound**2 > torch.finfo(skew.dtype).eps / 8:
-        power = power @ power
-        inverse = torch.baddbmm(inverse, inverse, power)
-        bound = min(bound**2, _norm_bound(power))
-    return inverse
+def _solve_by_lapack(skew: Tensor, rotations: Tensor) -> None:
+    inverse = torch.linalg.inv_ex(torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) - skew).inverse
+    _diagonal(torch.mul(inverse, 2, out=rotations)).sub_(1)
 
 
-def _norm_bound(power: Tensor) -> float:
-    """At least every `‖Kⁱ‖` in the batch: singular values of skew matrices come in pairs, and so do those of powers."""
-    return torch.linalg.vector_norm(power, dim=(-2, -1)).max().item() / math.sqrt(2)
+def _polynomial(coefficients: Sequence[float], x: Tensor, square: Tensor) -> Tensor:
+    """`c₀ + c₁x + c₂x² + …` of an even degree for matrices `x` and `x²`, by Horner's rule in `x²`."""
+    *rest, constant, linear, quadratic = coefficients
+    value = torch.mul(square, quadratic).add_(x, alpha=linear)
+    _diagonal(value).add_(constant)
+    while rest:
+        *rest, constant, linear = rest
+        value = torch.baddbmm(x, square, value, beta=linear)
+        _diagonal(value).add_(constant)
+    return value
 
 
-def _resolvent_by_lapack(skew: Tensor) -> Tensor:
-    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.inv_ex(identity - skew).inverse
+@cache
+def _coefficients(degree: int) -> list[float]:
+    """Of `2(1 − s·q(s)) ≈ 2/(1 + s)`, where q is `1/(1 + s)` at Chebyshev's nodes; exactly 2 at `s = 0`."""
+    nodes = REACH[degree] * (1 + np.cos(math.pi * (np.arange(degree) + 0.5) / degree)) / 2
+    interpolant = np.linalg.solve(np.vander(nodes, increasing=True), 1 / (1 + nodes))
+    return [2.0, *(-2 * interpolant).tolist()]
 
 
-def exponential(skew: Tensor) -> Tensor:
-    """Matrix exponential `Q = exp(K)` of every matrix in the batch; `(…, b, b)` in and out. Reaches every rotation.
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)
+
+
+def exponential(free: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+    """Matrix exponential `Q = exp(K)`, shapes as in `orthogonal_blocks`. Reaches every rotation.
 
     In float32 the exponential's rounding error grows with size and angle, past 1e-5 for blocks of some hundreds; one
     step of Newton's iteration for the nearest orthogonal matrix, `Q ← Q (3I − QᵀQ) / 2`, removes it.
     """
-    with full_precision(skew):
-        rotation = torch.matrix_exp(_at_least_float32(skew))
-        return 1.5 * rotation - 0.5 * (rotation @ (rotation.mT @ rotation))
+    rotation = torch.matrix_exp(skew_symmetric(torch.stack(tuple(free)), size))
+    return (1.5 * rotation - 0.5 * (rotation @ (rotation.mT @ rotation))).unbind()
 
 
-PARAMETRIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {"cayley": cayley, "exp": exponential}
+PARAMETRIZATIONS: dict[str, Callable[[Sequence[Tensor], int], tuple[Tensor, ...]]] = {
+    "cayley": cayley,
+    "exp": exponential,
+}
 
 
-def orthogonal_blocks(free: Tensor, size: int, parametrization: str) -> Tensor:
-    """Orthogonal blocks `(…, b, b)` from their free numbers `(…, b(b−1)/2)`; all zeros give exact identities.
+def orthogonal_blocks(free: Sequence[Tensor], size: int, parametrization: str) -> tuple[Tensor, ...]:
+    """Orthogonal blocks `(…, b, b)` from free numbers `(…, b(b−1)/2)`, for each of some tensors of equal shape.
 
-    parametrization: "cayley" or "exp".
+    parametrization: "cayley" or "exp". All zeros give exact identities.
     """
-    return PARAMETRIZATIONS[parametrization](skew_symmetric(_at_least_float32(free), size))
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """Context in which autocast does not touch this tensor's device."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    with torch.autocast(free[0].device.type, enabled=False):
+        full = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in free]
+        return PARAMETRIZATIONS[parametrization](full, size)

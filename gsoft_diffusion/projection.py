@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.group_and_shuffle import dense_factors, fit_blocks, rotate, rotate_back
-from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
+from gsoft_diffusion.orthogonal import free_numbers
 from gsoft_diffusion.rotated_linear import rotate_activations, rotate_weights
 from gsoft_diffusion.rotation_group import RotationGroup
 
@@ -104,7 +104,7 @@ class GSOFTProjection(nn.Module):
             return linear(x)
         self._check(linear)
         if self._rotates_activations(linear, x):
-            return rotate_activations(x, [self._layer(linear)], self._group.neutral)[0]
+            return _rotated([self], [linear], x)[0]
         return F.linear(x, self._group.weight(self._index, linear.weight), linear.bias)
 
     @property
@@ -137,21 +137,14 @@ class GSOFTProjection(nn.Module):
             return False
         return not self._group.weight_side(x.numel() // self.in_features, linear.weight)
 
-    def _layer(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """As `rotate_activations` takes it."""
-        return linear.weight, linear.bias, *self._group.blocks(self._index)
-
     def rotated_weight(self, weight: Tensor) -> Tensor:
         """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`."""
-        right, left = self._group.blocks(self._index)
-        return rotate_weights([weight.detach()], right[None], None if left is None else left[None])[0]
+        return rotate_weights([weight.detach()], [self._group.rotation(self._index)])[0]
 
     def rotations(self) -> tuple[Tensor, Tensor | None]:
         """The orthogonal blocks `(m, r, b, b)` of `Q_in` and `Q_out`, float32."""
-        q_in = orthogonal_blocks(self.q_in, self.in_features // self.q_in.shape[1], self.parametrization)
-        if self.q_out is None:
-            return q_in, None
-        return q_in, orthogonal_blocks(self.q_out, self.out_features // self.q_out.shape[1], self.parametrization)
+        rotation = self._group.rotation(self._index)
+        return rotation.right, rotation.left
 
     @property
     def merged(self) -> bool:
@@ -203,8 +196,15 @@ def project(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear]
             projection._check(linear)
     if not (alike and first._rotates_activations(layer, x)):
         return [projection(linear, x) for projection, linear in zip(projections, linears, strict=True)]
-    layers = [projection._layer(linear) for projection, linear in zip(projections, linears, strict=True)]
-    return list(rotate_activations(x, layers, first._group.neutral))
+    return _rotated(projections, linears, x)
+
+
+def _rotated(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """By rotating x and the results."""
+    group = projections[0]._group
+    rotations = [group.rotation(projection._index) for projection in projections]
+    layers = [(linear.weight, linear.bias) for linear in linears]
+    return list(rotate_activations(x, layers, rotations, group.neutral))
 
 
 class GSOFTLinear(nn.Linear):

@@ -1,7 +1,6 @@
-"""The product with a rotated weight, `y = D Q_in x` around a frozen `W`, computed on either of two sides.
+"""The product with a rotated weight, `y = diag(s)·Q_out W Q_in x` around a frozen `W`, computed on either of two sides.
 
-`right` are the blocks of `Q_in`, `left` those of the output map: `Q_out` with the output scale multiplied in (see
-`group_and_shuffle` for blocks and shapes). With `W' = left(W Q_in)`:
+With `W' = diag(s)·Q_out W Q_in` (see `group_and_shuffle` for blocks and shapes):
 
 - on the weight's side `W'` is built once per optimizer step and used in an ordinary linear call. The rotation's cost
   does not grow with the number of tokens, but the backward pass needs `∂ℓ/∂W' = gᵀx`, which a frozen weight does not;
@@ -15,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gsoft_diffusion.group_and_shuffle import rotate, rotate_back, rotate_gradients
+from gsoft_diffusion.group_and_shuffle import rotate, rotate_back, rotate_gradients, scale_gradients, scale_outputs
 
 # While one entry of a tensor goes through all block products of a training step, on either side, a dense product does
 # about this many multiply-adds (measured on a CPU for blocks up to 32: see docs/performance.md). Times the item size,
@@ -41,88 +40,148 @@ def weight_side_is_cheaper(tokens: int, weight: Tensor) -> bool:
     return out_features * in_features * (tokens + passes) <= tokens * (in_features + out_features) * passes / 2
 
 
-def rotate_weights(weights: Sequence[Tensor], right: Tensor, left: Tensor | None) -> Tensor:
-    """`W' (N, out, in)` of `N` weights `(out, in)` in their dtype, computed in float32 (float64 for float64 weights).
+class Rotation(NamedTuple):
+    """What is put around one weight `(out, in)`.
 
-    right `(N, m, r, b, b)`, left: float32. autocast changes nothing. Differentiable once by right and left.
+    right: blocks of `Q_in`, `(m, r, b, b)`; left: of `Q_out`, or None; scale: `s (out,)`, or None. All float32.
     """
-    return _RotatedWeights.apply(right, left, *weights)
+
+    right: Tensor
+    left: Tensor | None
+    scale: Tensor | None
+
+
+def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> tuple[Tensor, ...]:
+    """`W'` of each of some weights of equal shape, in their dtype, computed in float32 (float64 for float64 weights).
+
+    autocast changes nothing. Differentiable once by the rotations.
+    """
+    return _RotatedWeights.apply(*weights, *chain(*zip(*rotations, strict=True)))
 
 
 def rotate_activations(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor | None]], neutral: bool
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None]],
+    rotations: Sequence[Rotation],
+    neutral: bool,
 ) -> tuple[Tensor, ...]:
-    """`left(W Q_in x) + bias` of each of some equal-shaped layers for the same x `(…, in)`, in its dtype.
+    """`W'x + bias` of each of some equal-shaped layers, weight and bias, for the same x `(…, in)`, in its dtype.
 
-    layers: weight, bias, right and left of each; blocks are rounded to the dtype of x. neutral: all blocks are
-    identities, so the plain layers' own products are taken, to the bit. Differentiable once by x, right and left.
+    Blocks are rounded to the dtype of x. neutral: all rotations are identities and all scales 1, so the plain layers'
+    own products are taken, to the bit. Differentiable once by x and the rotations.
     """
-    return _RotatedActivations.apply(neutral, x, len(layers), *chain(*zip(*layers, strict=True)))
+    columns = chain(*zip(*layers, strict=True), *zip(*rotations, strict=True))
+    return _RotatedActivations.apply(neutral, len(layers), x, *columns)
 
 
 class _RotatedWeights(torch.autograd.Function):
-    """Wᵀ → V = Q_inᵀ Wᵀ → W' = left(Vᵀ). Only the frozen `W` and the blocks are kept."""
+    """Wᵀ → V = Q_inᵀ Wᵀ → W' = left(Vᵀ), where `left = diag(s)·Q_out`. Only what is given is kept."""
 
     @staticmethod
-    def forward(ctx: Any, right: Tensor, left: Tensor | None, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(right, left, *weights)
+    def forward(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        weights, *rotations = _split(tensors, 4)
         turned = _stacked_and_turned(weights)
         with torch.autocast(turned.device.type, enabled=False):
-            rotated = _turned(rotate_back(right.to(turned.dtype), turned))
+            right, left = _blocks(turned.dtype, *rotations)
+            rotated = _turned(rotate_back(right, turned))
             if left is not None:
-                rotated = rotate(left.to(turned.dtype), rotated)
-        return rotated.to(weights[0].dtype)
+                rotated = rotate(left, rotated)
+        return rotated.to(weights[0].dtype).unbind()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        right, left, *weights = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *rotations = _split(ctx.saved_tensors, 4)
         turned = _stacked_and_turned(weights)
-        dtype = turned.dtype
-        grad, by_left = grad.to(dtype), None
+        right, left = _blocks(turned.dtype, *rotations)
+        grad, by_left = torch.stack(grads).to(turned.dtype), None
         if left is not None:
-            by_left, grad = rotate_gradients(left.to(dtype), _turned(rotate_back(right.to(dtype), turned)), grad)
-            by_left = by_left.to(left.dtype)
-        by_right, _ = rotate_gradients(right.to(dtype), _turned(grad), turned)
-        return by_right.to(right.dtype), by_left, *(None for _ in weights)
+            by_left, grad = rotate_gradients(left, _turned(rotate_back(right, turned)), grad)
+        by_right, _ = rotate_gradients(right, _turned(grad), turned)
+        return *(None for _ in weights), *_rotation_gradients(by_right, by_left, *rotations)
 
 
 class _RotatedActivations(torch.autograd.Function):
     """x → z = Q_in x → h = Wz → y = left(h) + bias, for N layers at once. Kept: x, and h where there is a left."""
 
     @staticmethod
-    def forward(ctx: Any, neutral: bool, x: Tensor, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        weights, biases, rights, lefts = (tensors[i : i + count] for i in range(0, len(tensors), count))
-        ctx.shape, ctx.with_left = x.shape, lefts[0] is not None
+    def forward(ctx: Any, neutral: bool, count: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, *rotations = _split(tensors, 5)
+        ctx.shape = x.shape
         x = x.reshape(-1, x.shape[-1])  # (T, in)
+        right, left = _blocks(x.dtype, *rotations)
         if neutral:
             outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            h = torch.stack([F.linear(x, weight).mT for weight in weights]) if ctx.with_left else None
+            h = torch.stack([F.linear(x, weight).mT for weight in weights]) if left is not None else None
         else:
-            z = rotate(torch.stack(rights).to(x.dtype), _turned(x).expand(count, -1, -1))  # (N, in, T)
+            z = rotate(right, _turned(x).expand(count, -1, -1))  # (N, in, T)
             h = _products(weights, z)  # (N, out, T)
-            y = rotate(torch.stack(lefts).to(x.dtype), h) if ctx.with_left else h
-            outputs = [_turned(rows) for rows in y]
+            outputs = [_turned(y) for y in (h if left is None else rotate(left, h))]
             outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
-        ctx.save_for_backward(x, h if ctx.with_left else None, *weights, *rights, *lefts)
+        ctx.save_for_backward(x, None if left is None else h, *weights, *chain(*rotations))
         return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *tensors = ctx.saved_tensors
-        count = len(grads)
-        weights, rights, lefts = (tensors[i : i + count] for i in range(0, len(tensors), count))
+        weights, *rotations = _split(tensors, 4)
+        right, left = _blocks(x.dtype, *rotations)
+        count, by_left = len(grads), None
         grad = torch.stack([_turned(grad.reshape(len(x), -1)) for grad in grads])  # (N, out, T)
-        by_left: Sequence[Tensor | None] = [None] * count
-        if ctx.with_left:
-            by_blocks, grad = rotate_gradients(torch.stack(lefts).to(x.dtype), h, grad)
-            by_left = by_blocks.to(lefts[0].dtype).unbind()
+        if left is not None:
+            by_left, grad = rotate_gradients(left, h, grad)
         grad = _products([weight.mT for weight in weights], grad)  # (N, in, T)
-        turned = _turned(x).expand(count, -1, -1)
-        by_right, grad = rotate_gradients(torch.stack(rights).to(x.dtype), turned, grad)
+        by_right, grad = rotate_gradients(right, _turned(x).expand(count, -1, -1), grad)
         by_x = _turned(grad[0] if count == 1 else grad.sum(0)).reshape(ctx.shape)
-        return None, by_x, None, *[None] * (2 * count), *by_right.to(rights[0].dtype).unbind(), *by_left
+        return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_right, by_left, *rotations)
+
+
+def _split(tensors: Sequence[Any], columns: int) -> list[tuple[Any, ...]]:
+    """Runs of equal length: one for what each of the N layers has of a kind."""
+    count = len(tensors) // columns
+    return [tuple(tensors[first : first + count]) for first in range(0, len(tensors), count)]
+
+
+def _blocks(
+    dtype: torch.dtype, rights: Sequence[Tensor], lefts: Sequence[Tensor | None], scales: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks of `Q_in` and of `left = diag(s)·Q_out` of N layers, `(N, m, r, b, b)`; no left if there is neither."""
+    right = torch.stack(tuple(rights)).to(dtype)
+    left = _unscaled(lefts, scales)
+    if left is not None and scales[0] is not None:
+        left = scale_outputs(left, torch.stack(tuple(scales)))  # type: ignore[arg-type]
+    return right, None if left is None else left.to(dtype)
+
+
+def _unscaled(lefts: Sequence[Any], scales: Sequence[Any]) -> Tensor | None:
+    """Blocks of `Q_out`; without it, but with a scale, of an identity in blocks of side 1."""
+    if lefts[0] is not None:
+        return torch.stack(tuple(lefts))
+    return None if scales[0] is None else scales[0].new_ones(len(scales), 1, len(scales[0]), 1, 1)
+
+
+def _rotation_gradients(
+    by_right: Tensor,
+    by_left: Tensor | None,
+    rights: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients by the rotations of N layers, in their dtype, from those by the blocks that `_blocks` made of them."""
+    dtype = rights[0].dtype
+    nothing = tuple(None for _ in rights)
+    by_lefts: Sequence[Tensor | None] = nothing
+    by_scales: Sequence[Tensor | None] = nothing
+    if by_left is not None:
+        by_left = by_left.to(dtype)
+        if scales[0] is not None:
+            by_left, by_scale = scale_gradients(_unscaled(lefts, scales), torch.stack(tuple(scales)), by_left)  # type: ignore[arg-type]
+            by_scales = by_scale.unbind()
+        if lefts[0] is not None:
+            by_lefts = by_left.unbind()
+    return *by_right.to(dtype).unbind(), *by_lefts, *by_scales
 
 
 def _products(weights: Sequence[Tensor], vectors: Tensor) -> Tensor:

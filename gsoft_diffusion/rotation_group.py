@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gsoft_diffusion.orthogonal import orthogonal_blocks
-from gsoft_diffusion.rotated_linear import rotate_weights, weight_side_is_cheaper
+from gsoft_diffusion.rotated_linear import Rotation, rotate_weights, weight_side_is_cheaper
 
 if TYPE_CHECKING:
     from gsoft_diffusion.projection import GSOFTProjection
@@ -36,7 +37,7 @@ class RotationGroup:
 
     def forget(self) -> None:
         """Let go of everything that is kept."""
-        self._blocks: list[tuple[Tensor, Tensor | None]] | None = None
+        self._rotations: list[Rotation] | None = None
         self._weights: dict[int, tuple[object, Tensor]] = {}  # and the states of the weights that they were made from
         self._values: Tensor | None = None  # of all parameters, from which all this was made
         self._states: list[object] = []
@@ -52,10 +53,10 @@ class RotationGroup:
         """Whether a projection should rotate its weight in training; see `weight_side_is_cheaper`."""
         return self._together(weight) > 1 or weight_side_is_cheaper(tokens, weight)
 
-    def blocks(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """`right (m, r, b, b)` and `left` of one projection, as `rotated_linear` takes them; float32."""
+    def rotation(self, index: int) -> Rotation:
+        """That of one projection."""
         self._drop_outdated(index)
-        return self._all_blocks()[index]
+        return self._all_rotations()[index]
 
     def weight(self, index: int, weight: Tensor) -> Tensor:
         """`W'` of one projection around `weight (out, in)`, in its dtype."""
@@ -68,7 +69,7 @@ class RotationGroup:
                 near = range(index - index % count, len(self._linears))[:count]
                 indices = [i for i in near if self._linears[i].weight.dtype == weight.dtype]
                 weights = [self._linears[i].weight for i in indices]
-            rotated = self._rotated(weights, [self._all_blocks()[i] for i in indices])
+            rotated = self._rotated(weights, [self._all_rotations()[i] for i in indices])
             for i, base, made in zip(indices, weights, rotated, strict=True):
                 self._weights[i] = tensor_state(base), made
         return self._weights[index][1]
@@ -97,43 +98,33 @@ class RotationGroup:
         self._states = [_states(projection.parameters()) for projection in self._projections]
         self._differentiated = False
 
-    def _all_blocks(self) -> list[tuple[Tensor, Tensor | None]]:
-        if self._blocks is None:
-            q_in, q_out, scales = (
-                [parameter for projection in self._projections if (parameter := getattr(projection, name)) is not None]
-                for name in ("q_in", "q_out", "output_scale")
-            )
-            count = len(q_in)
-            made = self._kept(self._make_blocks, count, *q_in, *q_out, *scales)
-            right, left = made[:count], made[count:] or (None,) * count
-            self._blocks = list(zip(right, left, strict=True))
-        return self._blocks
+    def _all_rotations(self) -> list[Rotation]:
+        if self._rotations is None:
+            columns = zip(*((p.q_in, p.q_out, p.output_scale) for p in self._projections), strict=True)
+            q_in, q_out, scales = columns
+            blocks = self._kept(self._make_blocks, len(q_in), *q_in, *q_out)
+            self._rotations = list(map(Rotation, blocks[: len(q_in)], blocks[len(q_in) :], scales))
+        return self._rotations
 
-    def _make_blocks(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Right blocks of all projections, then left blocks of all if there are any."""
+    def _make_blocks(self, *free: Tensor) -> tuple[Tensor | None, ...]:
+        """Blocks of `Q_in` of all projections, then of `Q_out`."""
         first, count = self._projections[0], len(self._projections)
-        q_in = torch.stack(parameters[:count])
-        made = orthogonal_blocks(q_in, first.in_features // first.q_in.shape[1], first.parametrization).unbind()
-        left = None
-        if first.q_out is not None:
-            q_out = torch.stack(parameters[count : 2 * count])
-            left = orthogonal_blocks(q_out, first.out_features // first.q_out.shape[1], first.parametrization)
-        if first.output_scale is not None:
-            left = scale_outputs(left, torch.stack(parameters[-count:]))
-        return made if left is None else (*made, *left.unbind())
+        right = orthogonal_blocks(free[:count], first.in_features // first.q_in.shape[1], first.parametrization)
+        if first.q_out is None:
+            return *right, *(None for _ in right)
+        size = first.out_features // first.q_out.shape[1]
+        return *right, *orthogonal_blocks(free[count:], size, first.parametrization)
 
-    def _rotated(self, weights: Sequence[Tensor], blocks: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
-        count = len(weights)
-        frozen = [weight.detach() for weight in weights]
+    def _rotated(self, weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> Sequence[Tensor]:
+        frozen, count = [weight.detach() for weight in weights], len(weights)
 
-        def make(*parts: Tensor) -> tuple[Tensor, ...]:
-            left = torch.stack(parts[count:]) if len(parts) > count else None
-            return rotate_weights(frozen, torch.stack(parts[:count]), left).unbind()
+        def make(*columns: Tensor) -> tuple[Tensor, ...]:
+            parts = (columns[:count], columns[count : 2 * count], columns[2 * count :])
+            return rotate_weights(frozen, list(map(Rotation, *parts)))
 
-        rights, lefts = zip(*blocks, strict=True)
-        return self._kept(make, count, *rights, *(left for left in lefts if left is not None))
+        return self._kept(make, count, *chain(*zip(*rotations, strict=True)))
 
-    def _kept(self, make: Callable[..., tuple[Tensor, ...]], count: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _kept(self, make: Callable[..., Sequence[Tensor | None]], count: int, *inputs: Tensor | None) -> Any:
         """`make(*inputs)`, whose graph survives backward passes; inputs and results are runs of `count` projections."""
         with torch.inference_mode(False), torch.set_grad_enabled(self._has_graph):
             return _Kept.apply(self, make, count, *inputs) if self._has_graph else make(*inputs)
@@ -147,38 +138,31 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: RotationGroup, make: Callable[..., tuple[Tensor, ...]], count: int, *inputs: Tensor
+        ctx: Any,
+        group: RotationGroup,
+        make: Callable[..., Sequence[Tensor | None]],
+        count: int,
+        *inputs: Tensor | None,
     ) -> Any:
         # Gradient checkpointing replaces saved tensors; it is not to see these, which are made once, not in every pass.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-            ctx.leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        # Detached, as hooks hold on to what they are given: an output that is saved would keep its own graph alive.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+            ctx.leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
             ctx.made = make(*ctx.leaves)
         ctx.group, ctx.count = group, count
         ctx.set_materialize_grads(False)
-        return tuple(tensor.detach() for tensor in ctx.made)
+        return tuple(None if tensor is None else tensor.detach() for tensor in ctx.made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.group._differentiated = True
         made, given = zip(*((m, g) for m, g in zip(ctx.made, grads, strict=True) if g is not None), strict=True)
-        by_leaf = torch.autograd.grad(made, ctx.leaves, given, retain_graph=True, allow_unused=True)
         used = {index % ctx.count for index, grad in enumerate(grads) if grad is not None}
-        return None, None, None, *(grad if index % ctx.count in used else None for index, grad in enumerate(by_leaf))
-
-
-def scale_outputs(blocks: Tensor | None, scale: Tensor) -> Tensor:
-    """`diag(scale)·Q` as blocks: the last factor's rows are multiplied. Without Q, one factor with blocks of side 1.
-
-    blocks: `(…, m, r, b, b)`; scale: `(…, n)`.
-    """
-    if blocks is None:
-        return scale[..., None, :, None, None]
-    nfactors, nblocks, size, _ = blocks.shape[-4:]
-    rows = scale.unflatten(-1, (nblocks, size))  # (…, r, b)
-    for _ in range(nfactors - 1):
-        rows = rows.flatten(-2).unflatten(-1, (size, nblocks)).mT
-    return torch.cat([blocks[..., :-1, :, :, :], (rows[..., None] * blocks[..., -1, :, :, :]).unsqueeze(-4)], -4)
+        wanted = {i: leaf for i, leaf in enumerate(ctx.leaves) if leaf is not None and i % ctx.count in used}
+        by_leaf = torch.autograd.grad(made, list(wanted.values()), given, retain_graph=True, allow_unused=True)
+        found = dict(zip(wanted, by_leaf, strict=True))
+        return None, None, None, *(found.get(index) for index in range(len(ctx.leaves)))
 
 
 def tensor_state(tensor: Tensor) -> tuple[object, ...]:

@@ -148,7 +148,7 @@ def test_the_way_leads_from_the_base_model_to_the_adapter(parametrization):
     parameters = {"a.q_in": torch.tensor([[[0.8]]]), "a.output_scale": torch.tensor([2.0, 0.5, -1.0, 3e8])}
     for strength in (0.0, 0.25, 1.0, -1.0):
         moved = at_strength(parameters, strength)
-        block = orthogonal_blocks(moved["a.q_in"], 2, parametrization)[0, 0]
+        block = orthogonal_blocks([moved["a.q_in"]], 2, parametrization)[0][0, 0]
         free = torch.tensor(0.8 * strength)
         angle = free if parametrization == "exp" else 2 * free.atan()
         torch.testing.assert_close(block[0], torch.stack([angle.cos(), angle.sin()]))

@@ -23,7 +23,7 @@ STRUCTURES = [(4, 8), (8, 4), (1, 6), (6, 2), (3, 5), (16, 2), (9, 3), (64, 5)] 
 def random_blocks(nfactors: int, nblocks: int, size: int, parametrization: str = "cayley", **kwargs) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     free = torch.randn(nfactors, nblocks, free_numbers(size), generator=generator, dtype=torch.float64)
-    return orthogonal_blocks(free.to(kwargs.get("dtype", torch.float64)), size, parametrization)
+    return orthogonal_blocks([free.to(kwargs.get("dtype", torch.float64))], size, parametrization)[0]
 
 
 @pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)

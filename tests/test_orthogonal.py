@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gsoft_diffusion.orthogonal import cayley, exponential, free_numbers, orthogonal_blocks, resolvent, skew_symmetric
+from gsoft_diffusion import orthogonal
+from gsoft_diffusion.orthogonal import REACH, cayley, exponential, free_numbers, orthogonal_blocks, skew_symmetric
 
 MAPS = ["cayley", "exp"]
 
@@ -27,60 +28,69 @@ def test_skew_symmetric_has_its_free_numbers_above_the_diagonal(size):
 def test_blocks_are_rotations(parametrization, size, norm):
     free = random_free(6, free_numbers(size))
     free *= norm / torch.linalg.matrix_norm(skew_symmetric(free, size), ord=2)[:, None]
-    blocks = orthogonal_blocks(free, size, parametrization)
+    (blocks,) = orthogonal_blocks([free], size, parametrization)
     assert blocks.dtype == torch.float32
     assert (blocks.mT @ blocks - torch.eye(size)).abs().max() < 1e-5
     assert (torch.linalg.det(blocks) > 0).all()  # no reflections
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("norm", [0.0, 1e-5, 0.1, 0.5, 0.7, 0.9, 3.0])  # products for small angles, LAPACK for large
-@pytest.mark.parametrize("size", [3, 11, 32])
-def test_resolvent_is_the_inverse(size, norm, dtype):
-    skew = skew_symmetric(random_free(300, free_numbers(size), dtype=torch.float64), size)
-    skew *= norm / torch.linalg.matrix_norm(skew, ord=2).max()
-    made = resolvent(skew.to(dtype))
-    exact = torch.linalg.inv(torch.eye(size, dtype=torch.float64) - skew.to(dtype).double())
-    assert made.dtype == dtype
-    assert (made.double() - exact).abs().max() < 16 * torch.finfo(dtype).eps
+# Products up to the reach of each polynomial, LAPACK beyond the last.
+@pytest.mark.parametrize("norm", [0.0, 1e-5, *(0.999 * reach**0.5 for reach in REACH.values()), 1.3, 3.0])
+@pytest.mark.parametrize("size", [3, 11, 32, 100])
+def test_cayley_is_as_exact_as_float32_allows(size, norm):
+    free = random_free(300, free_numbers(size))
+    free *= norm / torch.linalg.matrix_norm(skew_symmetric(free, size), ord=2)[:, None]
+    (made,) = cayley([free], size)
+    (exact,) = cayley([free.double()], size)
+    assert (made.double() - exact).abs().max() < 16 * torch.finfo(torch.float32).eps
 
 
-def test_resolvent_passes_on_what_is_not_a_number():
-    skew = torch.zeros(2, 32, 32)
-    skew[1, 0, 1] = torch.nan
-    assert resolvent(skew).isnan().any()
+def test_cayley_passes_on_what_is_not_a_number():
+    free = torch.zeros(2, free_numbers(32))
+    free[1, 0] = torch.nan
+    assert cayley([free], 32)[0].isnan().any()
 
 
 @pytest.mark.parametrize("parametrization", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_zeros_give_exact_identities(parametrization, dtype):
-    blocks = orthogonal_blocks(torch.zeros(3, free_numbers(7), dtype=dtype), 7, parametrization)
-    assert torch.equal(blocks, torch.eye(7, dtype=blocks.dtype).expand(3, 7, 7))
+@pytest.mark.parametrize("size", [7, 12])
+def test_zeros_give_exact_identities(parametrization, dtype, size):
+    (blocks,) = orthogonal_blocks([torch.zeros(3, free_numbers(size), dtype=dtype)], size, parametrization)
+    assert torch.equal(blocks, torch.eye(size, dtype=blocks.dtype).expand(3, size, size))
 
 
 def test_sign_convention():
     """cayley(K) = (I + K)(I − K)⁻¹ ≈ I + 2K and exponential(K) ≈ I + K."""
-    skew = skew_symmetric(random_free(3, free_numbers(5), dtype=torch.float64), 5)
+    free = random_free(3, free_numbers(5), dtype=torch.float64)
+    skew = skew_symmetric(free, 5)
     identity = torch.eye(5, dtype=torch.float64)
-    torch.testing.assert_close(cayley(skew), (identity + skew) @ torch.linalg.inv(identity - skew))
-    torch.testing.assert_close(cayley(1e-6 * skew), identity + 2e-6 * skew, atol=1e-10, rtol=0)
-    torch.testing.assert_close(exponential(1e-6 * skew), identity + 1e-6 * skew, atol=1e-10, rtol=0)
+    torch.testing.assert_close(cayley([free], 5)[0], (identity + skew) @ torch.linalg.inv(identity - skew))
+    torch.testing.assert_close(cayley([1e-6 * free], 5)[0], identity + 2e-6 * skew, atol=1e-10, rtol=0)
+    torch.testing.assert_close(exponential([1e-6 * free], 5)[0], identity + 1e-6 * skew, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("map_", [cayley, exponential])
 def test_gradcheck(map_):
-    free = random_free(2, 2, free_numbers(4), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda numbers: map_(skew_symmetric(numbers, 4)), (free,))
+    free = random_free(3, 2, 2, free_numbers(4), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda numbers: map_(numbers.unbind(), 4), (free,))
 
 
-def test_cayley_gradient_is_that_of_a_solve():
-    skew = skew_symmetric(random_free(3, free_numbers(6), dtype=torch.float64), 6)
-    weight = random_free(3, 6, 6, dtype=torch.float64)
-    identity = torch.eye(6, dtype=torch.float64)
-    ours, theirs = skew.clone().requires_grad_(), skew.clone().requires_grad_()
-    (weight * cayley(ours)).sum().backward()
-    (weight * torch.linalg.solve(identity - theirs, identity + theirs, left=False)).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+def test_cayley_gradient_is_that_of_a_solve(monkeypatch):
+    """Several tensors, more of them than are computed at a time."""
+    free = [angle * random_free(90, free_numbers(12)) for angle in (0.01, 0.05, 0.1, 0.3)]
+    weight = random_free(4, 90, 12, 12)
+    monkeypatch.setattr(orthogonal, "TOGETHER", 3 * 90 * 12 * 12)
+
+    def gradient(map_, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in free]
+        return torch.stack(torch.autograd.grad((weight.to(dtype) * torch.stack(map_(leaves))).sum(), leaves))
+
+    def solve(leaves):
+        skew, identity = skew_symmetric(torch.stack(leaves), 12), torch.eye(12, dtype=torch.float64)
+        return torch.linalg.solve(identity - skew, identity + skew, left=False).unbind()
+
+    ours, theirs = gradient(lambda leaves: cayley(leaves, 12), torch.float32), gradient(solve, torch.float64)
+    assert (ours - theirs).abs().max() < 2e-6 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("parametrization", MAPS)
@@ -90,12 +100,18 @@ def test_autocast_and_half_input_do_not_lower_the_precision(parametrization):
     def blocks_and_gradient(autocast):
         numbers = free.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            blocks = orthogonal_blocks(numbers, 16, parametrization)
+            (blocks,) = orthogonal_blocks([numbers], 16, parametrization)
         blocks.sum().backward()
         return blocks, numbers.grad
 
     plain, under_autocast = blocks_and_gradient(False), blocks_and_gradient(True)
     assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
-    half = orthogonal_blocks(free.bfloat16(), 16, parametrization)
+    (half,) = orthogonal_blocks([free.bfloat16()], 16, parametrization)
     assert half.dtype == torch.float32
     assert (half.mT @ half - torch.eye(16)).abs().max() < 1e-5
+
+
+def test_no_result_depends_on_what_is_computed_beside_it():
+    free = [angle * random_free(5, free_numbers(12)) for angle in (0.01, 0.4, 0.1, 3.0, 0.01)]
+    together = cayley(free, 12)
+    assert all(torch.equal(blocks, cayley([one], 12)[0]) for blocks, one in zip(together, free, strict=True))

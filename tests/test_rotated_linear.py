@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 from gsoft_diffusion.group_and_shuffle import dense_reference
 from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
-from gsoft_diffusion.rotated_linear import rotate_activations, rotate_weights, weight_side_is_cheaper
-from gsoft_diffusion.rotation_group import scale_outputs
+from gsoft_diffusion.rotated_linear import Rotation, rotate_activations, rotate_weights, weight_side_is_cheaper
 
 SIDES = ["weight", "activations"]
+MAPS = ("right", "left", "scale")
 IN, OUT = 24, 40
 
 
@@ -19,26 +19,22 @@ def case(nfactors: int, left: str, dtype: torch.dtype = torch.float64) -> dict[s
 
     def blocks(nblocks: int, size: int) -> Tensor:
         free = 0.3 * torch.randn(nfactors, nblocks, free_numbers(size), generator=generator, dtype=torch.float64)
-        return orthogonal_blocks(free, size, "cayley")
+        return orthogonal_blocks([free], size, "cayley")[0]
 
     scale = 1 + 0.3 * torch.randn(OUT, generator=generator, dtype=torch.float64)
+    scale[3] = 0
     q_out = blocks(4, 10)
-    lefts = {
-        "none": None,
-        "rotation": q_out,
-        "scaled rotation": scale_outputs(q_out, scale),
-        "scale": scale_outputs(None, scale),
-    }
     tensors = {
         "x": torch.randn(2, 5, IN, generator=generator, dtype=torch.float64),
         "right": blocks(8, 3),
-        "left": lefts[left],
+        "left": q_out if "rotation" in left else None,
+        "scale": scale if "scale" in left else None,
         "weight": torch.randn(OUT, IN, generator=generator, dtype=torch.float64),
         "bias": torch.randn(OUT, generator=generator, dtype=torch.float64),
     }
     half = {name: t if t is None or dtype == torch.float64 else t.to(dtype) for name, t in tensors.items()}
     if dtype != torch.float64:  # rotations stay float32
-        half |= {name: None if tensors[name] is None else tensors[name].float() for name in ("right", "left")}
+        half |= {name: None if tensors[name] is None else tensors[name].float() for name in MAPS}
     return half
 
 
@@ -49,15 +45,17 @@ def product(
     bias: Tensor | None,
     right: Tensor,
     left: Tensor | None,
+    scale: Tensor | None,
     neutral: bool = False,
 ) -> Tensor:
+    rotation = Rotation(right, left, scale)
     if side == "weight":
-        rotated = rotate_weights([weight], right[None], None if left is None else left[None])[0]
-        return F.linear(x, rotated, bias)
+        return F.linear(x, rotate_weights([weight], [rotation])[0], bias)
     if side == "activations":
-        return rotate_activations(x, [(weight, bias, right, left)], neutral)[0]
+        return rotate_activations(x, [(weight, bias)], [rotation], neutral)[0]
     rotated = weight @ dense_reference(right)
-    return F.linear(x, rotated if left is None else dense_reference(left) @ rotated, bias)
+    rotated = rotated if left is None else dense_reference(left) @ rotated
+    return F.linear(x, rotated if scale is None else scale[:, None] * rotated, bias)
 
 
 def value_and_gradients(side: str, tensors: dict[str, Tensor | None], with_bias: bool = True) -> list[Tensor]:
@@ -76,7 +74,7 @@ def value_and_gradients(side: str, tensors: dict[str, Tensor | None], with_bias:
 @pytest.mark.parametrize("left", ["none", "rotation", "scaled rotation", "scale"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_the_dense_reference(side, nfactors, left, with_bias):
-    """Value and gradients by x, right and left."""
+    """Value and gradients by x and the rotation; one of the scales is 0."""
     tensors = case(nfactors, left)
     for ours, dense in zip(
         value_and_gradients(side, tensors, with_bias), value_and_gradients("dense", tensors, with_bias), strict=True
@@ -87,10 +85,10 @@ def test_equals_the_dense_reference(side, nfactors, left, with_bias):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 def test_is_as_near_to_the_reference_as_the_dtype_allows(side, dtype, tolerance):
-    """Largest error of value and of each gradient, relative to its largest entry; float32 gradients by the blocks."""
+    """Largest error of value and of each gradient, relative to its largest entry; float32 gradients by the rotation."""
     ours = value_and_gradients(side, case(2, "scaled rotation", dtype))
     dense = value_and_gradients("dense", case(2, "scaled rotation"))
-    assert [tensor.dtype for tensor in ours] == [dtype, dtype, torch.float32, torch.float32]
+    assert [tensor.dtype for tensor in ours] == [dtype, dtype, *[torch.float32] * 3]
     for tensor, reference in zip(ours, dense, strict=True):
         assert (tensor.double() - reference).abs().max() < tolerance * reference.abs().max()
 
@@ -101,8 +99,8 @@ def test_is_as_near_to_the_reference_as_the_dtype_allows(side, dtype, tolerance)
 def test_identities_change_no_bit(side, dtype, tokens):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(tokens, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
-    right, left = torch.eye(3).expand(2, 8, 3, 3), torch.eye(10).expand(2, 4, 10, 10)
-    assert torch.equal(product(side, x, weight, bias, right, left, neutral=True), F.linear(x, weight, bias))
+    rotation = (torch.eye(3).expand(2, 8, 3, 3), torch.eye(10).expand(2, 4, 10, 10), torch.ones(OUT))
+    assert torch.equal(product(side, x, weight, bias, *rotation, neutral=True), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("nfactors", [1, 2])
@@ -112,6 +110,8 @@ def test_gradients_of_neutral_layers_are_those_of_identities(left, nfactors):
     leaves = {name: tensors[name] for name in ("right", "left") if tensors[name] is not None}
     for name, blocks in leaves.items():
         tensors[name] = torch.eye(blocks.shape[-1], dtype=blocks.dtype).expand_as(blocks)
+    if tensors["scale"] is not None:
+        tensors["scale"] = torch.ones_like(tensors["scale"])
     results = []
     for neutral in (False, True):
         given = {
@@ -129,33 +129,27 @@ def test_layers_together_are_layers_one_by_one(left):
     """Value and gradients; one of the outputs is not used."""
     tensors = case(2, left)
     x = tensors["x"]
-    layers = []
+    layers, rotations = [], []
     for factor in (1.0, 0.5, -1.0):
-        right = (factor * tensors["right"]).requires_grad_()
-        left_blocks = None if tensors["left"] is None else (factor * tensors["left"]).requires_grad_()
-        layers.append((factor * tensors["weight"], None if factor == 0.5 else tensors["bias"], right, left_blocks))
+        layers.append((factor * tensors["weight"], None if factor == 0.5 else tensors["bias"]))
+        maps = [tensors[name] for name in MAPS]
+        rotations.append(Rotation(*(None if t is None else (factor * t).requires_grad_() for t in maps)))
     results = []
     for together in (False, True):
         given = x.clone().requires_grad_()
         made = (
-            rotate_activations(given, layers, False)
+            rotate_activations(given, layers, rotations, False)
             if together
-            else [rotate_activations(given, [layer], False)[0] for layer in layers]
+            else [
+                rotate_activations(given, [layer], [rotation], False)[0]
+                for layer, rotation in zip(layers, rotations, strict=True)
+            ]
         )
         loss = made[0].square().sum() + made[2].sum()
-        leaves = [given, *(t for layer in (layers[0], layers[2]) for t in layer[2:] if t is not None)]
+        leaves = [given, *(t for rotation in (rotations[0], rotations[2]) for t in rotation if t is not None)]
         results.append([*made, *torch.autograd.grad(loss, leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
-
-
-def test_scale_outputs_scales_rows():
-    tensors = case(3, "rotation")
-    scale = torch.randn(OUT, dtype=torch.float64)
-    torch.testing.assert_close(
-        dense_reference(scale_outputs(tensors["left"], scale)), scale[:, None] * dense_reference(tensors["left"])
-    )
-    assert torch.equal(dense_reference(scale_outputs(None, scale)), torch.diag(scale))
 
 
 def test_the_cheaper_side_by_shape():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -201,3 +202,17 @@ def test_frozen_parameters_get_no_gradient():
     assert x.grad is not None
     assert all(parameter.grad is None for parameter in projections[0].parameters())
     assert all(parameter.grad is not None for parameter in projections[1].parameters())
+
+
+@pytest.mark.parametrize("parametrization", ["cayley", "exp"])
+def test_nothing_is_kept_of_earlier_steps(parametrization):
+    linears, projections = layers(config=AdapterConfig(nblocks=4, parametrization=parametrization))
+    join(linears, projections)
+    optimizer = torch.optim.SGD([p for projection in projections for p in projection.parameters()], lr=1e-3)
+    alive = []
+    for _ in range(4):
+        outputs_and_gradients(linears, projections)
+        optimizer.step()
+        gc.collect()
+        alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert alive[-1] == alive[1]
