@@ -52,9 +52,10 @@ def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
 
 
 def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a loss by `blocks` and by `x` from its gradient by `y = Q x`, in closed form.
+    """Gradients of a loss by `blocks` and by `B_1 x` from its gradient by `y = Q x`, in closed form.
 
-    What the factors made of `x` on the way is not kept from the forward pass but made again. Shapes as in `rotate`. For
+    That by `B_1 x`, `(…, r, b, T)`, is one product before that by `x`, which not everyone needs: `back_to_input`. What
+    the factors made of `x` on the way is not kept from the forward pass but made again. Shapes as in `rotate`. For
     `y = Qᵀ x` the gradient by the blocks is that of `rotate_gradients(blocks, grad, x)`: `⟨g, Qᵀx⟩ = ⟨x, Q g⟩`.
     """
     nfactors, nblocks, size, _ = blocks.shape[-4:]
@@ -68,25 +69,44 @@ def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, T
     by_block = []
     for index in reversed(range(nfactors)):
         by_block.append(batched_product(grad, inputs.pop().mT))
-        grad = group(blocks[..., index, :, :, :].mT, grad)
         if index:
-            grad = unshuffle(grad)
-    return torch.stack(by_block[::-1], dim=-4), grad.flatten(-3, -2)
+            grad = unshuffle(group(blocks[..., index, :, :, :].mT, grad))
+    return torch.stack(by_block[::-1], dim=-4), grad
 
 
-def scale_outputs(blocks: Tensor, scale: Tensor) -> Tensor:
-    """The blocks of `diag(scale)·Q`: the last factor's rows are multiplied. blocks: as in `rotate`; scale: `(…, n)`."""
-    scaled = blocks.clone()
-    scaled[..., -1, :, :, :].mul_(_rows_of_last_factor(blocks, scale))
-    return scaled
+def back_to_input(blocks: Tensor, grad: Tensor) -> Tensor:
+    """Gradient by `x (…, n, T)` from that by `B_1 x (…, r, b, T)`."""
+    return group(blocks[..., 0, :, :, :].mT, grad).flatten(-3, -2)
 
 
-def scale_gradients(blocks: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a loss by `blocks` and by `scale` from its gradient by `scale_outputs(blocks, scale)`."""
-    by_scale = (grad[..., -1, :, :, :] * blocks[..., -1, :, :, :]).sum(-1, keepdim=True)
+def back_to_input_rows(blocks: Tensor, grad: Tensor) -> Tensor:
+    """Sum of the gradients by one `x` of N rotations, as rows `(T, n)`.
+
+    blocks: `(N, m, r, b, b)`; grad: of each `B_1 x`, `(N, r, b, T)`. The sum is part of one product for each block,
+    which also turns columns into rows on its way.
+    """
+    first, grad = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (blocks[:, 0], grad))  # (r, N·b, b or T)
+    rows = grad.new_empty(grad.shape[-1], len(first), first.shape[-1])
+    torch.bmm(grad.mT, first, out=rows.transpose(0, 1))
+    return rows.flatten(1)
+
+
+def scale_outputs_(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Make `Q` into `diag(scale)·Q`, in place: the last factor's rows are multiplied.
+
+    blocks: as in `rotate`; scale: `(…, n)`, of any dtype. The same is what gradients by `Q` need.
+    """
+    blocks[..., -1, :, :, :].mul_(_rows_of_last_factor(blocks, scale))
+    return blocks
+
+
+def scale_gradient(blocks: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of a loss by `scale (…, n)` from its gradient by the blocks of `diag(scale)·Q`, in at least float32."""
+    last, by_last = (tensor[..., -1, :, :, :] for tensor in (blocks, grad))
+    by_scale = (last.to(torch.promote_types(last.dtype, torch.float32)) * by_last).sum(-1, keepdim=True)
     for _ in range(blocks.shape[-4] - 1):
         by_scale = unshuffle(by_scale)
-    return scale_outputs(grad, scale), by_scale.flatten(-3)
+    return by_scale.flatten(-3)
 
 
 def _rows_of_last_factor(blocks: Tensor, scale: Tensor) -> Tensor:

@@ -68,10 +68,10 @@ class _Cayley(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, size: int, *free: Tensor) -> tuple[Tensor, ...]:
-        made = free[0].new_empty(len(free), *free[0].shape[:-1], size, size)
+    def forward(ctx: Any, size: int, dtype: torch.dtype, *free: Tensor) -> tuple[Tensor, ...]:
+        made = free[0].new_empty(len(free), *free[0].shape[:-1], size, size, dtype=dtype)
         for run in _runs(len(free), made[0]):
-            _solve(skew_symmetric(torch.stack(free[run]), size), made[run])
+            made[run] = _solve(skew_symmetric(torch.stack(free[run]), size))
         rotations = made.unbind()
         ctx.save_for_backward(*rotations)
         return rotations
@@ -82,18 +82,19 @@ class _Cayley(torch.autograd.Function):
         by_free: list[Tensor] = []
         for run in _runs(len(grads), grads[0]):
             q, grad = (torch.stack(tensors[run]).flatten(0, -3) for tensors in (ctx.saved_tensors, grads))
+            q, grad = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (q, grad))
             half = torch.baddbmm(grad, q.mT, grad)
             by_skew = torch.baddbmm(half, half, q.mT, beta=0.5, alpha=0.5)
             by_free.extend(_skew_gradient(by_skew).unflatten(0, (-1, *grads[0].shape[:-2])))
-        return None, *by_free
+        return None, None, *by_free
 
 
-def cayley(free: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+def cayley(free: Sequence[Tensor], size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Cayley map `Q = (I + K)(I − K)⁻¹` of skew-symmetric matrices with these free numbers (paper, §6.1).
 
     Shapes as in `orthogonal_blocks`. Reaches every rotation without an eigenvalue −1. Differentiable once.
     """
-    return _Cayley.apply(size, *free)
+    return _Cayley.apply(size, dtype, *free)
 
 
 def _runs(count: int, one: Tensor) -> list[slice]:
@@ -102,8 +103,8 @@ def _runs(count: int, one: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, count, step)]
 
 
-def _solve(skew: Tensor, rotations: Tensor) -> None:
-    """Write `(I + K)(I − K)⁻¹ = 2(I − K)⁻¹ − I` of each `K` in skew `(N, …, b, b)` into `rotations`.
+def _solve(skew: Tensor) -> Tensor:
+    """`(I + K)(I − K)⁻¹ = 2(I − K)⁻¹ − I` of each `K` in skew `(N, …, b, b)`.
 
     `I − K` always has an inverse: eigenvalues of `K` are imaginary. LAPACK takes one matrix after the other, which is
     slow for the thousands of small ones of a model. On a CPU they go through batched products instead, as long as
@@ -115,28 +116,35 @@ def _solve(skew: Tensor, rotations: Tensor) -> None:
     """
     size, dtype = skew.shape[-1], skew.dtype
     if not (skew.is_cpu and size > LAPACK_SIDE and dtype == torch.float32):
-        return _solve_by_lapack(skew, rotations)
+        return _solve_by_lapack(skew)
     square = skew @ skew.mT
     fourth = square @ square
     # At least every ‖S‖²: singular values of powers of a skew matrix come in pairs.
     norms = torch.linalg.vector_norm(fourth, dim=(-2, -1)).flatten(1).amax(1) / math.sqrt(2)
     degrees = [next((d for d, reach in REACH.items() if norm <= reach**2), 0) for norm in map(Tensor.item, norms)]
+    if len(set(degrees)) == 1:
+        return _solve_by_products(degrees[0], skew, square, fourth)
+    rotations = torch.empty_like(skew)
     for degree in set(degrees):
         chosen = [index for index, other in enumerate(degrees) if other == degree]
-        parts = (skew, square, fourth) if len(chosen) == len(skew) else (t[chosen] for t in (skew, square, fourth))
-        k, s, s2 = (part.flatten(0, -3) for part in parts)
-        made = torch.empty_like(k)
-        if degree:
-            twice = _polynomial(_coefficients(degree), s, s2)
-            _diagonal(torch.baddbmm(twice, k, twice, out=made)).sub_(1)
-        else:
-            _solve_by_lapack(k, made)
-        rotations[chosen] = made.unflatten(0, (len(chosen), *skew.shape[1:-2]))
+        rotations[chosen] = _solve_by_products(degree, skew[chosen], square[chosen], fourth[chosen])
+    return rotations
 
 
-def _solve_by_lapack(skew: Tensor, rotations: Tensor) -> None:
-    inverse = torch.linalg.inv_ex(torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) - skew).inverse
-    _diagonal(torch.mul(inverse, 2, out=rotations)).sub_(1)
+def _solve_by_products(degree: int, skew: Tensor, square: Tensor, fourth: Tensor) -> Tensor:
+    """With a polynomial of this degree in `S = square`, whose square is `fourth`; degree 0: none is good enough."""
+    if degree == 0:
+        return _solve_by_lapack(skew)
+    k, s, s2 = (matrices.flatten(0, -3) for matrices in (skew, square, fourth))
+    twice = _polynomial(_coefficients(degree), s, s2)
+    rotations = torch.baddbmm(twice, k, twice)
+    _diagonal(rotations).sub_(1)
+    return rotations.reshape(skew.shape)
+
+
+def _solve_by_lapack(skew: Tensor) -> Tensor:
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return 2 * torch.linalg.inv_ex(identity - skew).inverse - identity
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor, square: Tensor) -> Tensor:
@@ -163,27 +171,30 @@ def _diagonal(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1)
 
 
-def exponential(free: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
+def exponential(free: Sequence[Tensor], size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Matrix exponential `Q = exp(K)`, shapes as in `orthogonal_blocks`. Reaches every rotation.
 
     In float32 the exponential's rounding error grows with size and angle, past 1e-5 for blocks of some hundreds; one
     step of Newton's iteration for the nearest orthogonal matrix, `Q ← Q (3I − QᵀQ) / 2`, removes it.
     """
     rotation = torch.matrix_exp(skew_symmetric(torch.stack(tuple(free)), size))
-    return (1.5 * rotation - 0.5 * (rotation @ (rotation.mT @ rotation))).unbind()
+    return (1.5 * rotation - 0.5 * (rotation @ (rotation.mT @ rotation))).to(dtype).unbind()
 
 
-PARAMETRIZATIONS: dict[str, Callable[[Sequence[Tensor], int], tuple[Tensor, ...]]] = {
+PARAMETRIZATIONS: dict[str, Callable[[Sequence[Tensor], int, torch.dtype], tuple[Tensor, ...]]] = {
     "cayley": cayley,
     "exp": exponential,
 }
 
 
-def orthogonal_blocks(free: Sequence[Tensor], size: int, parametrization: str) -> tuple[Tensor, ...]:
+def orthogonal_blocks(
+    free: Sequence[Tensor], size: int, parametrization: str, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """Orthogonal blocks `(…, b, b)` from free numbers `(…, b(b−1)/2)`, for each of some tensors of equal shape.
 
-    parametrization: "cayley" or "exp". All zeros give exact identities.
+    parametrization: "cayley" or "exp". dtype: what the blocks are rounded to, and kept as for the backward pass; unless
+    given, what they are computed in. All zeros give exact identities.
     """
     with torch.autocast(free[0].device.type, enabled=False):
         full = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in free]
-        return PARAMETRIZATIONS[parametrization](full, size)
+        return PARAMETRIZATIONS[parametrization](full, size, dtype or full[0].dtype)

@@ -202,7 +202,7 @@ def project(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear]
 def _rotated(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
     """By rotating x and the results."""
     group = projections[0]._group
-    rotations = [group.rotation(projection._index) for projection in projections]
+    rotations = [group.rotation(projection._index, x.dtype) for projection in projections]
     layers = [(linear.weight, linear.bias) for linear in linears]
     return list(rotate_activations(x, layers, rotations, group.neutral))
 

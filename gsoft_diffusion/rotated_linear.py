@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gsoft_diffusion.group_and_shuffle import rotate, rotate_back, rotate_gradients, scale_gradients, scale_outputs
+from gsoft_diffusion.group_and_shuffle import (
+    back_to_input,
+    back_to_input_rows,
+    rotate,
+    rotate_back,
+    rotate_gradients,
+    scale_gradient,
+    scale_outputs_,
+)
 
 # While one entry of a tensor goes through all block products of a training step, on either side, a dense product does
 # about this many multiply-adds (measured on a CPU for blocks up to 32: see docs/performance.md). Times the item size,
@@ -43,7 +51,7 @@ def weight_side_is_cheaper(tokens: int, weight: Tensor) -> bool:
 class Rotation(NamedTuple):
     """What is put around one weight `(out, in)`.
 
-    right: blocks of `Q_in`, `(m, r, b, b)`; left: of `Q_out`, or None; scale: `s (out,)`, or None. All float32.
+    right: blocks of `Q_in`, `(m, r, b, b)`; left: of `Q_out`, or None; scale: `s (out,)`, or None.
     """
 
     right: Tensor
@@ -54,7 +62,7 @@ class Rotation(NamedTuple):
 def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> tuple[Tensor, ...]:
     """`W'` of each of some weights of equal shape, in their dtype, computed in float32 (float64 for float64 weights).
 
-    autocast changes nothing. Differentiable once by the rotations.
+    rotations: float32. autocast changes nothing. Differentiable once by the rotations.
     """
     return _RotatedWeights.apply(*weights, *chain(*zip(*rotations, strict=True)))
 
@@ -67,8 +75,9 @@ def rotate_activations(
 ) -> tuple[Tensor, ...]:
     """`W'x + bias` of each of some equal-shaped layers, weight and bias, for the same x `(…, in)`, in its dtype.
 
-    Blocks are rounded to the dtype of x. neutral: all rotations are identities and all scales 1, so the plain layers'
-    own products are taken, to the bit. Differentiable once by x and the rotations.
+    rotations: float32, or blocks already in the dtype of x, to which they are rounded. neutral: all rotations are
+    identities and all scales 1, so the plain layers' own products are taken, to the bit. Differentiable once by x and
+    the rotations.
     """
     columns = chain(*zip(*layers, strict=True), *zip(*rotations, strict=True))
     return _RotatedActivations.apply(neutral, len(layers), x, *columns)
@@ -98,28 +107,32 @@ class _RotatedWeights(torch.autograd.Function):
         grad, by_left = torch.stack(grads).to(turned.dtype), None
         if left is not None:
             by_left, grad = rotate_gradients(left, _turned(rotate_back(right, turned)), grad)
+            grad = back_to_input(left, grad)
         by_right, _ = rotate_gradients(right, _turned(grad), turned)
         return *(None for _ in weights), *_rotation_gradients(by_right, by_left, *rotations)
 
 
 class _RotatedActivations(torch.autograd.Function):
-    """x → z = Q_in x → h = Wz → y = left(h) + bias, for N layers at once. Kept: x, and h where there is a left."""
+    """x → z = Q_in x → h = Wz → y = left(h) + bias, for N layers at once. Kept: x, as columns, and h where there is a
+    left.
+    """
 
     @staticmethod
     def forward(ctx: Any, neutral: bool, count: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         weights, biases, *rotations = _split(tensors, 5)
         ctx.shape = x.shape
-        x = x.reshape(-1, x.shape[-1])  # (T, in)
+        x = x.flatten(0, -2)  # (T, in)
+        columns = _turned(x)
         right, left = _blocks(x.dtype, *rotations)
         if neutral:
             outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             h = torch.stack([F.linear(x, weight).mT for weight in weights]) if left is not None else None
         else:
-            z = rotate(right, _turned(x).expand(count, -1, -1))  # (N, in, T)
+            z = rotate(right, columns.expand(count, -1, -1))  # (N, in, T)
             h = _products(weights, z)  # (N, out, T)
             outputs = [_turned(y) for y in (h if left is None else rotate(left, h))]
             outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
-        ctx.save_for_backward(x, None if left is None else h, *weights, *chain(*rotations))
+        ctx.save_for_backward(columns, None if left is None else h, *weights, *chain(*rotations))
         return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
@@ -129,12 +142,13 @@ class _RotatedActivations(torch.autograd.Function):
         weights, *rotations = _split(tensors, 4)
         right, left = _blocks(x.dtype, *rotations)
         count, by_left = len(grads), None
-        grad = torch.stack([_turned(grad.reshape(len(x), -1)) for grad in grads])  # (N, out, T)
+        grad = torch.stack([_turned(grad.flatten(0, -2)) for grad in grads])  # (N, out, T)
         if left is not None:
             by_left, grad = rotate_gradients(left, h, grad)
+            grad = back_to_input(left, grad)
         grad = _products([weight.mT for weight in weights], grad)  # (N, in, T)
-        by_right, grad = rotate_gradients(right, _turned(x).expand(count, -1, -1), grad)
-        by_x = _turned(grad[0] if count == 1 else grad.sum(0)).reshape(ctx.shape)
+        by_right, grad = rotate_gradients(right, x.expand(count, -1, -1), grad)
+        by_x = back_to_input_rows(right, grad).reshape(ctx.shape) if ctx.needs_input_grad[2] else None
         return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_right, by_left, *rotations)
 
 
@@ -151,12 +165,12 @@ def _blocks(
     right = torch.stack(tuple(rights)).to(dtype)
     left = _unscaled(lefts, scales)
     if left is not None and scales[0] is not None:
-        left = scale_outputs(left, torch.stack(tuple(scales)))  # type: ignore[arg-type]
+        left = scale_outputs_(left, torch.stack(tuple(scales)))  # type: ignore[arg-type]
     return right, None if left is None else left.to(dtype)
 
 
 def _unscaled(lefts: Sequence[Any], scales: Sequence[Any]) -> Tensor | None:
-    """Blocks of `Q_out`; without it, but with a scale, of an identity in blocks of side 1."""
+    """Blocks of `Q_out`, a copy; without it, but with a scale, of an identity in blocks of side 1."""
     if lefts[0] is not None:
         return torch.stack(tuple(lefts))
     return None if scales[0] is None else scales[0].new_ones(len(scales), 1, len(scales[0]), 1, 1)
@@ -170,18 +184,16 @@ def _rotation_gradients(
     scales: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients by the rotations of N layers, in their dtype, from those by the blocks that `_blocks` made of them."""
-    dtype = rights[0].dtype
     nothing = tuple(None for _ in rights)
     by_lefts: Sequence[Tensor | None] = nothing
     by_scales: Sequence[Tensor | None] = nothing
     if by_left is not None:
-        by_left = by_left.to(dtype)
         if scales[0] is not None:
-            by_left, by_scale = scale_gradients(_unscaled(lefts, scales), torch.stack(tuple(scales)), by_left)  # type: ignore[arg-type]
-            by_scales = by_scale.unbind()
+            by_scales = scale_gradient(_unscaled(lefts, scales), by_left).unbind()  # type: ignore[arg-type]
+            by_left = scale_outputs_(by_left, torch.stack(tuple(scales)))  # type: ignore[arg-type]
         if lefts[0] is not None:
-            by_lefts = by_left.unbind()
-    return *by_right.to(dtype).unbind(), *by_lefts, *by_scales
+            by_lefts = by_left.to(lefts[0].dtype).unbind()
+    return *by_right.to(rights[0].dtype).unbind(), *by_lefts, *by_scales
 
 
 def _products(weights: Sequence[Tensor], vectors: Tensor) -> Tensor:

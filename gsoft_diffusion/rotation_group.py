@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from gsoft_diffusion.rotated_linear import Rotation, rotate_weights, weight_side
 if TYPE_CHECKING:
     from gsoft_diffusion.projection import GSOFTProjection
 
-TOGETHER = 2**17  # entries of weights that are made at a time: more calls cost time below, and a core's cache above
+TOGETHER = 2**18  # entries of weights that are made at a time: more calls cost time below, and a core's cache above
 
 
 class RotationGroup:
@@ -27,20 +28,22 @@ class RotationGroup:
     of sampling, and through all batches that gradients are accumulated over.
 
     A parameter has changed if PyTorch counted a new version of it, or if its value differs after a backward pass: some
-    optimizers write behind the version's back.
+    optimizers write behind the version's back. The first time that this has to be asked there is nothing to compare
+    with yet, and it is taken to have changed.
     """
 
     def __init__(self, projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear] = ()) -> None:
         """linears: the projections' layers in the same order; without them weights are made one at a time."""
         self._projections, self._linears = tuple(projections), tuple(linears)
+        self._compares = False  # whether values have been needed: until then no copy of them is made
         self.forget()
 
     def forget(self) -> None:
         """Let go of everything that is kept."""
-        self._rotations: list[Rotation] | None = None
+        self._rotations: dict[torch.dtype, list[Rotation]] = {}  # by what their blocks are rounded to
         self._weights: dict[int, tuple[object, Tensor]] = {}  # and the states of the weights that they were made from
         self._values: Tensor | None = None  # of all parameters, from which all this was made
-        self._states: list[object] = []
+        self._states: list[list[object]] = []
         self.neutral = False  # whether all rotations are identities and all scales 1; known once blocks were asked for
         self._has_graph = self._differentiated = False
 
@@ -53,10 +56,10 @@ class RotationGroup:
         """Whether a projection should rotate its weight in training; see `weight_side_is_cheaper`."""
         return self._together(weight) > 1 or weight_side_is_cheaper(tokens, weight)
 
-    def rotation(self, index: int) -> Rotation:
-        """That of one projection."""
+    def rotation(self, index: int, dtype: torch.dtype = torch.float32) -> Rotation:
+        """That of one projection, its blocks rounded to this dtype."""
         self._drop_outdated(index)
-        return self._all_rotations()[index]
+        return self._all_rotations(dtype)[index]
 
     def weight(self, index: int, weight: Tensor) -> Tensor:
         """`W'` of one projection around `weight (out, in)`, in its dtype."""
@@ -69,7 +72,7 @@ class RotationGroup:
                 near = range(index - index % count, len(self._linears))[:count]
                 indices = [i for i in near if self._linears[i].weight.dtype == weight.dtype]
                 weights = [self._linears[i].weight for i in indices]
-            rotated = self._rotated(weights, [self._all_rotations()[i] for i in indices])
+            rotated = self._rotated(weights, [self._all_rotations(torch.float32)[i] for i in indices])
             for i, base, made in zip(indices, weights, rotated, strict=True):
                 self._weights[i] = tensor_state(base), made
         return self._weights[index][1]
@@ -88,32 +91,37 @@ class RotationGroup:
         if not suspect and (self._has_graph or not wants_graph):
             return
         parameters = [parameter for projection in self._projections for parameter in projection.parameters()]
-        values = torch.cat([parameter.detach().flatten() for parameter in parameters])
-        graph = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        same = self._values is not None and self._values.device == values.device and torch.equal(values, self._values)
+        states = [_states(projection.parameters()) for projection in self._projections]
+        same = states == self._states
+        if same and self._differentiated:
+            # Gradients are accumulated, or an optimizer wrote behind the version's back: only the values tell.
+            values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+            same, self._compares = self._values is not None and torch.equal(values, self._values), True
         if not same or (wants_graph and not self._has_graph):
             self.forget()
-            self._values, self._has_graph = values, graph
+            if self._compares:
+                self._values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+            self._has_graph = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
             self.neutral = all(projection.neutral for projection in self._projections)
-        self._states = [_states(projection.parameters()) for projection in self._projections]
-        self._differentiated = False
+        self._states, self._differentiated = states, False
 
-    def _all_rotations(self) -> list[Rotation]:
-        if self._rotations is None:
+    def _all_rotations(self, dtype: torch.dtype) -> list[Rotation]:
+        if dtype not in self._rotations:
             columns = zip(*((p.q_in, p.q_out, p.output_scale) for p in self._projections), strict=True)
             q_in, q_out, scales = columns
-            blocks = self._kept(self._make_blocks, len(q_in), *q_in, *q_out)
-            self._rotations = list(map(Rotation, blocks[: len(q_in)], blocks[len(q_in) :], scales))
-        return self._rotations
+            blocks = self._kept(partial(self._make_blocks, dtype), len(q_in), *q_in, *q_out)
+            self._rotations[dtype] = list(map(Rotation, blocks[: len(q_in)], blocks[len(q_in) :], scales))
+        return self._rotations[dtype]
 
-    def _make_blocks(self, *free: Tensor) -> tuple[Tensor | None, ...]:
+    def _make_blocks(self, dtype: torch.dtype, *free: Tensor) -> tuple[Tensor | None, ...]:
         """Blocks of `Q_in` of all projections, then of `Q_out`."""
         first, count = self._projections[0], len(self._projections)
-        right = orthogonal_blocks(free[:count], first.in_features // first.q_in.shape[1], first.parametrization)
+        size = first.in_features // first.q_in.shape[1]
+        right = orthogonal_blocks(free[:count], size, first.parametrization, dtype)
         if first.q_out is None:
             return *right, *(None for _ in right)
         size = first.out_features // first.q_out.shape[1]
-        return *right, *orthogonal_blocks(free[count:], size, first.parametrization)
+        return *right, *orthogonal_blocks(free[count:], size, first.parametrization, dtype)
 
     def _rotated(self, weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> Sequence[Tensor]:
         frozen, count = [weight.detach() for weight in weights], len(weights)

@@ -5,6 +5,8 @@ import torch
 
 from gsoft_diffusion import UserError
 from gsoft_diffusion.group_and_shuffle import (
+    back_to_input,
+    back_to_input_rows,
     dense_factors,
     dense_reference,
     fit_blocks,
@@ -57,12 +59,13 @@ def test_fast_path_equals_the_dense_reference(nblocks, size, nfactors):
         (weight * y).sum().backward()
         return y.detach(), b.grad, v.grad
 
+    by_blocks, by_first = rotate_gradients(blocks, x, weight)
     dense = value_and_gradients(lambda b, v: dense_reference(b) @ v)
     dense_back = value_and_gradients(lambda b, v: dense_reference(b).mT @ v)
     for ours, reference in [
         (value_and_gradients(rotate), dense),
         (value_and_gradients(rotate_back), dense_back),
-        ((rotate(blocks, x), *rotate_gradients(blocks, x, weight)), dense),
+        ((rotate(blocks, x), by_blocks, back_to_input(blocks, by_first)), dense),
         ((rotate_back(blocks, x), rotate_gradients(blocks, weight, x)[0], rotate(blocks, weight)), dense_back),
     ]:
         for ours_part, part in zip(ours, reference, strict=True):
@@ -76,9 +79,12 @@ def test_leading_dimensions_are_a_batch(nblocks, size, nfactors):
     x, grad = torch.randn(2, 2, nblocks * size, 3, dtype=torch.float64)
     for apply in (rotate, rotate_back):
         torch.testing.assert_close(apply(blocks, x), torch.stack([apply(blocks[i], x[i]) for i in range(2)]))
-    by_blocks, by_x = rotate_gradients(blocks, x, grad)
+    by_blocks, by_first = rotate_gradients(blocks, x, grad)
     for i in range(2):
-        torch.testing.assert_close((by_blocks[i], by_x[i]), rotate_gradients(blocks[i], x[i], grad[i]))
+        torch.testing.assert_close((by_blocks[i], by_first[i]), rotate_gradients(blocks[i], x[i], grad[i]))
+    rows = back_to_input_rows(blocks, by_first)
+    torch.testing.assert_close(rows, back_to_input(blocks, by_first).sum(0).mT)
+    assert rows.is_contiguous()
 
 
 @pytest.mark.parametrize(("nblocks", "size"), STRUCTURES)

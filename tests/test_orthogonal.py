@@ -40,15 +40,15 @@ def test_blocks_are_rotations(parametrization, size, norm):
 def test_cayley_is_as_exact_as_float32_allows(size, norm):
     free = random_free(300, free_numbers(size))
     free *= norm / torch.linalg.matrix_norm(skew_symmetric(free, size), ord=2)[:, None]
-    (made,) = cayley([free], size)
-    (exact,) = cayley([free.double()], size)
+    (made,) = cayley([free], size, torch.float32)
+    (exact,) = cayley([free.double()], size, torch.float64)
     assert (made.double() - exact).abs().max() < 16 * torch.finfo(torch.float32).eps
 
 
 def test_cayley_passes_on_what_is_not_a_number():
     free = torch.zeros(2, free_numbers(32))
     free[1, 0] = torch.nan
-    assert cayley([free], 32)[0].isnan().any()
+    assert cayley([free], 32, torch.float32)[0].isnan().any()
 
 
 @pytest.mark.parametrize("parametrization", MAPS)
@@ -64,15 +64,19 @@ def test_sign_convention():
     free = random_free(3, free_numbers(5), dtype=torch.float64)
     skew = skew_symmetric(free, 5)
     identity = torch.eye(5, dtype=torch.float64)
-    torch.testing.assert_close(cayley([free], 5)[0], (identity + skew) @ torch.linalg.inv(identity - skew))
-    torch.testing.assert_close(cayley([1e-6 * free], 5)[0], identity + 2e-6 * skew, atol=1e-10, rtol=0)
-    torch.testing.assert_close(exponential([1e-6 * free], 5)[0], identity + 1e-6 * skew, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        cayley([free], 5, torch.float64)[0], (identity + skew) @ torch.linalg.inv(identity - skew)
+    )
+    torch.testing.assert_close(cayley([1e-6 * free], 5, torch.float64)[0], identity + 2e-6 * skew, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        exponential([1e-6 * free], 5, torch.float64)[0], identity + 1e-6 * skew, atol=1e-10, rtol=0
+    )
 
 
 @pytest.mark.parametrize("map_", [cayley, exponential])
 def test_gradcheck(map_):
     free = random_free(3, 2, 2, free_numbers(4), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda numbers: map_(numbers.unbind(), 4), (free,))
+    assert torch.autograd.gradcheck(lambda numbers: map_(numbers.unbind(), 4, torch.float64), (free,))
 
 
 def test_cayley_gradient_is_that_of_a_solve(monkeypatch):
@@ -89,7 +93,10 @@ def test_cayley_gradient_is_that_of_a_solve(monkeypatch):
         skew, identity = skew_symmetric(torch.stack(leaves), 12), torch.eye(12, dtype=torch.float64)
         return torch.linalg.solve(identity - skew, identity + skew, left=False).unbind()
 
-    ours, theirs = gradient(lambda leaves: cayley(leaves, 12), torch.float32), gradient(solve, torch.float64)
+    ours, theirs = (
+        gradient(lambda leaves: cayley(leaves, 12, torch.float32), torch.float32),
+        gradient(solve, torch.float64),
+    )
     assert (ours - theirs).abs().max() < 2e-6 * theirs.abs().max()
 
 
@@ -113,5 +120,24 @@ def test_autocast_and_half_input_do_not_lower_the_precision(parametrization):
 
 def test_no_result_depends_on_what_is_computed_beside_it():
     free = [angle * random_free(5, free_numbers(12)) for angle in (0.01, 0.4, 0.1, 3.0, 0.01)]
-    together = cayley(free, 12)
-    assert all(torch.equal(blocks, cayley([one], 12)[0]) for blocks, one in zip(together, free, strict=True))
+    together = cayley(free, 12, torch.float32)
+    assert all(
+        torch.equal(blocks, cayley([one], 12, torch.float32)[0]) for blocks, one in zip(together, free, strict=True)
+    )
+
+
+@pytest.mark.parametrize("parametrization", MAPS)
+@pytest.mark.parametrize("size", [5, 16])
+def test_blocks_rounded_to_half_precision_have_gradients_as_exact_as_that(parametrization, size):
+    free = 0.1 * random_free(4, free_numbers(size))
+    weight = random_free(4, size, size).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        numbers = free.clone().requires_grad_()
+        (blocks,) = orthogonal_blocks([numbers], size, parametrization, dtype)
+        (blocks * weight).sum().backward()
+        results.append((blocks, numbers.grad))
+    (rounded, by_rounded), (full, by_full) = results
+    assert torch.equal(rounded, full.bfloat16())
+    assert by_rounded.dtype == torch.float32
+    assert (by_rounded - by_full).abs().max() < 4e-3 * by_full.abs().max()
