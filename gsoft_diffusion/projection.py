@@ -94,6 +94,7 @@ class GSOFTProjection(nn.Module):
         """Have the rotations made together with those of a group's other projections, as its `index`-th."""
         self._group, self._index = group, index
 
+    @torch.compiler.disable
     def forward(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """x: `(…, in_features)`; returns `(…, out_features)` in the dtype the plain layer would give.
 
@@ -187,6 +188,7 @@ class GSOFTProjection(nn.Module):
         return super()._apply(move, recurse)
 
 
+@torch.compiler.disable
 def project(projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
     """What each of several projections makes of the same x; equal-shaped ones that rotate it do so together."""
     first, layer = projections[0], linears[0]
