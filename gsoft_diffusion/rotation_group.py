@@ -95,12 +95,11 @@ class RotationGroup:
         same = states == self._states
         if same and self._differentiated:
             # Gradients are accumulated, or an optimizer wrote behind the version's back: only the values tell.
-            values = torch.cat([parameter.detach().flatten() for parameter in parameters])
-            same, self._compares = self._values is not None and torch.equal(values, self._values), True
+            same, self._compares = self._values is not None and torch.equal(_values(parameters), self._values), True
         if not same or (wants_graph and not self._has_graph):
             self.forget()
             if self._compares:
-                self._values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+                self._values = _values(parameters)
             self._has_graph = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
             self.neutral = all(projection.neutral for projection in self._projections)
         self._states, self._differentiated = states, False
@@ -176,6 +175,10 @@ class _Kept(torch.autograd.Function):
 def tensor_state(tensor: Tensor) -> tuple[object, ...]:
     """Changes whenever a tensor is replaced, moved, or written to with PyTorch's in-place operations."""
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
+
+
+def _values(parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
 def _states(parameters: Any) -> list[object]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 
 import pytest
 import torch
@@ -155,6 +156,18 @@ def test_a_change_after_a_step_is_seen(change, grouped, training):
     alone = GSOFTProjection(AdapterConfig(nblocks=4), 24, 40)
     alone.load_state_dict(projections[1].state_dict())
     torch.testing.assert_close(after, alone(linears[1], torch.ones(1, 24, dtype=after.dtype)).detach())
+
+
+@pytest.mark.parametrize("tokens", [5, 5000])
+def test_changes_behind_the_version_are_seen_every_time(tokens):
+    linears, projections = layers()
+    join(linears, projections)
+    seen = [outputs_and_gradients(linears, projections, tokens)[1]]
+    for _ in range(3):
+        projections[1].q_in.data.add_(0.1)
+        seen.append(outputs_and_gradients(linears, projections, tokens)[1])
+        assert torch.equal(outputs_and_gradients(linears, projections, tokens)[1], seen[-1])
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
