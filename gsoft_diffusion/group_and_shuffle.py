@@ -96,7 +96,11 @@ def scale_outputs_(blocks: Tensor, scale: Tensor) -> Tensor:
 
     blocks: as in `rotate`; scale: `(…, n)`, of any dtype. The same is what gradients by `Q` need.
     """
-    blocks[..., -1, :, :, :].mul_(_rows_of_last_factor(blocks, scale))
+    nfactors, nblocks, size, _ = blocks.shape[-4:]
+    rows = scale.unflatten(-1, (nblocks, size)).unsqueeze(-1)
+    for _ in range(nfactors - 1):
+        rows = shuffle(rows)
+    blocks[..., -1, :, :, :].mul_(rows)
     return blocks
 
 
@@ -107,15 +111,6 @@ def scale_gradient(blocks: Tensor, grad: Tensor) -> Tensor:
     for _ in range(blocks.shape[-4] - 1):
         by_scale = unshuffle(by_scale)
     return by_scale.flatten(-3)
-
-
-def _rows_of_last_factor(blocks: Tensor, scale: Tensor) -> Tensor:
-    """What is given for each output `(…, n)` where the last factor has it, `(…, r, b, 1)`."""
-    nfactors, nblocks, size, _ = blocks.shape[-4:]
-    rows = scale.unflatten(-1, (nblocks, size)).unsqueeze(-1)
-    for _ in range(nfactors - 1):
-        rows = shuffle(rows)
-    return rows
 
 
 def group(factor: Tensor, x: Tensor) -> Tensor:
