@@ -13,7 +13,6 @@ import gc
 import multiprocessing
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from benchmarks.bases import DTYPES, load_base
 from benchmarks.measure import Records, bytes_in_use, peak_bytes, reset_peak, table
 from gsoft_diffusion.config import AdapterConfig
+from gsoft_diffusion.files import user_path
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.step_memory import step_bytes
@@ -41,7 +41,7 @@ CASES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=user_path, required=True, help="JSON file of the measurements")
     records = Records(parser.parse_args().out, {})
     context = multiprocessing.get_context("spawn")
     for case in tqdm([case for case in CASES if not records.has(**case)], unit="case"):

@@ -9,19 +9,24 @@ and a page with the pictures. Killed at any point, the same command goes on wher
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from eval.cell import is_done, pictures_of, read_results
+from eval.encoders import load_encoders
 from eval.engines import ENGINES
 from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
 from eval.prompts import prompts_for
-from eval.report import SETTINGS, choose_learning_rates, write_report
+from eval.report import PAGE_NAME, SETTINGS, choose_learning_rates, write_report
 from gsoft_diffusion.baselines import BaselineConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.models import Models, load_models
+from gsoft_diffusion.files import user_path, whole_file
+from gsoft_diffusion.models import Models, fetch_model, load_models
 from gsoft_diffusion.options import run
 from gsoft_diffusion.settings import read_yaml
 
@@ -34,7 +39,8 @@ BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
 
 def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", workers: int = 1) -> None:
     """Run every cell that is not done yet, and write the report."""
-    claim(experiment, out)
+    experiment = with_encoders(settled(experiment, out), out)
+    write_settings(experiment, out)
     run_cells = ENGINES[engine]
 
     def run_missing(what: str, cells: Sequence[Cell]) -> None:
@@ -52,23 +58,78 @@ def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", work
         print(path)
 
 
-def claim(experiment: Experiment, out: Path) -> None:
-    """Write the settings into the output folder. UserError if it holds cells of other settings."""
-    for subject in experiment.chosen_subjects():
+def settled(experiment: Experiment, out: Path) -> Experiment:
+    """The experiment with paths that hold in any folder, its subjects by name, and encoders that the folder has.
+
+    UserError if the folder holds cells of other settings, or a report of more than would come out now.
+    """
+    subjects = experiment.chosen_subjects()
+    for subject in subjects:
         if len(subject.photos()) < 2:
             raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
-    path = out / SETTINGS
-    if path.exists():
-        before = Experiment.from_dict(read_yaml(path)).to_dict()
-        now = experiment.to_dict()
-        if changed := [name for name in now if now[name] != before[name] and name not in FREE_TO_CHANGE]:
-            names = ", ".join(f"{name} is {now[name]} and was {before[name]}" for name in changed)
-            raise UserError(f"--out {out}: holds results of other settings ({names}); choose another folder")
+    experiment = replace(experiment.anchored(), subjects=tuple(subject.name for subject in subjects))
+    if not (out / SETTINGS).exists():
+        return experiment
+    before = Experiment.from_dict(read_yaml(out / SETTINGS)).anchored()
+    kept: Any = {name: getattr(before, name) for name in ("clip", "dino") if getattr(experiment, name) == "auto"}
+    experiment = replace(experiment, **kept)
+    now, then = experiment.to_dict(), before.to_dict()
+    if changed := [name for name in now if now[name] != then[name] and name not in FREE_TO_CHANGE]:
+        names = ", ".join(f"{name} is {now[name]} and was {then[name]}" for name in changed)
+        raise UserError(f"--out {out}: holds results of other settings ({names}); choose another folder")
+    if (out / PAGE_NAME).exists() and (lost := left_out(before, experiment)):
+        raise UserError(
+            f"--out {out}: its report has {', '.join(lost)} as well, which these settings leave out; put them back, "
+            "or choose another folder (with a copy of its cells, these need not run again)"
+        )
+    return experiment
+
+
+def with_encoders(experiment: Experiment, out: Path) -> Experiment:
+    """The experiment with its encoders by name, which it says. What cells need of the hub is on this machine then.
+
+    Asked here once, and not in every cell. UserError if base or encoders cannot be had, or if the folder's cells were
+    scored by others.
+    """
+    fetch_model(experiment.pretrained_model_name_or_path)
+    encoders = load_encoders(experiment.clip, experiment.dino)
+    print(f"encoders: {encoders}", flush=True)
+    now = json.loads(json.dumps(encoders.to_dict()))
+    if others := [result["encoders"] for result in read_results(out) if result["encoders"] != now]:
+        names = " and ".join(encoder["name"] for encoder in others[0].values())
+        raise UserError(f"--out {out}: holds cells that other encoders scored ({names}); choose another folder")
+    return replace(experiment, **encoders.names)
+
+
+def write_settings(experiment: Experiment, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(experiment.to_yaml(), encoding="utf-8")
+        with whole_file(out / SETTINGS) as file:
+            file.write(experiment.to_yaml().encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+
+def left_out(before: Experiment, now: Experiment) -> list[str]:
+    """What the comparison `before` has and the one `now` has not, in words."""
+    lost = [
+        f"{title} {name}"
+        for title, field in (("subject", "subjects"), ("method", "methods"), ("budget", "budgets"))
+        for name in getattr(before, field)
+        if name not in getattr(now, field)
+    ]
+    lost += [
+        f"{method}'s learning rate {rate:g}" for method in now.methods for rate in _lost_rates(before, now, method)
+    ]
+    for field, title in (("seeds", "seeds"), ("sweep_subjects", "subjects in its sweep")):
+        if getattr(before, field) > getattr(now, field):
+            lost.append(f"{getattr(before, field)} {title}")
+    return lost
+
+
+def _lost_rates(before: Experiment, now: Experiment, method: str) -> list[float]:
+    kept = getattr(now.learning_rates, method)
+    return [rate for rate in getattr(before.learning_rates, method) if method in before.methods and rate not in kept]
 
 
 def plan(experiment: Experiment, out: Path, workers: int) -> str:
@@ -154,8 +215,10 @@ def _hours(seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="YAML file with an experiment's settings, see eval/experiment.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for cells and report")
+    parser.add_argument(
+        "experiment", type=user_path, help="YAML file with an experiment's settings, see eval/experiment.py"
+    )
+    parser.add_argument("--out", type=user_path, required=True, help="folder for cells and report")
     parser.add_argument("--subjects_dir", help="folder of subjects, or of photos of one, instead of the file's")
     parser.add_argument("--class_word", help="what the photos show, if the folder is of one subject")
     parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
 
 from eval.open_clip_layout import CONFIG, is_original_clip, read_open_clip
 from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.hub_access import why_unreachable
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIELD_CLIP, FIELD_DINO = "ViT-B-32-quickgelu/openai", "facebook/dino-vits16"
@@ -121,10 +124,11 @@ class ClipEncoder(ImageEncoder):
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two that every score needs."""
+    """The two that every score needs. names: what loads the same two again, as `clip` and `dino`."""
 
     clip: ClipEncoder
     dino: ImageEncoder
+    names: dict[str, Any]
 
     @property
     def miniature(self) -> bool:
@@ -133,24 +137,31 @@ class Encoders:
     def to_dict(self) -> dict[str, Any]:
         return {"clip": self.clip.identity.to_dict(), "dino": self.dino.identity.to_dict()}
 
+    def __str__(self) -> str:
+        return f"{self.clip.identity} and {self.dino.identity}"
+
 
 def load_encoders(clip: str = "auto", dino: str = "auto", device: torch.device | str = "cpu") -> Encoders:
     """Load both by name or folder. `auto`: the field's encoders, or the bundled miniatures where those do not load."""
-    return Encoders(
-        _auto(load_clip, FIELD_CLIP, MINI_CLIP, device) if clip == "auto" else load_clip(clip, device),
-        _auto(load_dino, FIELD_DINO, MINI_DINO, device) if dino == "auto" else load_dino(dino, device),
-    )
+    clip, clip_encoder = _load(load_clip, clip, FIELD_CLIP, MINI_CLIP, device)
+    dino, dino_encoder = _load(load_dino, dino, FIELD_DINO, MINI_DINO, device)
+    return Encoders(clip_encoder, dino_encoder, {"clip": clip, "dino": dino})
 
 
-def _auto(load: Callable[[str, torch.device | str], Any], field: str, mini: str, device: torch.device | str) -> Any:
+def _load(
+    load: Callable[[str, torch.device | str], Any], name: str, field: str, mini: str, device: torch.device | str
+) -> tuple[str, Any]:
+    """An encoder, with the name that loads it again."""
+    if name != "auto":
+        return name, load(name, device)
     try:
-        return load(field, device)
+        return field, load(field, device)
     except UserError as error:
         print(
             f"note: {error}; scoring with the bundled {mini} instead, whose numbers compare only with each other",
             file=sys.stderr,
         )
-        return load(mini, device)
+        return mini, load(mini, device)
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> ClipEncoder:
@@ -206,16 +217,17 @@ def _open_clip(name: str, folder: Path | None, device: torch.device | str) -> Cl
     if not folder and not tag:
         raise UserError(f"CLIP {name}: name a folder, or model and weights as open_clip does, such as {FIELD_CLIP}")
     model_name = f"local-dir:{folder}" if folder else architecture
+    silent = None if folder else why_unreachable()
     try:
         import open_clip  # takes seconds, which the bundled encoders do without
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             # The weights would run, and score, with another activation than they were trained with.
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             clip = open_clip.create_model(model_name, pretrained=None if folder else tag, device=device)
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # a name it does not know, no network, damaged files
-        raise UserError(f"CLIP {name}: open_clip cannot load it ({first_line(error)})") from error
+        raise UserError(f"CLIP {name}: open_clip cannot load it ({_because(error, silent)})") from error
     clip = clip.eval()
     size = clip.visual.image_size
     preprocessing = _preprocessing(
@@ -231,6 +243,7 @@ def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
     The embedding is the class token after the last layer norm. Raises UserError if it cannot be had.
     """
     folder = _local(name)
+    silent = None if folder else why_unreachable()
     try:
         family = AutoConfig.from_pretrained(folder or name).model_type
         if family not in DINO_MODELS:
@@ -241,10 +254,27 @@ def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
     except UserError:
         raise
     except Exception as error:  # no such name, no network, damaged files
-        raise UserError(f"DINO {name}: transformers cannot load it ({first_line(error)})") from error
+        raise UserError(f"DINO {name}: transformers cannot load it ({_because(error, silent)})") from error
     model = model.eval().to(device)
     identity = Identity("DINO", folder.name if folder else name, "transformers", weights_hash(model), preprocessing)
     return ImageEncoder(identity, lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 0], device)
+
+
+def _because(error: Exception, silent: str | None) -> str:
+    """What to say of an error, and of the hub if it is `silent`."""
+    said = first_line(error).removesuffix(".")
+    return f"{said}; {silent}" if silent else said
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block nothing is logged: errors are raised as well, and said once."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def weights_hash(model: nn.Module) -> str:

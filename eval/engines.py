@@ -21,13 +21,17 @@ from tqdm.auto import tqdm
 from eval.cell import run_cell
 from eval.experiment import Cell, Experiment
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.hub_access import stay_offline
 
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
-    """On this machine, `workers` cells at a time, each with its share of the cores. After a failure none is started."""
+    """On this machine, `workers` cells at a time, each with its share of the cores. After a failure none is started.
+
+    The hub is not asked again for what is in its cache on this machine by now.
+    """
     threads = _cores_each(workers)
     context = _process_context()
-    pool = ProcessPoolExecutor(workers, context, _use_threads, (threads,), max_tasks_per_child=1)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (threads,), max_tasks_per_child=1)
     try:
         jobs = {pool.submit(run_quietly, experiment, cell, out): cell for cell in cells}
         with tqdm(total=len(cells), desc="cells", unit="cell") as progress:
@@ -112,5 +116,6 @@ def _cores_each(workers: int) -> int:
     return max(1, cores // workers)
 
 
-def _use_threads(count: int) -> None:
-    torch.set_num_threads(count)
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    stay_offline()

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
-from eval.subjects import Subject, read_subjects
+from eval.subjects import REPOSITORY, Subject, read_subjects
 from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import DTYPES
@@ -136,6 +136,11 @@ class Experiment(Settings):
         require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
         require(self, not_negative, "0 or more", "curve_every")
 
+    def anchored(self) -> Experiment:
+        """The same with paths that hold in any working directory: within this repository, or absolute."""
+        places: Any = {name: _anchored(getattr(self, name)) for name in _PLACES}
+        return replace(self, **places)
+
     def chosen_subjects(self) -> list[Subject]:
         """The subjects to compare on. UserError if one that is asked for is not there."""
         found = {subject.name: subject for subject in read_subjects(self.subjects_dir, self.class_word)}
@@ -167,6 +172,17 @@ class Experiment(Settings):
                 "report_to": "none",
             }
         )
+
+
+_PLACES = ("subjects_dir", "pretrained_model_name_or_path", "prompts", "clip", "dino")  # or names of something
+
+
+def _anchored(name: str) -> str:
+    place = Path(name).expanduser()
+    if name in (DREAMBOOTH, "auto") or not place.exists():
+        return name  # not a path, or one in the repository, or a name on the hub
+    place = place.resolve()
+    return str(place.relative_to(REPOSITORY) if place.is_relative_to(REPOSITORY) else place)
 
 
 _TRAINING = (

@@ -24,19 +24,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eval import metrics
-from eval.encoders import Encoders, load_encoders
-from eval.score import add_encoder_options, embed
+from eval.encoders import Encoders
+from eval.score import add_encoder_options, chosen_encoders, embed
+from eval.sheets import save_sheets
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import lora_layers
+from gsoft_diffusion.files import new_places, user_path
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.lora import LoraLayer, total_error
 from gsoft_diffusion.model_card import public_base
 from gsoft_diffusion.models import load_base
 from gsoft_diffusion.options import run
-from gsoft_diffusion.pictures import Row, contact_sheet
+from gsoft_diffusion.pictures import Row
 
 RANKS = (4, 8, 16, 32, 64)
 PRECISION = torch.float16  # export.py's
@@ -68,6 +70,8 @@ def study(
     prompts: by default those that the run validated with. Raises UserError if adapter or base model cannot be read.
     """
     file = read_adapter(path)
+    if file.changes_nothing:
+        raise UserError(f"{path}: changes nothing of the base model, so a LoRA has nothing to lose")
     prompts = prompts or validation_prompts(file)
     models = load_base(file, moved_to, device=encoders.clip.device)
     stack = AdapterStack(models.denoiser, models.text_encoders)
@@ -194,25 +198,23 @@ def plot(result: Mapping[str, Any]) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=Path, required=True, help="adapter file that training wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, which must not exist yet")
+    parser.add_argument("--adapter", type=user_path, required=True, help="adapter file that training wrote")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the results, which must not exist yet")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="ranks to try (default: %(default)s)")
     parser.add_argument("--prompts", nargs="+", default=[], help="what to draw (default: the run's validation prompts)")
     parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt (default: %(default)s)")
     parser.add_argument("--pretrained_model_name_or_path", help="where the base model is now, if it has moved")
     add_encoder_options(parser)
     args = parser.parse_args()
-    if args.out.exists():
-        raise UserError(f"--out {args.out}: exists; choose another folder")
     if min(args.ranks) < 1 or args.seeds < 1:
         raise UserError("--ranks, --seeds: must be 1 or more")
-    encoders = load_encoders(args.clip, args.dino, args.device)
-    ranks = sorted(set(args.ranks))
-    result, rows = study(args.adapter, ranks, args.prompts, args.seeds, encoders, args.pretrained_model_name_or_path)
-    args.out.mkdir(parents=True)
-    (args.out / "ranks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result).savefig(args.out / "ranks.svg")
-    contact_sheet(rows, "the same prompts and seeds at every rank").save(args.out / "contact_sheet.png")
+    ranks, base = sorted(set(args.ranks)), args.pretrained_model_name_or_path
+    with new_places("--out", args.out) as (folder,):
+        result, rows = study(args.adapter, ranks, args.prompts, args.seeds, chosen_encoders(args), base)
+        folder.mkdir()
+        (folder / "ranks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        plot(result).savefig(folder / "ranks.svg")
+        save_sheets(rows, "the same prompts and seeds at every rank", folder)
     print(f"the base model's pictures are {result['base_distance']['pixels']:.4f} from the adapter's (pixels, RMS)")
     for row in result["ranks"]:
         lost, distance = row["error"], row["distance"]["pixels"]

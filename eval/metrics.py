@@ -107,11 +107,11 @@ def mean_over_subjects(scores: Mapping[Key, Sequence[float]]) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds of its bootstrap interval."""
+    """A mean and the bounds of its bootstrap interval; None of a single score, which has no spread."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def bootstrap(
@@ -126,6 +126,8 @@ def bootstrap(
     values = [np.asarray(list(column), dtype=np.float64) for column in scores.values()]
     if not values or any(not len(column) for column in values):
         raise ValueError("bootstrap needs at least one subject, each with at least one score")
+    if sum(map(len, values)) == 1:
+        return Interval(mean_over_subjects(scores), None, None)
     draws = np.stack(  # (subjects, resamples, subjects): a mean over resampled seeds for whenever the subject is drawn
         [
             column[rng.integers(len(column), size=(resamples, len(values), len(column)))].mean(axis=-1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.files import give_usual_modes
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 RENAMED = {  # parts of transformers' names, and what open_clip calls them
@@ -61,6 +62,7 @@ def save_open_clip(folder: Path, clip: CLIPModel, mean: list[float], std: list[f
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {name: tensor.half().contiguous() for name, tensor in to_open_clip(clip.state_dict()).items()}
     save_file(state, folder / WEIGHTS, {"format": "pt"})
+    give_usual_modes(folder / WEIGHTS)
 
 
 def read_open_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer, dict[str, Any]]:

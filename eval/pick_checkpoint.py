@@ -2,6 +2,8 @@
 
     python -m eval.pick_checkpoint outputs/dog
 
+Of a run with several subjects each is scored against its own photos, and the scores are averaged.
+
 Early checkpoints listen to the prompt and do not know the subject; late ones copy the photos and do not listen. Writes
 `scores.json`, `scores.svg` and a contact sheet into `<run>/checkpoint_scores`.
 """
@@ -18,35 +20,49 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from eval import metrics
-from eval.encoders import Encoders, load_encoders
+from eval.encoders import Encoders
 from eval.prompts import DREAMBOOTH, Prompt, prompts_for
-from eval.score import Embedded, add_encoder_options, embed, picture_scores, reference_scores
+from eval.score import add_encoder_options, chosen_encoders, embed, picture_scores, reference_scores
+from eval.sheets import save_sheets
 from eval.subjects import LIVE_CLASSES, Subject
 from gsoft_diffusion.adapter_file import load_adapter, read_adapter
 from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import new_places, user_path
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.options import run
 from gsoft_diffusion.photos import open_image
-from gsoft_diffusion.pictures import Row, contact_sheet
+from gsoft_diffusion.pictures import Row
 from gsoft_diffusion.settings import read_yaml
 
 FOLDER = "checkpoint_scores"
 
 
+SCORES = ("dino", "clip_t", "dino_nearest", "balance")
+CLOSE = 1e-9  # balances nearer than this do not differ
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one adapter scores for one subject, and the pictures that were scored."""
+
+    scores: dict[str, float]
+    images: list[Image.Image]
+
+
 @dataclass(frozen=True)
 class Scored:
-    """What one adapter of the run scores."""
+    """What one adapter of the run scores. subjects: for each subject of the run; mean: over all of them."""
 
     step: int
     adapter: Path
-    dino: float
-    clip_t: float
-    dino_nearest: float
-    balance: float
-    images: list[Image.Image]
+    subjects: dict[str, Judged]
+
+    @property
+    def mean(self) -> dict[str, float]:
+        return {name: metrics.mean([judged.scores[name] for judged in self.subjects.values()]) for name in SCORES}
 
 
 def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, images_per_prompt: int) -> Path:
@@ -55,63 +71,88 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
     if out.exists():
         raise UserError(f"{out}: exists; remove or rename it to score again")
     config = TrainingConfig.from_dict(read_yaml(folder / SETTINGS))
-    word = config.class_word or ""
-    if not word:
-        raise UserError(f"{folder / SETTINGS}: has no class_word, which the prompts are made with")
-    adapters = {step_of(checkpoint): checkpoint / ADAPTER for checkpoint in checkpoints(folder)}
-    if (folder / ADAPTER).is_file():
-        adapters[int(read_adapter(folder / ADAPTER).training["step"])] = folder / ADAPTER
-    if len(adapters) < 2:
-        raise UserError(f"{folder}: holds {len(adapters)} adapters to choose from; train with --checkpointing_steps")
-    subject = Subject(folder.name, word, word in LIVE_CLASSES, Path(config.instance_data_dir))
-    asked = [p for p in prompts_for(subject, config.unique_token, prompts, max_prompts) if p.kind == "context"]
-    models = load_models(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        base_config=config.base_config,
-        dtype=DTYPES[config.mixed_precision],
-        device=encoders.clip.device,
-    )
-    photos = embed(encoders, (open_image(path) for path in subject.photos()))
-    if len(photos.clip) < 2:
-        raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
-    judge = Judge(config, models, encoders, asked, images_per_prompt, photos)
-    scored = [judge(step, path) for step, path in sorted(adapters.items())]
-    best = max(scored, key=lambda each: each.balance)
-    _write(out, scored, judge, best)
+    subjects = subjects_of(config, folder / SETTINGS)
+    adapters = adapters_of(folder)
+    with new_places("run", out) as (place,):
+        models = load_models(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            base_config=config.base_config,
+            dtype=DTYPES[config.mixed_precision],
+            device=encoders.clip.device,
+        )
+        judges = {}
+        for subject, unique_token in subjects:
+            asked = [p for p in prompts_for(subject, unique_token, prompts, max_prompts) if p.kind == "context"]
+            judges[subject.name] = Judge(config, models, encoders, subject, asked, images_per_prompt)
+        scored = [score(step, path, models, judges) for step, path in sorted(adapters.items())]
+        best = max(scored, key=lambda each: each.mean["balance"])
+        if max(best.mean["balance"] - each.mean["balance"] for each in scored) < CLOSE:
+            print("note: all have the same balance, so nothing speaks for one of them; the earliest is named")
+        _write(place, scored, judges, encoders, best)
     return best.adapter
 
 
+def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str]]:
+    """The run's subjects with their unique tokens. UserError, naming the settings' file, for one without class word."""
+    folders = [Path(concept.instance_data_dir) for concept in config.concepts]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):  # folders of one name in different places
+        names = [f"{name} {number}" for number, name in enumerate(names, start=1)]
+    subjects = []
+    for concept, folder, name in zip(config.concepts, folders, names, strict=True):
+        word = concept.class_word
+        if not word:
+            raise UserError(f"{source}: has no class_word for {folder}, which the prompts are made with")
+        subjects.append((Subject(name, word, word in LIVE_CLASSES, folder), concept.unique_token))
+    return subjects
+
+
+def adapters_of(folder: Path) -> dict[int, Path]:
+    """The run's adapters by their steps, all of them readable. UserError if there are fewer than two."""
+    adapters = {step_of(checkpoint): checkpoint / ADAPTER for checkpoint in checkpoints(folder)}
+    for path in adapters.values():
+        read_adapter(path)
+    if (folder / ADAPTER).is_file():
+        step = read_adapter(folder / ADAPTER).training.get("step")
+        if not isinstance(step, int):
+            raise UserError(f"{folder / ADAPTER}: does not say after how many steps it was written")
+        adapters[step] = folder / ADAPTER
+    if len(adapters) < 2:
+        raise UserError(f"{folder}: holds {len(adapters)} adapters to choose from; train with --checkpointing_steps")
+    return adapters
+
+
 class Judge:
-    """Scores adapters of one run against the same photos, prompts and base model."""
+    """Scores what the models draw of one subject, against the same photos, prompts and base model.
+
+    Made while the models are those of the base.
+    """
 
     def __init__(
         self,
         config: TrainingConfig,
         models: Models,
         encoders: Encoders,
+        subject: Subject,
         prompts: list[Prompt],
         images_per_prompt: int,
-        photos: Embedded,
     ) -> None:
-        self.config, self.models, self.encoders, self.photos = config, models, encoders, photos
+        self.config, self.models, self.encoders = config, models, encoders
+        self.photos = embed(encoders, (open_image(path) for path in subject.photos()))
+        if len(self.photos.clip) < 2:
+            raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
         self.jobs = [(prompt, seed) for prompt in prompts for seed in range(images_per_prompt)]
-        captions = encoders.clip.embed_texts([prompt.plain for prompt, _ in self.jobs])
-        self.captions = captions
-        base, _ = self._means(self._draw(plain=True))
-        real = reference_scores(photos, captions)
-        self.base = (base["dino"], base["clip_t"])
-        self.real = (real["dino"], real["clip_t"])
+        self.captions = encoders.clip.embed_texts([prompt.plain for prompt, _ in self.jobs])
+        base, real = self._means(self._draw(plain=True)), reference_scores(self.photos, self.captions)
+        self.base, self.real = ({name: means[name] for name in ("dino", "clip_t")} for means in (base, real))
 
-    def __call__(self, step: int, path: Path) -> Scored:
-        adapter, _ = load_adapter(path, self.models.denoiser, self.models.text_encoders)
-        adapter.merge()
-        means, images = self._means(self._draw(plain=False))
-        adapter.remove()
-        balance = metrics.balance(means["dino"], means["clip_t"], self.base, self.real)
-        print(f"step {step:6}: DINO {means['dino']:.3f}, CLIP-T {means['clip_t']:.3f}, balance {balance:.3f}")
-        return Scored(step, path, means["dino"], means["clip_t"], means["dino_nearest"], balance, images)
+    def __call__(self) -> Judged:
+        images = self._draw(plain=False)
+        means = self._means(images)
+        ends = ((ends["dino"], ends["clip_t"]) for ends in (self.base, self.real))
+        return Judged(means | {"balance": metrics.balance(means["dino"], means["clip_t"], *ends)}, images)
 
     def _draw(self, plain: bool) -> list[Image.Image]:
         samples = generate(
@@ -123,55 +164,84 @@ class Judge:
         )
         return [sample.image for sample in samples]
 
-    def _means(self, images: list[Image.Image]) -> tuple[dict[str, float], list[Image.Image]]:
+    def _means(self, images: list[Image.Image]) -> dict[str, float]:
         rows = picture_scores(embed(self.encoders, images), self.photos, self.captions)
-        return {name: metrics.mean([row[name] for row in rows]) for name in rows[0]}, images
+        return {name: metrics.mean([row[name] for row in rows]) for name in rows[0]}
 
 
-def _write(out: Path, scored: list[Scored], judge: Judge, best: Scored) -> None:
-    out.mkdir(parents=True)
+def score(step: int, path: Path, models: Models, judges: dict[str, Judge]) -> Scored:
+    """Put the adapter into the models, have every subject judged, and take it out again."""
+    adapter, _ = load_adapter(path, models.denoiser, models.text_encoders)
+    adapter.merge()
+    scored = Scored(step, path, {name: judge() for name, judge in judges.items()})
+    adapter.remove()
+    print(f"step {step:6}: {_words(scored.mean)}")
+    if len(judges) > 1:
+        for name, judged in scored.subjects.items():
+            print(f"    {name}: {_words(judged.scores)}")
+    return scored
+
+
+def _words(scores: dict[str, float]) -> str:
+    return f"DINO {scores['dino']:.3f}, CLIP-T {scores['clip_t']:.3f}, balance {scores['balance']:.3f}"
+
+
+def _write(out: Path, scored: list[Scored], judges: dict[str, Judge], encoders: Encoders, best: Scored) -> None:
+    out.mkdir()
     rows: list[dict[str, Any]] = [
         {
             "step": each.step,
-            "dino": each.dino,
-            "clip_t": each.clip_t,
-            "dino_nearest": each.dino_nearest,
-            "balance": each.balance,
+            **each.mean,
+            "subjects": {
+                name: {score: judged.scores[score] for score in SCORES} for name, judged in each.subjects.items()
+            },
         }
         for each in scored
     ]
     result = {
         "keep": best.step,
-        "base_model": dict(zip(("dino", "clip_t"), judge.base, strict=True)),
-        "photos": dict(zip(("dino", "clip_t"), judge.real, strict=True)),
-        "encoders": judge.encoders.to_dict(),
+        "base_model": _average([judge.base for judge in judges.values()]),
+        "photos": _average([judge.real for judge in judges.values()]),
+        "subjects": {name: {"base_model": judge.base, "photos": judge.real} for name, judge in judges.items()},
+        "encoders": encoders.to_dict(),
         "checkpoints": rows,
     }
-    (out / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
-    _plot(rows, judge, best.step).savefig(out / "scores.svg")
+    (out / "scores.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _plot(result, encoders.miniature).savefig(out / "scores.svg")
     sheet = [
         Row(
-            f"step {each.step}{' — keep' if each is best else ''}: balance {each.balance:.3f}",
-            each.images[:8],
-            [f"{prompt.plain}, seed {seed}" for prompt, seed in judge.jobs[:8]],
+            f"step {each.step}{f', {name}' if len(judges) > 1 else ''}{' — keep' if each is best else ''}: "
+            f"balance {judged.scores['balance']:.3f}",
+            judged.images[:8],
+            [f"{prompt.plain}, seed {seed}" for prompt, seed in judges[name].jobs[:8]],
         )
         for each in scored
+        for name, judged in each.subjects.items()
     ]
-    contact_sheet(sheet, "the same prompts and seeds at every checkpoint").save(out / "contact_sheet.png")
+    save_sheets(sheet, "the same prompts and seeds at every checkpoint", out)
 
 
-def _plot(rows: list[dict[str, Any]], judge: Judge, keep: int) -> Figure:
-    """Scores over steps, and where the base model and the photos are."""
+def _average(ends: list[dict[str, float]]) -> dict[str, float]:
+    return {name: metrics.mean([end[name] for end in ends]) for name in ("dino", "clip_t")}
+
+
+def _plot(result: dict[str, Any], miniature: bool) -> Figure:
+    """Scores over steps, of several subjects pale and their mean, and where the base model and the photos are."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
+    rows = result["checkpoints"]
+    steps = [row["step"] for row in rows]
     names = {"dino": "subject: DINO", "clip_t": "prompt: CLIP-T", "balance": "balance"}
     for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], "o-", color="#1d6fb8")
-        axes.axvline(keep, color="#c1121f", linewidth=0.8, label="keep")
+        if len(result["subjects"]) > 1:
+            for subject in result["subjects"]:
+                values = [row["subjects"][subject][name] for row in rows]
+                axes.plot(steps, values, "o-", linewidth=0.8, markersize=2, alpha=0.6, label=subject)
+        axes.plot(steps, [row[name] for row in rows], "o-", color="#1d6fb8")
+        axes.axvline(result["keep"], color="#c1121f", linewidth=0.8, label="keep")
         if name != "balance":
-            place = list(names).index(name)
-            axes.axhline(judge.base[place], color="#888888", linestyle=":", label="base model")
-            axes.axhline(judge.real[place], color="#2a9d4a", linestyle="--", label="photos")
-        axes.set_title(title + (" (miniature)" if judge.encoders.miniature and name != "balance" else ""), fontsize=9)
+            axes.axhline(result["base_model"][name], color="#888888", linestyle=":", label="base model")
+            axes.axhline(result["photos"][name], color="#2a9d4a", linestyle="--", label="photos")
+        axes.set_title(title + (" (miniature)" if miniature and name != "balance" else ""), fontsize=9)
         axes.set_xlabel("step")
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
@@ -180,14 +250,15 @@ def _plot(rows: list[dict[str, Any]], judge: Judge, keep: int) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output folder of train_dreambooth_gsoft.py")
+    parser.add_argument("run", type=user_path, help="output folder of train_dreambooth_gsoft.py")
     parser.add_argument("--prompts", default=DREAMBOOTH, help="file of templates (default: %(default)s's list)")
     parser.add_argument("--max_prompts", type=int, default=8, help="how many of them (default: %(default)s)")
     parser.add_argument("--images_per_prompt", type=int, default=2, help="pictures for each (default: %(default)s)")
     add_encoder_options(parser)
     args = parser.parse_args()
-    encoders = load_encoders(args.clip, args.dino, args.device)
-    adapter = pick(args.run, encoders, args.prompts, args.max_prompts, args.images_per_prompt)
+    if args.max_prompts < 1 or args.images_per_prompt < 1:
+        raise UserError("--max_prompts, --images_per_prompt: must be 1 or more")
+    adapter = pick(args.run, chosen_encoders(args), args.prompts, args.max_prompts, args.images_per_prompt)
     print(f"keep {adapter}\nplot and pictures in {args.run / FOLDER}")
     return 0
 

@@ -31,10 +31,12 @@ from eval.experiment import Cell, Experiment, budgets_of, sweep_cells
 from eval.methods import METHODS
 from eval.metrics import Interval
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import user_path, whole_file
 from gsoft_diffusion.options import run
+from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.settings import read_yaml
 
-SETTINGS = "experiment.yaml"
+SETTINGS, PAGE_NAME = "experiment.yaml", "report.html"
 SCORES = {  # what tables show, with the direction that is better
     "clip_i_base_prompt": "CLIP-I, base prompt ↑",
     "clip_i": "CLIP-I ↑",
@@ -94,7 +96,8 @@ class Line:
 def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
     """UserError naming the cells that were made with another base model, other encoders or photos than the rest."""
     _check_same(results, "encoders", "encoders")
-    _check_same(results, "base_model", "base model")
+    models = [{**result, "base_model": result["base_model"]["fingerprint"]} for result in results]
+    _check_same(models, "base_model", "base model")
     for subject in {result["cell"]["subject"] for result in results}:
         of_subject = [result for result in results if result["cell"]["subject"] == subject]
         _check_same(of_subject, "photos_hash", f"photos of {subject}")
@@ -285,6 +288,8 @@ def _text(interval: Interval | None, signed: bool = False) -> str:
     if interval is None:
         return ""
     mark = "+" if signed else ""
+    if interval.low is None:
+        return f"{interval.mean:{mark}.3f} [–]"
     return f"{interval.mean:{mark}.3f} [{interval.low:{mark}.3f}, {interval.high:{mark}.3f}]"
 
 
@@ -309,7 +314,7 @@ def csv_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def csv_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """Plain numbers: one column each for mean, low and high."""
+    """Plain numbers: one column each for mean, low and high; empty where there is none."""
     rows = []
     for line in lines:
         row = {
@@ -324,7 +329,8 @@ def csv_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
         for name in SCORES:
             interval = line.interval(name)
             for part in ("mean", "low", "high"):
-                row[f"{name}_{part}"] = f"{getattr(interval, part):.6f}" if interval else ""
+                value = getattr(interval, part, None)
+                row[f"{name}_{part}"] = "" if value is None else f"{value:.6f}"
         rows.append(row)
     return rows
 
@@ -343,10 +349,7 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
         color, marker = COLORS.get(line.method, "#222222"), MARKERS[line.budget]
         if line.method in ("base", "photos"):
             marker = "*" if line.method == "photos" else "X"
-        spread: dict[str, Any] = {
-            "xerr": [[x.mean - x.low], [x.high - x.mean]],
-            "yerr": [[y.mean - y.low], [y.high - y.mean]],
-        }
+        spread: dict[str, Any] = {"xerr": _error_bars(x), "yerr": _error_bars(y)}
         label = f"{line.name}{f', {line.budget}' if line.budget else ''}"
         axes.errorbar(x.mean, y.mean, fmt=marker, color=color, elinewidth=0.6, alpha=0.85, label=label, **spread)
     for method in METHODS:
@@ -354,7 +357,16 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
         reached = [(x.mean, y.mean) for x, y in points if x and y]
         if len(reached) > 1:
             axes.plot(*zip(*reached, strict=True), color=COLORS[method], linewidth=0.8, alpha=0.5)
+    if not any(interval.low is not None for line in lines if (interval := line.interval("dino"))):
+        axes.set_title("one subject and one seed, so no intervals", fontsize=8)
     return _trade_off(figure, axes, miniature)
+
+
+def _error_bars(interval: Interval) -> list[list[float]] | None:
+    """How far the bounds are below and above the mean, as matplotlib wants it; None where there are none."""
+    if interval.low is None or interval.high is None:
+        return None
+    return [[interval.mean - interval.low], [interval.high - interval.mean]]
 
 
 def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float], miniature: bool) -> str | None:
@@ -465,10 +477,11 @@ def write_report(experiment: Experiment, out: Path) -> list[Path]:
         "table.csv": csv_text(csv_rows(lines)),
         "learning_rates.csv": csv_text(sweep),
         **{f"{name}.svg": svg for name, svg in plots.items() if svg},
-        "report.html": page(experiment, out, lines, sections, plots),
+        PAGE_NAME: page(experiment, out, lines, sections, plots),
     }
     for name, text in texts.items():
-        (out / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+        with whole_file(out / name) as file:
+            file.write(f"{text.rstrip()}\n".encode())
     return [out / name for name in texts]
 
 
@@ -492,8 +505,8 @@ def _introduction(
             f"Base model {results[0]['base_model']['name']}; {len(subjects)} subjects ({', '.join(subjects)}), "
             f"{experiment.seeds} seeds, {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
             "the same for all methods; every method's learning rate is the best of its sweep.",
-            "Scores are averaged within each subject first; in brackets 95 % bootstrap intervals over subjects and "
-            "seeds. CLIP-I, DINO and CLIP-T over all context prompts are DreamBooth's protocol; CLIP-I on the base "
+            f"Scores are averaged within each subject first; in brackets {_intervals(lines, len(subjects))}. "
+            "CLIP-I, DINO and CLIP-T over all context prompts are DreamBooth's protocol; CLIP-I on the base "
             "prompt with CLIP-T on context prompts is the GSOFT paper's. Captions for CLIP-T are the prompts "
             f"{results[0]['captions']}. Balance is the harmonic mean of how far DINO has come from the base model's "
             "to the real photos' and how much of the base model's CLIP-T is left above that of the photos. Nearest "
@@ -505,6 +518,16 @@ def _introduction(
             f"{results[0]['device']}, {results[0]['threads']} threads a cell; {versions}.",
         ]
     )
+
+
+def _intervals(lines: Sequence[Line], subjects: int) -> str:
+    """What stands in the brackets of the tables."""
+    found = [interval for line in lines if (interval := line.interval("dino"))]
+    none = [interval for interval in found if interval.low is None]
+    if len(none) == len(found):
+        return "– for no interval: one subject and one seed say nothing of how scores spread"
+    over = "subjects and seeds" if subjects > 1 else "seeds, which say nothing of other subjects"
+    return f"95 % bootstrap intervals over {over}" + (" (–: of a single score there is none)" if none else "")
 
 
 def page(
@@ -556,7 +579,7 @@ def _pictures(experiment: Experiment, out: Path, lines: Sequence[Line]) -> str:
             )
             for line in columns
         ]
-        photos = "".join(_image(path, "a photo") for path in subject.photos())
+        photos = "".join(_image(open_image(path), "a photo") for path in subject.photos())
         titles = [html.escape(f"{line.name} {line.budget or ''}") for line in columns]
         rows = ["<tr><th>prompt</th>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"]
         shown = [p for p in cells[0]["pictures"] if p["seed"] == 0 and p["kind"] in ("context", "base")]
@@ -576,16 +599,15 @@ def _cell_image(out: Path, result: Mapping[str, Any], file: str) -> str:
     if not scored:
         return "diverged"
     caption = f"DINO {scored[0]['dino']:.2f}, CLIP-T {scored[0]['clip_t']:.2f}"
-    return _image(out / "cells" / Cell(**result["cell"]).id / file, caption)
-
-
-def _image(path: Path, caption: str) -> str:
-    """The picture inside the page: small ones as they are, large ones reduced."""
+    folder = out / "cells" / Cell(**result["cell"]).id
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete its folder and run eval.benchmark again") from error
+        return _image(open_image(folder / file), caption)
+    except UserError as error:
+        raise UserError(f"{error}. It is a cell's: delete {folder} and run eval.benchmark again") from error
+
+
+def _image(picture: Image.Image, caption: str) -> str:
+    """The picture inside the page: small ones as they are, large ones reduced."""
     file, kind = io.BytesIO(), "png"
     if max(picture.size) > THUMBNAIL:
         picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
@@ -623,7 +645,7 @@ summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; padding: .4rem 0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that eval.benchmark wrote to")
+    parser.add_argument("out", type=user_path, help="folder that eval.benchmark wrote to")
     args = parser.parse_args()
     for path in write_report(Experiment.from_dict(read_yaml(args.out / SETTINGS)), args.out):
         print(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from eval import metrics
 from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import new_places, user_path
 from gsoft_diffusion.models import best_device
 from gsoft_diffusion.options import run
 from gsoft_diffusion.photos import list_images, open_image
@@ -70,16 +72,16 @@ def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
 
 
 def score_folder(
-    images: str, photos: str, encoders: Encoders, prompt: str | None = None, unique_token: str = "sks"
+    images: str | Path, photos: str | Path, encoders: Encoders, prompt: str | None = None, unique_token: str = "sks"
 ) -> dict[str, Any]:
     """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures."""
+    found = [path for path in list_images(images, "--images")[0] if not path.name.startswith("contact_sheet")]
     paths, prompts = [], []
-    for path in list_images(images, "--images")[0]:
+    for path in found:
         facts = _metadata(path)
-        if path.name.startswith("contact_sheet") or facts.get("model") == "base":
-            continue
-        paths.append(path)
-        prompts.append(prompt or facts.get("prompt"))
+        if facts.get("model") != "base":
+            paths.append(path)
+            prompts.append(prompt or facts.get("prompt"))
     if not paths:
         raise UserError(f"--images {images}: holds nothing but contact sheets and the base model's pictures")
     captions = [re.sub(rf"\b{re.escape(unique_token)} ", "", text) for text in prompts if text]
@@ -123,11 +125,13 @@ def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What inference.py wrote into its PNG; nothing for other pictures."""
+    """What inference.py wrote into its PNG; nothing for other pictures. What cannot be read is said when it is used."""
     try:
-        with Image.open(path) as image:
-            facts = json.loads(image.info.get(METADATA_KEY, "{}"))
-    except (OSError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                facts = json.loads(image.info.get(METADATA_KEY, "{}"))
+    except (OSError, ValueError, Image.DecompressionBombError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -140,23 +144,27 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=best_device(), help="where models run (default: a GPU if there is one)")
 
 
+def chosen_encoders(args: argparse.Namespace) -> Encoders:
+    """The encoders that these options ask for, which are said. UserError if they cannot be had."""
+    encoders = load_encoders(args.clip, args.dino, args.device)
+    print(f"encoders: {encoders}", flush=True)
+    return encoders
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="folder of generated pictures")
-    parser.add_argument("--photos", required=True, help="folder of photos of the subject")
+    parser.add_argument("--images", type=user_path, required=True, help="folder of generated pictures")
+    parser.add_argument("--photos", type=user_path, required=True, help="folder of photos of the subject")
     parser.add_argument("--prompt", help="what all pictures were asked to show")
     parser.add_argument("--unique_token", default="sks", help="left out of the captions (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the scores of every picture")
+    parser.add_argument("--out", type=user_path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()
-    if args.out and (args.out.exists() or not args.out.parent.is_dir()):
-        why = "exists; choose another file" if args.out.exists() else "is in a folder that does not exist"
-        raise UserError(f"--out {args.out}: {why}")
-    encoders = load_encoders(args.clip, args.dino, args.device)
-    result = score_folder(args.images, args.photos, encoders, args.prompt, args.unique_token)
-    print(f"{table(result)}\n  by {encoders.clip.identity}\n  and {encoders.dino.identity}")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    with new_places("--out", *([args.out] if args.out else [])) as places:
+        result = score_folder(args.images, args.photos, chosen_encoders(args), args.prompt, args.unique_token)
+        for place in places:
+            place.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(result))
     return 0
 
 

@@ -57,6 +57,11 @@ class AdapterFile:
     tensors: dict[str, Tensor]
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether all rotations are identities and all scales 1, as at the start of training."""
+        return all((tensor == name.endswith("output_scale")).all() for name, tensor in self.tensors.items())
+
+    @property
     def subjects(self) -> list[dict[str, str]]:
         """What each subject is called: instance_prompt, class_prompt, unique_token, class_word, as far as known."""
         several = self.prompts.get("subjects")

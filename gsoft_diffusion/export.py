@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
 import torch
-from safetensors import SafetensorError
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
-from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Models
+from gsoft_diffusion.files import new_places, user_path
 from gsoft_diffusion.lora import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
 from gsoft_diffusion.model_card import CARD, latest_sheet, model_card, public_base
 from gsoft_diffusion.models import INDEX, load_base
 
 DEFAULT_RANK = 64
+PREFIX = "text_model."
+PREVIEW = "preview.png"  # in a merged folder
 MERGED_NAMES = {"diffusers": "merged", "checkpoint": "merged.safetensors"}
 
 
@@ -39,60 +40,80 @@ def export(config: ExportConfig) -> Path:
     adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
     """
     files = [read_adapter(path) for path in config.adapter]
+    strengths = list(config.strengths.values())
+    if all(file.changes_nothing or not strength for file, strength in zip(files, strengths, strict=True)):
+        raise UserError(
+            f"--adapter {', '.join(config.adapter)}: changes nothing of the base model; nothing is exported"
+        )
     rank = config.rank or DEFAULT_RANK
     name = f"{config.format}_rank{rank}.safetensors" if config.is_lora else MERGED_NAMES[config.format]
-    target = Path(config.output or files[0].path.parent / name)
-    report = target.with_suffix(".csv")  # of a LoRA
+    target = user_path(config.output) if config.output else files[0].path.parent / name
+    sheet = latest_sheet(files[0].path.parent) if strengths == [1.0] else None
     whole = config.format == "diffusers"
-    card, picture = (target / CARD, target / "preview.png") if whole else map(target.with_suffix, (".md", ".png"))
-    for path in (target, *([] if whole else [card, picture]), *([report] if config.is_lora else [])):
-        refuse_existing(path)
-    dtype: torch.dtype = getattr(torch, config.precision)
-    models = load_base(files[0], config.pretrained_model_name_or_path)
-    stack = AdapterStack(models.denoiser, models.text_encoders)
-    for adapter in config.adapter:
-        stack.load(adapter, adapter)
-    origin = provenance(files, config.strengths)
-    if config.is_lora:
-        metadata = kohya_metadata(models, rank) if config.format == "kohya_lora" else {}
-        layers = lora_layers(stack, config.strengths, rank, dtype)
-        tensors = kohya_tensors(layers, models.kohya_place) if metadata else diffusers_tensors(layers)
-        write_tensors(target, rounded(tensors, dtype), origin | metadata)
-        write_report(report, layers)
-        worst = max(layers, key=lambda layer: layer.error)
-        print(
-            f"{target}: LoRA of rank {rank}, {config.precision}; it loses {total_error(layers):.1%} of the adapter's "
-            f"change of the weights, at most {worst.error:.1%} in a layer ({worst.name}); all in {report}"
-        )
-    else:
-        stack.use(config.strengths)
-        if config.format == "diffusers":
-            write_folder(target, models, dtype)
+    ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_lora else [])]
+    paths = {end: target.with_suffix(end) for end in ends}
+    with new_places("--output", target, *paths.values()) as (place, *others):
+        places = dict(zip(paths, others, strict=True))
+        models = load_base(files[0], config.pretrained_model_name_or_path)
+        stack = AdapterStack(models.denoiser, models.text_encoders)
+        for adapter in config.adapter:
+            stack.load(adapter, adapter)
+        if config.is_lora:
+            said = _export_lora(config, rank, models, stack, files, place, places[".csv"])
         else:
-            write_tensors(target, rounded(models.original_layout(), dtype), origin)
-        what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
-        print(f"{target}: {models.name} with {what} merged in, {config.precision}")
-    sheet = latest_sheet(files[0].path.parent) if list(config.strengths.values()) == [1.0] else None
-    text = model_card(
-        config.format,
-        target.name,
-        files,
-        list(config.strengths.values()),
-        models=models,
-        picture=picture.name if sheet else None,
-    )
-    with new(card) as path:
-        path.write_text(text, encoding="utf-8")
-    if sheet:
-        with new(picture) as path:
-            shutil.copy(sheet, path)
+            said = _export_merged(config, models, stack, files, place)
+        card, picture = (place / CARD, place / PREVIEW) if whole else (places[".md"], places.get(".png"))
+        shown = (PREVIEW if whole else paths[".png"].name) if sheet else None
+        card.write_text(model_card(config.format, target.name, files, strengths, models=models, picture=shown), "utf-8")
+        if sheet and picture:
+            shutil.copyfile(sheet, picture)
+    print(f"{target}: {said}")
+    if config.format == "diffusers_lora" and isinstance(models.denoiser, UNet2DConditionModel):
+        print("note: of this format ComfyUI and Forge read the text encoders' part only; for them choose kohya_lora")
     return target
+
+
+def _export_merged(
+    config: ExportConfig, models: Models, stack: AdapterStack, files: Sequence[AdapterFile], place: Path
+) -> str:
+    """Write the whole model to `place`; returns what it is, in words."""
+    stack.use(config.strengths)
+    dtype: torch.dtype = getattr(torch, config.precision)
+    if config.format == "diffusers":
+        write_folder(place, models, dtype)
+    else:
+        write_tensors(place, rounded(models.original_layout(), dtype), provenance(files, config.strengths))
+    what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
+    return f"{models.name} with {what} merged in, {config.precision}"
+
+
+def _export_lora(
+    config: ExportConfig,
+    rank: int,
+    models: Models,
+    stack: AdapterStack,
+    files: Sequence[AdapterFile],
+    place: Path,
+    report: Path,
+) -> str:
+    """Write the LoRA to `place` and the table of its layers to `report`; returns in words what it loses."""
+    dtype: torch.dtype = getattr(torch, config.precision)
+    metadata = kohya_metadata(models, rank) if config.format == "kohya_lora" else {}
+    layers = lora_layers(stack, config.strengths, rank, dtype)
+    tensors = kohya_tensors(layers, models.kohya_place) if metadata else diffusers_tensors(layers)
+    write_tensors(place, rounded(tensors, dtype), provenance(files, config.strengths) | metadata)
+    write_report(report, layers)
+    worst = max(layers, key=lambda layer: layer.error)
+    return (
+        f"LoRA of rank {rank}, {config.precision}; it loses {total_error(layers):.1%} of the adapter's change of the "
+        f"weights, at most {worst.error:.1%} in a layer ({worst.name}); all in the .csv beside it"
+    )
 
 
 # A whole model
 
 
-def write_folder(target: Path, models: Models, dtype: torch.dtype) -> None:
+def write_folder(folder: Path, models: Models, dtype: torch.dtype) -> None:
     """Write a complete diffusers folder with all weights in `dtype` (the models are cast in place)."""
     index: dict[str, object] = {
         "_class_name": models.pipeline,
@@ -105,14 +126,25 @@ def write_folder(target: Path, models: Models, dtype: torch.dtype) -> None:
             continue
         rounded(model.state_dict(), dtype)  # refuses what does not fit
         nn.Module.to(model, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
-    with new(target) as folder:
-        for name, part in parts.items():
+    for name, part in parts.items():
+        if isinstance(part, CLIPTextModel):
+            save_text_encoder(part, folder / name)
+        else:
             part.save_pretrained(folder / name)
-            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
-            if isinstance(part, CLIPTokenizer):
-                # vocab.json and merges.txt: transformers 5 leaves them out, other readers ask for them
-                part.backend_tokenizer.model.save(str(folder / name))
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+        if isinstance(part, CLIPTokenizer):
+            # vocab.json and merges.txt: transformers 5 leaves them out, other readers ask for them
+            part.backend_tokenizer.model.save(str(folder / name))
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
+    """Write it with `text_model.` before its weights' names, as transformers before 5.6 and other programs ask for.
+
+    transformers itself does so only where the model was read from files that had it.
+    """
+    tensors = {f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in text_encoder.state_dict().items()}
+    text_encoder.save_pretrained(folder, state_dict=tensors, save_original_format=False)
 
 
 # A LoRA
@@ -127,7 +159,7 @@ def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, 
 
 def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
     """A table of the layers: name, `change` and `error` as in `LoraLayer`."""
-    with new(target) as path, path.open("w", newline="", encoding="utf-8") as file:
+    with target.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["layer", "change", "error"])
         table.writerows([layer.name, f"{layer.change:.3e}", f"{layer.error:.3e}"] for layer in layers)
@@ -161,29 +193,4 @@ def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with new(target) as path:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-
-
-def refuse_existing(path: Path) -> None:
-    """UserError if there is something at this path already."""
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists and is not written over: choose another name with --output")
-
-
-@contextmanager
-def new(target: Path) -> Iterator[Path]:
-    """A place beside `target` for writing, which gets its name at the end of the block and vanishes on an error."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        refuse_existing(target)  # not even what came while this was written
-        unfinished.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {target}: {first_line(error)}") from error
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        elif unfinished.exists():
-            unfinished.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata)

@@ -1,16 +1,28 @@
-"""Files that appear whole or not at all, and folders that one process has to itself."""
+"""Files and folders that appear whole or not at all, with the modes that the user asked for; and folders that one
+process has to itself.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from safetensors import SafetensorError
+
+from gsoft_diffusion.errors import UserError, first_line
+
 LOCK = ".lock"
+
+
+def user_path(text: str) -> Path:
+    """The path that is meant on a command line, where the shell leaves the `~` of `--out=~/dog` to the program."""
+    return Path(text).expanduser()
 
 
 @contextmanager
@@ -29,6 +41,55 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
+    """A place beside each target for a file or folder. All get their names at the end of the block, or leave no trace.
+
+    Before the block it is seen to that something can be written there. Raises UserError, naming the option `flag`, if
+    it cannot, or if there is something at one of the targets already.
+    """
+    unfinished = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
+    made = [folder for target in targets for folder in target.parents if not folder.exists()]
+    try:
+        for target, place in zip(targets, unfinished, strict=True):
+            refuse_existing(target, flag)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            place.touch(exist_ok=False)
+            place.unlink()
+        yield unfinished
+        for target, place in zip(targets, unfinished, strict=True):
+            give_usual_modes(place)
+            refuse_existing(target, flag)  # not even what came while this was written
+        for target, place in zip(targets, unfinished, strict=True):
+            place.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{flag}: cannot write {targets[0]} ({first_line(error)})") from error
+    finally:
+        for place in unfinished:
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # what has something in it stays
+                folder.rmdir()
+
+
+def refuse_existing(path: Path, flag: str) -> None:
+    """UserError if there is something at this path already."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists and is not written over: choose another name with {flag}")
+
+
+def give_usual_modes(place: Path) -> None:
+    """Give a file, or all files in a folder, the mode that new files have: safetensors lets only their owner read."""
+    umask = os.umask(0o077)  # the only way to read it
+    os.umask(umask)
+    for path in (place, *place.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from gsoft_diffusion.adapter_file import AdapterFile
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models, find_family
+from gsoft_diffusion.hub_access import why_unreachable
 from gsoft_diffusion.memory import check_weights
 from gsoft_diffusion.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.schedulers import scheduler_class
@@ -79,6 +80,14 @@ def load_models(
             except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
                 raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
     return models
+
+
+def fetch_model(name: str) -> None:
+    """Have all files that `load_models` reads of a model on this machine, and load none. UserError as there."""
+    if is_single_file(name):
+        _find_config(name, None)
+    else:
+        _find(name, None, None)
 
 
 def best_device() -> torch.device | str:
@@ -158,11 +167,13 @@ def _find_config(name: str, base_config: str | None) -> tuple[Path, type[Models]
 
 
 def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+    silent = why_unreachable()
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        why = f"{silent}, and it is not in the cache" if silent else first_line(error)
         raise UserError(
-            f"cannot get model {name} from the hub ({first_line(error)}); check the name and the network, "
+            f"cannot get model {name} from the hub ({why}); check the name and the network, "
             "or give the path of a local diffusers folder"
         ) from error
 

@@ -86,15 +86,21 @@ def original_layout_xl(
     text_encoder_2: CLIPTextModelWithProjection,
     *,
     v_prediction: bool = False,
+    zero_terminal_snr: bool = False,
 ) -> dict[str, Tensor]:
-    """The same for Stable Diffusion XL. ComfyUI and Forge tell its velocity models by an empty tensor `v_pred`."""
+    """The same for Stable Diffusion XL.
+
+    ComfyUI and Forge tell its velocity models by an empty tensor `v_pred`, and ComfyUI by `ztsnr` beside it those whose
+    last timestep is all noise.
+    """
     tensors = (
         {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}
         | {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(vae).items()}
         | {f"conditioner.embedders.0.{name}": tensor for name, tensor in clip_tensors(text_encoder).items()}
         | {f"conditioner.embedders.1.{name}": tensor for name, tensor in open_clip_tensors(text_encoder_2).items()}
     )
-    return tensors | ({"v_pred": torch.empty(0)} if v_prediction else {})
+    marks = ["v_pred", *(["ztsnr"] if zero_terminal_snr else [])] if v_prediction else []
+    return tensors | {mark: torch.empty(0) for mark in marks}
 
 
 def original_layout_3(

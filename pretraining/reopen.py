@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from gsoft_diffusion.files import give_usual_modes, user_path
 from pretraining.checkpoint import Checkpoint
 from pretraining.train_unet import training_state
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="pipeline folder to go on from")
+    parser.add_argument("--base", type=user_path, required=True, help="pipeline folder to go on from")
     parser.add_argument("--images", type=int, required=True, help="how many images its denoiser has seen")
-    parser.add_argument("--work", type=Path, required=True, help="work folder to lay out")
+    parser.add_argument("--work", type=user_path, required=True, help="work folder to lay out")
     args = parser.parse_args()
     if (args.work / "unet.pt").exists():
         parser.error(f"--work: {args.work}/unet.pt is there already; choose another folder or go on from it")
@@ -31,6 +31,7 @@ def main() -> None:
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(args.base / name, args.work / name)
     AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32).save_pretrained(args.work / "vae")
+    give_usual_modes(args.work / "vae")
     weights = UNet2DConditionModel.from_pretrained(args.base / "unet", torch_dtype=torch.float32).state_dict()
     unet, average, optimizer = training_state(weights)
     Checkpoint(args.work / "unet.pt", unet=unet, average=average, optimizer=optimizer).save(args.images)

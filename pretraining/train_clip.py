@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from gsoft_diffusion.export import save_text_encoder
+from gsoft_diffusion.files import give_usual_modes, user_path
 from gsoft_diffusion.memory import keep_freed_memory
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
@@ -142,9 +143,11 @@ def _copy_exactly(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=user_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=100_000, help="length of the training")
-    parser.add_argument("--text-tower", type=Path, help="finished text tower that stays as it is; the rest is trained")
+    parser.add_argument(
+        "--text-tower", type=user_path, help="finished text tower that stays as it is; the rest is trained"
+    )
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
@@ -189,8 +192,10 @@ def main() -> None:
 
     clip.eval().save_pretrained(args.work / "clip")
     tokenizer.save_pretrained(args.work / "clip")
+    give_usual_modes(args.work / "clip")
     if not args.text_tower:
-        text_tower(clip).save_pretrained(args.work / "text_encoder")
+        save_text_encoder(text_tower(clip), args.work / "text_encoder")
+        give_usual_modes(args.work / "text_encoder")
     chosen = zero_shot(clip, tokenizer, to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])))
     for what, answers in chosen.items():
         right = np.mean([f[what] == answer for f, answer in zip(facts, answers, strict=False)])

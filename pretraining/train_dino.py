@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTModel
 
+from gsoft_diffusion.files import give_usual_modes, user_path
 from gsoft_diffusion.memory import keep_freed_memory
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
@@ -136,6 +137,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 def save(vit: ViTModel, folder: Path) -> None:
     """Weights in half precision, and how pictures are to be prepared."""
     copy.deepcopy(vit).half().save_pretrained(folder)
+    give_usual_modes(folder)
     size = {"height": SIZE, "width": SIZE}
     preprocessing = {"size": size, "do_center_crop": False, "image_mean": COLOR, "image_std": COLOR}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
@@ -143,9 +145,9 @@ def save(vit: ViTModel, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=user_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=55_000, help="length of the training")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to write the model to")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from gsoft_diffusion.files import give_usual_modes, user_path
 from gsoft_diffusion.memory import keep_freed_memory
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
@@ -91,7 +91,7 @@ def fold_statistics(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=user_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=60_000, help="length of the training")
     args = parser.parse_args()
     keep_freed_memory()
@@ -135,6 +135,7 @@ def main() -> None:
     average.copy_to(vae)
     fold_statistics(vae, to_pixels(np.ascontiguousarray(scenes[:1024])))
     vae.save_pretrained(args.work / "vae")
+    give_usual_modes(args.work / "vae")
     x = to_pixels(np.ascontiguousarray(held_back))
     with torch.no_grad():
         mean = vae.encode(x).latent_dist.mean

@@ -10,12 +10,13 @@ letters' embeddings takes its place, and "a sks dog" is more often a dog.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from gsoft_diffusion.export import save_text_encoder
+from gsoft_diffusion.files import give_usual_modes, user_path
 from pretraining.world import UNKNOWN_NAME_LETTERS
 
 NAME = "sks"
@@ -23,12 +24,13 @@ NAME = "sks"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="diffusers folder whose text encoder is changed")
+    parser.add_argument("--base", type=user_path, required=True, help="diffusers folder whose text encoder is changed")
     args = parser.parse_args()
     tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(args.base / "text_encoder")
     give_mean_embedding(tokenizer, encoder)
-    encoder.save_pretrained(args.base / "text_encoder")
+    save_text_encoder(encoder, args.base / "text_encoder")
+    give_usual_modes(args.base / "text_encoder")
 
 
 @torch.no_grad()

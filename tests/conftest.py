@@ -7,15 +7,19 @@ import gsoft_diffusion  # noqa: F401 - first: beside a CPU build of torch it mak
 # isort: on
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import constants
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from gsoft_diffusion import hub_access
 
 TEXT_LENGTH = 48  # on purpose neither 32 nor 77
 PIXELS = 32  # what the tiny UNet was "made for": 16 latent pixels, VAE factor 2
@@ -116,6 +120,14 @@ def write_photos(folder: Path) -> Path:
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
     (folder / "notes.txt").write_text("not a picture")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def hub_is_asked_anew(monkeypatch):
+    """What one test finds of the hub is nothing to the next."""
+    hub_access.attempt.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ class StableDiffusionXL(StableDiffusion):
             self.text_encoder,
             self.text_encoder_2,
             v_prediction=self.scheduler.config.prediction_type == "v_prediction",
+            zero_terminal_snr=bool(self.noise_scheduler().alphas_cumprod[-1] == 0),
         )
 
     def kohya_metadata(self) -> dict[str, str]:
