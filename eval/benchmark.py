@@ -56,6 +56,9 @@ def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", work
     run_missing("comparison", main_cells(experiment, rates))
     for path in write_report(experiment, out):
         print(path)
+    tuned = [result for result in read_results(out) if result["cell"]["method"] != "base"]
+    if all("diverged" in result for result in tuned):
+        raise UserError(f"--out {out}: every training diverged; give lower learning_rates")
 
 
 def settled(experiment: Experiment, out: Path) -> Experiment:

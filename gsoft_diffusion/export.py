@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
@@ -26,9 +26,9 @@ from gsoft_diffusion.files import new_places, user_path
 from gsoft_diffusion.lora import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
 from gsoft_diffusion.model_card import CARD, latest_sheet, model_card, public_base
 from gsoft_diffusion.models import INDEX, load_base
+from gsoft_diffusion.original_layout import text_encoder_tensors
 
 DEFAULT_RANK = 64
-PREFIX = "text_model."
 PREVIEW = "preview.png"  # in a merged folder
 MERGED_NAMES = {"diffusers": "merged", "checkpoint": "merged.safetensors"}
 
@@ -127,7 +127,7 @@ def write_folder(folder: Path, models: Models, dtype: torch.dtype) -> None:
         rounded(model.state_dict(), dtype)  # refuses what does not fit
         nn.Module.to(model, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
     for name, part in parts.items():
-        if isinstance(part, CLIPTextModel):
+        if isinstance(part, CLIPTextModel | CLIPTextModelWithProjection):
             save_text_encoder(part, folder / name)
         else:
             part.save_pretrained(folder / name)
@@ -138,12 +138,12 @@ def write_folder(folder: Path, models: Models, dtype: torch.dtype) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
-    """Write it with `text_model.` before its weights' names, as transformers before 5.6 and other programs ask for.
+def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path) -> None:
+    """Write it with its weights under the names of `text_encoder_tensors`.
 
-    transformers itself does so only where the model was read from files that had it.
+    transformers itself does so only where the model was read from files that had them.
     """
-    tensors = {f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in text_encoder.state_dict().items()}
+    tensors = text_encoder_tensors(text_encoder)
     text_encoder.save_pretrained(folder, state_dict=tensors, save_original_format=False)
 
 

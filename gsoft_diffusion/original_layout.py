@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from gsoft_diffusion.errors import UserError
 
+TEXT_MODEL = "text_model."
 # Inside a block: diffusers' name, the original's.
 UNET_LAYERS = {
     "norm1": "in_layers.0",
@@ -117,8 +118,8 @@ def original_layout_3(
             "--format checkpoint: text_encoder.text_projection is not the identity, and a single file of Stable "
             "Diffusion 3 has no place for it; choose --format diffusers"
         )
-    text = {f"clip_l.transformer.{name}": tensor for name, tensor in clip_l.state_dict().items()}
-    text |= {f"clip_g.transformer.{name}": tensor for name, tensor in clip_g.state_dict().items()}
+    text = {f"clip_l.transformer.{name}": tensor for name, tensor in text_encoder_tensors(clip_l).items()}
+    text |= {f"clip_g.transformer.{name}": tensor for name, tensor in text_encoder_tensors(clip_g).items()}
     text |= {f"t5xxl.transformer.{name}": tensor for name, tensor in t5xxl.state_dict().items()}
     embedding = "t5xxl.transformer.encoder.embed_tokens.weight"  # `shared` again: diffusers asks for both
     text[embedding] = text[embedding].clone()  # one file cannot hold one tensor twice
@@ -240,7 +241,7 @@ def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:
 
 
 def clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
-    tensors = {f"transformer.text_model.{name}": tensor for name, tensor in _text_tensors(text_encoder).items()}
+    tensors = {f"transformer.{name}": tensor for name, tensor in text_encoder_tensors(text_encoder).items()}
     length = text_encoder.config.max_position_embeddings
     return tensors | {"transformer.text_model.embeddings.position_ids": torch.arange(length)[None]}  # older tools ask
 
@@ -249,7 +250,7 @@ def open_clip_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection)
     blocks = {"final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding"}
     for layer in range(text_encoder.config.num_hidden_layers):
         blocks[f"encoder.layers.{layer}"] = f"transformer.resblocks.{layer}"
-    tensors = _text_tensors(text_encoder)
+    tensors = {name.removeprefix(TEXT_MODEL): each for name, each in text_encoder_tensors(text_encoder).items()}
     renamed = {"model.positional_embedding": tensors.pop("embeddings.position_embedding.weight")}
     for layer in range(text_encoder.config.num_hidden_layers):
         for kind in ("weight", "bias"):
@@ -261,9 +262,13 @@ def open_clip_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection)
     return renamed | {f"model.{names[name]}": tensor for name, tensor in tensors.items()}
 
 
-def _text_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> dict[str, Tensor]:
-    """The text encoder's weights without the `text_model.` that transformers put before them until 5.6."""
-    return {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
+def text_encoder_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> dict[str, Tensor]:
+    """The text encoder's weights with the `text_model.` that transformers put before them until 5.6.
+
+    Other programs ask for it. Only the projection has never had it.
+    """
+    tensors = {name.removeprefix(TEXT_MODEL): tensor for name, tensor in text_encoder.state_dict().items()}
+    return {name if name == "text_projection.weight" else TEXT_MODEL + name: tensor for name, tensor in tensors.items()}
 
 
 def _renamed(model: nn.Module, blocks: Mapping[str, str], layers: Mapping[str, str]) -> dict[str, Tensor]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import huggingface_hub
 import pytest
+import torch
+from PIL import Image
 from tiny_eval import write_world
 
-from eval import benchmark, cell, engines, report
+from eval import benchmark, cell, encoders, engines, report
 from eval.benchmark import plan, run_benchmark
 from eval.cell import read_result, read_results, run_cell
 from eval.experiment import Cell, Experiment, main_cells, sweep_cells
@@ -21,6 +27,7 @@ from eval.methods import METHODS, adapted_layers, count_parameters, matched
 from gsoft_diffusion import UserError
 from gsoft_diffusion.baselines import BaselineConfig
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.settings import read_yaml
 
 
@@ -211,7 +218,7 @@ def test_a_picture_that_is_gone_is_named(world, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     for picture in (out / "cells").glob("*/context-*.png"):
         picture.unlink()
-    with pytest.raises(UserError, match=r"context-\S+\.png: cannot be read"):
+    with pytest.raises(UserError, match=r"context-\S+\.png: damaged .*: delete \S+ and run eval.benchmark again"):
         report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
 
 
@@ -231,9 +238,155 @@ def test_cells_that_do_not_compare_make_no_table(world, finished, tmp_path, fact
     path = next((out / "cells").glob("boft*")) / "result.json"
     result = json.loads(path.read_text())
     assert fact in result
-    path.write_text(json.dumps(result | {fact: "another"}))
+    another = {"name": "base", "fingerprint": "another"} if fact == "base_model" else "another"
+    path.write_text(json.dumps(result | {fact: another}))
     with pytest.raises(UserError, match=f"cells/{path.parent.name}: made with other {what} than the rest"):
         report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
+
+
+# What has one answer for all cells
+
+
+@pytest.fixture
+def automatic(world, monkeypatch):
+    """Default encoders, where only the miniatures can be had; counts how often the hub is asked."""
+    asked = []
+
+    def attempt():
+        asked.append("hub")
+        return "nobody is there"
+
+    monkeypatch.setattr(encoders, "why_unreachable", attempt)
+    monkeypatch.setattr(encoders, "FIELD_CLIP", "ViT-B-32/none_of_these")
+    monkeypatch.setattr(encoders, "FIELD_DINO", "none/of_these")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(encoders, "MINI_CLIP", str(world / "mini_clip"))
+    monkeypatch.setattr(encoders, "MINI_DINO", str(world / "mini_dino"))
+    return asked
+
+
+def test_encoders_are_settled_once_for_all_cells(world, tmp_path, automatic, in_process, capsys):
+    run_benchmark(experiment(world, clip="auto", dino="auto"), tmp_path)
+    assert len(in_process) > 2
+    assert automatic == ["hub", "hub"]  # once for each of the two; hub_access makes that one attempt
+    said = capsys.readouterr()
+    assert said.out.count("encoders: miniature CLIP mini_clip") == 1
+    assert said.err.count("scoring with the bundled") == 2
+    settings = read_yaml(tmp_path / "experiment.yaml")
+    assert (settings["clip"], settings["dino"]) == (str(world / "mini_clip"), str(world / "mini_dino"))
+
+
+def test_a_comparison_goes_on_with_its_encoders_and_does_not_ask_again(world, tmp_path, automatic, in_process):
+    run_benchmark(experiment(world, clip="auto", dino="auto", subjects=["rex"]), tmp_path)
+    automatic.clear()
+    run_benchmark(experiment(world, clip="auto", dino="auto"), tmp_path)
+    assert automatic == []
+
+
+def test_cells_of_other_encoders_are_noticed_before_any_is_run(world, finished, tmp_path, in_process):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for path in (out / "cells").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        result["encoders"]["clip"]["name"] = "big_clip"
+        path.write_text(json.dumps(result))
+    shutil.rmtree(next((out / "cells").glob("boft*")))
+    with pytest.raises(UserError, match=r"cells that other encoders scored \(big_clip and mini_dino\)"):
+        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
+    assert in_process == []
+
+
+def test_workers_do_not_ask_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    engines._start_worker(torch.get_num_threads())
+    assert huggingface_hub.is_offline_mode()
+
+
+def test_a_base_that_cannot_be_had_is_said_before_any_cell(world, tmp_path, in_process):
+    with pytest.raises(UserError, match=r"no model folder \./nowhere"):
+        run_benchmark(experiment(world, pretrained_model_name_or_path="./nowhere"), tmp_path / "out")
+    assert in_process == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_can_be_written_from_any_folder(world, finished, tmp_path, monkeypatch, in_process):
+    """Paths that were given relative to one."""
+    monkeypatch.chdir(world)
+    places = {"subjects_dir": "subjects", "pretrained_model_name_or_path": "base", "prompts": "prompts.txt"}
+    settings = experiment(world, subjects=["rex"], clip="mini_clip", dino="mini_dino", **places)
+    run_benchmark(settings, tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "out")])
+    assert report.main() == 0
+    monkeypatch.chdir(world)
+    in_process.clear()
+    run_benchmark(settings, tmp_path / "out")
+    assert in_process == []
+
+
+# What is finished stays
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"subjects": ["rex"]}, "subject cup"),
+        ({"methods": ["double_gsoft", "lora"]}, "method gsoft, method boft, method oft, method full"),
+        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
+    ],
+)
+def test_a_report_is_not_replaced_by_one_of_less(world, finished, tmp_path, in_process, changes, lost):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=f"its report has {lost} as well"):
+        run_benchmark(experiment(world, **{"methods": list(METHODS), "curve_every": 1} | changes), out)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_fewer_seeds_and_budgets_are_less():
+    more = Experiment(seeds=3, budgets=("small", "medium"), sweep_subjects=2)
+    less = replace(more, seeds=1, budgets=("small",), sweep_subjects=1)
+    assert benchmark.left_out(more, less) == ["budget medium", "3 seeds", "2 subjects in its sweep"]
+    assert benchmark.left_out(less, more) == []
+
+
+def test_a_comparison_in_which_all_diverged_is_no_success(world, tmp_path, in_process):
+    rates = {"double_gsoft": [1e30], "lora": [1e30]}
+    settings = experiment(world, learning_rates=rates, max_train_steps=4, subjects=["rex"])
+    with pytest.raises(UserError, match="every training diverged"):
+        run_benchmark(settings, tmp_path)
+    assert "Training diverged" in (tmp_path / "report.md").read_text()
+
+
+# One of a kind
+
+
+def test_a_single_score_has_no_interval(world, tmp_path, in_process):
+    run_benchmark(experiment(world, subjects=["rex"], seeds=1), tmp_path)
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert all(row["dino_mean"] and not row["dino_low"] and not row["dino_high"] for row in rows)
+    text = (tmp_path / "report.md").read_text()
+    assert "[–]" in text
+    assert not re.search(r"\[[+-]?\d", text)
+    assert "no interval: one subject and one seed say nothing of how scores spread" in text
+    assert "one subject and one seed, so no intervals" in (tmp_path / "pareto.svg").read_text()
+
+
+def test_intervals_of_one_subject_are_said_to_be_of_one(world, tmp_path, in_process):
+    run_benchmark(experiment(world, subjects=["rex"], seeds=2, methods=["lora"]), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "intervals over seeds, which say nothing of other subjects (–: of a single score there is none)" in text
+    photos, *others = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert not photos["dino_low"]  # the photos are scored once
+    assert all(float(row["dino_low"]) <= float(row["dino_mean"]) for row in others)
+
+
+def test_photos_are_shown_upright(world, tmp_path):
+    turned = Image.new("RGB", (40, 20), "red")
+    turned.save(tmp_path / "photo.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    page = report._image(open_image(tmp_path / "photo.jpg"), "a photo")
+    data = base64.b64decode(page.partition("base64,")[2].partition('"')[0])
+    assert Image.open(io.BytesIO(data)).size == (20, 40)
 
 
 def test_plan_lists_cells_time_and_disk(world, tmp_path):

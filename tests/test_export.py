@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from conftest import write_base
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_families import write_sd3
+from tiny_families import write_sd3, write_sdxl
 from tiny_models import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -25,7 +27,7 @@ from gsoft_diffusion.adapter_file import load_adapter, save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.export import export, write_tensors
+from gsoft_diffusion.export import export, save_text_encoder, write_tensors
 from gsoft_diffusion.files import new_places
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.lora import LoraLayer, approximate, low_rank, total_error
@@ -163,6 +165,53 @@ def test_folder_can_be_trained_on_and_drawn_with_again(base, adapter, tmp_path):
     folder = export(ExportConfig((str(adapter),), "diffusers", output=str(tmp_path / "dog"), precision="float32"))
     with adapted(adapter, base) as models:
         assert_outputs_agree(outputs(load_models(str(folder))), outputs(models), 1e-6)
+
+
+def keys_of(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def test_text_encoders_have_the_names_that_other_programs_ask_for(base, adapter, tmp_path):
+    """Whether the base's have them or not: transformers since 5.6 leaves the prefix out of what it makes itself."""
+    assert not any(name.startswith("text_model.") for name in keys_of(base / "text_encoder" / "model.safetensors"))
+    folder = export(ExportConfig((str(adapter),), "diffusers", output=str(tmp_path / "dog"), precision="float32"))
+    again = write_adapter(folder, tmp_path / "again" / "adapter.safetensors")
+    twice = export(ExportConfig((str(again),), "diffusers", precision="float32"))
+    for merged, own in ((folder, adapter), (twice, again)):
+        names = keys_of(merged / "text_encoder" / "model.safetensors")
+        assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in names
+        assert all(re.match(r"text_model\.(?!text_model)", name) for name in names)
+        of_base = folder if merged is twice else base
+        found, wanted = weights(load_models(str(merged))), merged_weights(own, of_base)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("write", [write_sdxl, write_sd3], ids=["XL", "3"])
+def test_projections_of_text_encoders_keep_their_name(write, tmp_path):
+    models = load_models(str(write(tmp_path / "base")))
+    save_text_encoder(models.text_encoder_2, tmp_path / "saved")
+    names = keys_of(tmp_path / "saved" / "model.safetensors")
+    assert "text_projection.weight" in names
+    assert all(name.startswith("text_model.") for name in names - {"text_projection.weight"})
+    read = type(models.text_encoder_2).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in models.text_encoder_2.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"])
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_modes_that_the_user_asks_for(adapter, tmp_path, layout, umask):
+    before = os.umask(umask)
+    try:
+        export(ExportConfig((str(adapter),), layout, output=str(tmp_path / f"dog{SUFFIX[layout]}")))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 1
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+SUFFIX = {"diffusers": "", "checkpoint": ".safetensors", "diffusers_lora": ".safetensors", "kohya_lora": ".safetensors"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -397,10 +446,60 @@ def test_numbers_too_large_for_float16(base, tmp_path, layout):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_what_cannot_be_written_is_found_before_the_work(adapter, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("gsoft_diffusion.export.load_base", lambda *arguments: pytest.fail("worked in vain"))
+    with pytest.raises(UserError, match=r"--output: cannot write .*dog\.safetensors"):
+        export(ExportConfig((str(adapter),), "checkpoint", output=str(tmp_path / "file" / "dog.safetensors")))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_may_start_at_home(adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export(ExportConfig((str(adapter),), "checkpoint", output="~/dog.safetensors")).parent == tmp_path
+
+
+def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path):
+    models = load_models(str(base))
+    identity = models.identity()
+    path = tmp_path / "adapter.safetensors"
+    untrained = inject(AdapterConfig(nblocks=4), models.unet, [models.text_encoder])
+    save_adapter(path, untrained, base_model=identity, training={}, prompts={})
+    for config in (
+        ExportConfig((str(path),), "kohya_lora"),
+        ExportConfig((str(adapter),), "kohya_lora", strength=(0.0,), output=str(tmp_path / "dog.safetensors")),
+    ):
+        with pytest.raises(UserError, match="changes nothing of the base model; nothing is exported"):
+            export(config)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
+def test_a_format_that_other_programs_read_in_part_is_said_to_be(adapter, tmp_path, capsys, layout):
+    export(ExportConfig((str(adapter),), layout, output=str(tmp_path / "dog.safetensors")))
+    note = "of this format ComfyUI and Forge read the text encoders' part only; for them choose kohya_lora"
+    assert (note in capsys.readouterr().out) == (layout == "diffusers_lora")
+
+
+def test_a_file_that_appears_meanwhile_is_not_written_over(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def write() -> None:
+        with new_places("--output", first, second) as places:
+            for place in places:
+                place.write_text("ours")
+            second.write_text("theirs")
+
+    with pytest.raises(UserError, match="second exists"):
+        write()
+    assert list(tmp_path.iterdir()) == [second]
+    assert second.read_text() == "theirs"
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     place = tmp_path / "dog.safetensors"
     with (
-        pytest.raises(UserError, match="cannot write .*dog.safetensors"),
+        pytest.raises(UserError, match=r"--output: cannot write .*dog\.safetensors"),
         new_places("--output", place) as (unfinished,),
     ):
         write_tensors(unfinished / "below", {"a": torch.ones(2)}, {})

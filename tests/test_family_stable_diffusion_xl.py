@@ -181,6 +181,24 @@ def test_whole_models_read_back_with_exactly_the_merged_weights(models, folder, 
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("prediction_type", "rescale", "marks"),
+    [
+        ("epsilon", True, set()),
+        ("v_prediction", False, {"v_pred"}),
+        ("v_prediction", True, {"v_pred", "ztsnr"}),
+    ],
+)
+def test_a_single_file_says_how_the_model_predicts(own, prediction_type, rescale, marks):
+    """By empty tensors, as ComfyUI reads them."""
+    path = own / "scheduler" / "scheduler_config.json"
+    changes = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    tensors = load_models(str(own)).original_layout()
+    assert {name for name in tensors if "." not in name} == marks
+    assert all(tensors[mark].shape == (0,) for mark in marks)
+
+
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
 def test_a_lora_of_full_rank_does_what_the_adapter_does(models, folder, adapter, layout):
     sampler = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)

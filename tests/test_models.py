@@ -183,6 +183,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     def unreachable(*arguments, **options):
         raise LocalEntryNotFoundError("cannot find it\nand many more lines")
 
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
     monkeypatch.setattr(models_module, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"someone/model.*cannot find it.*network") as caught:
         load_models("someone/model")
@@ -196,6 +197,7 @@ def test_the_hub_is_asked_for_safetensors_of_the_variant(base, monkeypatch):
         asked.update(options, name=name)
         return str(base)
 
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
     monkeypatch.setattr(models_module, "snapshot_download", download)
     with pytest.raises(UserError, match="cannot load"):  # the local stand-in has no such variant
         load_models("someone/model", revision="v1", variant="fp16")
