@@ -15,14 +15,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from gsoft_diffusion.files import user_path
-
 INSTALLED = ".venv/.installed"  # the Makefile's mark
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=user_path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     subprocess.run(["make", INSTALLED], check=True)
     started = time.perf_counter()

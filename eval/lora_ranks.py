@@ -32,12 +32,12 @@ from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import lora_layers
-from gsoft_diffusion.files import new_places, user_path
+from gsoft_diffusion.files import new_places
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.lora import LoraLayer, total_error
 from gsoft_diffusion.model_card import public_base
 from gsoft_diffusion.models import load_base
-from gsoft_diffusion.options import run
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.pictures import Row
 
 RANKS = (4, 8, 16, 32, 64)
@@ -198,8 +198,10 @@ def plot(result: Mapping[str, Any]) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=user_path, required=True, help="adapter file that training wrote")
-    parser.add_argument("--out", type=user_path, required=True, help="folder for the results, which must not exist yet")
+    parser.add_argument("--adapter", type=expanded_path, required=True, help="adapter file that training wrote")
+    parser.add_argument(
+        "--out", type=expanded_path, required=True, help="folder for the results, which must not exist yet"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="ranks to try (default: %(default)s)")
     parser.add_argument("--prompts", nargs="+", default=[], help="what to draw (default: the run's validation prompts)")
     parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt (default: %(default)s)")

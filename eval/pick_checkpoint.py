@@ -29,10 +29,10 @@ from gsoft_diffusion.adapter_file import load_adapter, read_adapter
 from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import new_places, user_path
+from gsoft_diffusion.files import new_places
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.options import run
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import Row
 from gsoft_diffusion.settings import read_yaml
@@ -250,7 +250,7 @@ def _plot(result: dict[str, Any], miniature: bool) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=user_path, help="output folder of train_dreambooth_gsoft.py")
+    parser.add_argument("run", type=expanded_path, help="output folder of train_dreambooth_gsoft.py")
     parser.add_argument("--prompts", default=DREAMBOOTH, help="file of templates (default: %(default)s's list)")
     parser.add_argument("--max_prompts", type=int, default=8, help="how many of them (default: %(default)s)")
     parser.add_argument("--images_per_prompt", type=int, default=2, help="pictures for each (default: %(default)s)")

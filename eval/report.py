@@ -31,8 +31,8 @@ from eval.experiment import Cell, Experiment, budgets_of, sweep_cells
 from eval.methods import METHODS
 from eval.metrics import Interval
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import user_path, whole_file
-from gsoft_diffusion.options import run
+from gsoft_diffusion.files import whole_file
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.settings import read_yaml
 
@@ -645,7 +645,7 @@ summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; padding: .4rem 0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=user_path, help="folder that eval.benchmark wrote to")
+    parser.add_argument("out", type=expanded_path, help="folder that eval.benchmark wrote to")
     args = parser.parse_args()
     for path in write_report(Experiment.from_dict(read_yaml(args.out / SETTINGS)), args.out):
         print(path)

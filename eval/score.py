@@ -22,9 +22,9 @@ from torch import Tensor
 from eval import metrics
 from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import new_places, user_path
+from gsoft_diffusion.files import new_places
 from gsoft_diffusion.models import best_device
-from gsoft_diffusion.options import run
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.photos import list_images, open_image
 from gsoft_diffusion.pictures import METADATA_KEY
 
@@ -153,11 +153,11 @@ def chosen_encoders(args: argparse.Namespace) -> Encoders:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=user_path, required=True, help="folder of generated pictures")
-    parser.add_argument("--photos", type=user_path, required=True, help="folder of photos of the subject")
+    parser.add_argument("--images", type=expanded_path, required=True, help="folder of generated pictures")
+    parser.add_argument("--photos", type=expanded_path, required=True, help="folder of photos of the subject")
     parser.add_argument("--prompt", help="what all pictures were asked to show")
     parser.add_argument("--unique_token", default="sks", help="left out of the captions (default: %(default)s)")
-    parser.add_argument("--out", type=user_path, help="JSON file for the scores of every picture")
+    parser.add_argument("--out", type=expanded_path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()
     with new_places("--out", *([args.out] if args.out else [])) as places:

@@ -22,7 +22,7 @@ from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Models
-from gsoft_diffusion.files import new_places, user_path
+from gsoft_diffusion.files import new_places
 from gsoft_diffusion.lora import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
 from gsoft_diffusion.model_card import CARD, latest_sheet, model_card, public_base
 from gsoft_diffusion.models import INDEX, load_base
@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> Path:
         )
     rank = config.rank or DEFAULT_RANK
     name = f"{config.format}_rank{rank}.safetensors" if config.is_lora else MERGED_NAMES[config.format]
-    target = user_path(config.output) if config.output else files[0].path.parent / name
+    target = Path(config.output).expanduser() if config.output else files[0].path.parent / name
     sheet = latest_sheet(files[0].path.parent) if strengths == [1.0] else None
     whole = config.format == "diffusers"
     ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_lora else [])]

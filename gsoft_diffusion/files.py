@@ -20,11 +20,6 @@ from gsoft_diffusion.errors import UserError, first_line
 LOCK = ".lock"
 
 
-def user_path(text: str) -> Path:
-    """The path that is meant on a command line, where the shell leaves the `~` of `--out=~/dog` to the program."""
-    return Path(text).expanduser()
-
-
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the name `path` at the end of the block, on disk as well; or leaves no trace.
@@ -68,10 +63,9 @@ def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
         raise UserError(f"{flag}: cannot write {targets[0]} ({first_line(error)})") from error
     finally:
         for place in unfinished:
-            if place.is_dir():
-                shutil.rmtree(place, ignore_errors=True)
-            else:
-                place.unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):
+                place.unlink()
         for folder in made:
             with suppress(OSError):  # what has something in it stays
                 folder.rmdir()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -104,6 +105,11 @@ def _reader(hint: Any) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not {described(hint)}")
 
     return read
+
+
+def expanded_path(text: str) -> Path:
+    """The type of an option that is a path: `~` stands for the home folder, which shells leave alone in `--out=~/x`."""
+    return Path(text).expanduser()
 
 
 def run(main: Callable[[], int]) -> NoReturn:

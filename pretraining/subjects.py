@@ -11,7 +11,7 @@ import csv
 import numpy as np
 from PIL import Image
 
-from gsoft_diffusion.files import user_path
+from gsoft_diffusion.options import expanded_path
 from pretraining.sprites import ANIMALS
 from pretraining.world import BACKGROUNDS, World
 
@@ -20,8 +20,8 @@ PICTURES = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", type=user_path, required=True, help="folder that npm installed the sprites in")
-    parser.add_argument("--out", type=user_path, required=True, help="folder to fill, one subfolder per subject")
+    parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to fill, one subfolder per subject")
     args = parser.parse_args()
     world = World(args.sprites)
     rows = []

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gsoft_diffusion.files import give_usual_modes, user_path
+from gsoft_diffusion.files import give_usual_modes
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 
@@ -91,7 +92,7 @@ def fold_statistics(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=user_path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=60_000, help="length of the training")
     args = parser.parse_args()
     keep_freed_memory()

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from gsoft_diffusion.export import save_text_encoder
-from gsoft_diffusion.files import give_usual_modes, user_path
+from gsoft_diffusion.files import give_usual_modes
+from gsoft_diffusion.options import expanded_path
 from pretraining.world import UNKNOWN_NAME_LETTERS
 
 NAME = "sks"
@@ -24,7 +25,9 @@ NAME = "sks"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=user_path, required=True, help="diffusers folder whose text encoder is changed")
+    parser.add_argument(
+        "--base", type=expanded_path, required=True, help="diffusers folder whose text encoder is changed"
+    )
     args = parser.parse_args()
     tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(args.base / "text_encoder")

@@ -92,8 +92,19 @@ def test_the_command_writes_figures_a_plot_and_pictures(world, adapter, tmp_path
     assert (out / "ranks.svg").stat().st_size > 1000
     assert (out / "contact_sheet.png").is_file()
     assert "rank    2: loses" in capsys.readouterr().out
-    with pytest.raises(UserError, match="exists; choose another folder"):
+    monkeypatch.setattr(lora_ranks, "study", lambda *arguments: pytest.fail("worked in vain"))
+    with pytest.raises(UserError, match="exists and is not written over: choose another name with --out"):
         lora_ranks.main()
+
+
+def test_an_adapter_that_changes_nothing_has_nothing_to_lose(world, tmp_path):
+    models = load_models(str(world / "base"))
+    identity = models.identity()
+    adapter = inject(AdapterConfig(nblocks=4), models.denoiser, models.text_encoders)
+    save_adapter(tmp_path / "adapter.safetensors", adapter, base_model=identity, training={}, prompts={})
+    encoders = load_encoders(str(world / "mini_clip"), str(world / "mini_dino"))
+    with pytest.raises(UserError, match="changes nothing of the base model"):
+        study(tmp_path / "adapter.safetensors", [1], PROMPTS, 1, encoders)
 
 
 def test_prompts_must_come_from_somewhere(adapter):
