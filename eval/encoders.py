@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -261,9 +262,13 @@ def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
 
 
 def _because(error: Exception, silent: str | None) -> str:
-    """What to say of an error, and of the hub if it is `silent`."""
-    said = first_line(error).removesuffix(".")
-    return f"{said}; {silent}" if silent else said
+    """What to say of an error: that the hub is `silent`, if it comes from that."""
+    cause: BaseException | None = error
+    while silent and cause:
+        if isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError):
+            return f"{silent}, and it is not in the cache"
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
 
 
 @contextmanager

@@ -495,6 +495,7 @@ def _introduction(
         for e in encoders.values()
     ]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
+    swept = any(len(getattr(experiment.learning_rates, method)) > 1 for method in experiment.methods)
     diverged = [
         f"{line.name} {line.budget or ''}".strip() for line in lines if any("diverged" in r for r in line.results)
     ]
@@ -504,7 +505,8 @@ def _introduction(
             *([f"**{MINIATURE}**"] if miniature else []),
             f"Base model {results[0]['base_model']['name']}; {len(subjects)} subjects ({', '.join(subjects)}), "
             f"{experiment.seeds} seeds, {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
-            "the same for all methods; every method's learning rate is the best of its sweep.",
+            "the same for all methods; "
+            + ("every method's learning rate is the best of its sweep." if swept else "learning rates as given."),
             f"Scores are averaged within each subject first; in brackets {_intervals(lines, len(subjects))}. "
             "CLIP-I, DINO and CLIP-T over all context prompts are DreamBooth's protocol; CLIP-I on the base "
             "prompt with CLIP-T on context prompts is the GSOFT paper's. Captions for CLIP-T are the prompts "
@@ -525,7 +527,7 @@ def _intervals(lines: Sequence[Line], subjects: int) -> str:
     found = [interval for line in lines if (interval := line.interval("dino"))]
     none = [interval for interval in found if interval.low is None]
     if len(none) == len(found):
-        return "– for no interval: one subject and one seed say nothing of how scores spread"
+        return "– and no interval, since one subject and one seed say nothing of how scores spread"
     over = "subjects and seeds" if subjects > 1 else "seeds, which say nothing of other subjects"
     return f"95 % bootstrap intervals over {over}" + (" (–: of a single score there is none)" if none else "")
 

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapter, save_adapter
 from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.hub_access import why_unreachable
 from gsoft_diffusion.model_card import CARD, latest_sheet, public_base
 
 PACKAGE = "hub"  # folder for exactly what is published, in the run's
@@ -24,6 +25,11 @@ class HubRepository:
 
         model_id: name, with or without an owner. token: by default the one `hf auth login` has kept, or HF_TOKEN.
         """
+        if silent := why_unreachable():  # its client would wait for an answer without end
+            raise UserError(
+                f"--hub_model_id {model_id}: cannot be made or written to on the hub ({silent}); check the network, or "
+                "leave --push_to_hub out"
+            )
         self._api = HfApi(token=token)
         try:
             self.id = self._api.create_repo(model_id, exist_ok=True).repo_id

@@ -13,6 +13,7 @@ from huggingface_hub import constants, get_session, is_offline_mode
 from gsoft_diffusion.errors import first_line
 
 PATIENCE = 5.0  # seconds for the one attempt
+OUT_OF_ORDER = (500, 502, 503, 504)  # statuses that its client tries again
 
 
 def why_unreachable() -> str | None:
@@ -26,7 +27,7 @@ def why_unreachable() -> str | None:
 
 @cache
 def attempt() -> str | None:
-    """The one attempt: why there was no answer. Refusals are answers, but not a hub that is out of order."""
+    """The one attempt: why there was no answer. A refusal is an answer, unless the hub is out of order."""
     if is_offline_mode():
         return None
     try:
@@ -34,7 +35,7 @@ def attempt() -> str | None:
     except Exception as error:  # of the network, of a proxy, of the library's settings
         why = f"{constants.ENDPOINT} does not answer: {first_line(error)}"
     else:
-        if status < 500:
+        if status not in OUT_OF_ORDER:
             return None
         why = f"{constants.ENDPOINT} answers {status}"
     stay_offline()

@@ -368,7 +368,7 @@ def test_a_single_score_has_no_interval(world, tmp_path, in_process):
     text = (tmp_path / "report.md").read_text()
     assert "[–]" in text
     assert not re.search(r"\[[+-]?\d", text)
-    assert "no interval: one subject and one seed say nothing of how scores spread" in text
+    assert "no interval, since one subject and one seed say nothing of how scores spread" in text
     assert "one subject and one seed, so no intervals" in (tmp_path / "pareto.svg").read_text()
 
 

@@ -97,6 +97,11 @@ def test_bootstrap_of_equal_scores_has_no_width():
     assert (interval.mean, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
+def test_a_single_score_has_no_bounds():
+    interval = metrics.bootstrap({"dog": [0.5]})
+    assert (interval.mean, interval.low, interval.high) == (0.5, None, None)
+
+
 def test_bootstrap_over_subjects_matches_the_binomial_law():
     # Twenty subjects, half at 0 and half at 1: a resample's mean is Binomial(20, ½)/20, whose 2.5 % and 97.5 %
     # quantiles are 6/20 and 14/20.

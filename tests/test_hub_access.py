@@ -15,6 +15,7 @@ from tiny_eval import write_clip, write_dino
 from eval import encoders
 from eval.encoders import load_clip, load_encoders
 from gsoft_diffusion import UserError
+from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.hub_access import PATIENCE, stay_offline, why_unreachable
 from gsoft_diffusion.models import fetch_model, load_models
 
@@ -64,7 +65,7 @@ def test_a_silent_hub_is_asked_once_for_a_few_seconds(network, status):
     assert is_offline_mode()
 
 
-@pytest.mark.parametrize("status", [200, 302, 404])
+@pytest.mark.parametrize("status", [200, 302, 404, 501])
 def test_a_hub_that_answers_is_asked_once_too(network, status):
     met = network(status)
     assert why_unreachable() is None
@@ -107,6 +108,13 @@ def test_a_base_model_costs_one_attempt(network, get):
     with pytest.raises(UserError, match=r"someone/model from the hub \(.*nobody is there, and it is not in the cache"):
         get("someone/model")
     assert len(met.asked) == 1
+
+
+def test_publishing_costs_one_attempt_before_the_training(network):
+    met = network(None)
+    with pytest.raises(UserError, match=r"--hub_model_id dog: .*nobody is there\); check the network"):
+        HubRepository("dog", "token")
+    assert [method for method, _, _ in met.asked] == ["HEAD"]
 
 
 def test_staying_offline_is_for_the_processes_that_are_started_too(network, monkeypatch):
