@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pretraining import unused_name
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.sprites import CLASSES, HELD_OUT
 from pretraining.tokenizer import END, START, learn, save
@@ -78,6 +85,25 @@ def test_unused_name_of_the_bundled_base_means_what_unknown_names_do():
     letters = [tokenizer.convert_tokens_to_ids(f"{letter}</w>") for letter in UNKNOWN_NAME_LETTERS]
     torch.testing.assert_close(rows[tokenizer.convert_tokens_to_ids("sks</w>")], rows[letters].mean(dim=0))
     assert "s" not in UNKNOWN_NAME_LETTERS
+
+
+def test_a_rewritten_text_encoder_has_the_usual_names_and_mode(tmp_path, monkeypatch):
+    """What pretraining writes can be read by other programs and users, too."""
+    from transformers import CLIPTextModel
+
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(Path("data/mini_base") / part, tmp_path / part)
+    monkeypatch.setattr(sys, "argv", ["unused_name", "--base", str(tmp_path)])
+    before = os.umask(0o027)
+    try:
+        unused_name.main()
+    finally:
+        os.umask(before)
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert all(name.startswith("text_model.") for name in load_file(path))
+    read, bundled = (CLIPTextModel.from_pretrained(folder) for folder in (path.parent, "data/mini_base/text_encoder"))
+    assert all(torch.equal(tensor, bundled.state_dict()[name]) for name, tensor in read.state_dict().items())
 
 
 def test_folding_statistics_keeps_pictures_and_whitens_latents():
