@@ -5,21 +5,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pretraining.checkpoint import Average, Checkpoint
-from pretraining.sprites import CLASSES, HELD_OUT
+from pretraining.sprites import CLASSES, HELD_OUT, TUNING
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
 from pretraining.train_unet import build_unet, draw_timesteps, training_state
 from pretraining.train_vae import build_vae, fold_statistics
-from pretraining.world import _PAINTERS, BACKGROUNDS, COLORS, UNKNOWN_NAME_LETTERS, caption
+from pretraining.world import (
+    _PAINTERS,
+    BACKGROUNDS,
+    COLORS,
+    UNKNOWN_NAME_LETTERS,
+    _from_oklab,
+    _recolored,
+    _to_oklab,
+    caption,
+)
 
 
 def test_subjects_are_never_in_the_training_set_but_their_class_is():
     shown = {code for codes in CLASSES.values() for code in codes}
-    for word, code in HELD_OUT.values():
+    for word, code in [*HELD_OUT.values(), *TUNING.values()]:
         assert code not in shown
         assert word in CLASSES
+    assert not set(HELD_OUT.values()) & set(TUNING.values())
 
 
 def test_world_is_large_enough():
@@ -52,6 +63,31 @@ def test_colors_are_apart():
     colors = np.array(list(COLORS.values()), float)
     distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 1e3 * np.eye(len(colors))
     assert distances.min() > 70
+
+
+def test_oklab_is_lightness_and_two_colors_and_can_be_undone():
+    gray = _to_oklab(np.array([[0.0, 0, 0], [0.5, 0.5, 0.5], [1, 1, 1]]))
+    assert gray[:, 0] == pytest.approx([0, 0.598, 1], abs=1e-3)  # sRGB 0.5 is 0.214 in linear light, whose cube root
+    assert np.abs(gray[:, 1:]).max() < 1e-3
+    rgb = np.random.default_rng(0).random((50, 3))
+    assert np.allclose(_from_oklab(_to_oklab(rgb)), rgb, atol=1e-5)
+
+
+def test_what_is_recolored_keeps_its_inner_drawing_and_its_shading():
+    size, body = 64, np.array([0.8, 0.5, 0.3])
+    rgba = np.ones((size, size, 4))
+    shading = np.linspace(0.7, 1.1, size)[:, None, None]  # darker above, brighter below
+    rgba[..., :3] = body * shading
+    rgba[20:26, 20:26, :3] = 0.05  # an eye
+    rgba[40:46, 30:40, :3] = (0.95, 0.2, 0.3)  # a mouth, of another hue
+    thing = Image.fromarray((rgba * 255).astype(np.uint8), "RGBA")
+    blue = np.asarray(_recolored(thing, COLORS["blue"]), float)
+    assert blue[20:26, 20:26, :3].max() < 40
+    assert blue[42, 35, 0] > 2 * blue[42, 35, 2]
+    for row in (5, 60):
+        assert blue[row, 5, 2] > 1.5 * blue[row, 5, 0]
+    assert blue[60, 5, :3].sum() > 1.3 * blue[5, 5, :3].sum()
+    assert (blue[..., 3] == 255).all()
 
 
 def test_tokenizer_has_stable_diffusions_layout(tmp_path):
@@ -93,8 +129,9 @@ def test_folding_statistics_keeps_pictures_and_whitens_latents():
         posterior = vae.encode(pixels).latent_dist
         after = vae.decode(posterior.mean).sample
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    channels = vae.config.latent_channels
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(channels), atol=1e-4, rtol=0)
     torch.testing.assert_close(posterior.std, spread_before, atol=1e-4, rtol=1e-3)
 
 
@@ -145,13 +182,15 @@ def test_text_tower_is_that_of_the_clip_and_stays_as_it_is_when_locked(tmp_path)
 
 
 def test_training_goes_on_from_given_weights():
-    first = build_unet()
-    unet, average, optimizer = training_state(first.state_dict())
-    averaged = build_unet()
-    average.copy_to(averaged)
-    for key, value in first.state_dict().items():
-        assert torch.equal(unet.state_dict()[key], value)
-        assert torch.equal(averaged.state_dict()[key], value)
+    first = build_unet(4)
+    unet, averages, optimizer = training_state(4, first.state_dict())
+    assert len(averages) == 2
+    for average in averages.values():
+        averaged = build_unet(4)
+        average.copy_to(averaged)
+        for key, value in first.state_dict().items():
+            assert torch.equal(unet.state_dict()[key], value)
+            assert torch.equal(averaged.state_dict()[key], value)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in unet.parameters()}
 
 
