@@ -34,7 +34,7 @@ def main() -> None:
     vae.save_pretrained(args.work / "vae")
     weights = UNet2DConditionModel.from_pretrained(args.base / "unet", torch_dtype=torch.float32).state_dict()
     unet, averages, optimizer = training_state(vae.config.latent_channels, weights)
-    Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, **averages).save(args.images)
+    Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, averages=averages).save(args.images)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -35,7 +36,7 @@ from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_
 BATCH = 32
 PEAK_LR = 6e-4
 EMPTY_CAPTIONS = 0.1
-AVERAGES = {"average": 0.9995, "long_average": 0.9999}  # name in the checkpoint -> share kept at each update
+AVERAGES = (0.9995, 0.9999)  # share that each average keeps at an update
 HELD_BACK = 2048  # scenes at the start of the set that no training uses
 JUDGED = 1024  # of them, whose loss is measured
 
@@ -151,7 +152,7 @@ def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
 
 def training_state(
     latent_channels: int = LATENT_CHANNELS, weights: dict[str, Tensor] | None = None
-) -> tuple[UNet2DConditionModel, dict[str, Average], AdamW]:
+) -> tuple[UNet2DConditionModel, nn.ModuleList, AdamW]:
     """The denoiser, its averages and its optimizer as at the start, or as at the start from `weights`."""
     torch.manual_seed(0)
     unet = build_unet(latent_channels)
@@ -159,7 +160,7 @@ def training_state(
         unet.load_state_dict(weights)
     unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
     optimizer = AdamW(unet.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return unet, {name: Average(unet, decay) for name, decay in AVERAGES.items()}, optimizer
+    return unet, nn.ModuleList(Average(unet, decay) for decay in AVERAGES), optimizer
 
 
 def main() -> None:
@@ -179,7 +180,7 @@ def main() -> None:
 
     channels = vae.config.latent_channels
     unet, averages, optimizer = training_state(channels)
-    checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, **averages)
+    checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
     seen = checkpoint.restore()
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -205,26 +206,24 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        for average in averages.values():
-            average.update(unet)
+        for average in averages:
+            cast(Average, average).update(unet)
         seen += BATCH
         smooth = loss.item() if smooth is None else 0.995 * smooth + 0.005 * loss.item()
         bar.update(BATCH)
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         checkpoint.save_when_due(seen)
         if seen % args.assemble_every < BATCH or seen >= args.images:
-            judged = {}
-            for name, average in averages.items():
-                averaged = build_unet(channels)
-                average.copy_to(averaged)
-                judged[name] = held_back_loss(averaged, latents, prompts), averaged
-            best = min(judged.values(), key=lambda pair: pair[0])[1]
+            candidates = []
+            for average in averages:
+                candidates.append(build_unet(channels))
+                cast(Average, average).copy_to(candidates[-1])
+            losses = [held_back_loss(candidate, latents, prompts) for candidate in candidates]
+            best = candidates[int(np.argmin(losses))]
             best.set_attn_processor(AttnProcessor2_0())
             assemble(args.work, best.half(), args.work / "mini_base")
             with (args.work / "unet_loss.csv").open("a") as log:
-                log.write(
-                    ",".join([str(seen), f"{smooth:.5f}", *(f"{loss:.5f}" for loss, _ in judged.values())]) + "\n"
-                )
+                log.write(",".join([str(seen), *(f"{loss:.5f}" for loss in (smooth, *losses))]) + "\n")
     checkpoint.save(seen)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, sharpness
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
-from pretraining.train_unet import build_unet, draw_timesteps, training_state
-from pretraining.train_vae import build_vae, fold_statistics
+from pretraining.train_judge import Judge, numbered
+from pretraining.train_unet import JUDGED, Prompts, build_unet, draw_timesteps, held_back_loss, training_state
+from pretraining.train_vae import build_vae, fold_statistics, learning_rate, psnr
 from pretraining.world import (
     _PAINTERS,
     BACKGROUNDS,
@@ -185,7 +189,7 @@ def test_training_goes_on_from_given_weights():
     first = build_unet(4)
     unet, averages, optimizer = training_state(4, first.state_dict())
     assert len(averages) == 2
-    for average in averages.values():
+    for average in averages:
         averaged = build_unet(4)
         average.copy_to(averaged)
         for key, value in first.state_dict().items():
@@ -201,3 +205,89 @@ def test_timesteps_reach_both_ends_and_crowd_the_middle():
     assert drawn.max() == 999
     assert share.argmax() in (4, 5)
     assert share[[0, -1]] == pytest.approx([0.05 + 0.5 * 0.014] * 2, abs=0.002)  # of a logit-normal, 1.4 % below 0.1
+
+
+def test_learning_rate_rises_holds_and_falls():
+    rates = [learning_rate(seen, 1000, 2.0, warmup=100, tail=0.25) for seen in (0, 49, 99, 749, 875, 1000)]
+    assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 2.0 * (0.02 + 0.98 / 2), 0.04], abs=1e-2)
+
+
+def test_prompts_are_embedded_once_and_minus_one_is_the_empty_one():
+    class Encoder:
+        calls = 0
+
+        def __call__(self, ids):
+            self.calls += len(ids)
+            return SimpleNamespace(last_hidden_state=ids[..., None].float())
+
+    class Tokenizer:
+        def __call__(self, texts, **_):
+            return SimpleNamespace(input_ids=torch.tensor([[len(text)] * 3 for text in texts]))
+
+    encoder = Encoder()
+    prompts = Prompts(["a dog", "a cat on a mat", "a dog"], Tokenizer(), encoder)
+    assert encoder.calls == 3
+    assert prompts.embed(np.array([2, -1, 1]))[:, 0, 0].tolist() == [5, 0, 14]
+
+
+def test_held_back_loss_is_the_same_each_time_and_covers_all_timesteps():
+    torch.manual_seed(0)
+    seen = []
+
+    class Zero:
+        def __call__(self, noisy, timesteps, context):
+            seen.append(timesteps)
+            return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+    latents = np.random.default_rng(0).standard_normal((JUDGED, 4, 16, 16)).astype(np.float16)
+    prompts = SimpleNamespace(embed=lambda numbers: torch.zeros(len(numbers), 3, 8))
+    first, second = (held_back_loss(Zero(), latents, prompts) for _ in range(2))
+    assert first == second == pytest.approx(1, abs=0.01)  # the velocity of unit noise and unit latents has variance 1
+    timesteps = torch.cat(seen[: JUDGED // 64])
+    assert torch.histc(timesteps.float(), 10, 0, 1000).min() > 0.08 * JUDGED
+
+
+def test_judge_names_what_it_was_shown():
+    torch.manual_seed(0)
+    judge = Judge((8, 16, 16, 16))
+    facts = [
+        {"class_word": "dog", "background": "snow", "color": None},
+        {"class_word": "car", "background": "red", "color": "blue"},
+    ]
+    true = numbered(facts)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
+    for _ in range(60):
+        logits = judge(pixels)
+        torch.stack([torch.nn.functional.cross_entropy(logits[name], true[name]) for name in true]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    answers = judge.answers(pixels)
+    assert answers == {"class_word": ["dog", "car"], "background": ["snow", "red"], "color": ["its own", "blue"]}
+
+
+def test_frechet_distance_of_shifted_and_scaled_features():
+    x = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)).double()
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + 2) == pytest.approx(12, rel=1e-6)
+    y = x * torch.tensor([3.0, 1, 1])  # between normal distributions along one axis: (3 − 1)²
+    assert frechet_distance(x, y) == pytest.approx(4, rel=0.03)
+
+
+def test_sharpness_of_blurred_and_of_contrasted_pictures():
+    x = torch.rand(4, 3, 64, 64)
+    assert sharpness(x, x) == pytest.approx(1)
+    assert sharpness(x / 2, x) == pytest.approx(0.5)
+    assert sharpness(torch.nn.functional.avg_pool2d(x, 3, 1, 1), x) < 0.5
+
+
+def test_colored_prompts_ask_every_color_of_several_classes():
+    asked = colored_prompts()
+    assert len(asked) == len({prompt for prompt, _, _ in asked}) == 72
+    for color in COLORS:
+        assert len({word for _, word, c in asked if c == color}) == COLORED_CLASSES
+
+
+def test_psnr_of_a_known_error():
+    x = torch.zeros(2, 3, 8, 8)
+    assert psnr(x + 0.2, x) == pytest.approx(20, abs=1e-4)  # an error of a tenth of the range
