@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pretraining.sprites import ANIMALS, CLASSES, HELD_OUT, SPRITE_SIZE, TOP_HAT, TREES, Sprite, Sprites
+from pretraining.sprites import ANIMALS, CLASSES, HELD_OUT, SPRITE_SIZE, TOP_HAT, TREES, TUNING, Sprite, Sprites
 
 SIZE = 64  # px, side of a scene
 _CANVAS = 80  # px, side of a stored background: scenes are random SIZE crops of it
@@ -333,7 +333,10 @@ class World:
         self.classes: dict[str, list[Sprite]] = {
             word: [sprites.get(code) for code in codes] for word, codes in CLASSES.items()
         }
-        self.held_out = {name: (word, sprites.get(code)) for name, (word, code) in HELD_OUT.items()}
+        self.held_out, self.tuning = (
+            {name: (word, sprites.get(code)) for name, (word, code) in subjects.items()}
+            for subjects in (HELD_OUT, TUNING)
+        )
         self.trees = [sprites.get(code) for code in TREES]
         self.hat = sprites.get(TOP_HAT).rgba
         self._in_colors: dict[tuple[str, str], Image.Image] = {}
