@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gsoft_diffusion.pictures import save_png
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, sharpness
+from pretraining.check_subjects import drawn, figures, right
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING
 from pretraining.tokenizer import END, START, learn, save
@@ -291,3 +293,33 @@ def test_colored_prompts_ask_every_color_of_several_classes():
 def test_psnr_of_a_known_error():
     x = torch.zeros(2, 3, 8, 8)
     assert psnr(x + 0.2, x) == pytest.approx(20, abs=1e-4)  # an error of a tenth of the range
+
+
+def test_figures_of_a_subject_by_hand():
+    photos = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # alike by 0.8
+    found = figures(photos, of_adapter=torch.tensor([[1.0, 0.0]]), of_base=torch.tensor([[0.0, 1.0]]))
+    assert found["likeness"] == pytest.approx((1 + 0.8) / 2 / 0.8)
+    assert found["likeness_of_base"] == pytest.approx((0 + 0.6) / 2 / 0.8)
+    assert found["nearest_photo"] == pytest.approx(1)
+    assert found["nearest_among_photos"] == pytest.approx(0.8)
+
+
+def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
+    picture = Image.new("RGB", (64, 64), "red")
+    for number, (model, place) in enumerate([("adapter", "snow"), ("base", "snow"), ("adapter", "space")]):
+        facts = {"model": model, "prompt": f"a sks bear {BACKGROUNDS[place][0]}"}
+        save_png(picture, tmp_path / f"{number:04d}.png", facts)
+    save_png(picture, tmp_path / "contact_sheet_0000.png", {})
+    found = drawn(tmp_path)
+    assert [place for place, _ in found["adapter"]] == ["snow", "space"]
+    assert [place for place, _ in found["base"]] == ["snow"]
+
+
+def test_right_counts_class_and_place_apart():
+    class Told(Judge):
+        def answers(self, pixels):
+            return {"class_word": ["bear", "dog"], "background": ["snow", "snow"]}
+
+    picture = Image.new("RGB", (64, 64))
+    assert right(Told(), "bear", [("snow", picture), ("space", picture)]) == {"class": 0.5, "place": 0.5}
+    assert right(Told(), "bear", [("snow", picture), ("snow", picture)]) == {"class": 0.5, "place": 1}
