@@ -17,15 +17,10 @@ LONGEST = 40  # characters of a profile's name
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """The picture in RGB, or in RGBA if it has transparency, and what was done to its colours: "" if nothing.
-
-    Raises ValueError for pixels of 32 bits a channel, whose range nothing tells.
-    """
+    """The picture in RGB, or in RGBA if it has transparency, and what was done to its colours: "" if nothing."""
     profile, said = image.info.get("icc_profile"), ""
     if image.mode.startswith("I;16"):
         image, said = eight_bits(image), "converted from 16 bits of grey to 8"
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits a channel, save it with 8 or 16")
     alpha = None
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
@@ -45,7 +40,7 @@ def _colours(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, st
     if image.mode == "LAB":
         return _applied(_from_lab(), image), "converted to sRGB from CIELAB"
     if image.mode == "CMYK":
-        mode, without = "CMYK", "converted from CMYK without a colour profile (only near)"
+        mode, without = "CMYK", "converted from CMYK without a colour profile (colours come only near)"
     else:
         mode, without = ("L" if image.mode in GREYS else "RGB"), ""
     if not profile:

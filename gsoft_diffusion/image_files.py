@@ -39,6 +39,8 @@ class Picture:
 def read_picture(path: Path) -> Picture:
     """The picture in a file, upright and in sRGB. Raises UserError naming the file as `opened` does."""
     with opened(path) as image:
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path}: has 32 bits a channel, and nothing tells which of them is white; save it with 8")
         turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
         upright, colours = to_srgb(ImageOps.exif_transpose(image))
     if upright.mode == "RGBA" and upright.getchannel("A").getextrema() == (255, 255):

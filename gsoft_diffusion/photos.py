@@ -86,7 +86,9 @@ class Folder:
         parts += [f"{count} {note}" for note, count in sorted(notes.items())]
         said = [", ".join(parts)]
         if self.subfolders:
-            said.append(f"from {', '.join(map(printable, self.subfolders))}, whose numbers of repeats are not used")
+            said.append(
+                f"from {', '.join(map(printable, self.subfolders))} (repeats are not used, all photos count the same)"
+            )
         if self.surplus:
             said.append(f"{self.surplus} more than asked for are not used")
         if self.left_out:

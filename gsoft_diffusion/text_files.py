@@ -23,8 +23,10 @@ def read_text(path: str | Path, name: str | None = None) -> str:
         content = on_disk(Path(path)).read_bytes()
         encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
         text = content.decode(encoding)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{name or path}: cannot be read as text ({first_line(error)})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name or path}: cannot be read as text ({error.reason}); save it as UTF-8") from error
     if "\0" in text:
         raise UserError(f"{name or path}: cannot be read as text (it holds zero bytes); save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")

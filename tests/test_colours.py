@@ -114,7 +114,7 @@ def test_cmyk(tmp_path, suffix):
     Image.new("CMYK", (8, 8), (255, 255, 255, 255)).save(path, quality=100)
     picture = read_picture(path)
     assert near(picture.image.getpixel((4, 4)), (0, 0, 0))
-    assert picture.colours == "converted from CMYK without a colour profile (only near)"
+    assert picture.colours == "converted from CMYK without a colour profile (colours come only near)"
 
 
 def test_lab(tmp_path):
@@ -147,5 +147,5 @@ def test_a_profiles_name_cannot_steer_the_terminal(tmp_path):
 def test_32_bits_a_channel_are_refused(tmp_path, mode):
     path: Path = tmp_path / "deep.tif"
     Image.new(mode, (4, 4)).save(path)
-    with pytest.raises(UserError, match=r"deep\.tif: .*32 bits a channel, save it with 8 or 16"):
+    with pytest.raises(UserError, match=r"deep\.tif: has 32 bits a channel"):
         open_image(path)

@@ -57,12 +57,9 @@ def test_folders_as_kohya_names_them_are_read(photos):
     (inside / "3_deeper").mkdir()
     picture().save(inside / "3_deeper" / "0.png")
     found = read_folder(photos, "--flag", "a")
-    assert [photo.path.relative_to(photos).as_posix() for photo in found.photos] == [
-        *(f"{index}.png" for index in range(4)),
-        "10_sks dog/0.png",
-        "10_sks dog/1.png",
-    ]
-    assert [photo.prompt for photo in found.photos] == ["a"] * 4 + ["sks dog asleep", "a"]
+    prompts = {photo.path.relative_to(photos).as_posix(): photo.prompt for photo in found.photos}
+    inside_ones = {"10_sks dog/0.png": "sks dog asleep", "10_sks dog/1.png": "a"}
+    assert prompts == {f"{index}.png": "a" for index in range(4)} | inside_ones
     assert found.subfolders == ("10_sks dog",)
     assert set(found.left_out) == {
         "10_sks dog/notes",
@@ -70,7 +67,7 @@ def test_folders_as_kohya_names_them_are_read(photos):
         "5_nothing/ (a folder)",
         "notes.txt",
     }
-    assert "from 10_sks dog, whose numbers of repeats are not used" in str(found)
+    assert "from 10_sks dog (repeats are not used, all photos count the same)" in str(found)
 
 
 def test_only_a_folder_as_kohya_names_them(photos):
@@ -118,7 +115,10 @@ def test_what_was_converted_is_said(tmp_path):
     picture(8, 8).save(tmp_path / "usual.png")
     said = str(read_folder(tmp_path, "--instance_data_dir", "a photo"))
     assert "3 pictures" in said
-    assert "1 converted from 16 bits of grey to 8, 1 converted from CMYK without a colour profile (only near)" in said
+    assert (
+        "1 converted from 16 bits of grey to 8, 1 converted from CMYK without a colour profile (colours come only near)"
+        in said
+    )
 
 
 def test_photos_count(photos):
