@@ -177,7 +177,9 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
         for photo in folder.photos:
             if (owner := owners.setdefault(photo.path.resolve(), concept)) is not concept:
                 given = f"{owner.instance_data_dir} and {concept.instance_data_dir}"
-                raise UserError(f"{photo.path}: is a photo of both {given}; give each subject photos of its own")
+                raise UserError(
+                    f"{photo.path}: is in the folders of two subjects, {given}; give each photos of its own"
+                )
         photos += folder.photos
     note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
