@@ -27,9 +27,9 @@ from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import generate
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.options import run
-from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import Row, contact_sheet
 from gsoft_diffusion.settings import read_yaml
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from eval import metrics
 from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.models import best_device
 from gsoft_diffusion.options import run
-from gsoft_diffusion.photos import list_images, open_image
+from gsoft_diffusion.photos import list_images
 from gsoft_diffusion.pictures import METADATA_KEY
 
 
@@ -74,7 +75,8 @@ def score_folder(
 ) -> dict[str, Any]:
     """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures."""
     paths, prompts = [], []
-    for path in list_images(images, "--images")[0]:
+    found = list_images(images, "--images")
+    for path in found:
         facts = _metadata(path)
         if path.name.startswith("contact_sheet") or facts.get("model") == "base":
             continue
@@ -84,7 +86,7 @@ def score_folder(
         raise UserError(f"--images {images}: holds nothing but contact sheets and the base model's pictures")
     captions = [re.sub(rf"\b{re.escape(unique_token)} ", "", text) for text in prompts if text]
     texts = encoders.clip.embed_texts(captions) if len(captions) == len(paths) else None
-    real = embed(encoders, _open(list_images(photos, "--photos")[0]))
+    real = embed(encoders, _open(list_images(photos, "--photos")))
     scores = picture_scores(embed(encoders, _open(paths)), real, texts)
     rows = [{"file": path.name, "prompt": text, **row} for path, text, row in zip(paths, prompts, scores, strict=True)]
     means = {name: metrics.mean([row[name] for row in scores]) for name in scores[0]}
@@ -94,6 +96,7 @@ def score_folder(
         "mean": means,
         "photos": {name: metrics.real_photo_ceiling(embedded) for name, embedded in ceilings.items()},
         "captions": "the prompts without the unique token" if texts is not None else None,
+        "left_out": len(found) - len(paths),
         "pictures": rows,
     }
 
@@ -113,6 +116,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"  {names[name]:38} {value:.3f}" + (f"   (the photos among each other {ceiling:.3f})" if ceiling else "")
         )
+    if result["left_out"]:
+        lines.append(f"  left out: {result['left_out']} contact sheets and pictures of the base model")
     if result["captions"] is None:
         lines.append("  no CLIP-T: the pictures carry no prompt; give --prompt")
     return "\n".join(lines)

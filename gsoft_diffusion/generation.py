@@ -22,6 +22,7 @@ from gsoft_diffusion.memory import running_out_explained
 from gsoft_diffusion.models import DTYPES, Models, best_device, load_base
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.schedulers import denoise, make_scheduler, with_model_sampler
+from gsoft_diffusion.text_files import composed, read_prompts
 
 PICTURES_A_ROW = 8  # on contact sheets
 LARGEST = 4096  # side of pictures that an adapter's file may ask for
@@ -209,11 +210,8 @@ def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> lis
 def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file:
-        try:
-            prompts = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file {config.prompts_file}: cannot be read as text ({error})") from error
-    prompts = [_with_names(prompt.strip(), subjects) for prompt in prompts if prompt.strip()]
+        prompts = read_prompts(config.prompts_file, f"--prompts_file {config.prompts_file}")
+    prompts = [_with_names(composed(prompt).strip(), subjects) for prompt in prompts if prompt.strip()]
     if not prompts:
         hint = subjects[0].get("instance_prompt", "a photo of a sks dog")
         raise UserError(f'give --prompt or --prompts_file with a prompt in it; the adapter was trained on "{hint}"')

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 import yaml
 
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.text_files import read_text
 
 
 class Settings:
@@ -109,10 +110,10 @@ def read_list(path: str | Path) -> list[Any]:
 
 
 def _read(path: Path) -> Any:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_YamlLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the settings in {path}: {' '.join(str(error).split())}") from error
 
 

@@ -37,9 +37,10 @@ from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, Concept, TrainingConfig
+from gsoft_diffusion.crops import bucket_sizes
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
-from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.errors import UserError, first_line, printable
 from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate, sheet_rows
 from gsoft_diffusion.hub import HubRepository
@@ -48,11 +49,12 @@ from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
 from gsoft_diffusion.memory import keep_freed_memory, running_out_explained
 from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
 from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
+from gsoft_diffusion.photos import KOHYA, Folder, Photo, copies, read_folder
 from gsoft_diffusion.pictures import contact_sheet
 from gsoft_diffusion.preflight import check_step
 from gsoft_diffusion.schedulers import with_model_sampler
 from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run, quiet_writers
+from gsoft_diffusion.text_files import composed
 
 logger = logging.getLogger(__name__)
 
@@ -165,12 +167,21 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
 def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
     """The photos of all subjects; says what was found. Raises UserError for what is wrong with them."""
     photos: list[Photo] = []
+    owners: dict[Path, Concept] = {}
     for concept in config.concepts:
         folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
         say(f"subject{'' if len(config.concepts) == 1 else ' ' + concept.name}: {folder}")
         if len(folder.photos) == 1:
             say(f"note: {concept.instance_data_dir} holds a single photo, which is easily copied; 3 to 5 are better")
+        note_other_names(concept, folder, say)
+        for photo in folder.photos:
+            if (owner := owners.setdefault(photo.path.resolve(), concept)) is not concept:
+                given = f"{owner.instance_data_dir} and {concept.instance_data_dir}"
+                raise UserError(
+                    f"{photo.path}: is in the folders of two subjects, {given}; give each photos of its own"
+                )
         photos += folder.photos
+    note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
     if masks and config.unmasked_weight == 1:
         say("note: masks are not used; to weigh the subject more than its surroundings, give --unmasked_weight 0.1")
@@ -180,6 +191,33 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
             "or mask files like dog1-masklabel.png for dog1.jpg, white where the subject is"
         )
     return photos
+
+
+def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None]) -> None:
+    """Say so if subfolders call the subject something else than its prompt does, which is what it is trained by."""
+    prompt = composed(concept.instance_prompt or "").casefold()
+    words = dict.fromkeys(composed(found[2]).strip() for name in folder.subfolders if (found := KOHYA.fullmatch(name)))
+    if others := [word for word in words if word.casefold() not in prompt]:
+        say(
+            f'note: the subfolders of {concept.instance_data_dir} say "{printable(", ".join(others))}"; '
+            f'photos there without a caption are trained as "{printable(concept.instance_prompt or "")}" all the same'
+        )
+
+
+def note_copies(photos: Sequence[Photo], say: Callable[[str], None]) -> None:
+    """Say which photos are the same picture."""
+    for first, copy in copies(photos):
+        say(f"note: {copy.path} is the same picture as {first.path}, which counts twice by that")
+
+
+def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> None:
+    """Raise UserError if a class image is a photo of a subject: it would teach that any member of the class is it."""
+    subjects = set(map(id, instance))
+    for first, copy in copies((*instance, *prior)):
+        if id(first) in subjects and id(copy) not in subjects:
+            raise UserError(
+                f"{copy.path}: is the same picture as the photo {first.path}; take it out of the class images"
+            )
 
 
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
@@ -291,7 +329,7 @@ class Run:
         check_step(config, models, self.adapter, accelerator.device)
         self._set_up_attention()
         optimizer = make_optimizer(config, self.adapter)
-        self.dataset = self._make_dataset(instance, self._class_photos())
+        self.dataset = self._make_dataset(instance, self._class_photos(instance))
         self.circumstances = self._circumstances()
         denoiser = Denoiser(models, self.adapter, self.dataset.prompts).train()
         self.denoiser, self.optimizer = accelerator.prepare(denoiser, optimizer)
@@ -320,6 +358,8 @@ class Run:
             checkpoints.write_settings(written, accelerator.num_processes)
         self._track(lambda: accelerator.init_trackers("training", config=_flat(config.to_dict())))
         first = self.step
+        if config.cache_latents:
+            self.dataset.cache(self.models.encode_images, chain.from_iterable(self._positions()))
         with StopRequest(launched=accelerator.num_processes > 1) as stop:
             started = time.perf_counter()
             self._train(stop)
@@ -413,21 +453,26 @@ class Run:
 
     # Making ready
 
-    def _class_photos(self) -> list[Photo]:
-        """The class images of all subjects; subjects of one class share them."""
+    def _class_photos(self, instance: Sequence[Photo]) -> list[Photo]:
+        """The class images of all subjects, whose photos are given; subjects of one class share them."""
         config = self.config
         if not config.with_prior_preservation:
             return []
+        wanted = self.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size
+        wanted *= self.accelerator.num_processes
         folders: dict[Path, str] = {}
         with self.accelerator.main_process_first(), self.adapter.disabled():
             for concept in config.concepts:
                 folders[ensure_class_images(concept, config, self.models, self.identity)] = concept.class_prompt or ""
         photos: list[Photo] = []
         for path, prompt in folders.items():
-            folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images)
+            folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images, masks=False)
             self.accelerator.print(f"class{'' if len(folders) == 1 else ', ' + prompt}: {folder}")
             photos += folder.photos
-        return [replace(photo, mask=None) for photo in photos]
+        if wanted < len(photos):
+            self.accelerator.print(f"note: this run is too short for {len(photos) - wanted} of its class images")
+        check_class_images(photos, instance)
+        return photos
 
     def _make_dataset(self, instance: Sequence[Photo], prior: Sequence[Photo]) -> DreamBoothDataset:
         config, models = self.config, self.models
@@ -450,8 +495,6 @@ class Run:
         if config.aspect_buckets:
             counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
             self.accelerator.print(f"sizes: {', '.join(counts)}")
-        if config.cache_latents:
-            dataset.cache(models.encode_images)
         return dataset
 
     def _set_up_attention(self) -> None:
@@ -470,21 +513,25 @@ class Run:
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The run's remaining batches, on the device."""
         config, accelerator = self.config, self.accelerator
-        positions = BatchPositions(
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._positions(),
+            num_workers=config.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        for batch in loader:
+            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+
+    def _positions(self) -> BatchPositions:
+        """What this process's remaining batches consist of."""
+        config, accelerator = self.config, self.accelerator
+        return BatchPositions(
             self.step * config.gradient_accumulation_steps,
             self.max_train_steps * config.gradient_accumulation_steps,
             config.train_batch_size * len(self.dataset.streams),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=positions,
-            num_workers=config.dataloader_num_workers,
-            worker_init_fn=leave_signals_to_the_run,
-        )
-        for batch in loader:
-            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward and backward for one batch of this process; its loss."""

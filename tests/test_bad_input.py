@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import icc_profiles
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from gsoft_diffusion import memory, preflight
 from gsoft_diffusion.config import TrainingConfig
@@ -33,6 +35,7 @@ status 2, with nothing written; what goes on says in a line what became of the i
 |---|---|
 """
 ROWS: list[str] = []
+P3 = icc_profiles.rgb("Display P3", icc_profiles.DISPLAY_P3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +58,8 @@ def place(base, photos, tmp_path, monkeypatch) -> Path:
 
 def command(*options: str) -> list[str]:
     """Options of a run of one step, with further ones."""
-    which = "--instance_data_dir photos --class_word dog --pretrained_model_name_or_path base --output_dir out"
+    which = "--pretrained_model_name_or_path base --output_dir out"
+    which += "" if "--concepts_list" in options else " --instance_data_dir photos --class_word dog"
     quick = "--nblocks 4 --max_train_steps 1 --train_batch_size 1 --num_validation_images 0 --report_to none"
     return [*which.split(), *quick.split(), "--num_inference_steps", "2", *options]
 
@@ -143,6 +147,40 @@ def cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def concepts(*settings: dict[str, str]) -> Callable[[], object]:
+    return lambda: Path("concepts.json").write_text(json.dumps(settings))
+
+
+def transparent_black(path: Path) -> None:
+    image = Image.new("RGBA", (40, 40))
+    image.paste((0, 0, 0, 255), (10, 10, 30, 30))
+    image.save(path)
+
+
+def one_photo_of_two() -> None:
+    Path("photos/1_mug").mkdir()
+    noise(20, 20).save("photos/1_mug/mug.png")
+    concepts(
+        {"instance_data_dir": "photos", "class_word": "dog"},
+        {"instance_data_dir": "photos/1_mug", "class_word": "mug", "unique_token": "zwx"},
+    )()
+
+
+def own_class_image(name: str, source: str) -> Callable[[], object]:
+    def prepare() -> None:
+        Path("class").mkdir()
+        shutil.copy(source, Path("class") / name)
+
+    return prepare
+
+
+def drawn_before() -> None:
+    Path("class").mkdir()
+    told = PngInfo()
+    told.add_text("gsoft_diffusion", json.dumps({"prompt": "a photo of a cat", "base_model": {"fingerprint": "x"}}))
+    noise(32, 32).save("class/seed000000.png", pnginfo=told)
+
+
 def another_run(*names: str) -> Callable[[], object]:
     def prepare() -> None:
         for name in names:
@@ -152,6 +190,9 @@ def another_run(*names: str) -> Callable[[], object]:
 
     return prepare
 
+
+LISTED = ("--concepts_list", "concepts.json")
+PRIOR = ("--with_prior_preservation", "--class_data_dir", "class", "--num_class_images", "1")
 
 ERRORS = [
     Case("no such folder", lambda: shutil.rmtree("photos")),
@@ -168,6 +209,24 @@ ERRORS = [
             "5.webp", lambda path: noise(40, 40).save(path, save_all=True, append_images=[Image.new("RGB", (40, 40))])
         ),
     ),
+    Case("32 bits a channel", photo("5.tiff", Image.new("F", (40, 40)).save)),
+    Case("a mask of one shade", photo("0-masklabel.png", Image.new("L", (40, 40), 128).save)),
+    Case("a mask that is black on transparent", photo("0-masklabel.png", transparent_black)),
+    Case("a mask in colours", photo("0-masklabel.png", noise(40, 40).save)),
+    Case("a caption in two files", lambda: (Path("photos/0.txt").write_text("a"), Path("photos/0.caption").touch())),
+    Case("captions in no encoding of Unicode", photo("0.txt", lambda path: path.write_bytes(b"gr\xfc\xdfe"))),
+    Case("a table with semicolons", photo("metadata.csv", lambda path: path.write_text("file_name;text\n0.png;a\n"))),
+    Case("one photo of two subjects", one_photo_of_two, LISTED),
+    Case(
+        "one folder for two classes",
+        concepts(
+            {"instance_data_dir": "photos", "class_word": "dog", "class_data_dir": "class"},
+            {"instance_data_dir": "x", "class_word": "mug", "unique_token": "zwx", "class_data_dir": "./class/"},
+        ),
+        LISTED,
+    ),
+    Case("a photo among the class images", own_class_image("a.png", "photos/1.png"), PRIOR),
+    Case("class images that were drawn for another prompt", drawn_before, PRIOR),
     Case(
         "the photos as class images",
         options=("--with_prior_preservation", "--class_data_dir", "photos", "--num_class_images", "2"),
@@ -232,14 +291,33 @@ def translucent(path: Path) -> None:
     picture.save(path)
 
 
+def in_kohyas_folder() -> None:
+    Path("photos").rename("10_zwx dog")
+    Path("photos").mkdir()
+    Path("10_zwx dog").rename("photos/10_zwx dog")
+
+
+def more_than_photos() -> None:
+    Path("photos/raw").mkdir()
+    Path("photos/gone.jpg").symlink_to("nowhere.jpg")
+    for name in (".DS_Store", "notes.pages"):
+        Path("photos", name).touch()
+
+
 GOES_ON = [
     Case("a single photo", only_one),
+    Case("a picture in Display P3", photo("5.png", lambda path: noise(40, 40).save(path, icc_profile=P3))),
+    Case("a broken colour profile", photo("5.png", lambda path: noise(40, 40).save(path, icc_profile=b"none"))),
+    Case("a picture of one colour", photo("5.png", Image.new("RGB", (40, 40), "navy").save)),
+    Case("the same picture twice", lambda: shutil.copy("photos/1.png", "photos/5.png")),
+    Case("a white mask", photo("0-masklabel.png", Image.new("L", (40, 40), 255).save)),
+    Case("photos in a folder as kohya names it", in_kohyas_folder),
     Case("CMYK", photo("5.jpg", noise(40, 40, "CMYK").save)),
     Case("16 bits of grey", photo("5.png", Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save)),
     Case("transparent parts", photo("5.png", translucent)),
     Case("turned by EXIF data", photo("5.jpg", exif)),
-    Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(40, 40).save(path, "PNG"))),
-    Case("files that are no pictures", photo("notes.pages", Path.touch)),
+    Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(44, 40).save(path, "PNG"))),
+    Case("files that are no pictures", more_than_photos),
     Case("a thousand words", options=("--instance_prompt", "word " * 1000)),
     Case("a prompt like a path", options=("--instance_prompt", "../../etc/passwd")),
     Case("a prompt of emoji, control characters and lines", options=("--instance_prompt", "a 🐶\x07\x1b[2J\nof\tmine")),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -83,6 +83,20 @@ def test_several_subjects():
     assert config.resolved() == config
 
 
+def test_subjects_may_share_what_means_the_same():
+    dogs = (replace(DOG, class_data_dir="dogs"), Concept("other", "dog", "zwx", class_data_dir="dogs"))
+    assert len(TrainingConfig(concepts_list=dogs).concepts) == 2
+    named = (Concept("a", "dog", instance_prompt="a zwx dog"), Concept("b", "dog", instance_prompt="a qvx dog"))
+    assert len(TrainingConfig(concepts_list=named).concepts) == 2  # nobody uses the default token
+
+
+def test_prompts_have_one_normal_form():
+    twice = [
+        TrainingConfig("photos", f"H{u}ndin", f"sk{u}", validation_prompts=(u,)).resolved() for u in ("ü", "u\u0308")
+    ]
+    assert twice[0] == twice[1]
+
+
 def test_a_single_subject_is_a_concept_too():
     (concept,) = TrainingConfig("photos", class_word="dog", class_data_dir="dogs").resolved().concepts
     assert concept == Concept("photos", "dog", "sks", "a photo of a sks dog", "a photo of a dog", "dogs")
@@ -97,7 +111,24 @@ DOG, CAT = Concept("dog", "dog"), Concept("cat", "cat", "zwx")
         ({"concepts_list": (DOG, CAT), "instance_data_dir": "dog"}, "--instance_data_dir: belongs into"),
         ({"concepts_list": (DOG, CAT), "unique_token": "zwx"}, "--unique_token: belongs into"),
         ({"concepts_list": (DOG, Concept("dog", "cat", "zwx"))}, "instance_data_dir dog comes twice"),
+        (
+            {"concepts_list": (DOG, Concept("./x/../dog/", "cat", "zwx"))},
+            r"instance_data_dir \./x/\.\./dog/ comes twice",
+        ),
         ({"concepts_list": (DOG, Concept("cat", "cat"))}, "unique_token sks comes twice"),
+        ({"concepts_list": (DOG, Concept("cat", "cat", "SKS"))}, "unique_token SKS comes twice"),
+        (
+            {"concepts_list": (DOG, Concept("other", "dog", instance_prompt="my sks dog"))},
+            "unique_token sks comes twice",
+        ),
+        (
+            {"concepts_list": (DOG, Concept("other", instance_prompt="A photo of a  sks dog"))},
+            "instance_prompt A photo of a sks dog comes twice",
+        ),
+        (
+            {"concepts_list": (replace(DOG, class_data_dir="pets"), replace(CAT, class_data_dir="pets/"))},
+            'class_data_dir pets/ comes with two class prompts, "a photo of a dog" and "a photo of a cat"',
+        ),
         (
             {"concepts_list": tuple(Concept(name, instance_prompt="x") for name in "ab")},
             "instance_prompt x comes twice",

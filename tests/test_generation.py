@@ -334,7 +334,7 @@ def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):
 
 def test_prompts_from_a_file(adapter_file, tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("a dog # 1\n\n  a cat  \n", encoding="utf-8")
+    path.write_text("\ufeff# animals\n a dog # 1\n\n  a cat  \n  # a tree\n", encoding="utf-8", newline="\r\n")
     draw(GenerationConfig((str(adapter_file),), prompts_file=str(path), num_images=1))
     prompts = [metadata["prompt"] for _, metadata in pictures_in(adapter_file.parent / "images").values()]
     assert prompts == ["a dog # 1", "a cat"]

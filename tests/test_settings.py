@@ -75,6 +75,14 @@ def test_a_group_of_settings_must_be_one():
         SamplerConfig.from_dict(3)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["settings.yaml", "settings.json", "settings.JSON"])
+def test_settings_as_editors_save_them(tmp_path, encoding, name):
+    path = tmp_path / name
+    path.write_text('{"words": "größer",\n"rate": 2}\n', encoding=encoding, newline="\r\n")
+    assert read_yaml(path) == {"words": "größer", "rate": 2}
+
+
 def test_missing_yaml_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml")

@@ -22,7 +22,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import whole_view
 from gsoft_diffusion.models import load_models
 from gsoft_diffusion.settings import read_yaml
-from gsoft_diffusion.training import Run, train
+from gsoft_diffusion.training import Run, instance_photos, train
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +109,7 @@ def test_loss_falls(any_base, config, text_encoder, prior):
         with_prior_preservation=prior,
         num_class_images=2,
         max_train_steps=20,
+        cache_latents=False,  # the samples that are measured are not the run's
     )
     losses = []
 
@@ -159,7 +160,7 @@ def test_captions_become_prompts(config, monkeypatch, capfd):
     drawn = torch.cat([batch["prompt"] for batch in seen])
     assert set(drawn.tolist()) == {0, 1, 2}
     assert torch.equal(drawn == 2, torch.cat([batch["is_prior"] for batch in seen]))
-    assert "subject: 4 pictures, 1 with captions, 0 turned" in capfd.readouterr().out
+    assert "subject: 4 pictures, 1 with captions; left out: notes.txt" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("cache_latents", [True, False])
@@ -195,7 +196,7 @@ def test_masks_keep_the_background_out_of_the_gradient(config, monkeypatch):
 def test_masks_that_are_not_used_and_not_there_are_said(config, capfd):
     with pytest.raises(UserError, match=r"--unmasked_weight 0\.1: no photo has a mask"):
         train(replace(config, unmasked_weight=0.1))
-    Image.new("L", (40, 40), 128).save(Path(config.instance_data_dir) / "0-masklabel.png")
+    Image.linear_gradient("L").resize((40, 40)).save(Path(config.instance_data_dir) / "0-masklabel.png")
     train(config)
     assert "note: masks are not used" in capfd.readouterr().out
 
@@ -218,6 +219,76 @@ def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
     file = read_adapter(Path(config.output_dir or "") / "adapter.safetensors")
     assert [subject["unique_token"] for subject in file.subjects] == ["sks", "zwx"]
     assert str(tmp_path) not in str(file.training)
+
+
+def in_folders(config: TrainingConfig, first: str, second: str) -> TrainingConfig:
+    """Two subjects whose photos are in these folders."""
+    concepts = (Concept(first, "dog"), Concept(second, "mug", "zwx"))
+    return replace(config, instance_data_dir="", class_word=None, concepts_list=concepts).resolved()
+
+
+def test_a_photo_of_two_subjects_is_refused(config, tmp_path):
+    inside = Path(config.instance_data_dir) / "3_mug"
+    inside.mkdir()
+    Image.effect_noise((40, 40), 50).save(inside / "mug.png")
+    with pytest.raises(
+        UserError, match=r"mug\.png: is in the folders of two subjects, .*photos and .*photos/3_mug; give each"
+    ):
+        instance_photos(in_folders(config, config.instance_data_dir, str(inside)), print)
+
+
+def test_copies_of_photos_are_said(config, tmp_path, capsys):
+    mugs = tmp_path / "mugs"
+    mugs.mkdir()
+    (mugs / "x.png").write_bytes((Path(config.instance_data_dir) / "0.png").read_bytes())
+    instance_photos(in_folders(config, config.instance_data_dir, str(mugs)), print)
+    said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, which counts twice by that"
+    assert said in capsys.readouterr().out
+
+
+def test_other_words_of_kohyas_folders_are_said(config, capsys):
+    inside = Path(config.instance_data_dir) / "10_zwx dog"
+    Path(config.instance_data_dir, "0.png").rename((inside.mkdir() or inside) / "0.png")
+    instance_photos(config.resolved(), print)
+    assert (
+        'say "zwx dog"; photos there without a caption are trained as "a photo of a sks dog"' in capsys.readouterr().out
+    )
+    inside.rename(inside.with_name("10_Sks dog"))
+    instance_photos(config.resolved(), print)
+    assert "all the same" not in capsys.readouterr().out
+
+
+def test_a_subjects_photo_among_the_class_images_is_refused(config, tmp_path):
+    own = tmp_path / "class"
+    own.mkdir()
+    (own / "copy.png").write_bytes((Path(config.instance_data_dir) / "1.png").read_bytes())
+    config = replace(config, with_prior_preservation=True, class_data_dir=str(own), num_class_images=1)
+    with pytest.raises(
+        UserError, match=r"copy\.png: is the same picture as the photo .*1\.png; take it out of the class images"
+    ):
+        train(config)
+
+
+def test_class_images_that_are_not_used_are_said(config, tmp_path, capfd):
+    own = tmp_path / "class"
+    own.mkdir()
+    for number in range(9):
+        image = Image.effect_noise((40, 40), 50 + number)
+        image.putalpha(image.copy())
+        image.save(own / f"{number}.png")
+    config = replace(config, with_prior_preservation=True, class_data_dir=str(own), num_class_images=7)
+    train(replace(config, max_train_steps=1))
+    printed = capfd.readouterr().out
+    assert "class: 7 pictures; 2 more than asked for are not used" in printed  # nor is there a word of masks
+    assert "note: this run is too short for 5 of its class images" in printed
+
+
+def test_a_run_encodes_what_it_shows(config, monkeypatch):
+    """Crops, flips and sizes of a few photos are many; a short run encodes few."""
+    config = replace(config, aspect_buckets=True, random_flip=True, max_train_steps=2, checkpointing_steps=1)
+    run, seen = batches(replace(config, train_batch_size=2), monkeypatch)
+    assert all("moments" in batch for batch in seen)
+    assert "pixels" in run.dataset[10_000]  # of another batch, whose photo has another crop
 
 
 # Same result by other ways
@@ -751,7 +822,8 @@ def test_what_is_printed(config, capfd):
     result = train(config)
     printed = capfd.readouterr()
     counts = result.adapter
-    assert "subject: 5 pictures, 1 turned upright by their EXIF data; 1 other files skipped" in printed.out
+    said = "subject: 5 pictures, 1 of one single colour, 1 turned upright by EXIF data; left out: notes.txt"
+    assert said in printed.out
     total = sum(tensor.numel() for tensor in read_adapter(result.adapter).tensors.values())
     assert f"training {total:,} parameters" in printed.out
     assert str(counts) in printed.out
