@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from eval.open_clip_layout import read_open_clip
+from gsoft_diffusion.options import expanded_path
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
 from pretraining.train_vae import to_pixels
@@ -60,10 +60,12 @@ def sheet(images: np.ndarray, labels: list[str], columns: int = 10) -> Image.Ima
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining, for its scenes")
-    parser.add_argument("--base", type=Path, required=True, help="pipeline to judge")
-    parser.add_argument("--clip", type=Path, required=True, help="CLIP that judges, as export_clip wrote it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for check.json and check.png")
+    parser.add_argument(
+        "--work", type=expanded_path, required=True, help="work folder of the pretraining, for its scenes"
+    )
+    parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to judge")
+    parser.add_argument("--clip", type=expanded_path, required=True, help="CLIP that judges, as export_clip wrote it")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder for check.json and check.png")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     clip, tokenizer, _ = read_open_clip(args.clip)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 
@@ -91,7 +91,7 @@ def fold_statistics(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=60_000, help="length of the training")
     args = parser.parse_args()
     keep_freed_memory()

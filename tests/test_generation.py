@@ -15,9 +15,9 @@ from tiny_models import randomise
 from gsoft_diffusion import models as models_module
 from gsoft_diffusion.adapter_file import save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
-from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
+from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig, with_names
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.generation import Sample, _sampler, _with_names, draw, generate, sheet_rows
+from gsoft_diffusion.generation import Sample, _sampler, draw, generate, sheet_rows
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import Models, load_models
 from gsoft_diffusion.pictures import METADATA_KEY
@@ -350,9 +350,9 @@ def test_prompts_with_places_for_the_subjects_name(adapter_file):
 
 def test_names_of_several_subjects():
     dog, mug = {"unique_token": "{2}", "class_word": "dog"}, {"unique_token": "zwx", "class_word": "mug"}
-    assert _with_names("a {0} {1} and a {2} {3}, {}, {4.x}", [dog, mug]) == "a {2} dog and a zwx mug, {}, {4.x}"
+    assert with_names("a {0} {1} and a {2} {3}, {}, {4.x}", [dog, mug]) == "a {2} dog and a zwx mug, {}, {4.x}"
     with pytest.raises(UserError, match=r"\{4\} is of subject 3, and there are 2"):
-        _with_names("a {4} {5}", [dog, mug])
+        with_names("a {4} {5}", [dog, mug])
 
 
 def test_no_prompt_says_what_the_subject_is_called(adapter_file, tmp_path):
