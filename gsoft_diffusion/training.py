@@ -661,9 +661,9 @@ class Run:
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
         prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
         with self._evaluated():
-            save_adapter(
-                path, self.adapter, base_model=self.identity, training=training | {"step": self.step}, prompts=prompts
-            )
+            base_model = replace(self.identity, name=public_name(self.identity.name))
+            training["step"] = self.step
+            save_adapter(path, self.adapter, base_model=base_model, training=training, prompts=prompts)
 
     def _write_card(self, adapter: Path) -> None:
         path, sheet = self.folder / CARD, latest_sheet(self.folder)

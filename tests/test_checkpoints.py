@@ -276,7 +276,7 @@ def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch, spelling
     )
     check_unchanged(TrainingConfig("photos", class_word="dog"), Path("checkpoint-9"), before, now)
     other = recorded(TrainingConfig("others", class_word="dog")).to_dict()
-    with pytest.raises(UserError, match="instance_data_dir is .*others and was .*photos"):
+    with pytest.raises(UserError, match=r"instance_data_dir is .*others and was .*photos"):
         check_unchanged(TrainingConfig("photos", class_word="dog"), Path("checkpoint-9"), before, other)
 
 
