@@ -152,8 +152,7 @@ def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:
     for path in paths:
         file = read_adapter(path)
         if same := next((other for other in files if other.path.samefile(file.path)), None):
-            spellings = f"{same.path} and {file.path} are one file" if same.path != file.path else f"{file.path} is it"
-            raise UserError(f"--adapter {path}: comes twice ({spellings}); give it once, with a --strength")
+            raise UserError(f"--adapter {path}: is the same file as {same.path}; give it once, with a --strength")
         files.append(file)
     return files
 
