@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from benchmarks.published import PublishedAdapter
 from benchmarks.step import turned
 from eval.methods import matched
 from gsoft_diffusion.injection import find_attentions, find_linears, inject
+from gsoft_diffusion.options import expanded_path
 
 STATES = {
     "base": "base model",
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, help="side of the latents; 64 for sd15, 16 for mini, unless given")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     dtype = args.dtype or {"sd15": "bfloat16", "mini": "float32"}[args.base]
     side = args.latents or {"sd15": 64, "mini": 16}[args.base]

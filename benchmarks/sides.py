@@ -28,6 +28,8 @@ from gsoft_diffusion.rotated_linear import Rotation, rotate_activations, rotate_
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from gsoft_diffusion.options import expanded_path
+
 WIDTHS = (320, 640, 1280)
 BLOCK_SIZES = (5, 10, 20, 40)
 TOKENS = (64, 256, 1024, 4096)
@@ -38,8 +40,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
-    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--plot", type=expanded_path, help="PNG to draw")
     args = parser.parse_args()
     records = Records(args.out, {"clock": args.clock})
     points = [

@@ -13,7 +13,6 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from eval.methods import matched
 from gsoft_diffusion.baselines import inject_baseline
 from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears, inject
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 
 METHODS = {
     "floor": "frozen, only the attentions' output biases train",
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each repetition")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     args.dtype = args.dtype or {"sd15": "bfloat16", "mini": "float32"}[args.base]
     args.latents = args.latents or {"sd15": 64, "mini": 16}[args.base]

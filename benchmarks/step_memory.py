@@ -13,7 +13,6 @@ import gc
 import multiprocessing
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from benchmarks.measure import Records, bytes_in_use, peak_bytes, reset_peak, ta
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.options import expanded_path
 from gsoft_diffusion.step_memory import step_bytes
 from gsoft_diffusion.training import Denoiser
 
@@ -41,7 +41,7 @@ CASES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
     records = Records(parser.parse_args().out, {})
     context = multiprocessing.get_context("spawn")
     for case in tqdm([case for case in CASES if not records.has(**case)], unit="case"):

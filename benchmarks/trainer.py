@@ -12,7 +12,6 @@ import argparse
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.memory import keep_freed_memory
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.options import expanded_path
 from gsoft_diffusion.training import Denoiser, make_optimizer, train, with_model_defaults
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     records = Records(args.out, {"steps": args.steps})
     for repetition in range(args.repetitions):

@@ -22,7 +22,7 @@ from eval.report import SETTINGS, choose_learning_rates, write_report
 from gsoft_diffusion.baselines import BaselineConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import Models, load_models
-from gsoft_diffusion.options import run
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.settings import read_yaml
 
 FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
@@ -155,7 +155,7 @@ def _hours(seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="YAML file with an experiment's settings, see eval/experiment.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for cells and report")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder for cells and report")
     parser.add_argument("--subjects_dir", help="folder of subjects, or of photos of one, instead of the file's")
     parser.add_argument("--class_word", help="what the photos show, if the folder is of one subject")
     parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")

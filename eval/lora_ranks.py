@@ -31,12 +31,13 @@ from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.export import lora_layers
+from gsoft_diffusion.files import check_writable
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.lora import LoraLayer, total_error
 from gsoft_diffusion.model_card import public_base
 from gsoft_diffusion.models import load_base
-from gsoft_diffusion.options import run
-from gsoft_diffusion.pictures import Row, contact_sheet
+from gsoft_diffusion.options import expanded_path, run
+from gsoft_diffusion.pictures import Row, contact_sheets, numbered
 
 RANKS = (4, 8, 16, 32, 64)
 PRECISION = torch.float16  # export.py's
@@ -104,7 +105,7 @@ def study(
             }
         )
     result = {
-        "adapter": path.resolve().parent.name,
+        "adapter": file.path.resolve().parent.name,
         "config": file.config.to_dict(),
         "base_model": {"name": public_base(file.base_model.name)[1], "fingerprint": file.base_model.fingerprint},
         "precision": str(PRECISION).removeprefix("torch."),
@@ -194,8 +195,10 @@ def plot(result: Mapping[str, Any]) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=Path, required=True, help="adapter file that training wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, which must not exist yet")
+    parser.add_argument("--adapter", type=expanded_path, required=True, help="adapter file that training wrote")
+    parser.add_argument(
+        "--out", type=expanded_path, required=True, help="folder for the results, which must not exist yet"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="ranks to try (default: %(default)s)")
     parser.add_argument("--prompts", nargs="+", default=[], help="what to draw (default: the run's validation prompts)")
     parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt (default: %(default)s)")
@@ -206,13 +209,15 @@ def main() -> int:
         raise UserError(f"--out {args.out}: exists; choose another folder")
     if min(args.ranks) < 1 or args.seeds < 1:
         raise UserError("--ranks, --seeds: must be 1 or more")
+    check_writable(args.out.parent, "--out: folder")
     encoders = load_encoders(args.clip, args.dino, args.device)
     ranks = sorted(set(args.ranks))
     result, rows = study(args.adapter, ranks, args.prompts, args.seeds, encoders, args.pretrained_model_name_or_path)
     args.out.mkdir(parents=True)
     (args.out / "ranks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(result).savefig(args.out / "ranks.svg")
-    contact_sheet(rows, "the same prompts and seeds at every rank").save(args.out / "contact_sheet.png")
+    for number, sheet in enumerate(contact_sheets(rows, "the same prompts and seeds at every rank"), start=1):
+        sheet.save(args.out / numbered("contact_sheet.png", number))
     print(f"the base model's pictures are {result['base_distance']['pixels']:.4f} from the adapter's (pixels, RMS)")
     for row in result["ranks"]:
         lost, distance = row["error"], row["distance"]["pixels"]

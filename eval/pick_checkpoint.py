@@ -26,11 +26,12 @@ from gsoft_diffusion.adapter_file import load_adapter, read_adapter
 from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import check_writable
 from gsoft_diffusion.generation import generate
 from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.options import run
-from gsoft_diffusion.pictures import Row, contact_sheet
+from gsoft_diffusion.options import expanded_path, run
+from gsoft_diffusion.pictures import Row, contact_sheets, numbered
 from gsoft_diffusion.settings import read_yaml
 
 FOLDER = "checkpoint_scores"
@@ -55,16 +56,19 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
     if out.exists():
         raise UserError(f"{out}: exists; remove or rename it to score again")
     config = TrainingConfig.from_dict(read_yaml(folder / SETTINGS))
-    word = config.class_word or ""
-    if not word:
-        raise UserError(f"{folder / SETTINGS}: has no class_word, which the prompts are made with")
+    named = config.concepts[0].resolved()
+    word, token = named.class_word or "", named.unique_token
+    if not (word and token):
+        missing = "unique_token" if word else "class_word"
+        raise UserError(f"{folder / SETTINGS}: has no {missing}, which the prompts are made with")
+    check_writable(folder, "run")
     adapters = {step_of(checkpoint): checkpoint / ADAPTER for checkpoint in checkpoints(folder)}
     if (folder / ADAPTER).is_file():
         adapters[int(read_adapter(folder / ADAPTER).training["step"])] = folder / ADAPTER
     if len(adapters) < 2:
         raise UserError(f"{folder}: holds {len(adapters)} adapters to choose from; train with --checkpointing_steps")
     subject = Subject(folder.name, word, word in LIVE_CLASSES, Path(config.instance_data_dir))
-    asked = [p for p in prompts_for(subject, config.unique_token, prompts, max_prompts) if p.kind == "context"]
+    asked = [p for p in prompts_for(subject, token, prompts, max_prompts) if p.kind == "context"]
     models = load_models(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -157,7 +161,8 @@ def _write(out: Path, scored: list[Scored], judge: Judge, best: Scored) -> None:
         )
         for each in scored
     ]
-    contact_sheet(sheet, "the same prompts and seeds at every checkpoint").save(out / "contact_sheet.png")
+    for number, image in enumerate(contact_sheets(sheet, "the same prompts and seeds at every checkpoint"), start=1):
+        image.save(out / numbered("contact_sheet.png", number))
 
 
 def _plot(rows: list[dict[str, Any]], judge: Judge, keep: int) -> Figure:
@@ -180,7 +185,7 @@ def _plot(rows: list[dict[str, Any]], judge: Judge, keep: int) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output folder of train_dreambooth_gsoft.py")
+    parser.add_argument("run", type=expanded_path, help="output folder of train_dreambooth_gsoft.py")
     parser.add_argument("--prompts", default=DREAMBOOTH, help="file of templates (default: %(default)s's list)")
     parser.add_argument("--max_prompts", type=int, default=8, help="how many of them (default: %(default)s)")
     parser.add_argument("--images_per_prompt", type=int, default=2, help="pictures for each (default: %(default)s)")

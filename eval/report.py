@@ -31,7 +31,7 @@ from eval.experiment import Cell, Experiment, budgets_of, sweep_cells
 from eval.methods import METHODS
 from eval.metrics import Interval
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.options import run
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.settings import read_yaml
 
 SETTINGS = "experiment.yaml"
@@ -584,7 +584,7 @@ def _image(path: Path, caption: str) -> str:
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete its folder and run eval.benchmark again") from error
     file, kind = io.BytesIO(), "png"
     if max(picture.size) > THUMBNAIL:
@@ -623,7 +623,7 @@ summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; padding: .4rem 0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that eval.benchmark wrote to")
+    parser.add_argument("out", type=expanded_path, help="folder that eval.benchmark wrote to")
     args = parser.parse_args()
     for path in write_report(Experiment.from_dict(read_yaml(args.out / SETTINGS)), args.out):
         print(path)

@@ -21,9 +21,10 @@ from torch import Tensor
 from eval import metrics
 from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.files import check_writable
 from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.models import best_device
-from gsoft_diffusion.options import run
+from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.photos import list_images
 from gsoft_diffusion.pictures import METADATA_KEY
 
@@ -71,20 +72,32 @@ def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
 
 
 def score_folder(
-    images: str, photos: str, encoders: Encoders, prompt: str | None = None, unique_token: str = "sks"
+    images: str | Path,
+    photos: str | Path,
+    encoders: Encoders,
+    prompt: str | None = None,
+    unique_token: str | None = None,
 ) -> dict[str, Any]:
-    """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures."""
+    """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures.
+
+    unique_token: left out of the captions; by default those that the pictures say their subjects have.
+    """
     paths, prompts = [], []
+    tokens = {unique_token} if unique_token else set()
     found = list_images(images, "--images")
     for path in found:
+        if path.name.startswith("contact_sheet"):
+            continue
         facts = _metadata(path)
-        if path.name.startswith("contact_sheet") or facts.get("model") == "base":
+        if facts.get("model") == "base":
             continue
         paths.append(path)
         prompts.append(prompt or facts.get("prompt"))
+        if unique_token is None:
+            tokens |= _tokens(facts)
     if not paths:
         raise UserError(f"--images {images}: holds nothing but contact sheets and the base model's pictures")
-    captions = [re.sub(rf"\b{re.escape(unique_token)} ", "", text) for text in prompts if text]
+    captions = [_without(tokens, text) for text in prompts if text]
     texts = encoders.clip.embed_texts(captions) if len(captions) == len(paths) else None
     real = embed(encoders, _open(list_images(photos, "--photos")))
     scores = picture_scores(embed(encoders, _open(paths)), real, texts)
@@ -95,7 +108,7 @@ def score_folder(
         "encoders": encoders.to_dict(),
         "mean": means,
         "photos": {name: metrics.real_photo_ceiling(embedded) for name, embedded in ceilings.items()},
-        "captions": "the prompts without the unique token" if texts is not None else None,
+        "captions": _captions_are(tokens) if texts is not None else None,
         "left_out": len(found) - len(paths),
         "pictures": rows,
     }
@@ -120,7 +133,28 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"  left out: {result['left_out']} contact sheets and pictures of the base model")
     if result["captions"] is None:
         lines.append("  no CLIP-T: the pictures carry no prompt; give --prompt")
+    else:
+        lines.append(f"  CLIP-T compares with {result['captions']}")
     return "\n".join(lines)
+
+
+def _tokens(facts: dict[str, Any]) -> set[str]:
+    """The unique tokens of the subjects in a picture's metadata."""
+    subjects = facts.get("subjects")
+    named = [subject for subject in subjects if isinstance(subject, dict)] if isinstance(subjects, list) else []
+    return {token for subject in named if isinstance(token := subject.get("unique_token"), str) and token}
+
+
+def _without(tokens: Iterable[str], text: str) -> str:
+    for token in tokens:
+        text = re.sub(rf"(?<!\S){re.escape(token)} ", "", text)
+    return text
+
+
+def _captions_are(tokens: set[str]) -> str:
+    if tokens:
+        return f"the prompts without {', '.join(sorted(tokens))}"
+    return "the prompts as they are: no unique token is known, and --unique_token names none"
 
 
 def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
@@ -132,7 +166,9 @@ def _metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             facts = json.loads(image.info.get(METADATA_KEY, "{}"))
-    except (OSError, ValueError):
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large a picture, make it smaller ({error})") from error
+    except (OSError, SyntaxError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -147,16 +183,20 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="folder of generated pictures")
-    parser.add_argument("--photos", required=True, help="folder of photos of the subject")
+    parser.add_argument("--images", type=expanded_path, required=True, help="folder of generated pictures")
+    parser.add_argument("--photos", type=expanded_path, required=True, help="folder of photos of the subject")
     parser.add_argument("--prompt", help="what all pictures were asked to show")
-    parser.add_argument("--unique_token", default="sks", help="left out of the captions (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the scores of every picture")
+    parser.add_argument(
+        "--unique_token", help="left out of the captions (default: as inference.py noted in the pictures)"
+    )
+    parser.add_argument("--out", type=expanded_path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()
     if args.out and (args.out.exists() or not args.out.parent.is_dir()):
         why = "exists; choose another file" if args.out.exists() else "is in a folder that does not exist"
         raise UserError(f"--out {args.out}: {why}")
+    if args.out:
+        check_writable(args.out.parent, "--out: folder")
     encoders = load_encoders(args.clip, args.dino, args.device)
     result = score_folder(args.images, args.photos, encoders, args.prompt, args.unique_token)
     print(f"{table(result)}\n  by {encoders.clip.identity}\n  and {encoders.dino.identity}")

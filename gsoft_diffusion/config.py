@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.settings import Settings, not_negative, positive, require
+from gsoft_diffusion.settings import Settings, expand_home, not_negative, positive, require
 from gsoft_diffusion.text_files import composed
 
 BUNDLED_BASE = "data/mini_base"  # found in the repository whatever the working directory
@@ -21,6 +21,12 @@ FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5, "text_encoder_lr": 
 MINIATURE = {"max_train_steps": 500, "learning_rate": 1e-3, "text_encoder_lr": 2e-5}
 GUIDANCE, MINIATURE_GUIDANCE = 5.0, 3.0  # above it the miniature's shapes come apart
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
+UNIQUE_TOKEN = "sks"  # the subject's name where nothing else says it
+# What may stand before the subject's name in a prompt, and is none of it.
+NOT_NAMES = re.compile(
+    r"a|an|the|this|that|these|those|my|your|his|her|its|our|their|one|some|of|in|on|at|to|by|with|from|for|and|or|"
+    r"photo|photograph|picture|image|portrait|drawing|painting"
+)
 VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the background")
 
 
@@ -80,7 +86,8 @@ class Concept(Settings):
 
     instance_data_dir: folder with the photos of the subject.
     class_word: what the subject is, in a word or two.
-    unique_token: rare word that becomes the subject's name.
+    unique_token: rare word that becomes the subject's name; by default sks, or what stands before the class word in
+      instance_prompt.
     instance_prompt: prompt of the photos that have no caption.
     class_prompt: prompt of the class images.
     class_data_dir: folder of class images.
@@ -88,7 +95,7 @@ class Concept(Settings):
 
     instance_data_dir: str
     class_word: str | None = None
-    unique_token: str = "sks"
+    unique_token: str | None = None
     instance_prompt: str | None = None
     class_prompt: str | None = None
     class_data_dir: str | None = None
@@ -100,29 +107,46 @@ class Concept(Settings):
             folder = self.instance_data_dir
             raise UserError(f"--class_word: say what is on the photos in {folder}, for example --class_word dog")
         require(self, lambda text: text.strip() != "", "more than blanks", "instance_prompt", "class_prompt")
+        expand_home(self, "instance_data_dir", "class_data_dir")
 
     @property
     def name(self) -> str:
-        """The subject as prompts call it: a sks dog."""
-        return with_article(f"{self.unique_token} {self.class_word}")
+        """The subject as prompts call it: a sks dog; its whole prompt if its name is not known."""
+        subject = self.resolved()
+        if subject.unique_token and subject.class_word:
+            return with_article(f"{subject.unique_token} {subject.class_word}")
+        return subject.instance_prompt or ""
 
     def resolved(self) -> Concept:
-        """With the prompts that follow from the names filled in, all in one Unicode normal form."""
-        class_prompt = f"a photo of {with_article(self.class_word)}" if self.class_word else None
-        class_prompt = self.class_prompt or class_prompt
-        return replace(
-            self,
-            class_word=self.class_word and composed(self.class_word),
-            unique_token=composed(self.unique_token),
-            instance_prompt=composed(self.instance_prompt or f"a photo of {self.name}"),
-            class_prompt=class_prompt and composed(class_prompt),
+        """With what follows filled in: prompts from names, or the token from the prompt; None if it is not plain there.
+
+        All in one Unicode normal form. Raises UserError for a token that the prompt does not have: the subject would be
+        learned by another name.
+        """
+        names = ("class_word", "unique_token", "instance_prompt", "class_prompt")
+        word, token, prompt, class_prompt = (
+            text and composed(text) for text in (getattr(self, name) for name in names)
         )
+        if prompt is None:
+            token = token or UNIQUE_TOKEN
+            prompt = f"a photo of {with_article(f'{token} {word}')}"
+        elif not token:
+            token = token_in(prompt, word)
+        elif not has_words(prompt, token):
+            raise UserError(
+                f'--unique_token {token}: is not in the --instance_prompt "{prompt}", so the subject would be learned '
+                "by another name; write it there, or leave one of the two out"
+            )
+        if class_prompt is None and word:
+            class_prompt = f"a photo of {with_article(word)}"
+        return replace(self, class_word=word, unique_token=token, instance_prompt=prompt, class_prompt=class_prompt)
 
     def scenes(self) -> tuple[str, ...]:
         """Prompts that show what has been learned; only the photos' own if the subject's name is not known."""
-        instance_prompt = self.resolved().instance_prompt or ""
-        scenes = () if self.instance_prompt else tuple(f"{self.name} {scene}" for scene in VALIDATION_SCENES)
-        return instance_prompt, *scenes
+        subject = self.resolved()
+        known = subject.unique_token and subject.class_word
+        scenes = tuple(f"{self.name} {scene}" for scene in VALIDATION_SCENES) if known else ()
+        return subject.instance_prompt or "", *scenes
 
 
 @dataclass(frozen=True)
@@ -132,7 +156,8 @@ class TrainingConfig(Settings):
     instance_data_dir: folder with the photos of the subject (three to five are enough); a photo may have its caption in
       a .txt or .caption file beside it or in metadata.jsonl or .csv, and its mask beside it or in its transparency.
     class_word: what the subject is, in a word or two: dog, toy car. Makes the prompts that are not given.
-    unique_token: rare word that becomes the subject's name.
+    unique_token: rare word that becomes the subject's name; by default sks, or what stands before the class word in
+      instance_prompt.
     instance_prompt: prompt of photos that have no caption; by default "a photo of a <unique_token> <class_word>".
     class_prompt: prompt of the class images; by default "a photo of a <class_word>".
     class_data_dir: folder of class images; by default beside output_dir, one for each model, prompt and sampler.
@@ -185,7 +210,8 @@ class TrainingConfig(Settings):
     push_to_hub: publish adapter, model card and last validation sheet on the Hugging Face hub at the end.
     hub_model_id: name there, with or without an owner; by default that of output_dir.
     hub_token: access token, kept nowhere; by default the one of `hf auth login` or of HF_TOKEN.
-    validation_prompts: prompts drawn during training and at its end; by default the subject in a few scenes.
+    validation_prompts: prompts drawn during training and at its end, with `{0} {1}` for the subject's name as in
+      inference.py; by default the subject in a few scenes.
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
     validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
     sample_batch_size: pictures drawn at a time.
@@ -194,7 +220,7 @@ class TrainingConfig(Settings):
 
     instance_data_dir: str = ""
     class_word: str | None = None
-    unique_token: str = "sks"
+    unique_token: str | None = None
     instance_prompt: str | None = None
     class_prompt: str | None = None
     class_data_dir: str | None = None
@@ -260,6 +286,7 @@ class TrainingConfig(Settings):
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
+        expand_home(self, *PATHS, "resume_from_checkpoint")
         concepts = self.concepts
         if self.concepts_list:
             _check_concepts(concepts)
@@ -298,11 +325,13 @@ class TrainingConfig(Settings):
         prompts: dict[str, Any] = {"concepts_list": concepts} if self.concepts_list else concepts[0].to_dict()
         shown = [concept.scenes()[: 2 if self.concepts_list else None] for concept in self.concepts]
         name = "_and_".join(Path(concept.instance_data_dir).resolve().name for concept in concepts)
+        names = [asdict(concept) for concept in concepts]
         return replace(
             self,
             **prompts,
             output_dir=self.output_dir or str(Path("outputs") / name[:100]),
-            validation_prompts=tuple(map(composed, self.validation_prompts or chain.from_iterable(shown))),
+            validation_prompts=tuple(with_names(composed(prompt), names) for prompt in self.validation_prompts or ())
+            or tuple(chain.from_iterable(shown)),
         )
 
 
@@ -313,11 +342,7 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
     own: dict[str, list[tuple[str, object]]] = {
         "instance_data_dir": [(one.instance_data_dir, Path(one.instance_data_dir).resolve()) for one in resolved],
         "instance_prompt": [(prompt, " ".join(prompt.casefold().split())) for prompt in prompts],
-        "unique_token": [
-            (one.unique_token, one.unique_token.casefold())
-            for one, prompt in zip(resolved, prompts, strict=True)
-            if one.unique_token.casefold() in prompt.casefold().split()
-        ],
+        "unique_token": [(token, token.casefold()) for one in resolved if (token := one.unique_token)],
     }
     for name, values in own.items():
         keys = [key for _, key in values]
@@ -335,6 +360,8 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
                 )
 
 
+# Folders and files, or in some cases names on the hub.
+PATHS = ("instance_data_dir", "class_data_dir", "output_dir", "pretrained_model_name_or_path", "base_config")
 _POSITIVE = (
     "resolution",
     "num_class_images",
@@ -368,7 +395,8 @@ _NOT_NEGATIVE = (
 class GenerationConfig(Settings):
     """Everything `inference.py` can be told.
 
-    adapter: the adapter file that training wrote, or several for the same base model, which then act in this order.
+    adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
+      model, which then act in this order.
     strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
     prompts: prompts to draw; the subject goes by the name it was trained with, such as "a sks dog" or "a {0} {1}".
     prompts_file: text file with one prompt a line, instead of prompts; a line that starts with # is a comment;
@@ -383,10 +411,11 @@ class GenerationConfig(Settings):
     width: of pictures that are not square, in pixels; by default the resolution.
     height: of pictures that are not square, in pixels; by default the resolution.
     batch_size: pictures drawn at a time; changes speed and memory, not the pictures.
-    output_dir: folder for the pictures; by default `images` beside the adapter.
+    output_dir: folder for the pictures; by default `images` in the run's folder, and there `images/checkpoint-<step>`
+      for those of a checkpoint.
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
-    mixed_precision: type of weights and activations.
+    mixed_precision: type of weights and activations; by default as in the adapter's training.
     cpu_offload: keep VAE and text encoders in main memory while they have nothing to do; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default the fastest there is.
     """
@@ -408,11 +437,12 @@ class GenerationConfig(Settings):
     output_dir: str | None = None
     compare: bool = False
     pretrained_model_name_or_path: str | None = None
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     cpu_offload: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
+        expand_home(self, "adapter", "prompts_file", "output_dir", "pretrained_model_name_or_path")
         weighed(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give one of them")
@@ -431,11 +461,13 @@ class GenerationConfig(Settings):
 class ExportConfig(Settings):
     """Everything `export.py` can be told.
 
-    adapter: the adapter file that training wrote, or several for the same base model, which then act in this order.
+    adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
+      model, which then act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
       with the adapter merged in; diffusers_lora and kohya_lora are small files that only come near it.
     strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
-    output: folder or file to write, which must not exist yet; by default beside the adapter, named after the format.
+    output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format,
+      and after the checkpoint if it is one's.
     rank: rank of a LoRA, 64 by default; the higher, the nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
@@ -450,7 +482,9 @@ class ExportConfig(Settings):
     pretrained_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        weighed(self.adapter, self.strength)
+        expand_home(self, "adapter", "output", "pretrained_model_name_or_path")
+        if not any(weighed(self.adapter, self.strength).values()):
+            raise UserError("--strength 0: is the base model as it was; there is nothing to export")
         require(self, positive, "more than 0", "rank")
         if self.rank and not self.is_lora:
             raise UserError(f"--rank is for LoRAs: --format {self.format} holds all of the adapter")
@@ -479,6 +513,59 @@ def weighed(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, fl
     if not all(map(math.isfinite, strengths)):
         raise UserError(f"--strength {' '.join(map(str, strengths))}: must be finite numbers")
     return dict(zip(adapters, strengths or (1.0,) * len(adapters), strict=True))
+
+
+def token_in(prompt: str, class_word: str | None) -> str | None:
+    """What stands before the class word in a prompt, back to an article or the like; None if nothing does.
+
+    "zwx" in "a photo of a zwx teddy bear on a bed".
+    """
+    words, wanted = prompt.split(), (class_word or "").split()
+    at = _place(words, wanted)
+    name: list[str] = []
+    while wanted and at - len(name) > 0:
+        word = words[at - len(name) - 1]
+        if NOT_NAMES.fullmatch(word.lower()) or word[-1] in ",.;:!?":
+            break
+        name.insert(0, word)
+    return " ".join(name) or None
+
+
+def has_words(text: str, words: str) -> bool:
+    """Whether these words are in the text, one after the other."""
+    return _place(text.split(), words.split()) >= 0
+
+
+def _place(words: Sequence[str], wanted: Sequence[str]) -> int:
+    """Where the wanted words begin among others, without regard to capitals and to what punctuation follows; or -1."""
+
+    def plain(some: Sequence[str]) -> list[str]:
+        return [(re.sub(r"('s|[^\w>])*$", "", word) or word).casefold() for word in some]
+
+    starts = range(len(words) - len(wanted) + 1)
+    return next((at for at in starts if plain(words[at : at + len(wanted)]) == plain(wanted)), -1)
+
+
+def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str:
+    """The prompt with the first subject's unique token for `{0}` and its class word for `{1}`, as in DreamBooth's
+    prompt lists; `{2}` and `{3}` are the second subject's, and so on. UserError for a name that is not known.
+    """
+
+    def word(found: re.Match[str]) -> str:
+        subject, part = divmod(int(found[1]), 2)
+        name = ("unique_token", "class_word")[part]
+        if subject >= len(subjects):
+            raise UserError(f"{prompt!r}: {found[0]} is of subject {subject + 1}, and there are {len(subjects)}")
+        if not (known := subjects[subject].get(name)):
+            trained = subjects[subject].get("instance_prompt")
+            how = f', only of its prompt "{trained}"' if trained else ""
+            raise UserError(
+                f"{prompt!r}: {found[0]} cannot be filled in: nothing is known of the subject's {name}{how}; "
+                "write out what it is called"
+            )
+        return known
+
+    return re.sub(r"\{(\d{1,2})\}", word, prompt)
 
 
 def with_article(noun: str) -> str:

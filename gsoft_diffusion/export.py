@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
+from gsoft_diffusion.adapter_file import AdapterFile, read_adapters
 from gsoft_diffusion.adapter_stack import AdapterStack
+from gsoft_diffusion.checkpoints import checkpoint_name, run_folder
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models
+from gsoft_diffusion.files import check_writable
 from gsoft_diffusion.lora import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
 from gsoft_diffusion.model_card import CARD, latest_sheet, model_card, public_base
 from gsoft_diffusion.models import INDEX, load_base
 
 DEFAULT_RANK = 64
-MERGED_NAMES = {"diffusers": "merged", "checkpoint": "merged.safetensors"}
 
 
 def export(config: ExportConfig) -> Path:
@@ -38,15 +39,15 @@ def export(config: ExportConfig) -> Path:
     Weights are rotated and decomposed in float32 and rounded to `config.precision` at the end. Raises UserError if the
     adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
     """
-    files = [read_adapter(path) for path in config.adapter]
+    files = read_adapters(config.adapter)
     rank = config.rank or DEFAULT_RANK
-    name = f"{config.format}_rank{rank}.safetensors" if config.is_lora else MERGED_NAMES[config.format]
-    target = Path(config.output or files[0].path.parent / name)
+    target = Path(config.output or _default_target(files[0].path, config.format, rank))
     report = target.with_suffix(".csv")  # of a LoRA
     whole = config.format == "diffusers"
     card, picture = (target / CARD, target / "preview.png") if whole else map(target.with_suffix, (".md", ".png"))
     for path in (target, *([] if whole else [card, picture]), *([report] if config.is_lora else [])):
         refuse_existing(path)
+    check_writable(target.parent, "--output: folder")
     dtype: torch.dtype = getattr(torch, config.precision)
     models = load_base(files[0], config.pretrained_model_name_or_path)
     stack = AdapterStack(models.denoiser, models.text_encoders)
@@ -72,7 +73,7 @@ def export(config: ExportConfig) -> Path:
             write_tensors(target, rounded(models.original_layout(), dtype), origin)
         what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
         print(f"{target}: {models.name} with {what} merged in, {config.precision}")
-    sheet = latest_sheet(files[0].path.parent) if list(config.strengths.values()) == [1.0] else None
+    sheet = _sheet(files[0]) if list(config.strengths.values()) == [1.0] else None
     text = model_card(
         config.format,
         target.name,
@@ -87,6 +88,20 @@ def export(config: ExportConfig) -> Path:
         with new(picture) as path:
             shutil.copy(sheet, path)
     return target
+
+
+def _default_target(adapter: Path, layout: str, rank: int) -> Path:
+    """In the run's folder, named after the format; that of a checkpoint's after it too."""
+    checkpoint = checkpoint_name(adapter)
+    stem = f"{layout}_rank{rank}" if layout.endswith("_lora") else "merged"
+    end = "" if layout == "diffusers" else ".safetensors"
+    return run_folder(adapter) / f"{stem}{f'_{checkpoint}' if checkpoint else ''}{end}"
+
+
+def _sheet(file: AdapterFile) -> Path | None:
+    """The last contact sheet of the adapter's run that is not of a later step."""
+    step = file.training.get("step")
+    return latest_sheet(run_folder(file.path), step if isinstance(step, int) else None)
 
 
 # A whole model

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.model_names import REPOSITORY
 from gsoft_diffusion.settings import described, field_help, overlay, read_list, read_yaml
 
 RENAMED = {"text_encoder": "train_text_encoder"}  # a field whose name needs its group around it
@@ -104,6 +107,17 @@ def _reader(hint: Any) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not {described(hint)}")
 
     return read
+
+
+def script(name: str) -> str:
+    """One of this repository's scripts as it is called from the working directory, quoted for a shell."""
+    path = REPOSITORY / name
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def expanded_path(text: str) -> Path:
+    """The type of an option that is a path: `~` stands for the home folder, which shells leave alone in `--out=~/x`."""
+    return Path(text).expanduser()
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -95,7 +96,7 @@ for _class in (_YamlLoader, _YamlDumper):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file; UserError if it cannot be read or is not a mapping."""
-    values = _read(Path(path))
+    values = _read(Path(path).expanduser())
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of `name: value`")
     return values
@@ -103,7 +104,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def read_list(path: str | Path) -> list[Any]:
     """The list in a JSON or YAML file; UserError if it cannot be read or is something else."""
-    values = _read(Path(path))
+    values = _read(Path(path).expanduser())
     if not (isinstance(values, list) and values):
         raise UserError(f"{path}: expected a list")
     return values
@@ -175,6 +176,20 @@ def require(settings: Any, test: Callable[[Any], bool], rule: str, *names: str) 
         value = getattr(settings, name)
         if value is not None and not test(value):
             raise UserError(f"--{name} {value}: must be {rule}")
+
+
+def expand_home(settings: Any, *names: str) -> None:
+    """Let the named fields of settings in the making, paths or tuples of paths, have the home folder for `~`.
+
+    A shell does so only where a word begins: not in `--output_dir=~/out`, and nobody does in a file of settings.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            expanded: Any = tuple(map(os.path.expanduser, value))
+        else:
+            expanded = os.path.expanduser(value) if value else value  # noqa: PTH111 - it leaves `~nobody` as it is
+        object.__setattr__(settings, name, expanded)  # they are frozen from then on
 
 
 def positive(value: float) -> bool:

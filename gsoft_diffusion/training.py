@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import logging
 import math
+import os
 import shlex
 import time
 from collections import deque
@@ -37,7 +38,7 @@ from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, Concept, TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, Concept, TrainingConfig, has_words
 from gsoft_diffusion.crops import bucket_sizes
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
 from gsoft_diffusion.errors import UserError, first_line, printable
@@ -47,10 +48,12 @@ from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.injection import Adapter, inject
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
 from gsoft_diffusion.memory import keep_freed_memory, running_out_explained
-from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
+from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card, sheet_of
+from gsoft_diffusion.model_names import public_name
 from gsoft_diffusion.models import DTYPES, Models, load_models
+from gsoft_diffusion.options import script
 from gsoft_diffusion.photos import KOHYA, Folder, Photo, copies, read_folder
-from gsoft_diffusion.pictures import contact_sheet
+from gsoft_diffusion.pictures import contact_sheets
 from gsoft_diffusion.preflight import check_step
 from gsoft_diffusion.schedulers import with_model_sampler
 from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run, quiet_writers
@@ -128,7 +131,8 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
         instance = instance_photos(config, accelerator.print)
         repository = None
         if config.push_to_hub and accelerator.is_main_process:
-            repository = HubRepository(config.hub_model_id or Path(config.output_dir or "").name, token)
+            name = config.hub_model_id or Path(config.output_dir or "").resolve().name
+            repository = HubRepository(name, token)
         models = load_models(
             config.pretrained_model_name_or_path,
             revision=config.revision,
@@ -142,8 +146,9 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
         config = with_model_defaults(config, models)
         state = checkpoints.read_state(checkpoint) if checkpoint else None
         if checkpoint and state:
-            before = TrainingConfig.from_dict(state["settings"])
-            checkpoints.check_unchanged(config, checkpoint, before.to_dict(), config.to_dict())
+            before, now = TrainingConfig.from_dict(state["settings"]), checkpoints.recorded(config)
+            checkpoints.check_unchanged(config, checkpoint, checkpoints.recorded(before).to_dict(), now.to_dict())
+            checkpoints.check_goes_further(config, state["step"])
         try:
             run = Run(config, accelerator, models, instance, baseline)
             if checkpoint and state:
@@ -180,6 +185,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
                 raise UserError(
                     f"{photo.path}: is in the folders of two subjects, {given}; give each photos of its own"
                 )
+        say_unnamed(concept, folder.photos, say)
         photos += folder.photos
     note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
@@ -218,6 +224,15 @@ def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> Non
             raise UserError(
                 f"{copy.path}: is the same picture as the photo {first.path}; take it out of the class images"
             )
+
+
+def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
+    """Say which photos have captions that do not name the subject: what they show is learned as something else."""
+    for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
+        captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
+        if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):
+            named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+            say(f'note: the {what} "{words}" is not in the captions of {named}; the subject is not named there')
 
 
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
@@ -364,10 +379,10 @@ class Run:
             started = time.perf_counter()
             self._train(stop)
             seconds = time.perf_counter() - started
-            if accelerator.is_main_process:
-                self._save_adapter(result)
             interrupted = self.step < self.max_train_steps
-            if self.step > first and not interrupted:
+            if accelerator.is_main_process:
+                self._save_result(result)
+            if not interrupted and (self.step > first or not sheet_of(self.folder, self.step).exists()):
                 self._validate(stop)
         if interrupted:
             settings = shlex.quote(str(self.folder / checkpoints.SETTINGS))
@@ -375,7 +390,7 @@ class Run:
             starter = "python" if count == 1 else f"by the same launcher, with {count} processes,"
             accelerator.print(
                 f"stopped at step {self.step}; to go on: "
-                f"{starter} train_dreambooth_gsoft.py --config {settings} --resume_from_checkpoint latest"
+                f"{starter} {script('train_dreambooth_gsoft.py')} --config {settings} --resume_from_checkpoint latest"
             )
         if accelerator.is_main_process and isinstance(self.adapter, Adapter):
             self._write_card(result)
@@ -385,7 +400,7 @@ class Run:
         error = self.adapter.orthogonality_error()
         accelerator.print(
             f"adapter: {result}{f' (largest deviation from orthogonality {error:.1e})' if error is not None else ''}\n"
-            f"try it: python inference.py --adapter {shlex.quote(str(result))} --prompt {prompt}"
+            f"try it: python {script('inference.py')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
         )
         return TrainingResult(result, self.step, interrupted, seconds)
 
@@ -442,7 +457,8 @@ class Run:
         """What decides how the run learns besides its settings, as it was when the run began."""
         sums: dict[str, Any] = {}
         for photo in chain(*self.dataset.streams):
-            photo_sum = sums.setdefault(f"{photo.path.parent.name}/{photo.path.name}", hashlib.sha256())
+            folder = Path(os.path.abspath(photo.path)).parent.name  # noqa: PTH100 - keeps links
+            photo_sum = sums.setdefault(f"{folder}/{photo.path.name}", hashlib.sha256())
             photo_sum.update(photo.path.read_bytes())
             if photo.mask and self.config.unmasked_weight != 1:
                 photo_sum.update(photo.mask.read_bytes())
@@ -617,7 +633,7 @@ class Run:
             self.accelerator.print(f"note: {self.config.report_to} cannot write ({error}); no more is reported to it")
 
     def _validate(self, stop: StopRequest) -> None:
-        """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`.
+        """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`, or several.
 
         A request to stop does not wait for it: the sheet is left out then.
         """
@@ -635,11 +651,13 @@ class Run:
                 )
                 drawn = list(takewhile(lambda _: not stop.requested, samples))
             if len(drawn) == len(jobs):
-                self._write_sheet(contact_sheet(sheet_rows({"adapter": drawn}, len(seeds)), f"step {self.step}"))
+                rows = sheet_rows({"adapter": drawn}, len(seeds))
+                for number, sheet in enumerate(contact_sheets(rows, f"step {self.step}"), start=1):
+                    self._write_sheet(sheet, number)
         accelerator.wait_for_everyone()
 
-    def _write_sheet(self, sheet: Image.Image) -> None:
-        path = self.folder / "validation" / f"step-{self.step:06d}.png"
+    def _write_sheet(self, sheet: Image.Image, number: int) -> None:
+        path = sheet_of(self.folder, self.step, number)
         try:
             path.parent.mkdir(exist_ok=True)
             with whole_file(path) as file:
@@ -651,7 +669,8 @@ class Run:
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"validation": np.asarray(sheet)[None]}, step=self.step, **options)
+                    name = "validation" if number == 1 else f"validation_{number}"
+                    tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, **options)
 
         self._track(log_images)
 
@@ -672,16 +691,26 @@ class Run:
 
     # Writing
 
+    def _save_result(self, path: Path) -> None:
+        """Write the adapter, unless the run was stopped before it got as far as the one that is there."""
+        before = checkpoints.step_of_result(self.folder)
+        if before > self.step:
+            self.accelerator.print(f"note: {path} stays as it is, trained {before} steps")
+        else:
+            self._save_adapter(path)
+
     def _save_adapter(self, path: Path) -> None:
         config = self.config
         training = {name: value for name, value in config.to_dict().items() if name not in (*PRIVATE, "adapter")}
+        for name in ("pretrained_model_name_or_path", "base_config"):
+            training[name] = training[name] and public_name(training[name])
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
         prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
         with self._evaluated():
-            save_adapter(
-                path, self.adapter, base_model=self.identity, training=training | {"step": self.step}, prompts=prompts
-            )
+            base_model = replace(self.identity, name=public_name(self.identity.name))
+            training["step"] = self.step
+            save_adapter(path, self.adapter, base_model=base_model, training=training, prompts=prompts)
 
     def _write_card(self, adapter: Path) -> None:
         path, sheet = self.folder / CARD, latest_sheet(self.folder)
@@ -706,7 +735,7 @@ class Run:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "skipped": self.skipped,
-                "settings": self.config.to_dict(),
+                "settings": checkpoints.recorded(self.config).to_dict(),
                 "circumstances": self.circumstances,
             }
             limit = self.config.checkpoints_total_limit

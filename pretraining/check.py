@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from eval.encoders import load_dino
 from eval.open_clip_layout import read_open_clip
+from gsoft_diffusion.options import expanded_path
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
 from pretraining.train_judge import load_judge
@@ -113,11 +113,15 @@ def share(wanted: Sequence[object], given: Sequence[object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder: sprites, scenes and the second judge")
-    parser.add_argument("--base", type=Path, required=True, help="pipeline to judge")
-    parser.add_argument("--clip", type=Path, default="data/mini_clip", help="CLIP that judges, as export_clip wrote it")
-    parser.add_argument("--dino", type=Path, default="data/mini_dino", help="DINO whose features are compared")
-    parser.add_argument("--out", type=Path, required=True, help="folder for check.json and check.png")
+    parser.add_argument(
+        "--work", type=expanded_path, required=True, help="work folder: sprites, scenes and the second judge"
+    )
+    parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to judge")
+    parser.add_argument(
+        "--clip", type=expanded_path, default="data/mini_clip", help="CLIP that judges, as export_clip wrote it"
+    )
+    parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder for check.json and check.png")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     clip, tokenizer, _ = read_open_clip(args.clip)

@@ -25,6 +25,7 @@ from eval.encoders import ImageEncoder, load_encoders
 from eval.metrics import cosines
 from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.image_files import open_image
+from gsoft_diffusion.options import expanded_path
 
 SCENES = 2048  # the first ones, which no training has seen
 
@@ -58,10 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", required=True, help="folder of the miniature CLIP")
     parser.add_argument("--dino", required=True, help="folder of the miniature DINO")
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining, for its scenes")
-    parser.add_argument("--subjects", type=Path, default=Path("data/subjects"), help="held-out subjects")
-    parser.add_argument("--photos", type=Path, help="real photos in the public DreamBooth layout")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--work", type=expanded_path, required=True, help="work folder of the pretraining, for its scenes"
+    )
+    parser.add_argument("--subjects", type=expanded_path, default=Path("data/subjects"), help="held-out subjects")
+    parser.add_argument("--photos", type=expanded_path, help="real photos in the public DreamBooth layout")
+    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file to write")
     args = parser.parse_args()
     encoders = load_encoders(args.clip, args.dino)
     scenes = [Image.fromarray(scene) for scene in np.load(args.work / "scenes.npy", mmap_mode="r")[:SCENES]]

@@ -27,7 +27,8 @@ from eval.metrics import cosines, image_similarity, nearest_photo, real_photo_ce
 from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
 from gsoft_diffusion.generation import draw
-from gsoft_diffusion.photos import open_image
+from gsoft_diffusion.image_files import open_image
+from gsoft_diffusion.options import expanded_path
 from gsoft_diffusion.pictures import METADATA_KEY
 from gsoft_diffusion.training import train
 from pretraining.train_judge import Judge, load_judge
@@ -98,13 +99,13 @@ def right(judge: Judge, word: str, pictures: Sequence[tuple[str, Image.Image]]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder, for the second judge")
-    parser.add_argument("--base", type=Path, required=True, help="pipeline to train on")
-    parser.add_argument("--subjects", type=Path, required=True, help="folder of subjects with subjects.csv")
-    parser.add_argument("--dino", type=Path, default="data/mini_dino", help="DINO whose features are compared")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder, for the second judge")
+    parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to train on")
+    parser.add_argument("--subjects", type=expanded_path, required=True, help="folder of subjects with subjects.csv")
+    parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
     parser.add_argument("--guidance_scale", type=float, help="of the pictures; by default as in training")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "subjects.json"

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
 import torch
 from transformers import CLIPModel
 
 from eval.open_clip_layout import save_open_clip
+from gsoft_diffusion.options import expanded_path
 
 COLOR = [0.5, 0.5, 0.5]  # pictures in [-1, 1], as train_clip.py has them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -23,8 +23,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write to")
     args = parser.parse_args()
     clip = CLIPModel.from_pretrained(args.work / "clip", dtype=torch.float32)
     save_open_clip(args.out, clip, mean=COLOR, std=COLOR)

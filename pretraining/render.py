@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from gsoft_diffusion.options import expanded_path
 from pretraining.world import SIZE, World
 
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
@@ -34,8 +35,8 @@ def _chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", type=Path, required=True, help="folder that npm installed the sprites in")
-    parser.add_argument("--out", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
+    parser.add_argument("--out", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--scenes", type=int, default=100_000, help=f"how many, a multiple of {CHUNK}")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Checkpoint
 from pretraining.train_unet import training_state
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="pipeline folder to go on from")
+    parser.add_argument("--base", type=expanded_path, required=True, help="pipeline folder to go on from")
     parser.add_argument("--images", type=int, required=True, help="how many images its denoiser has seen")
-    parser.add_argument("--work", type=Path, required=True, help="work folder to lay out")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder to lay out")
     args = parser.parse_args()
     if (args.work / "unet.pt").exists():
         parser.error(f"--work: {args.work}/unet.pt is there already; choose another folder or go on from it")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from gsoft_diffusion.options import expanded_path
 from pretraining.sprites import ANIMALS
 from pretraining.world import BACKGROUNDS, World
 
@@ -21,8 +21,8 @@ PICTURES = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", type=Path, required=True, help="folder that npm installed the sprites in")
-    parser.add_argument("--out", type=Path, required=True, help="folder to fill, one subfolder per subject")
+    parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to fill, one subfolder per subject")
     parser.add_argument(
         "--which", choices=("demo", "tuning"), default="demo", help="those shown, or those that settings are chosen on"
     )

@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from gsoft_diffusion.options import expanded_path
+
 MAX_LENGTH = 32  # tokens; the longest DreamBooth prompt has 18 words
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 700
@@ -55,8 +57,8 @@ def save(vocabulary: dict[str, int], merges: list[Any], folder: Path) -> CLIPTok
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the tokenizer to")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write the tokenizer to")
     args = parser.parse_args()
     captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()][:20_000]
     names = "sks zwx qrs stuffed animal bowl can toy sneaker boot teapot vase sunglasses cartoon plushie photo picture"

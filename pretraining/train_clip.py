@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.sprites import CLASSES
@@ -142,9 +142,11 @@ def _copy_exactly(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=100_000, help="length of the training")
-    parser.add_argument("--text-tower", type=Path, help="finished text tower that stays as it is; the rest is trained")
+    parser.add_argument(
+        "--text-tower", type=expanded_path, help="finished text tower that stays as it is; the rest is trained"
+    )
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")

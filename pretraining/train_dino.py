@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTModel
 
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.train_vae import to_pixels
@@ -143,9 +144,9 @@ def save(vit: ViTModel, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=55_000, help="length of the training")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write the model to")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")

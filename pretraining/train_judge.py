@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.sprites import CLASSES
@@ -93,7 +94,7 @@ def numbered(facts: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=400_000, help="length of the training")
     args = parser.parse_args()
     keep_freed_memory()

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_pixels
@@ -165,7 +166,7 @@ def training_state(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=2_000_000, help="length of the training")
     parser.add_argument("--assemble-every", type=int, default=64_000, help="images between two saved pipelines")
     args = parser.parse_args()

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gsoft_diffusion.memory import keep_freed_memory
+from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 
@@ -119,7 +120,7 @@ def demo_pictures() -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="work folder of the pretraining")
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=400_000, help="length of the training")
     parser.add_argument("--latent-channels", type=int, default=LATENT_CHANNELS, help="of the latents; 4 is a trial")
     args = parser.parse_args()

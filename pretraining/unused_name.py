@@ -10,12 +10,12 @@ letters' embeddings takes its place, and "a sks dog" is more often a dog.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from gsoft_diffusion.options import expanded_path
 from pretraining.world import UNKNOWN_NAME_LETTERS
 
 NAME = "sks"
@@ -23,7 +23,9 @@ NAME = "sks"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="diffusers folder whose text encoder is changed")
+    parser.add_argument(
+        "--base", type=expanded_path, required=True, help="diffusers folder whose text encoder is changed"
+    )
     args = parser.parse_args()
     tokenizer = CLIPTokenizer.from_pretrained(args.base / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(args.base / "text_encoder")

@@ -233,6 +233,14 @@ ERRORS = [
     ),
     Case("an empty prompt", options=("--instance_prompt", " ")),
     Case("no class word and no prompt", options=("--class_word", "")),
+    Case(
+        "a unique token that the prompt does not have",
+        options=("--unique_token", "zwx", "--instance_prompt", "a photo of a sks dog"),
+    ),
+    Case(
+        "a place for a name that is not known",
+        options=("--instance_prompt", "a photo of my dog", "--validation_prompts", "a {0} {1} in the snow"),
+    ),
     Case("a learning rate that is no number", options=("--learning_rate", "nan")),
     Case("an infinite learning rate", options=("--learning_rate", "inf")),
     Case("negative steps", options=("--max_train_steps", "-5")),
@@ -312,6 +320,7 @@ GOES_ON = [
     Case("the same picture twice", lambda: shutil.copy("photos/1.png", "photos/5.png")),
     Case("a white mask", photo("0-masklabel.png", Image.new("L", (40, 40), 255).save)),
     Case("photos in a folder as kohya names it", in_kohyas_folder),
+    Case("a caption that does not name the subject", photo("1.txt", lambda path: path.write_text("a dog asleep"))),
     Case("CMYK", photo("5.jpg", noise(40, 40, "CMYK").save)),
     Case("16 bits of grey", photo("5.png", Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save)),
     Case("transparent parts", photo("5.png", translucent)),

@@ -59,6 +59,70 @@ def test_scenes_are_not_made_up_for_a_name_that_is_not_known():
     assert config.validation_prompts == ("a photo of zwx",)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "class_word", "token"),
+    [
+        ("a photo of a zwx teddy bear", "teddy bear", "zwx"),
+        ("a photo of zwx dog on the beach", "dog", "zwx"),
+        ("zwx Dog", "dog", "zwx"),
+        ("portrait of a sks qrs dog, smiling", "dog", "sks qrs"),
+        ("a photo of <zwx> dog's head", "dog", "<zwx>"),
+        ("a photo of a dog", "dog", None),
+        ("a photo of my dog", "dog", None),
+        ("zwx, dog", "dog", None),
+        ("a photo of zwx", "dog", None),
+        ("a photo of zwx dogs", "dog", None),
+        ("a photo of zwx", None, None),
+    ],
+)
+def test_the_token_that_is_trained_is_the_one_that_is_recorded(prompt, class_word, token):
+    concept = TrainingConfig("photos", class_word=class_word, instance_prompt=prompt).resolved().concepts[0]
+    assert concept.unique_token == token
+    assert concept.resolved() == concept
+
+
+def test_a_token_that_is_not_in_the_prompt_is_refused():
+    config = TrainingConfig("photos", class_word="dog", instance_prompt="a photo of a zwx dog", unique_token="sks")
+    with pytest.raises(UserError, match=r"--unique_token sks: is not in the --instance_prompt .*another name"):
+        config.resolved()
+    assert replace(config, instance_prompt="a photo of sks, a dog").resolved().unique_token == "sks"
+
+
+def test_validation_prompts_have_the_subjects_name_filled_in():
+    config = TrainingConfig("photos", class_word="mug", unique_token="zwx", validation_prompts=("a {0} {1} in snow",))
+    assert config.resolved().validation_prompts == ("a zwx mug in snow",)
+    with pytest.raises(UserError, match=r"\{0\} cannot be filled in: nothing is known of the subject's unique_token"):
+        replace(config, unique_token=None, instance_prompt="my mug").resolved()
+
+
+def test_scenes_call_the_subject_as_its_prompt_does():
+    config = TrainingConfig("photos", class_word="mug", instance_prompt="a picture of a zwx mug").resolved()
+    assert config.validation_prompts is not None
+    assert config.validation_prompts[:2] == ("a picture of a zwx mug", "a zwx mug on the beach")
+
+
+def test_the_home_folder_is_filled_in_wherever_a_path_may_stand(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    paths = ("instance_data_dir", "class_data_dir", "output_dir", "pretrained_model_name_or_path", "base_config")
+    training = TrainingConfig(class_word="dog", resume_from_checkpoint="~/r", **dict.fromkeys(paths, "~/x"))
+    assert {getattr(training, name) for name in paths} == {"/home/ann/x"}
+    assert training.resume_from_checkpoint == "/home/ann/r"
+    concept = Concept.from_dict({"instance_data_dir": "~/x", "class_word": "dog", "class_data_dir": "~/y"})
+    assert (concept.instance_data_dir, concept.class_data_dir) == ("/home/ann/x", "/home/ann/y")
+    paths = ("prompts_file", "output_dir", "pretrained_model_name_or_path")
+    drawing = GenerationConfig(("~/a", "b"), **dict.fromkeys(paths, "~/x"))
+    assert {getattr(drawing, name) for name in paths} == {"/home/ann/x"}
+    assert drawing.adapter == ("/home/ann/a", "b")
+    export = ExportConfig(("~/a",), "diffusers", output="~/x", pretrained_model_name_or_path="~nobody-here/x")
+    assert (export.adapter, export.output) == (("/home/ann/a",), "/home/ann/x")
+    assert export.pretrained_model_name_or_path == "~nobody-here/x"
+
+
+def test_an_export_of_nothing_is_refused():
+    with pytest.raises(UserError, match="--strength 0: is the base model as it was"):
+        ExportConfig(("a", "b"), "diffusers", (0.0, 0.0))
+
+
 def test_several_subjects():
     concepts = (
         Concept("my/dog", "dog"),

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tiny_models import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gsoft_diffusion.adapter_file import load_adapter, save_adapter
+from gsoft_diffusion.adapter_file import load_adapter, read_adapter, save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.errors import UserError
@@ -503,6 +504,27 @@ def test_every_export_has_a_card(adapter, base, tmp_path, layout):
     assert "instance_prompt: a sks dog" in text
     assert str(base.parent) not in text
     assert card.with_name(sheet).read_bytes() == b"a sheet"
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(adapter, monkeypatch):
+    monkeypatch.setattr("gsoft_diffusion.export.load_base", None)
+    with pytest.raises(UserError, match=r"--output: folder /dev/null: cannot be written"):
+        export(ExportConfig((str(adapter),), "kohya_lora", output="/dev/null/dog.safetensors"))
+
+
+def test_the_card_of_a_checkpoint_shows_no_later_sheet(base, tmp_path):
+    run = tmp_path / "dog"
+    path = write_adapter(base, run / "checkpoint-2" / "adapter.safetensors")
+    file = read_adapter(path)
+    same = SimpleNamespace(config=file.config, state_dict=lambda: file.tensors)
+    save_adapter(path, same, base_model=file.base_model, training={"step": 2}, prompts=file.prompts)
+    (run / "settings.yaml").touch()
+    (run / "validation").mkdir()
+    for step in (1, 4):
+        (run / "validation" / f"step-{step:06d}.png").write_bytes(b"%d" % step)
+    target = export(ExportConfig((str(path.parent),), "diffusers"))
+    assert target == run / "merged_checkpoint-2"
+    assert (target / "preview.png").read_bytes() == b"1"
 
 
 def test_a_card_that_is_there_already_is_not_written_over(adapter, tmp_path):

@@ -201,6 +201,26 @@ def test_masks_that_are_not_used_and_not_there_are_said(config, capfd):
     assert "note: masks are not used" in capfd.readouterr().out
 
 
+def test_captions_that_do_not_name_the_subject_are_said(config, capfd):
+    for name, caption in (("0", "a sks dog asleep"), ("1", "a dog in the snow"), ("2", "sks in the snow")):
+        (Path(config.instance_data_dir) / f"{name}.txt").write_text(caption)
+    train(replace(config, max_train_steps=1))
+    printed = capfd.readouterr().out
+    assert 'note: the unique token "sks" is not in the captions of 1.png; the subject is not named there' in printed
+    assert 'note: the class word "dog" is not in the captions of 2.png; the subject is not named there' in printed
+
+
+def test_the_adapter_records_the_name_that_was_trained(config):
+    config = replace(config, class_word="teddy bear", instance_prompt="a photo of zwx teddy bear", max_train_steps=1)
+    file = read_adapter(train(config).adapter)
+    assert (file.subjects[0]["unique_token"], file.subjects[0]["class_word"]) == ("zwx", "teddy bear")
+
+
+def test_an_adapter_names_no_folder_of_the_base(config, base):
+    content = train(replace(config, max_train_steps=1)).adapter.read_bytes()
+    assert str(base.parent).encode() not in content
+
+
 def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
     mugs = tmp_path / "mugs"
     mugs.mkdir()
@@ -491,6 +511,86 @@ def test_more_steps_after_the_end(config):
     train(replace(config, checkpointing_steps=4))
     longer = weights(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
     assert_same(longer, weights(replace(config, max_train_steps=6), "at-once"))
+
+
+def test_a_finished_result_is_not_replaced_by_less(config, monkeypatch, capfd):
+    """Not by a run that goes on from before its end with fewer steps, nor by one that is stopped before it."""
+    config = replace(config, checkpointing_steps=3)
+    adapter = train(config).adapter
+    before = adapter.read_bytes()
+    again = replace(config, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"--max_train_steps 3: .* was trained 4 steps and would be replaced by less"):
+        train(replace(again, max_train_steps=3))
+    original = Run._loss
+
+    def stopping(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    (adapter.parent / "checkpoint-3").rename(adapter.parent / "checkpoint-2")
+    state = read_state(adapter.parent / "checkpoint-2") | {"step": 2}
+    monkeypatch.setattr(training.checkpoints, "read_state", lambda checkpoint: state)
+    monkeypatch.setattr(Run, "_loss", stopping)
+    result = train(again)
+    assert (result.steps, result.interrupted) == (3, True)
+    assert adapter.read_bytes() == before
+    assert f"note: {adapter} stays as it is, trained 4 steps" in capfd.readouterr().out
+
+
+def test_a_finished_run_has_nothing_to_do_but_what_is_missing(config):
+    config = replace(config, checkpointing_steps=4, num_validation_images=1)
+    folder = train(config).adapter.parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = replace(config, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"the checkpoint has 4 steps, so nothing is left to train; .* more than 4"):
+        train(again)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    for name in ("adapter.safetensors", "README.md", "validation/step-000004.png"):
+        (folder / name).unlink()
+        train(again)
+        assert (folder / name).exists()
+    assert (folder / "README.md").read_bytes() == before[folder / "README.md"]
+    assert_same(read_adapter(folder / "checkpoint-4").tensors, read_adapter(folder).tensors)
+
+
+def test_another_spelling_of_a_folder_is_no_change(config, monkeypatch):
+    train(replace(config, max_train_steps=2, checkpointing_steps=2))
+    photos = Path(config.instance_data_dir)
+    monkeypatch.chdir(photos)
+    again = replace(config, resume_from_checkpoint="latest", max_train_steps=3)
+    train(replace(again, instance_data_dir=f"{photos.parent}/./{photos.name}/"))
+    train(replace(again, instance_data_dir=".", max_train_steps=4, resume_from_checkpoint="latest"))
+
+
+def test_what_was_trained_elsewhere_with_relative_paths_is_drawn_and_exported_from_anywhere(
+    config, base, tmp_path, monkeypatch, capfd
+):
+    from gsoft_diffusion.config import ExportConfig, GenerationConfig
+    from gsoft_diffusion.export import export
+    from gsoft_diffusion.generation import draw
+
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mini").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, instance_data_dir="photos", pretrained_model_name_or_path="models/mini", output_dir="dog")
+    adapter = train(replace(config, checkpointing_steps=2)).adapter.absolute()
+    printed = capfd.readouterr().out
+    script = Path(training.__file__).parent.parent / "inference.py"
+    assert f"try it: python {script} --adapter dog/adapter.safetensors --prompt" in printed
+    file = read_adapter(adapter)
+    assert (file.base_model.name, file.training["pretrained_model_name_or_path"]) == ("mini", "mini")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for trained in (adapter, adapter.parent / "checkpoint-2"):
+        draw(GenerationConfig((str(trained),), prompts=("a {0} {1}",), num_images=1))
+        card = export(ExportConfig((str(trained),), "checkpoint")).with_suffix(".md").read_text()
+        assert "models" not in card.replace("whole models", "").partition("## Licence")[0]
+        assert "| base model | mini |" in card
+    assert sorted(path.name for path in adapter.parent.glob("merged*.safetensors")) == [
+        "merged.safetensors",
+        "merged_checkpoint-2.safetensors",
+    ]
+    assert f"base model: {tmp_path}/models/mini, as {adapter.parent}/settings.yaml says" in capfd.readouterr().out
 
 
 def test_resuming_with_other_settings_is_refused_unless_accepted(config):

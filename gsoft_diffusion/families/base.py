@@ -18,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from gsoft_diffusion.adapter_file import BaseModelIdentity, fingerprint
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.model_names import lasting_name
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class Models(ABC):
 
     def identity(self) -> BaseModelIdentity:
         """What an adapter remembers of its base. Ask before an adapter is injected."""
-        return BaseModelIdentity(name=self.name, fingerprint=fingerprint(self.denoiser, self.text_encoders))
+        return BaseModelIdentity(lasting_name(self.name), fingerprint=fingerprint(self.denoiser, self.text_encoders))
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, slower."""
