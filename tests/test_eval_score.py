@@ -51,6 +51,7 @@ def test_prompts_come_from_the_pictures(world, encoders, tmp_path):
         ("0000_seed0_a.png", "a sks dog on the beach")
     ]
     assert result["mean"].keys() >= {"clip_t"}
+    assert "left out: 2 contact sheets and pictures of the base model" in table(result)
 
 
 def test_without_prompts_there_is_no_clip_t(world, encoders):
