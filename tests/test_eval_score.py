@@ -69,6 +69,7 @@ def test_prompts_come_from_the_pictures(world, encoders, tmp_path, monkeypatch):
     assert asked == ["a dog on the beach"]
     assert result["captions"] == "the prompts without zwx"
     assert result["mean"].keys() >= {"clip_t"}
+    assert "left out: 2 contact sheets and pictures of the base model" in table(result)
 
 
 def test_without_prompts_there_is_no_clip_t(world, encoders):
