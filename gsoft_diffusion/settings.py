@@ -6,9 +6,9 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -174,6 +174,36 @@ def require(settings: Any, test: Callable[[Any], bool], rule: str, *names: str) 
         value = getattr(settings, name)
         if value is not None and not test(value):
             raise UserError(f"--{name} {value}: must be {rule}")
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """A rule: the named settings have an effect only where the settings as a whole pass the test.
+
+    why: the rest of the sentence "--name would have no effect: …", with what to do about it.
+    """
+
+    names: tuple[str, ...]
+    test: Callable[[Any], Any]
+    why: str
+
+
+def without_effect(settings: Any, rules: Iterable[OnlyWith]) -> Iterator[str]:
+    """A line for each setting that does nothing by the rules. What has its default was not asked for, and is left out.
+
+    No values are named: one of the settings is a token.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}
+    for rule in rules:
+        if not rule.test(settings):
+            given = [name for name in rule.names if getattr(settings, name) != defaults[name]]
+            yield from (f"--{name} would have no effect: {rule.why}" for name in given)
+
+
+def refuse_without_effect(settings: Any, rules: Iterable[OnlyWith]) -> None:
+    """Raise UserError for the first setting that does nothing by the rules."""
+    for line in without_effect(settings, rules):
+        raise UserError(line)
 
 
 def positive(value: float) -> bool:

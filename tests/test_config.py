@@ -49,7 +49,9 @@ def test_prompts_follow_from_the_class_word():
 
 
 def test_prompts_that_are_given_stay():
-    config = TrainingConfig("photos", instance_prompt="mine", class_prompt="theirs", validation_prompts=("v",))
+    config = TrainingConfig(
+        "photos", instance_prompt="mine", class_prompt="theirs", validation_prompts=("v",), with_prior_preservation=True
+    )
     resolved = config.resolved()
     assert (resolved.instance_prompt, resolved.class_prompt, resolved.validation_prompts) == ("mine", "theirs", ("v",))
 
@@ -84,7 +86,11 @@ def test_several_subjects():
 
 
 def test_a_single_subject_is_a_concept_too():
-    (concept,) = TrainingConfig("photos", class_word="dog", class_data_dir="dogs").resolved().concepts
+    (concept,) = (
+        TrainingConfig("photos", class_word="dog", class_data_dir="dogs", with_prior_preservation=True)
+        .resolved()
+        .concepts
+    )
     assert concept == Concept("photos", "dog", "sks", "a photo of a sks dog", "a photo of a dog", "dogs")
 
 
@@ -137,7 +143,7 @@ def test_articles(noun, expected):
         ({"instance_data_dir": ""}, "--instance_data_dir"),
         ({"instance_prompt": "  "}, "--instance_prompt"),
         ({"class_word": None, "instance_prompt": "x", "with_prior_preservation": True}, "--class_prompt"),
-        ({"hub_model_id": "dog"}, "are for --push_to_hub"),
+        ({"hub_model_id": "dog"}, "--hub_model_id would have no effect: it is for --push_to_hub"),
         ({"unmasked_weight": 1.5}, "--unmasked_weight"),
         ({"unmasked_weight": float("nan")}, "--unmasked_weight"),
         ({"learning_rate": float("nan")}, "--learning_rate"),
