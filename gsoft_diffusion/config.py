@@ -319,8 +319,8 @@ class TrainingConfig(Settings):
             )
         if self.max_train_steps is not None and self.lr_warmup_steps >= self.max_train_steps:
             raise UserError(
-                f"--lr_warmup_steps {self.lr_warmup_steps}: the learning rate would rise until the run ends, after "
-                f"{self.max_train_steps} steps; give fewer"
+                f"--lr_warmup_steps {self.lr_warmup_steps}: the run ends at step {self.max_train_steps}, before the "
+                "learning rate has risen; give fewer"
             )
         refuse_without_effect(self, _REFUSED)
 
@@ -458,11 +458,6 @@ _NOTED = (
         ("checkpoints_total_limit",),
         lambda settings: settings.checkpointing_steps,
         "--checkpointing_steps is 0, so no checkpoints are written but by a run that is stopped",
-    ),
-    OnlyWith(
-        ("sample_batch_size",),
-        lambda settings: settings.num_validation_images or settings.with_prior_preservation,
-        "neither validation nor class images are drawn",
     ),
     OnlyWith(
         ("dataloader_num_workers",),

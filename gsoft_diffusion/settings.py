@@ -72,7 +72,18 @@ def field_help(cls: type) -> dict[str, str]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads `1e-4` as a number and `no` as a text, which people mean and YAML 1.1 does not."""
+    """Reads `1e-4` as a number and `no` as a text, which people mean and YAML 1.1 does not; no name may come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _named_once([(self.construct_object(name, deep=True), None) for name, _ in node.value])
+        return super().construct_mapping(node, deep=deep)
+
+
+def _named_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} comes twice")
+    return dict(pairs)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -111,7 +122,11 @@ def read_list(path: str | Path) -> list[Any]:
 def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
+        return (
+            json.loads(text, object_pairs_hook=_named_once)
+            if path.suffix == ".json"
+            else yaml.load(text, Loader=_YamlLoader)
+        )
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the settings in {path}: {' '.join(str(error).split())}") from error
 

@@ -494,6 +494,8 @@ class Run:
         if config.aspect_buckets:
             counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
             self.accelerator.print(f"sizes: {', '.join(counts)}")
+        if config.center_crop and not dataset.crops:
+            self.accelerator.print("note: --center_crop has no effect: no photo needs to be cropped")
         if config.cache_latents:
             dataset.cache(models.encode_images)
         return dataset
