@@ -110,7 +110,7 @@ def test_loss_falls(any_base, config, text_encoder, prior):
         pretrained_model_name_or_path=str(any_base),
         adapter=AdapterConfig(nblocks=4, text_encoder=text_encoder),
         with_prior_preservation=prior,
-        num_class_images=2,
+        num_class_images=2 if prior else TrainingConfig.num_class_images,
         max_train_steps=20,
     )
     losses = []
@@ -272,7 +272,9 @@ def test_workers_change_nothing(config):
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_accumulated_batches_equal_a_large_one(config, prior):
-    config = replace(config, train_batch_size=4, with_prior_preservation=prior, num_class_images=2)
+    config = replace(config, train_batch_size=4)
+    if prior:
+        config = replace(config, with_prior_preservation=True, num_class_images=2)
     accumulated = replace(config, train_batch_size=1, gradient_accumulation_steps=4)
     assert (
         difference(weights(config, "large"), weights(accumulated, "accumulated")) < 1e-3
