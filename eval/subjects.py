@@ -39,6 +39,8 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
     public DreamBooth set's `prompts_and_classes.txt`. A folder of photos needs its `class_word`. Raises UserError.
     """
     folder = _find(folder)
+    if class_word and ((folder / TABLE).is_file() or (folder / DREAMBOOTH).is_file()):
+        raise UserError(f"{folder}: says itself what its subjects are; leave out the class word {class_word}")
     if (folder / TABLE).is_file():
         subjects = _from_table(folder)
     elif (folder / DREAMBOOTH).is_file():

@@ -90,25 +90,19 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
     if config.resume_from_checkpoint is None:
         _check_no_run(folder)
         return None
-    if config.resume_from_checkpoint == "latest":
-        damaged: list[str] = []
-        for checkpoint in reversed(checkpoints(folder)):
-            damage = damage_of(checkpoint)
-            if damage is None:
-                for line in damaged:
-                    say(f"note: {line}; going on from {checkpoint.name}, the newest that is sound")
-                return checkpoint
-            damaged.append(f"{checkpoint} is damaged ({damage})")
-        if damaged:
-            raise UserError(f"--resume_from_checkpoint latest: no checkpoint is sound; {'; '.join(damaged)}")
-        raise UserError(
-            f"--resume_from_checkpoint latest: there is no checkpoint in {folder}; leave the option out to start afresh"
-        )
-    checkpoint = Path(config.resume_from_checkpoint)
+    wanted = config.resume_from_checkpoint
+    given = Path(wanted).expanduser()
+    if wanted == "latest":
+        return _newest_sound(folder, wanted, say)
+    if (folder / given.name).is_dir() and given.name == wanted:  # a name in the output folder, as diffusers takes it
+        given = folder / given
+    checkpoint = _newest_sound(given, wanted, say) if checkpoints(given) else given
     if not (checkpoint.is_dir() and step_of(checkpoint) >= 0):
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: is not the folder of a checkpoint")
+        there = [path.name for path in checkpoints(folder)]
+        choice = f"; {folder} has {', '.join(there)}" if there else ""
+        raise UserError(f"--resume_from_checkpoint {wanted}: is not the folder of a checkpoint{choice}")
     if damage := damage_of(checkpoint):
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: damaged ({damage}); resume from another, or latest")
+        raise UserError(f"--resume_from_checkpoint {wanted}: damaged ({damage}); resume from another, or latest")
     if checkpoint.resolve().parent != folder.resolve():
         _check_no_run(folder)
     elif later := [path.name for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]:
@@ -117,6 +111,23 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
             "choose a new --output_dir, or delete them"
         )
     return checkpoint
+
+
+def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint in a run's folder that is sound; UserError, which names the option's value, without one."""
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            for line in damaged:
+                say(f"note: {line}; going on from {checkpoint.name}, the newest that is sound")
+            return checkpoint
+        damaged.append(f"{checkpoint} is damaged ({damage})")
+    if damaged:
+        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is sound; {'; '.join(damaged)}")
+    raise UserError(
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; leave the option out to start afresh"
+    )
 
 
 def _check_no_run(folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -97,6 +98,15 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
             picture = self._picture(photo, variant)
             picture["moments"] = encode_images(picture.pop("pixels")[None])[0].cpu()
             self._cache[photo, variant] = picture
+
+    @property
+    def crops(self) -> bool:
+        """Whether any photo loses something at its sides."""
+        return any(
+            len(variants(photo.size, size, center_crop=False, random_flip=False)) > 1
+            for size, own in self.by_size.items()
+            for photo in chain(own, *self.streams[1:])
+        )
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         photo, variant, generator = self._draw(position)

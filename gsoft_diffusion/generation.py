@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapters
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.checkpoints import checkpoint_name, run_folder
-from gsoft_diffusion.config import GenerationConfig, SamplerConfig, with_names
+from gsoft_diffusion.config import GenerationConfig, SamplerConfig, guides, with_names
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Conditioning, whole_view
 from gsoft_diffusion.files import check_writable
@@ -91,7 +91,7 @@ def _denoise(
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
     guidance = sampler.guidance_scale
     assert guidance is not None, "with_model_sampler sets it"
-    guided = guidance != 1 and not models.guides_itself
+    guided = guides(guidance) and not models.guides_itself
     conditioning = _joined([negative, positive]) if guided else positive
     views = whole_view(width, height).to(models.device).repeat(len(noise) * (2 if guided else 1), 1)
 
@@ -240,7 +240,13 @@ def _precision(config: GenerationConfig, file: AdapterFile) -> str:
 
 def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig, int | None]:
     """Sampler and resolution: the adapter's, with what was given on top."""
-    sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
-    given = {name: getattr(config, name) for name in sampler.to_dict() if getattr(config, name) is not None}
+    trained = file.training.get("sampler", {})
+    given = {name: getattr(config, name) for name in SamplerConfig().to_dict() if getattr(config, name) is not None}
+    if isinstance(trained, Mapping):
+        trained = {**trained, **given}
+        scale = trained.get("guidance_scale")
+        if isinstance(scale, int | float) and not guides(scale) and not config.negative_prompt:
+            trained["negative_prompt"] = ""  # the training's goes with the training's guidance
+    sampler = SamplerConfig.from_dict(trained)
     resolution = config.resolution or file.training.get("resolution")
-    return replace(sampler, **given), resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
+    return sampler, resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None

@@ -142,6 +142,11 @@ def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, t
     """
     for folder in (Path(name).expanduser(), REPOSITORY / name):
         if folder.is_dir():
+            if revision:
+                raise UserError(
+                    f"revision {revision}: {name} is a folder here, and folders have none; leave --revision out, or "
+                    "start where there is no such folder"
+                )
             family, options = _read_index(name, folder)
             if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
                 raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")

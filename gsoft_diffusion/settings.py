@@ -7,9 +7,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -74,7 +74,18 @@ def field_help(cls: type) -> dict[str, str]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads `1e-4` as a number and `no` as a text, which people mean and YAML 1.1 does not."""
+    """Reads `1e-4` as a number and `no` as a text, which people mean and YAML 1.1 does not; no name may come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _named_once([(self.construct_object(name, deep=True), None) for name, _ in node.value])
+        return super().construct_mapping(node, deep=deep)
+
+
+def _named_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} comes twice")
+    return dict(pairs)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -113,7 +124,11 @@ def read_list(path: str | Path) -> list[Any]:
 def _read(path: Path) -> Any:
     text = read_text(path)
     try:
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_YamlLoader)
+        return (
+            json.loads(text, object_pairs_hook=_named_once)
+            if path.suffix.lower() == ".json"
+            else yaml.load(text, Loader=_YamlLoader)
+        )
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the settings in {path}: {' '.join(str(error).split())}") from error
 
@@ -190,6 +205,36 @@ def expand_home(settings: Any, *names: str) -> None:
         else:
             expanded = os.path.expanduser(value) if value else value  # noqa: PTH111 - it leaves `~nobody` as it is
         object.__setattr__(settings, name, expanded)  # they are frozen from then on
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """A rule: the named settings have an effect only where the settings as a whole pass the test.
+
+    why: the rest of the sentence "--name would have no effect: …", with what to do about it.
+    """
+
+    names: tuple[str, ...]
+    test: Callable[[Any], Any]
+    why: str
+
+
+def without_effect(settings: Any, rules: Iterable[OnlyWith]) -> Iterator[str]:
+    """A line for each setting that does nothing by the rules. What has its default was not asked for, and is left out.
+
+    No values are named: one of the settings is a token.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}
+    for rule in rules:
+        if not rule.test(settings):
+            given = [name for name in rule.names if getattr(settings, name) != defaults[name]]
+            yield from (f"--{name} would have no effect: {rule.why}" for name in given)
+
+
+def refuse_without_effect(settings: Any, rules: Iterable[OnlyWith]) -> None:
+    """Raise UserError for the first setting that does nothing by the rules."""
+    for line in without_effect(settings, rules):
+        raise UserError(line)
 
 
 def positive(value: float) -> bool:

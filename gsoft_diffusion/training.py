@@ -25,6 +25,7 @@ from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
 )
 from diffusers.optimization import get_scheduler
@@ -46,6 +47,7 @@ from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate, sheet_rows
 from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.injection import Adapter, inject
+from gsoft_diffusion.launcher import check_launched, process_count
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
 from gsoft_diffusion.memory import keep_freed_memory, running_out_explained
 from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card, sheet_of
@@ -144,6 +146,8 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
             quantize_base=config.quantize_base,
         )
         config = with_model_defaults(config, models)
+        for note in config.notes():
+            accelerator.print(f"note: {note}")
         state = checkpoints.read_state(checkpoint) if checkpoint else None
         if checkpoint and state:
             before, now = TrainingConfig.from_dict(state["settings"]), checkpoints.recorded(config)
@@ -165,7 +169,7 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
                 ) from error
             raise
         finally:
-            with suppress(OSError):  # of a tracker's last lines
+            with suppress(Exception):  # of a tracker's last lines
                 accelerator.end_training()
 
 
@@ -253,13 +257,15 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's driver of devices, precision, accumulation and trackers."""
+    check_launched(config.to_dict())
+    process_count()  # refuses one that accelerate would wait for peers with
     folder = Path(config.output_dir or ".")
-    wanted = None if config.report_to == "none" else config.report_to
+    trackers = wanted_trackers(config)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=wanted,
+            log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
             kwargs_handlers=[
                 # The base is in half precision as it is and the adapter in float32; sampling runs without it too.
@@ -270,12 +276,31 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
                 DistributedDataParallelKwargs(find_unused_parameters=True),
             ],
         )
-    except ValueError as error:  # a precision the device does not have, a tracker that does not exist
-        given = f"--mixed_precision {config.mixed_precision}, --report_to {config.report_to}"
-        raise UserError(f"{given}: {error}") from error
-    if wanted and not accelerator.log_with:
-        accelerator.print(f"note: {wanted} is not installed (pip install {wanted}), so nothing is reported to it")
+    except (ValueError, RuntimeError) as error:  # a precision the device does not have, a device that there is not
+        raise UserError(
+            f"--mixed_precision {config.mixed_precision}, or a variable ACCELERATE_…: {first_line(error)}"
+        ) from error
+    found = {str(tracker) for tracker in accelerator.log_with}
+    for name in trackers:
+        if name not in ("all", *found):
+            accelerator.print(f"note: {name} is not installed (pip install {name}), so nothing is reported to it")
+    if "all" in trackers and not found:
+        accelerator.print("note: no tracker is installed, so nothing is reported; tensorboard is one")
+    if config.cpu_offload and accelerator.device.type == "cpu":
+        accelerator.print("note: --cpu_offload has no effect: all of the model is in main memory anyway")
     return accelerator
+
+
+def wanted_trackers(config: TrainingConfig) -> list[str]:
+    """The names in `report_to`, none for "none". UserError for one that accelerate does not know."""
+    names = [name.strip().lower() for name in config.report_to.split(",") if name.strip()]
+    if "none" in names and len(names) > 1:
+        raise UserError(f"--report_to {config.report_to}: none, and others; give one or the other")
+    known = LoggerType.list()
+    for name in names or [config.report_to]:
+        if name not in (*known, "none"):
+            raise UserError(f"--report_to {config.report_to}: {name} is no tracker; known: {', '.join(known)}, none")
+    return [] if names == ["none"] else list(dict.fromkeys(names))
 
 
 def make_optimizer(config: TrainingConfig, adapter: Adapter | BaselineAdapter) -> torch.optim.Optimizer:
@@ -394,6 +419,8 @@ class Run:
             )
         if accelerator.is_main_process and isinstance(self.adapter, Adapter):
             self._write_card(result)
+        for line in self._nothing_learned():
+            accelerator.print(line)
         if self.skipped:
             accelerator.print(f"{self.skipped} of {self.step} steps were skipped: their gradients overflowed in fp16")
         prompt = shlex.quote((config.validation_prompts or ("",))[-1])
@@ -403,6 +430,23 @@ class Run:
             f"try it: python {script('inference.py')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
         )
         return TrainingResult(result, self.step, interrupted, seconds)
+
+    def _nothing_learned(self) -> Iterator[str]:
+        """A line for each part of the model whose rotations are still identities, up to rounding."""
+        if not isinstance(self.adapter, Adapter):
+            return
+        largest: dict[str, float] = {}
+        for name, parameter in self.adapter.named_parameters():
+            if not name.endswith("output_scale"):
+                part = name.partition(".")[0]
+                largest[part] = max(largest.get(part, 0.0), parameter.abs().max().item())
+        for part, angle in largest.items():
+            if angle < torch.finfo(torch.float32).eps:
+                rate = "text_encoder_lr" if part.startswith("text_encoder") else "learning_rate"
+                why = f"raise --{rate} or --max_train_steps"
+                if self.skipped == self.step:
+                    why = "all steps were skipped; use --mixed_precision bf16 or no"
+                yield f"note: nothing was learned in the {part.replace('_', ' ')}: its rotations are identities; {why}"
 
     def _train(self, stop: StopRequest) -> None:
         config, accelerator = self.config, self.accelerator
@@ -511,6 +555,8 @@ class Run:
         if config.aspect_buckets:
             counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
             self.accelerator.print(f"sizes: {', '.join(counts)}")
+        if config.center_crop and not dataset.crops:
+            self.accelerator.print("note: --center_crop has no effect: no photo needs to be cropped")
         return dataset
 
     def _set_up_attention(self) -> None:
@@ -532,7 +578,7 @@ class Run:
         loader = DataLoader(
             self.dataset,
             batch_sampler=self._positions(),
-            num_workers=config.dataloader_num_workers,
+            num_workers=0 if config.cache_latents else config.dataloader_num_workers,
             worker_init_fn=leave_signals_to_the_run,
         )
         for batch in loader:
@@ -628,9 +674,10 @@ class Run:
         """Trackers are a convenience: where they cannot write, the run goes on without them."""
         try:
             send()
-        except OSError as error:
+        except Exception as error:  # of a disk, of a service, of a login that was not made
             self.accelerator.trackers = []
-            self.accelerator.print(f"note: {self.config.report_to} cannot write ({error}); no more is reported to it")
+            why = first_line(error)
+            self.accelerator.print(f"note: {self.config.report_to} cannot write ({why}); no more is reported to it")
 
     def _validate(self, stop: StopRequest) -> None:
         """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`, or several.

@@ -89,11 +89,12 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 @dataclass(frozen=True)
 class Case:
-    """name: the input in words. prepare: makes it, in the working directory. options: of the command."""
+    """name: the input in words. prepare: makes it, in the working directory. options, environment: of the command."""
 
     name: str
     prepare: Callable[[], object] = lambda: None
     options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def photo(name: str, write: Callable[[Path], object]) -> Callable[[], object]:
@@ -243,6 +244,24 @@ ERRORS = [
     ),
     Case("a learning rate that is no number", options=("--learning_rate", "nan")),
     Case("an infinite learning rate", options=("--learning_rate", "inf")),
+    Case(
+        "a rate that diffusers' polynomial schedule cannot start from",
+        options=("--lr_scheduler", "polynomial", "--learning_rate", "1e-8"),
+    ),
+    Case("a rise as long as the run", options=("--lr_scheduler", "linear", "--lr_warmup_steps", "100")),
+    Case("cycles for a schedule without", options=("--lr_scheduler", "cosine", "--lr_num_cycles", "3")),
+    Case("a weight of class images that are not used", options=("--prior_loss_weight", "0.5")),
+    Case("a negative prompt without guidance", options=("--guidance_scale", "1", "--negative_prompt", "blurry")),
+    Case("changes to accept without resuming", options=("--accept_changes",)),
+    Case("a revision of a local folder", options=("--revision", "main")),
+    Case("an unknown tracker", options=("--report_to", "tensorboard,abacus")),
+    Case(
+        "a launcher that says otherwise",
+        options=("--mixed_precision", "no"),
+        environment=(("ACCELERATE_MIXED_PRECISION", "bf16"),),
+    ),
+    Case("a launcher with DeepSpeed", environment=(("ACCELERATE_USE_DEEPSPEED", "true"),)),
+    Case("a launcher that compiles", environment=(("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),)),
     Case("negative steps", options=("--max_train_steps", "-5")),
     Case("blocks that do not divide a width", options=("--nblocks", "5")),
     Case("a resolution that does not halve", options=("--resolution", "33")),
@@ -260,6 +279,11 @@ ERRORS = [
     Case("resuming where there is nothing", options=("--resume_from_checkpoint", "latest")),
     Case("resuming from what is no checkpoint", options=("--resume_from_checkpoint", "photos")),
     Case(
+        "resuming from a checkpoint that is not there",
+        another_run("settings.yaml", "checkpoint-5/state.pt"),
+        ("--resume_from_checkpoint", "checkpoint-7"),
+    ),
+    Case(
         "resuming where every checkpoint is damaged",
         another_run("settings.yaml", "checkpoint-5/state.pt"),
         ("--resume_from_checkpoint", "latest"),
@@ -276,6 +300,8 @@ def test_one_line_and_nothing_written(case, place, monkeypatch, capfd):
     if case.name.startswith("a file that cannot be read") and not Path("/proc/self/mem").exists():
         pytest.skip("needs a file that not even root can read, as Linux has")
     case.prepare()
+    for name, value in case.environment:
+        monkeypatch.setenv(name, value)
     before = everything(place)
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
@@ -328,6 +354,8 @@ GOES_ON = [
     Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(44, 40).save(path, "PNG"))),
     Case("files that are no pictures", more_than_photos),
     Case("a thousand words", options=("--instance_prompt", "word " * 1000)),
+    Case("a rate at which nothing is learned", options=("--learning_rate", "1e-12", "--text_encoder_lr", "1e-12")),
+    Case("a validation after the end", options=("--validation_steps", "5")),
     Case("a prompt like a path", options=("--instance_prompt", "../../etc/passwd")),
     Case("a prompt of emoji, control characters and lines", options=("--instance_prompt", "a 🐶\x07\x1b[2J\nof\tmine")),
 ]

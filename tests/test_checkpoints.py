@@ -410,7 +410,7 @@ def test_changed_settings_are_named(config):
     check(config, max_train_steps=5000, validation_prompts=("x",))
     with pytest.raises(UserError, match=r"checkpoint-9: learning_rate is 0\.5 and was 2e-05; .*--accept_changes"):
         check(config, learning_rate=0.5)
-    check(config, learning_rate=0.5, accept_changes=True)
+    check(config, learning_rate=0.5, accept_changes=True, resume_from_checkpoint="checkpoint-9")
     with pytest.raises(UserError, match="max_train_steps is 9 and was None"):
         check(replace(config, lr_scheduler="cosine"), max_train_steps=9)
 

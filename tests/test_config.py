@@ -49,7 +49,9 @@ def test_prompts_follow_from_the_class_word():
 
 
 def test_prompts_that_are_given_stay():
-    config = TrainingConfig("photos", instance_prompt="mine", class_prompt="theirs", validation_prompts=("v",))
+    config = TrainingConfig(
+        "photos", instance_prompt="mine", class_prompt="theirs", validation_prompts=("v",), with_prior_preservation=True
+    )
     resolved = config.resolved()
     assert (resolved.instance_prompt, resolved.class_prompt, resolved.validation_prompts) == ("mine", "theirs", ("v",))
 
@@ -162,7 +164,11 @@ def test_prompts_have_one_normal_form():
 
 
 def test_a_single_subject_is_a_concept_too():
-    (concept,) = TrainingConfig("photos", class_word="dog", class_data_dir="dogs").resolved().concepts
+    (concept,) = (
+        TrainingConfig("photos", class_word="dog", class_data_dir="dogs", with_prior_preservation=True)
+        .resolved()
+        .concepts
+    )
     assert concept == Concept("photos", "dog", "sks", "a photo of a sks dog", "a photo of a dog", "dogs")
 
 
@@ -232,7 +238,7 @@ def test_articles(noun, expected):
         ({"instance_data_dir": ""}, "--instance_data_dir"),
         ({"instance_prompt": "  "}, "--instance_prompt"),
         ({"class_word": None, "instance_prompt": "x", "with_prior_preservation": True}, "--class_prompt"),
-        ({"hub_model_id": "dog"}, "are for --push_to_hub"),
+        ({"hub_model_id": "dog"}, "--hub_model_id would have no effect: it is for --push_to_hub"),
         ({"unmasked_weight": 1.5}, "--unmasked_weight"),
         ({"unmasked_weight": float("nan")}, "--unmasked_weight"),
         ({"learning_rate": float("nan")}, "--learning_rate"),
@@ -249,7 +255,22 @@ def test_articles(noun, expected):
         ({"text_encoder_lr": 1e-5, "adapter": AdapterConfig(nblocks=4, text_encoder=False)}, "--text_encoder_lr"),
         ({"text_encoder_lr": 0.0}, "--text_encoder_lr"),
         ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "--lr_scheduler constant"),
+        ({"optimizer": "schedulefree", "adam_beta1": 0.0}, "--adam_beta1 0"),
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 10, "max_train_steps": 10}, "--lr_warmup_steps 10"),
+        ({"optimizer": "schedulefree", "lr_warmup_steps": 100, "max_train_steps": 10}, "--lr_warmup_steps 100"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "--learning_rate 1e-07: --lr_scheduler polynomial"),
+        ({"lr_scheduler": "cosine", "lr_num_cycles": 2}, "--lr_num_cycles would have no effect"),
+        ({"lr_scheduler": "linear", "lr_power": 2.0}, "--lr_power would have no effect"),
+        ({"prior_loss_weight": 0.5}, "--prior_loss_weight would have no effect"),
+        ({"num_class_images": 5}, "--num_class_images would have no effect"),
+        ({"class_data_dir": "dogs"}, "--class_data_dir would have no effect"),
+        ({"class_prompt": "some dog"}, "--class_prompt would have no effect"),
+        ({"accept_changes": True}, "--accept_changes would have no effect"),
+        ({"base_config": "folder"}, "--base_config would have no effect"),
+        ({"pretrained_model_name_or_path": "a.safetensors", "variant": "fp16"}, "--variant would have no effect"),
+        ({"pretrained_model_name_or_path": "a.safetensors", "revision": "x"}, "--revision would have no effect"),
+        ({"hub_token": "secret"}, "--hub_token would have no effect: [^:]*$"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -267,9 +288,68 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         ({"adapter": ("a", "b"), "strength": (1.0, float("nan"))}, r"--strength 1\.0 nan"),
         ({"num_images": 0}, "--num_images"),
         ({"guidance_scale": float("nan")}, "--guidance_scale"),
+        ({"guidance_scale": 1.0, "negative_prompt": "x"}, "--negative_prompt would have no effect"),
+        ({"guidance_scale": 0.0, "negative_prompt": "x"}, "--negative_prompt would have no effect"),
+        ({"width": 64, "height": 64, "resolution": 64}, "--resolution would have no effect"),
+        ({"strength": (0.0,), "compare": True}, "--compare would have no effect"),
         ({"seed": 2**63}, "--seed"),
     ],
 )
 def test_generation_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         GenerationConfig(**({"adapter": ("adapter",)} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": (0.0,)}, "--strength 0: nothing"),
+        ({"format": "checkpoint", "rank": 8}, "--rank would have no effect"),
+    ],
+)
+def test_export_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        ExportConfig(**({"adapter": ("adapter",), "format": "kohya_lora"} | settings))
+
+
+def test_guidance_that_is_off_and_a_negative_prompt():
+    with pytest.raises(UserError, match="--negative_prompt would have no effect"):
+        SamplerConfig(guidance_scale=1.0, negative_prompt="x")
+    assert SamplerConfig(negative_prompt="x").guidance_scale is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, []),
+        ({"max_train_steps": 3}, []),  # shorter than the defaults, which nobody asked for
+        ({"max_train_steps": 3, "checkpointing_steps": 4}, ["--checkpointing_steps"]),
+        ({"max_train_steps": 3, "checkpointing_steps": 3, "validation_steps": 3}, ["--validation_steps"]),
+        ({"num_validation_images": 0}, []),
+        ({"num_validation_images": 0, "validation_steps": 2}, ["--validation_steps"]),
+        ({"num_validation_images": 0, "validation_prompts": ("a dog",)}, ["--validation_prompts"]),
+        ({"num_validation_images": 0, "sample_batch_size": 2}, []),  # pick_checkpoint takes it
+        ({"checkpointing_steps": 0, "checkpoints_total_limit": 2}, ["--checkpoints_total_limit"]),
+        ({"dataloader_num_workers": 2}, ["--dataloader_num_workers"]),
+        ({"dataloader_num_workers": 2, "cache_latents": False}, []),
+        ({"with_prior_preservation": True, "prior_loss_weight": 0.0}, ["--with_prior_preservation"]),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_is_noted_if_it_was_asked_for(settings, names):
+    config = TrainingConfig(**({"instance_data_dir": "photos", "class_word": "dog", "max_train_steps": 500} | settings))
+    for each in (config.resolved(), TrainingConfig.from_dict(config.resolved().to_dict())):
+        assert [note.split()[0] for note in each.notes()] == names
+
+
+def test_class_images_in_a_list_of_subjects_are_noted():
+    concepts = (Concept("a", "dog", class_data_dir="dogs"), Concept("b", "cat", "zwx"))
+    config = TrainingConfig(concepts_list=concepts, max_train_steps=500).resolved()
+    assert ["--concepts_list" in note for note in config.notes()] == [True]
+    plain = TrainingConfig(concepts_list=concepts[1:], max_train_steps=500).resolved()
+    assert plain.notes() == []
+
+
+def test_resolving_twice_changes_nothing():
+    config = TrainingConfig("photos", class_word="dog").resolved()
+    assert replace(config, validation_prompts=None).resolved() == config

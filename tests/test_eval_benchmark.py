@@ -304,6 +304,8 @@ def test_our_methods_are_sized_without_their_scale_too(world):
         ({"seeds": 0}, "--seeds 0: must be more than 0"),
         ({"mixed_precision": "fp8"}, "mixed_precision: fp8; choose from no, "),
         ({"step": 3}, "unknown setting step"),
+        ({"num_class_images": 3}, "num_class_images would have no effect"),
+        ({"curve_every": 400}, "curve_every would have no effect"),
     ],
 )
 def test_settings_are_checked(settings, message):

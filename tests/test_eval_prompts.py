@@ -57,6 +57,9 @@ def test_own_folder_needs_a_class_word(tmp_path):
     with pytest.raises(UserError, match="say what the photos show"):
         read_subjects(tmp_path / "rex")
     assert read_subjects(tmp_path / "rex", "dog") == [Subject("rex", "dog", True, tmp_path / "rex")]
+    (tmp_path / "subjects.csv").write_text("subject,class_word,kind\nrex,dog,live\n")
+    with pytest.raises(UserError, match="leave out the class word cat"):
+        read_subjects(tmp_path, "cat")
 
 
 def test_tables_do_not_lead_out_of_the_folder(tmp_path):

@@ -121,7 +121,8 @@ def test_guidance_and_negative_prompt_matter(base):
     assert np.abs(picture() - picture(guidance_scale=9.0)).max() > 1
     assert np.abs(picture() - picture(negative_prompt="a cat")).max() > 1
     unguided = picture(guidance_scale=1.0)
-    assert np.abs(unguided - picture(guidance_scale=1.0, negative_prompt="a cat")).max() == 0
+    for off in (0.0, 0.5):  # as in diffusers: the prompt counts, and nothing leads away from anything
+        assert np.abs(unguided - picture(guidance_scale=off)).max() == 0
     assert np.abs(unguided - picture(guidance_scale=1.00001)).max() <= 1
 
 
@@ -220,6 +221,28 @@ def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
     assert (first.shape, second.shape) == ((36, 36, 3), (32, 32, 3))
     assert first_metadata["sampler"]["guidance_scale"] == 3.0
     assert second_metadata["sampler"] == first_metadata["sampler"] | {"guidance_scale": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "expected"),
+    [
+        ({"guidance_scale": 3.0, "negative_prompt": "x"}, {}, (3.0, "x")),
+        ({"guidance_scale": 3.0, "negative_prompt": "x"}, {"guidance_scale": 1.0}, (1.0, "")),
+        ({"guidance_scale": 3.0, "negative_prompt": "x"}, {"negative_prompt": "y"}, (3.0, "y")),
+        ({"guidance_scale": 1.0, "negative_prompt": "x"}, {}, (1.0, "")),  # of a file that says what has no effect
+    ],
+    ids=str,
+)
+def test_the_trainings_negative_prompt_goes_with_its_guidance(trained, given, expected):
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",), **given)
+    sampler = _sampler(config, SimpleNamespace(training={"sampler": trained}))[0]
+    assert (sampler.guidance_scale, sampler.negative_prompt) == expected
+
+
+def test_a_negative_prompt_for_an_adapter_that_was_trained_without_guidance_is_refused():
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",), negative_prompt="y")
+    with pytest.raises(UserError, match="--negative_prompt would have no effect"):
+        _sampler(config, SimpleNamespace(training={"sampler": {"guidance_scale": 1.0}}))
 
 
 def test_a_file_may_not_ask_for_pictures_of_any_size():

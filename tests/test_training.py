@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from hub_stand_in import TOKEN, stand_in
 from PIL import Image
@@ -21,6 +23,7 @@ from gsoft_diffusion.config import AdapterConfig, Concept, SamplerConfig, Traini
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import whole_view
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.options import parse
 from gsoft_diffusion.settings import read_yaml
 from gsoft_diffusion.training import Run, instance_photos, train
 
@@ -107,7 +110,7 @@ def test_loss_falls(any_base, config, text_encoder, prior):
         pretrained_model_name_or_path=str(any_base),
         adapter=AdapterConfig(nblocks=4, text_encoder=text_encoder),
         with_prior_preservation=prior,
-        num_class_images=2,
+        num_class_images=2 if prior else TrainingConfig.num_class_images,
         max_train_steps=20,
         cache_latents=False,  # the samples that are measured are not the run's
     )
@@ -151,6 +154,17 @@ def batches(config: TrainingConfig, monkeypatch) -> tuple[Run, list[dict[str, Te
     train(config)
     monkeypatch.setattr(Run, "_loss", original)
     return runs[0], seen
+
+
+def test_a_crop_of_photos_that_need_none_is_said(config, tmp_path, capfd):
+    square = tmp_path / "square"
+    square.mkdir()
+    for index in range(2):
+        Image.new("RGB", (40, 40), "red").save(square / f"{index}.png")
+    train(replace(config, center_crop=True, instance_data_dir=str(square), output_dir=str(tmp_path / "square-run")))
+    assert "--center_crop has no effect" in capfd.readouterr().out
+    train(replace(config, center_crop=True))
+    assert "--center_crop" not in capfd.readouterr().out
 
 
 def test_captions_become_prompts(config, monkeypatch, capfd):
@@ -349,7 +363,9 @@ def test_workers_change_nothing(config):
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_accumulated_batches_equal_a_large_one(config, prior):
-    config = replace(config, train_batch_size=4, with_prior_preservation=prior, num_class_images=2)
+    config = replace(config, train_batch_size=4)
+    if prior:
+        config = replace(config, with_prior_preservation=True, num_class_images=2)
     accumulated = replace(config, train_batch_size=1, gradient_accumulation_steps=4)
     assert (
         difference(weights(config, "large"), weights(accumulated, "accumulated")) < 1e-3
@@ -783,6 +799,57 @@ def test_skipped_steps_are_counted_shown_and_resumed(config, fp16_scaler, monkey
         train(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
 
 
+def learned(config: TrainingConfig, capfd) -> list[str]:
+    """What a run says of parts that have learned nothing."""
+    train(config)
+    return [line for line in capfd.readouterr().out.splitlines() if "nothing was learned" in line]
+
+
+def test_a_run_that_learns_nothing_says_so(config, capfd):
+    assert learned(replace(config, output_dir=f"{config.output_dir}-whole"), capfd) == []
+    (text,) = learned(replace(config, text_encoder_lr=1e-12, output_dir=f"{config.output_dir}-text"), capfd)
+    assert "in the text encoder: its rotations are identities; raise --text_encoder_lr" in text
+    alone = replace(config, learning_rate=1e-12, adapter=AdapterConfig(nblocks=4, text_encoder=False))
+    (denoiser,) = learned(alone, capfd)
+    assert "in the unet: its rotations are identities; raise --learning_rate" in denoiser
+
+
+def test_a_run_whose_steps_were_all_skipped_says_that_nothing_was_learned(config, fp16_scaler, monkeypatch, capfd):
+    original = training.training_loss
+    monkeypatch.setattr(training, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)
+    lines = learned(replace(config, mixed_precision="fp16"), capfd)
+    assert len(lines) == 2
+    assert all("all steps were skipped; use --mixed_precision bf16" in line for line in lines)
+
+
+@pytest.mark.parametrize(("settings", "steps"), [(["--gradient_accumulation_steps", "2"], 2), ([], 3)])
+def test_the_launchers_accumulation_is_the_runs(config, monkeypatch, tmp_path, settings, steps):
+    path = tmp_path / "settings.yaml"
+    given = {name: value for name, value in config.to_dict().items() if name != "gradient_accumulation_steps"}
+    path.write_text(yaml.safe_dump(given))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
+    result = train(parse(TrainingConfig, "", ["--config", str(path), *settings]))
+    assert (result.steps, result.interrupted) == (4, False)
+    assert read_yaml(result.adapter.parent / "settings.yaml")["gradient_accumulation_steps"] == steps
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 1: ACCELERATE_GRADIENT_ACCUMULATION_STEPS says"):
+        train(replace(config, output_dir=f"{config.output_dir}-other"))
+
+
+@pytest.mark.parametrize("form", ["checkpoint-2", "{folder}", "{folder}/checkpoint-2", "latest"])
+def test_forms_of_a_checkpoint_to_resume_from(config, capfd, form):
+    short = replace(config, max_train_steps=2, checkpointing_steps=2)
+    folder = train(short).adapter.parent
+    again = replace(short, max_train_steps=3, resume_from_checkpoint=form.format(folder=folder))
+    assert train(again).steps == 3
+    assert "going on from step 2" in capfd.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(config):
+    train(replace(config, max_train_steps=2, checkpointing_steps=1))
+    with pytest.raises(UserError, match=r"checkpoint-9: is not the folder .*has checkpoint-1, checkpoint-2$"):
+        train(replace(config, resume_from_checkpoint="checkpoint-9"))
+
+
 # What is for others
 
 
@@ -913,6 +980,30 @@ def test_a_tracker_that_is_not_installed_is_said(config, capfd, monkeypatch):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     train(replace(config, report_to="tensorboard"))
     assert "pip install tensorboard" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("report_to", "missing"), [("tensorboard, wandb", ["wandb"]), ("TensorBoard", []), ("comet_ml,none", None)]
+)
+def test_several_trackers(config, capfd, report_to, missing):
+    pytest.importorskip("tensorboard")
+    if missing is None:
+        with pytest.raises(UserError, match="--report_to comet_ml,none: none, and others"):
+            train(replace(config, report_to=report_to))
+        return
+    folder = train(replace(config, report_to=report_to)).adapter.parent
+    assert list((folder / "logs" / "training").iterdir())
+    noted = [line for line in capfd.readouterr().out.splitlines() if "is not installed" in line]
+    assert [line.split()[1] for line in noted] == [name for name in missing if not importlib.util.find_spec(name)]
+
+
+def test_a_service_that_refuses_does_not_end_the_run(config, monkeypatch, capfd):
+    def refused(*arguments, **options):
+        raise ValueError("no API key")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refused)
+    assert train(replace(config, report_to="tensorboard")).steps == 4
+    assert "note: tensorboard cannot write (no API key); no more is reported to it" in capfd.readouterr().out
 
 
 def test_what_is_printed(config, capfd):

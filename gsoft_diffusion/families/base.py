@@ -107,6 +107,11 @@ class Models(ABC):
         """Whether pictures are drawn without classifier-free guidance: the model was distilled to do without."""
         return False
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale has an effect: in classifier-free guidance, or as an input of the model."""
+        return not self.guides_itself
+
     def noise_scheduler(self) -> Any:
         """How noise is added in training."""
         return DDPMScheduler.from_config(self.scheduler.config)
