@@ -120,3 +120,9 @@ def test_a_group_given_in_part_keeps_its_other_defaults():
 
 def test_help_comes_from_the_docstring():
     assert field_help(Inner) == {"size": "how large.", "name": "what it is called."}
+
+
+def test_files_of_settings_are_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("seed: 3")
+    assert read_yaml("~/settings.yaml") == {"seed": 3}
