@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 from tiny_eval import write_world
 
 from eval import benchmark, cell, engines, report
@@ -18,6 +19,7 @@ from eval.benchmark import plan, run_benchmark
 from eval.cell import read_result, read_results, run_cell
 from eval.experiment import Cell, Experiment, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, matched
+from eval.report import _image
 from gsoft_diffusion import UserError
 from gsoft_diffusion.baselines import BaselineConfig
 from gsoft_diffusion.models import load_models
@@ -360,3 +362,9 @@ def test_local_workers_run_cells_in_processes(world, tmp_path):
     assert all(cell.is_done(each, tmp_path) for each in cells)
     assert len(list((tmp_path / "logs").iterdir())) == 2
     assert benchmark._measured(tmp_path).keys() == {"base"}
+
+
+def test_a_picture_too_large_for_the_report_is_named(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"0\.png: cannot be read .*delete its folder and run eval\.benchmark again"):
+        _image(tmp_path / "0.png", "caption")

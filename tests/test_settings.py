@@ -144,3 +144,9 @@ def test_what_was_given_and_has_no_effect_is_found():
     assert list(without_effect(Outer(1.0, count=2, kind="b"), [RULE])) == []
     with pytest.raises(UserError, match="--count would have no effect"):
         refuse_without_effect(Outer(1.0, count=2), [RULE])
+
+
+def test_files_of_settings_are_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("seed: 3")
+    assert read_yaml("~/settings.yaml") == {"seed": 3}
