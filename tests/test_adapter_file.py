@@ -285,7 +285,7 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("place", ["missing.safetensors", "."])
 def test_a_file_that_is_not_there(tmp_path, place):
-    with pytest.raises(UserError, match="no such adapter file"):
+    with pytest.raises(UserError, match=r"no such adapter file|holds no adapter"):
         read_adapter(tmp_path / place)
 
 
