@@ -118,13 +118,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
     path: the file, or the folder that holds it as `adapter.safetensors`: a run's or a checkpoint's.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / ADAPTER).is_file():
-            raise UserError(f"{path}: this folder holds no {ADAPTER}; name a run's folder, a checkpoint's or the file")
-        path = path / ADAPTER
-    if not path.is_file():
-        raise UserError(f"{path}: no such adapter file")
+    path = _adapter_in(Path(path))
     try:
         _check_header(path)
         with safe_open(path, framework="pt") as file:
@@ -144,6 +138,20 @@ def read_adapter(path: str | Path) -> AdapterFile:
             _refuse(path, f"{name} has values that are not finite")
     base_model = _read_base_model(path, sections["base_model"])
     return AdapterFile(path, config, base_model, sections["training"], sections["prompts"], tensors)
+
+
+def _adapter_in(path: Path) -> Path:
+    """The adapter file that is named, by itself or by its folder."""
+    try:
+        if path.is_dir():
+            if not (path / ADAPTER).is_file():
+                raise UserError(f"{path}: holds no {ADAPTER}; name the folder of a run or of a checkpoint, or the file")
+            return path / ADAPTER
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    raise UserError(f"{path}: no such adapter file")
 
 
 def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:

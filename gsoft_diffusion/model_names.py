@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from gsoft_diffusion.config import BUNDLED_BASE
@@ -14,8 +15,11 @@ def local_model(name: str) -> Path | None:
     """The absolute path of a model's folder or file on this disk, as named or inside this repository; None if there is
     none, and the name may be one on the hub.
     """
-    places = (Path(name).expanduser(), REPOSITORY / name)
-    return next((Path(os.path.abspath(place)) for place in places if place.exists()), None)  # noqa: PTH100 - keeps links
+    for place in (Path(name).expanduser(), REPOSITORY / name):
+        with suppress(OSError):  # of a folder around it that may not be entered
+            if place.exists():
+                return Path(os.path.abspath(place))  # noqa: PTH100 - keeps links
+    return None
 
 
 def lasting_name(name: str) -> str:

@@ -358,6 +358,10 @@ class Run:
         self.step = 0
         self.skipped = 0  # optimizer steps left out by the scaler of fp16, since a gradient had overflowed
         self.identity = models.identity()
+        # Settled now: at the end of a long run the folders that they are found by may be out of reach.
+        self.recorded = checkpoints.recorded(config)
+        self.public_base = replace(self.identity, name=public_name(self.identity.name))
+        self.public_config = config.base_config and public_name(config.base_config)
         self.noise_scheduler = models.noise_scheduler()
         if config.snr_gamma is not None and self.noise_scheduler.config.prediction_type == "flow_prediction":
             raise UserError(f"--snr_gamma: {models.name} learns by flow matching, which weighs by drawing timesteps")
@@ -749,15 +753,13 @@ class Run:
     def _save_adapter(self, path: Path) -> None:
         config = self.config
         training = {name: value for name, value in config.to_dict().items() if name not in (*PRIVATE, "adapter")}
-        for name in ("pretrained_model_name_or_path", "base_config"):
-            training[name] = training[name] and public_name(training[name])
+        training |= {"pretrained_model_name_or_path": self.public_base.name, "base_config": self.public_config}
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
         prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
         with self._evaluated():
-            base_model = replace(self.identity, name=public_name(self.identity.name))
             training["step"] = self.step
-            save_adapter(path, self.adapter, base_model=base_model, training=training, prompts=prompts)
+            save_adapter(path, self.adapter, base_model=self.public_base, training=training, prompts=prompts)
 
     def _write_card(self, adapter: Path) -> None:
         path, sheet = self.folder / CARD, latest_sheet(self.folder)
@@ -782,7 +784,7 @@ class Run:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "skipped": self.skipped,
-                "settings": checkpoints.recorded(self.config).to_dict(),
+                "settings": self.recorded.to_dict(),
                 "circumstances": self.circumstances,
             }
             limit = self.config.checkpoints_total_limit

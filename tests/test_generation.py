@@ -382,7 +382,7 @@ def test_a_run_s_folder_is_its_adapter(adapter_file):
     draw(GenerationConfig((str(adapter_file.parent),), prompts=("a",), num_images=1))
     ((_, metadata),) = pictures_in(adapter_file.parent / "images").values()
     assert metadata["adapters"] == [{"name": "dog/adapter.safetensors", "strength": 1.0}]
-    with pytest.raises(UserError, match=r"holds no adapter\.safetensors; name a run's folder"):
+    with pytest.raises(UserError, match=r"holds no adapter\.safetensors; name the folder of a run"):
         draw(GenerationConfig((str(adapter_file.parent.parent),), prompts=("a",)))
 
 
