@@ -106,8 +106,9 @@ def test_scenes_call_the_subject_as_its_prompt_does():
 def test_the_home_folder_is_filled_in_wherever_a_path_may_stand(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     paths = ("instance_data_dir", "class_data_dir", "output_dir", "pretrained_model_name_or_path", "base_config")
-    training = TrainingConfig(class_word="dog", resume_from_checkpoint="~/r", **dict.fromkeys(paths, "~/x"))
-    assert {getattr(training, name) for name in paths} == {"/home/ann/x"}
+    given = {"class_word": "dog", "with_prior_preservation": True, "resume_from_checkpoint": "~/r"}
+    training = TrainingConfig(**given, **dict.fromkeys(paths, "~/x.safetensors"))
+    assert {getattr(training, name) for name in paths} == {"/home/ann/x.safetensors"}
     assert training.resume_from_checkpoint == "/home/ann/r"
     concept = Concept.from_dict({"instance_data_dir": "~/x", "class_word": "dog", "class_data_dir": "~/y"})
     assert (concept.instance_data_dir, concept.class_data_dir) == ("/home/ann/x", "/home/ann/y")
@@ -303,7 +304,7 @@ def test_generation_settings_that_cannot_work_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strength": (0.0,)}, "--strength 0: nothing"),
+        ({"strength": (0.0,)}, "--strength 0: is the base"),
         ({"format": "checkpoint", "rank": 8}, "--rank would have no effect"),
     ],
 )
