@@ -35,7 +35,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    args.out.expanduser().write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 

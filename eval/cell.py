@@ -39,9 +39,9 @@ from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.injection import Adapter
 from gsoft_diffusion.models import DTYPES, Models, best_device, load_models
-from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import slug
 from gsoft_diffusion.schedulers import with_model_sampler
 from gsoft_diffusion.training import train, with_model_defaults
@@ -187,7 +187,8 @@ def _training(
     experiment: Experiment, cell: Cell, subject: Subject, models: Models, out: Path, scratch: Path
 ) -> TrainingConfig:
     """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
-    class_images = out / "class_images" / slug(subject.class_word)
+    digest = hashlib.sha256(subject.class_word.encode()).hexdigest()[:12]  # other words may have the same slug
+    class_images = out / "class_images" / f"{slug(subject.class_word)}-{digest}"
     config = experiment.training(subject, cell.seed, cell.learning_rate or 1, scratch / "run", class_images)
     return with_model_defaults(config.resolved(), models)
 

@@ -12,7 +12,8 @@ from eval.subjects import REPOSITORY, Subject, read_subjects
 from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import DTYPES
-from gsoft_diffusion.settings import Settings, not_negative, positive, require
+from gsoft_diffusion.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
+from gsoft_diffusion.text_files import on_disk
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Experiment(Settings):
         require(self, positive, "more than 0", "seeds", "images_per_prompt", "base_images", "max_prompts")
         require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
         require(self, not_negative, "0 or more", "curve_every")
+        refuse_without_effect(self, _ONLY_WITH)
 
     def anchored(self) -> Experiment:
         """The same with paths that hold in any working directory: within this repository, or absolute."""
@@ -178,13 +180,25 @@ _PLACES = ("subjects_dir", "pretrained_model_name_or_path", "prompts", "clip", "
 
 
 def _anchored(name: str) -> str:
-    place = Path(name).expanduser()
+    place = on_disk(Path(name).expanduser())
     if name in (DREAMBOOTH, "auto") or not place.exists():
         return name  # not a path, or one in the repository, or a name on the hub
     place = place.resolve()
     return str(place.relative_to(REPOSITORY) if place.is_relative_to(REPOSITORY) else place)
 
 
+_ONLY_WITH = (
+    OnlyWith(
+        ("num_class_images",),
+        lambda settings: settings.with_prior_preservation,
+        "it is about class images; give with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("curve_every",),
+        lambda settings: settings.curve_every < settings.max_train_steps,
+        "the trainings are not longer; give less than max_train_steps, or leave it out",
+    ),
+)
 _TRAINING = (
     "pretrained_model_name_or_path",
     "unique_token",

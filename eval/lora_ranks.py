@@ -108,7 +108,7 @@ def study(
             }
         )
     result = {
-        "adapter": path.resolve().parent.name,
+        "adapter": file.path.resolve().parent.name,
         "config": file.config.to_dict(),
         "base_model": {"name": public_base(file.base_model.name)[1], "fingerprint": file.base_model.fingerprint},
         "precision": str(PRECISION).removeprefix("torch."),

@@ -31,9 +31,9 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import new_places
 from gsoft_diffusion.generation import generate
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.models import DTYPES, Models, load_models
 from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.pictures import Row
 from gsoft_diffusion.settings import read_yaml
 
@@ -95,17 +95,19 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
 
 
 def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str]]:
-    """The run's subjects with their unique tokens. UserError, naming the settings' file, for one without class word."""
+    """The run's subjects with their unique tokens. UserError, naming the settings' file, for one without a name."""
     folders = [Path(concept.instance_data_dir) for concept in config.concepts]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):  # folders of one name in different places
         names = [f"{name} {number}" for number, name in enumerate(names, start=1)]
     subjects = []
     for concept, folder, name in zip(config.concepts, folders, names, strict=True):
-        word = concept.class_word
-        if not word:
-            raise UserError(f"{source}: has no class_word for {folder}, which the prompts are made with")
-        subjects.append((Subject(name, word, word in LIVE_CLASSES, folder), concept.unique_token))
+        named = concept.resolved()
+        word, token = named.class_word, named.unique_token
+        if not (word and token):
+            missing = "unique_token" if word else "class_word"
+            raise UserError(f"{source}: has no {missing} for {folder}, which the prompts are made with")
+        subjects.append((Subject(name, word, word in LIVE_CLASSES, folder), token))
     return subjects
 
 

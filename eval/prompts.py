@@ -10,6 +10,7 @@ from typing import Literal
 from eval.subjects import REPOSITORY, Subject
 from gsoft_diffusion.config import with_article
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.text_files import read_prompts
 
 DREAMBOOTH = "dreambooth"  # both of its lists: which one, the subject decides
 LISTS = REPOSITORY / "data" / "prompts"
@@ -75,11 +76,7 @@ def read_templates(source: str, live: bool) -> list[str]:
     else:
         path = Path(source).expanduser()
         path = path if path.is_file() else REPOSITORY / source
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read as a list of prompts ({error})") from error
-    templates = [line for line in lines if line and not line.startswith("#")]
+    templates = read_prompts(path, source)
     for line in templates:
         if "{0} {1}" not in line:
             raise UserError(f'{source}: "{line}" has no place for the subject; write {{0}} {{1}} there')

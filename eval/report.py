@@ -32,8 +32,8 @@ from eval.methods import METHODS
 from eval.metrics import Interval
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import whole_file
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.settings import read_yaml
 
 SETTINGS, PAGE_NAME = "experiment.yaml", "report.html"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from eval import metrics
 from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import new_places
+from gsoft_diffusion.image_files import open_image, opened
 from gsoft_diffusion.models import best_device
 from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.photos import list_images, open_image
+from gsoft_diffusion.photos import list_images
 from gsoft_diffusion.pictures import METADATA_KEY
 
 
@@ -72,21 +72,34 @@ def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
 
 
 def score_folder(
-    images: str | Path, photos: str | Path, encoders: Encoders, prompt: str | None = None, unique_token: str = "sks"
+    images: str | Path,
+    photos: str | Path,
+    encoders: Encoders,
+    prompt: str | None = None,
+    unique_token: str | None = None,
 ) -> dict[str, Any]:
-    """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures."""
-    found = [path for path in list_images(images, "--images")[0] if not path.name.startswith("contact_sheet")]
+    """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures.
+
+    unique_token: left out of the captions; by default those that the pictures say their subjects have.
+    """
     paths, prompts = [], []
+    tokens = {unique_token} if unique_token else set()
+    found = list_images(images, "--images")
     for path in found:
+        if path.name.startswith("contact_sheet"):
+            continue
         facts = _metadata(path)
-        if facts.get("model") != "base":
-            paths.append(path)
-            prompts.append(prompt or facts.get("prompt"))
+        if facts.get("model") == "base":
+            continue
+        paths.append(path)
+        prompts.append(prompt or facts.get("prompt"))
+        if unique_token is None:
+            tokens |= _tokens(facts)
     if not paths:
         raise UserError(f"--images {images}: holds nothing but contact sheets and the base model's pictures")
-    captions = [re.sub(rf"\b{re.escape(unique_token)} ", "", text) for text in prompts if text]
+    captions = [_without(tokens, text) for text in prompts if text]
     texts = encoders.clip.embed_texts(captions) if len(captions) == len(paths) else None
-    real = embed(encoders, _open(list_images(photos, "--photos")[0]))
+    real = embed(encoders, _open(list_images(photos, "--photos")))
     scores = picture_scores(embed(encoders, _open(paths)), real, texts)
     rows = [{"file": path.name, "prompt": text, **row} for path, text, row in zip(paths, prompts, scores, strict=True)]
     means = {name: metrics.mean([row[name] for row in scores]) for name in scores[0]}
@@ -95,7 +108,8 @@ def score_folder(
         "encoders": encoders.to_dict(),
         "mean": means,
         "photos": {name: metrics.real_photo_ceiling(embedded) for name, embedded in ceilings.items()},
-        "captions": "the prompts without the unique token" if texts is not None else None,
+        "captions": _captions_are(tokens) if texts is not None else None,
+        "left_out": len(found) - len(paths),
         "pictures": rows,
     }
 
@@ -115,9 +129,32 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"  {names[name]:38} {value:.3f}" + (f"   (the photos among each other {ceiling:.3f})" if ceiling else "")
         )
+    if result["left_out"]:
+        lines.append(f"  left out: {result['left_out']} contact sheets and pictures of the base model")
     if result["captions"] is None:
         lines.append("  no CLIP-T: the pictures carry no prompt; give --prompt")
+    else:
+        lines.append(f"  CLIP-T compares with {result['captions']}")
     return "\n".join(lines)
+
+
+def _tokens(facts: dict[str, Any]) -> set[str]:
+    """The unique tokens of the subjects in a picture's metadata."""
+    subjects = facts.get("subjects")
+    named = [subject for subject in subjects if isinstance(subject, dict)] if isinstance(subjects, list) else []
+    return {token for subject in named if isinstance(token := subject.get("unique_token"), str) and token}
+
+
+def _without(tokens: Iterable[str], text: str) -> str:
+    for token in tokens:
+        text = re.sub(rf"(?<!\S){re.escape(token)} ", "", text)
+    return text
+
+
+def _captions_are(tokens: set[str]) -> str:
+    if tokens:
+        return f"the prompts without {', '.join(sorted(tokens))}"
+    return "the prompts as they are: no unique token is known, and --unique_token names none"
 
 
 def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
@@ -127,11 +164,9 @@ def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
 def _metadata(path: Path) -> dict[str, Any]:
     """What inference.py wrote into its PNG; nothing for other pictures. What cannot be read is said when it is used."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                facts = json.loads(image.info.get(METADATA_KEY, "{}"))
-    except (OSError, ValueError, Image.DecompressionBombError):
+        with opened(path) as image:
+            facts = json.loads(image.info.get(METADATA_KEY, "{}"))
+    except UserError:
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -156,7 +191,9 @@ def main() -> int:
     parser.add_argument("--images", type=expanded_path, required=True, help="folder of generated pictures")
     parser.add_argument("--photos", type=expanded_path, required=True, help="folder of photos of the subject")
     parser.add_argument("--prompt", help="what all pictures were asked to show")
-    parser.add_argument("--unique_token", default="sks", help="left out of the captions (default: %(default)s)")
+    parser.add_argument(
+        "--unique_token", help="left out of the captions (default: as inference.py noted in the pictures)"
+    )
     parser.add_argument("--out", type=expanded_path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()

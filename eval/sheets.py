@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gsoft_diffusion.pictures import Row, contact_sheets
+from gsoft_diffusion.pictures import Row, contact_sheets, numbered
 
 
 def save_sheets(rows: Sequence[Row], title: str, folder: Path) -> None:
     """Write `contact_sheet.png`, and `contact_sheet_2.png` and so on if one would be too large."""
     for number, sheet in enumerate(contact_sheets(rows, title), start=1):
-        sheet.save(folder / ("contact_sheet.png" if number == 1 else f"contact_sheet_{number}.png"))
+        sheet.save(folder / numbered("contact_sheet.png", number))

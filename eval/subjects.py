@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.photos import IMAGE_SUFFIXES, list_images
+from gsoft_diffusion.photos import list_images, scan
+from gsoft_diffusion.text_files import composed, on_disk, read_csv, read_text
 
 TABLE, DREAMBOOTH = "subjects.csv", "prompts_and_classes.txt"
 LIVE_CLASSES = {"dog", "cat"}  # of the public data set: its other subjects take the prompts for objects
@@ -29,7 +29,7 @@ class Subject:
 
     def photos(self) -> list[Path]:
         """The photos' paths, in order. Raises UserError if there are none."""
-        return list_images(self.folder, f"photos of {self.name}:")[0]
+        return list_images(self.folder, f"photos of {self.name}:")
 
 
 def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Subject]:
@@ -39,11 +39,13 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
     public DreamBooth set's `prompts_and_classes.txt`. A folder of photos needs its `class_word`. Raises UserError.
     """
     folder = _find(folder)
+    if class_word and ((folder / TABLE).is_file() or (folder / DREAMBOOTH).is_file()):
+        raise UserError(f"{folder}: says itself what its subjects are; leave out the class word {class_word}")
     if (folder / TABLE).is_file():
         subjects = _from_table(folder)
     elif (folder / DREAMBOOTH).is_file():
         subjects = _from_dreambooth(folder)
-    elif any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
+    elif scan(folder).images:
         if not class_word:
             raise UserError(f"{folder}: say what the photos show by a class word, for example dog")
         subjects = [Subject(folder.resolve().name, class_word, class_word in LIVE_CLASSES, folder)]
@@ -55,30 +57,37 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
 
 
 def _find(folder: str | Path) -> Path:
-    for place in (Path(folder).expanduser(), REPOSITORY / folder):
+    for place in (on_disk(Path(folder).expanduser()), REPOSITORY / folder):
         if place.is_dir():
             return place
     raise UserError(f"{folder}: no such folder of subjects")
 
 
 def _from_table(folder: Path) -> list[Subject]:
-    with (folder / TABLE).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
-        found = [Subject(r["subject"], r["class_word"], r["kind"] == "live", folder / r["subject"]) for r in rows]
+        found = [
+            Subject(composed(row["subject"]), row["class_word"], row["kind"] == "live", folder / row["subject"])
+            for _, row in read_csv(folder / TABLE)
+        ]
     except KeyError as error:
         raise UserError(f"{folder / TABLE}: has no column {error.args[0]}") from error
-    return _present(found)
+    names = [subject.name for subject in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{folder / TABLE}: subject {twice[0]} comes twice")
+    present = _present(found)
+    if missing := sorted(set(names) - {subject.name for subject in present}):
+        raise UserError(f"{folder / TABLE}: subject {missing[0]} has no folder of that name beside the table")
+    return present
 
 
 def _from_dreambooth(folder: Path) -> list[Subject]:
     """The table at the head of the file: lines `name,class`."""
-    text = (folder / DREAMBOOTH).read_text(encoding="utf-8").partition("Prompts")[0]
+    text = read_text(folder / DREAMBOOTH).partition("Prompts")[0]
     pairs = re.findall(r"^(\w+),([\w ]+)$", text, flags=re.MULTILINE)
     return _present([Subject(name, word, word in LIVE_CLASSES, folder / name) for name, word in pairs])
 
 
 def _present(subjects: list[Subject]) -> list[Subject]:
     """Those whose folder is there, and inside the data set."""
-    found = [s for s in subjects if re.fullmatch(r"[\w-]+", s.name) and s.folder.is_dir()]
-    return sorted(found, key=lambda subject: subject.name)
+    named = [replace(s, folder=on_disk(s.folder)) for s in subjects if re.fullmatch(r"[\w-]+", s.name)]
+    return sorted((s for s in named if s.folder.is_dir()), key=lambda subject: subject.name)

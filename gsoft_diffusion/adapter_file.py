@@ -31,6 +31,7 @@ from gsoft_diffusion.projection import at_strength, parameter_shapes
 from gsoft_diffusion.quantization import numbers_in
 from gsoft_diffusion.settings import Settings
 
+ADAPTER = "adapter.safetensors"  # what training calls it, in a run's folder and in those of checkpoints
 FORMAT_KEY, FORMAT_VERSION = "gsoft_diffusion_adapter", "1"
 MAX_HEADER = 4 * 2**20  # bytes; the largest adapters have about two thousand tensors, some 0.4 MB of header
 SKETCH_SIZE = 16
@@ -119,10 +120,10 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
     Nothing in the file is executed or used as a path, and what is allocated is bounded by the size of the file.
     Raises UserError naming the file and what is wrong with it.
+
+    path: the file, or the folder that holds it as `adapter.safetensors`: a run's or a checkpoint's.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such adapter file")
+    path = _adapter_in(Path(path))
     try:
         _check_header(path)
         with safe_open(path, framework="pt") as file:
@@ -142,6 +143,31 @@ def read_adapter(path: str | Path) -> AdapterFile:
             _refuse(path, f"{name} has values that are not finite")
     base_model = _read_base_model(path, sections["base_model"])
     return AdapterFile(path, config, base_model, sections["training"], sections["prompts"], tensors)
+
+
+def _adapter_in(path: Path) -> Path:
+    """The adapter file that is named, by itself or by its folder."""
+    try:
+        if path.is_dir():
+            if not (path / ADAPTER).is_file():
+                raise UserError(f"{path}: holds no {ADAPTER}; name the folder of a run or of a checkpoint, or the file")
+            return path / ADAPTER
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    raise UserError(f"{path}: no such adapter file")
+
+
+def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:
+    """Read several adapters that are to act together. UserError as in `read_adapter`, or if one comes twice."""
+    files: list[AdapterFile] = []
+    for path in paths:
+        file = read_adapter(path)
+        if same := next((other for other in files if other.path.samefile(file.path)), None):
+            raise UserError(f"--adapter {path}: is the same file as {same.path}; give it once, with a --strength")
+        files.append(file)
+    return files
 
 
 def load_adapter(

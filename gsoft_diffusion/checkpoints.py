@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from io import BufferedWriter
 from pathlib import Path
@@ -26,18 +27,21 @@ from typing import Any
 
 import torch
 
+from gsoft_diffusion.adapter_file import ADAPTER, read_adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.files import locked, sync_folder, whole_file
-from gsoft_diffusion.model_card import CARD
+from gsoft_diffusion.model_card import CARD, sheet_of
+from gsoft_diffusion.model_names import lasting_name
 
-SETTINGS, ADAPTER, STATE, SUMS = "settings.yaml", "adapter.safetensors", "state.pt", "SHA256SUMS"
+SETTINGS, STATE, SUMS = "settings.yaml", "state.pt", "SHA256SUMS"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")  # on which a run's numbers depend
 # May change when a run is resumed: they decide how long it goes on and what it reports, not how it learns.
 FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "accept_changes",
     "output_dir",
+    "unique_token",  # what is learned is in the prompts
     "max_train_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -86,25 +90,19 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
     if config.resume_from_checkpoint is None:
         _check_no_run(folder)
         return None
-    if config.resume_from_checkpoint == "latest":
-        damaged: list[str] = []
-        for checkpoint in reversed(checkpoints(folder)):
-            damage = damage_of(checkpoint)
-            if damage is None:
-                for line in damaged:
-                    say(f"note: {line}; going on from {checkpoint.name}, the newest that is sound")
-                return checkpoint
-            damaged.append(f"{checkpoint} is damaged ({damage})")
-        if damaged:
-            raise UserError(f"--resume_from_checkpoint latest: no checkpoint is sound; {'; '.join(damaged)}")
-        raise UserError(
-            f"--resume_from_checkpoint latest: there is no checkpoint in {folder}; leave the option out to start afresh"
-        )
-    checkpoint = Path(config.resume_from_checkpoint)
+    wanted = config.resume_from_checkpoint
+    given = Path(wanted).expanduser()
+    if wanted == "latest":
+        return _newest_sound(folder, wanted, say)
+    if (folder / given.name).is_dir() and given.name == wanted:  # a name in the output folder, as diffusers takes it
+        given = folder / given
+    checkpoint = _newest_sound(given, wanted, say) if checkpoints(given) else given
     if not (checkpoint.is_dir() and step_of(checkpoint) >= 0):
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: is not the folder of a checkpoint")
+        there = [path.name for path in checkpoints(folder)]
+        choice = f"; {folder} has {', '.join(there)}" if there else ""
+        raise UserError(f"--resume_from_checkpoint {wanted}: is not the folder of a checkpoint{choice}")
     if damage := damage_of(checkpoint):
-        raise UserError(f"--resume_from_checkpoint {checkpoint}: damaged ({damage}); resume from another, or latest")
+        raise UserError(f"--resume_from_checkpoint {wanted}: damaged ({damage}); resume from another, or latest")
     if checkpoint.resolve().parent != folder.resolve():
         _check_no_run(folder)
     elif later := [path.name for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]:
@@ -113,6 +111,23 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
             "choose a new --output_dir, or delete them"
         )
     return checkpoint
+
+
+def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint in a run's folder that is sound; UserError, which names the option's value, without one."""
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            for line in damaged:
+                say(f"note: {line}; going on from {checkpoint.name}, the newest that is sound")
+            return checkpoint
+        damaged.append(f"{checkpoint} is damaged ({damage})")
+    if damaged:
+        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is sound; {'; '.join(damaged)}")
+    raise UserError(
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; leave the option out to start afresh"
+    )
 
 
 def _check_no_run(folder: Path) -> None:
@@ -135,7 +150,7 @@ def check_unchanged(
 ) -> None:
     """Raise UserError if what decides how a run learns is not as it was when the checkpoint was written.
 
-    before, now: settings, or other facts by their names. Nothing is checked with `accept_changes`.
+    before, now: settings as `recorded`, or other facts by their names. Nothing is checked with `accept_changes`.
     """
     if config.accept_changes:
         return
@@ -148,10 +163,61 @@ def check_unchanged(
         raise UserError(f"cannot resume {checkpoint}: {', '.join(changes)}; put it back, or give --accept_changes")
 
 
+def step_of_result(folder: Path) -> int:
+    """How many steps the adapter in a run's folder was trained, 0 if there is none that can be read."""
+    try:
+        step = read_adapter(folder / ADAPTER).training.get("step")
+    except UserError:
+        return 0
+    return step if isinstance(step, int) else 0
+
+
+def check_goes_further(config: TrainingConfig, step: int) -> None:
+    """Raise UserError if a run that goes on from a checkpoint of this step has nothing to do, or would replace the
+    result in its folder by one of fewer steps. A run that was killed at its very end still has to write that.
+    """
+    folder, steps = Path(config.output_dir or "."), config.max_train_steps
+    assert steps is not None, "with_model_defaults sets it"
+    result = step_of_result(folder)
+    if result > steps:
+        raise UserError(
+            f"--max_train_steps {steps}: {folder / ADAPTER} was trained {result} steps and would be replaced by less; "
+            f"give {result} or more, or another --output_dir"
+        )
+    complete = result == steps and (folder / CARD).exists()
+    if config.num_validation_images:
+        complete = complete and sheet_of(folder, steps).exists()
+    if step > steps or (step == steps and (complete or not checkpoints(folder)) and not config.push_to_hub):
+        raise UserError(
+            f"--max_train_steps {steps}: the checkpoint has {step} steps, so nothing is left to train; to train on, "
+            f"give more than {step}"
+        )
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, sound or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
-    return sorted(found, key=step_of)
+    return sorted((path for path in found if any(map(os.path.lexists, _files(path)))), key=step_of)
+
+
+def run_folder(adapter: Path) -> Path:
+    """The folder of the run that wrote the adapter: the one that it is in, or the one around its checkpoint.
+
+    What belongs to the run and is not the checkpoint's goes there, where no rotation deletes it.
+    """
+    folder = Path(os.path.abspath(adapter)).parent  # noqa: PTH100 - keeps links
+    inside = step_of(folder) >= 0 and (folder.parent / SETTINGS).is_file()
+    return folder.parent if inside else adapter.parent
+
+
+def checkpoint_name(adapter: Path) -> str:
+    """`checkpoint-<step>` if the adapter is that of a run's checkpoint, else nothing."""
+    return "" if run_folder(adapter) == adapter.parent else Path(os.path.abspath(adapter)).parent.name  # noqa: PTH100
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """What a checkpoint consists of; the sums, which make it sound, come last."""
+    return [checkpoint / name for name in (ADAPTER, STATE, SUMS)]
 
 
 def damage_of(checkpoint: Path) -> str | None:
@@ -192,7 +258,12 @@ def write_checkpoint(
             file.write("".join(f"{_sha256(unfinished / name)}  {name}\n" for name in (ADAPTER, STATE)).encode())
         if target.exists():  # a damaged one: a run goes on from the newest that is sound
             _delete(target)
-        unfinished.replace(target)
+        if target.exists():  # it holds files of other making
+            for path in _files(unfinished):
+                path.replace(target / path.name)
+            sync_folder(target)
+        else:
+            unfinished.replace(target)
         sync_folder(folder)
     except (OSError, UserError) as error:
         what = (error.strerror if isinstance(error, OSError) else None) or error
@@ -241,10 +312,16 @@ def _rotate(folder: Path, limit: int) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """First out of sight, so that a half deleted one is never met."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    checkpoint.replace(hidden)
-    shutil.rmtree(hidden)
+    """The checkpoint's own files, first the sums, without which the rest counts as damaged; and the folder, unless it
+    holds what a run has not written.
+    """
+    for path in reversed(_files(checkpoint)):
+        if path.is_dir() and not path.is_symlink():  # no checkpoint has one by such a name, so it is damage
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if not any(checkpoint.iterdir()):
+        checkpoint.rmdir()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -255,6 +332,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: {STATE} cannot be loaded ({first_line(error)}); resume from another") from error
 
 
+def recorded(config: TrainingConfig) -> TrainingConfig:
+    """The settings as the run keeps them for itself: with paths that mean the same from every directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return os.path.abspath(path) if path else path  # noqa: PTH100 - without `..`, with links
+
+    def of_photos(settings: Any) -> Any:
+        folders = {name: absolute(getattr(settings, name)) for name in ("instance_data_dir", "class_data_dir")}
+        return replace(settings, **folders)
+
+    return replace(
+        of_photos(config),
+        concepts_list=tuple(map(of_photos, config.concepts_list)),
+        output_dir=absolute(config.output_dir),
+        pretrained_model_name_or_path=lasting_name(config.pretrained_model_name_or_path),
+        base_config=config.base_config and lasting_name(config.base_config),
+    )
+
+
 def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
     """Write the resolved settings so that `--config` takes them again; in a comment, what else a run depends on."""
     path = Path(config.output_dir or ".") / SETTINGS
@@ -262,7 +358,7 @@ def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
         with whole_file(path) as file:
             used = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
             file.write(f"# python {platform.python_version()}, {used}; processes: {processes}\n".encode())
-            file.write(config.to_yaml().encode())
+            file.write(recorded(config).to_yaml().encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path

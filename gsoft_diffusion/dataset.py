@@ -7,9 +7,10 @@ nothing but the grouping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from gsoft_diffusion.photos import Photo, Size, Variant, nearest_size, pixels, subject_weights, variants, view
+from gsoft_diffusion.crops import Variant, nearest_size, pixels, subject_weights, variants, view
+from gsoft_diffusion.photos import Photo, Size
 
 ORDER, DRAWS, DROPOUT, SIZES = range(4)  # what random numbers are for, so that none are used twice
 
@@ -57,7 +59,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
 
     Without class photos every sample is a subject's. Each sample is a dict of
     `moments` (2·C, h, w) if latents are cached, else `pixels` (3, H, W) in [-1, 1];
-    `view` (6,), how the photo is shown (see `photos.view`); `weights` (1, h, w) of the loss, if masks are used;
+    `view` (6,), how the photo is shown (see `crops.view`); `weights` (1, h, w) of the loss, if masks are used;
     `latent_noise` and `noise` (C, h, w): what draws the latents, and what diffusion adds; `offset` (C, 1, 1);
     `timestep` (); `prompt` (), a number in `prompts`; `is_prior` (), bool.
 
@@ -89,21 +91,37 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
             self.by_size.setdefault(size, []).append(photo)
         self._cache: dict[tuple[Photo, Variant], dict[str, Tensor]] = {}
 
-    def cache(self, encode_images: Callable[[Tensor], Tensor]) -> None:
-        """Encode every photo as it may be shown; `encode_images` is `Models.encode_images`."""
-        shown = [
-            (photo, variant)
-            for size, own in self.by_size.items()
-            for photos in (own, *self.streams[1:])  # class photos are shown in every size
-            for photo in photos
-            for variant in self._variants(photo, size)
-        ]
+    def cache(self, encode_images: Callable[[Tensor], Tensor], positions: Iterable[int]) -> None:
+        """Encode the photos as the samples at these positions show them; `encode_images` is `Models.encode_images`."""
+        shown = self._shown(positions)
         for photo, variant in tqdm(shown, desc="encoding photos", unit="picture", disable=len(shown) < 50):
             picture = self._picture(photo, variant)
             picture["moments"] = encode_images(picture.pop("pixels")[None])[0].cpu()
             self._cache[photo, variant] = picture
 
+    @property
+    def crops(self) -> bool:
+        """Whether any photo loses something at its sides."""
+        return any(
+            len(variants(photo.size, size, center_crop=False, random_flip=False)) > 1
+            for size, own in self.by_size.items()
+            for photo in chain(own, *self.streams[1:])
+        )
+
     def __getitem__(self, position: int) -> dict[str, Tensor]:
+        photo, variant, generator = self._draw(position)
+        shape = self.showing.sizes[variant.size]
+        return (self._cache.get((photo, variant)) or self._picture(photo, variant)) | {
+            "latent_noise": torch.randn(shape, generator=generator),
+            "noise": torch.randn(shape, generator=generator),
+            "offset": torch.randn((shape[0], 1, 1), generator=generator),
+            "timestep": torch.randint(self.num_timesteps, (), generator=generator),
+            "prompt": torch.tensor(self.prompts.index(photo.prompt)),
+            "is_prior": torch.tensor(position % len(self.streams) == 1),
+        }
+
+    def _draw(self, position: int) -> tuple[Photo, Variant, torch.Generator]:
+        """The photo at a position, how it is shown, and the generator of the sample's further numbers."""
         number, stream = divmod(position, len(self.streams))
         batch, within = divmod(number, self.batch_size)
         size, turn = self._size_of(batch)
@@ -116,16 +134,22 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         photo = photos[shuffled(len(photos), self.seed, ORDER, stream, epoch)[place]]
         generator = generator_for(self.seed, DRAWS, stream, number)
         choices = self._variants(photo, size)
-        variant = choices[int(torch.randint(len(choices), (), generator=generator))]
-        shape = self.showing.sizes[size]
-        return (self._cache.get((photo, variant)) or self._picture(photo, variant)) | {
-            "latent_noise": torch.randn(shape, generator=generator),
-            "noise": torch.randn(shape, generator=generator),
-            "offset": torch.randn((shape[0], 1, 1), generator=generator),
-            "timestep": torch.randint(self.num_timesteps, (), generator=generator),
-            "prompt": torch.tensor(self.prompts.index(photo.prompt)),
-            "is_prior": torch.tensor(stream == 1),
-        }
+        return photo, choices[int(torch.randint(len(choices), (), generator=generator))], generator
+
+    def _shown(self, positions: Iterable[int]) -> list[tuple[Photo, Variant]]:
+        """What the samples at these positions show, each once, and one photo's variants together."""
+        most = sum(
+            len(self._variants(photo, size))
+            for size, own in self.by_size.items()
+            for photos in (own, *self.streams[1:])  # class photos are shown in every size
+            for photo in photos
+        )
+        shown: set[tuple[Photo, Variant]] = set()
+        for position in positions:
+            shown.add(self._draw(position)[:2])
+            if len(shown) == most:  # there is no more to find, however long the run
+                break
+        return sorted(shown, key=lambda each: (each[0].path, each[1].size, each[1].place, each[1].flip))
 
     def _size_of(self, batch: int) -> tuple[Size, int]:
         """The size of a batch, and how many batches of that size came before it."""

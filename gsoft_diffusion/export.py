@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
+from gsoft_diffusion.adapter_file import AdapterFile, read_adapters
 from gsoft_diffusion.adapter_stack import AdapterStack
+from gsoft_diffusion.checkpoints import checkpoint_name, run_folder
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Models
@@ -30,7 +31,6 @@ from gsoft_diffusion.original_layout import text_encoder_tensors
 
 DEFAULT_RANK = 64
 PREVIEW = "preview.png"  # in a merged folder
-MERGED_NAMES = {"diffusers": "merged", "checkpoint": "merged.safetensors"}
 
 
 def export(config: ExportConfig) -> Path:
@@ -39,16 +39,15 @@ def export(config: ExportConfig) -> Path:
     Weights are rotated and decomposed in float32 and rounded to `config.precision` at the end. Raises UserError if the
     adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
     """
-    files = [read_adapter(path) for path in config.adapter]
+    files = read_adapters(config.adapter)
     strengths = list(config.strengths.values())
     if all(file.changes_nothing or not strength for file, strength in zip(files, strengths, strict=True)):
         raise UserError(
             f"--adapter {', '.join(config.adapter)}: changes nothing of the base model; nothing is exported"
         )
     rank = config.rank or DEFAULT_RANK
-    name = f"{config.format}_rank{rank}.safetensors" if config.is_lora else MERGED_NAMES[config.format]
-    target = Path(config.output).expanduser() if config.output else files[0].path.parent / name
-    sheet = latest_sheet(files[0].path.parent) if strengths == [1.0] else None
+    target = Path(config.output or _default_target(files[0].path, config.format, rank))
+    sheet = _sheet(files[0]) if strengths == [1.0] else None
     whole = config.format == "diffusers"
     ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_lora else [])]
     paths = {end: target.with_suffix(end) for end in ends}
@@ -71,6 +70,20 @@ def export(config: ExportConfig) -> Path:
     if config.format == "diffusers_lora" and isinstance(models.denoiser, UNet2DConditionModel):
         print("note: of this format ComfyUI and Forge read the text encoders' part only; for them choose kohya_lora")
     return target
+
+
+def _default_target(adapter: Path, layout: str, rank: int) -> Path:
+    """In the run's folder, named after the format; that of a checkpoint's after it too."""
+    checkpoint = checkpoint_name(adapter)
+    stem = f"{layout}_rank{rank}" if layout.endswith("_lora") else "merged"
+    end = "" if layout == "diffusers" else ".safetensors"
+    return run_folder(adapter) / f"{stem}{f'_{checkpoint}' if checkpoint else ''}{end}"
+
+
+def _sheet(file: AdapterFile) -> Path | None:
+    """The last contact sheet of the adapter's run that is not of a later step."""
+    step = file.training.get("step")
+    return latest_sheet(run_folder(file.path), step if isinstance(step, int) else None)
 
 
 def _export_merged(

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,23 @@ from safetensors import SafetensorError
 from gsoft_diffusion.errors import UserError, first_line
 
 LOCK = ".lock"
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raise UserError if no file can be made in the folder, or the folder not be made; leaves no trace.
+
+    To be asked before what is to be written there takes its time. what: the flag that named it, or the like.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".").close()
+    except OSError as error:
+        raise UserError(f"{what} {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    finally:
+        with suppress(OSError):  # not empty: another has come
+            for place in made:
+                place.rmdir()
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -13,15 +12,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
+from gsoft_diffusion.adapter_file import AdapterFile, read_adapters
 from gsoft_diffusion.adapter_stack import AdapterStack
-from gsoft_diffusion.config import GenerationConfig, SamplerConfig
+from gsoft_diffusion.checkpoints import checkpoint_name, run_folder
+from gsoft_diffusion.config import GenerationConfig, SamplerConfig, guides, with_names
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Conditioning, whole_view
+from gsoft_diffusion.files import check_writable
 from gsoft_diffusion.memory import running_out_explained
 from gsoft_diffusion.models import DTYPES, Models, best_device, load_base
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.schedulers import denoise, make_scheduler, with_model_sampler
+from gsoft_diffusion.text_files import composed, read_prompts
 
 PICTURES_A_ROW = 8  # on contact sheets
 LARGEST = 4096  # side of pictures that an adapter's file may ask for
@@ -89,7 +91,7 @@ def _denoise(
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
     guidance = sampler.guidance_scale
     assert guidance is not None, "with_model_sampler sets it"
-    guided = guidance != 1 and not models.guides_itself
+    guided = guides(guidance) and not models.guides_itself
     conditioning = _joined([negative, positive]) if guided else positive
     views = whole_view(width, height).to(models.device).repeat(len(noise) * (2 if guided else 1), 1)
 
@@ -121,16 +123,17 @@ def draw(config: GenerationConfig) -> list[Path]:
 
     What the settings leave open comes from the first adapter's metadata. Returns the paths of the contact sheets.
     """
-    files = [read_adapter(path) for path in config.adapter]
+    files = read_adapters(config.adapter)
     file = files[0]
-    prompts = _prompts(config, [subject for each in files for subject in each.subjects])
+    subjects = [subject for each in files for subject in each.subjects]
+    prompts = _prompts(config, subjects)
     sampler, resolution = _sampler(config, file)
-    if not config.pretrained_model_name_or_path:
-        print(f"base model: {file.base_model.name}, as {file.path} says")
+    folder = Path(config.output_dir or run_folder(file.path) / "images" / checkpoint_name(file.path))
+    check_writable(folder, "--output_dir")
     models = load_base(
         file,
         config.pretrained_model_name_or_path,
-        dtype=DTYPES[config.mixed_precision],
+        dtype=DTYPES[_precision(config, file)],
         device=config.device or best_device(),
         cpu_offload=config.cpu_offload,
     )
@@ -144,14 +147,15 @@ def draw(config: GenerationConfig) -> list[Path]:
     sampler = with_model_sampler(models, sampler)
 
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
-    folder = Path(config.output_dir or file.path.parent / "images")
     first = next_number(folder)
-    runs = {path: Path(path).resolve().parent.name for path in config.adapter}
+    runs = [_run_name(each.path) for each in files]
+    strengths = config.strengths.values()
     settings = {
         "adapters": [
-            {"name": f"{runs[path]}/{Path(path).name}", "strength": strength}
-            for path, strength in config.strengths.items()
+            {"name": f"{run}/{each.path.name}", "strength": strength}
+            for run, each, strength in zip(runs, files, strengths, strict=True)
         ],
+        "subjects": subjects,
         "base_model": asdict(file.base_model),
         "sampler": sampler.to_dict(),
         "width": width,
@@ -163,8 +167,14 @@ def draw(config: GenerationConfig) -> list[Path]:
         drawn = []
         for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=model, unit="picture"), start=first):
             mark = "_base" if model == "base" else ""
-            path = folder / f"{number:04d}_seed{sample.seed}{mark}_{slug(sample.prompt)}.png"
-            save_png(sample.image, path, {"prompt": sample.prompt, "seed": sample.seed, "model": model, **settings})
+            facts = {"prompt": sample.prompt, "seed": sample.seed, "model": model}
+            save_png(
+                sample.image,
+                folder,
+                f"{{}}_seed{sample.seed}{mark}_{slug(sample.prompt)}.png",
+                number,
+                facts | settings,
+            )
             drawn.append(sample)
         return drawn
 
@@ -172,15 +182,14 @@ def draw(config: GenerationConfig) -> list[Path]:
     if config.compare:
         stack.use({})
         columns["base"] = draw_jobs("base")
-    names = (runs[path] + (f" × {strength:g}" if strength != 1 else "") for path, strength in config.strengths.items())
+    names = (run + (f" × {strength:g}" if strength != 1 else "") for run, strength in zip(runs, strengths, strict=True))
     title = (
         f"{', '.join(names)}: {sampler.scheduler}, "
         f"{sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
     )
     sheets = []
     for number, sheet in enumerate(contact_sheets(sheet_rows(columns, config.num_images), title), start=first):
-        sheets.append(folder / f"contact_sheet_{number:04d}.png")
-        save_png(sheet, sheets[-1], settings)
+        sheets.append(save_png(sheet, folder, "contact_sheet_{}.png", number, settings))
     print(f"{sum(map(len, columns.values()))} pictures in {folder}; look at {', '.join(map(str, sheets))}")
     return sheets
 
@@ -209,37 +218,35 @@ def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> lis
 def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file:
-        try:
-            prompts = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file {config.prompts_file}: cannot be read as text ({error})") from error
-    prompts = [_with_names(prompt.strip(), subjects) for prompt in prompts if prompt.strip()]
+        prompts = read_prompts(config.prompts_file, f"--prompts_file {config.prompts_file}")
+    prompts = [with_names(composed(prompt).strip(), subjects) for prompt in prompts if prompt.strip()]
     if not prompts:
-        hint = subjects[0].get("instance_prompt", "a photo of a sks dog")
-        raise UserError(f'give --prompt or --prompts_file with a prompt in it; the adapter was trained on "{hint}"')
+        trained = subjects[0].get("instance_prompt")
+        hint = f'; the adapter was trained on "{trained}"' if trained else ""
+        raise UserError(f"give --prompt or --prompts_file with a prompt in it{hint}")
     return prompts
 
 
-def _with_names(prompt: str, subjects: Sequence[Mapping[str, str]]) -> str:
-    """The prompt with the first subject's unique token for `{0}` and its class word for `{1}`, as in DreamBooth's
-    prompt lists; `{2}` and `{3}` are the second subject's, and so on.
-    """
+def _run_name(adapter: Path) -> str:
+    """What pictures call the run of an adapter, with its checkpoint if it is one's; without the folders around it."""
+    return "/".join(filter(None, [run_folder(adapter).resolve().name, checkpoint_name(adapter)]))
 
-    def word(found: re.Match[str]) -> str:
-        subject, part = divmod(int(found[1]), 2)
-        name = ("unique_token", "class_word")[part]
-        if subject >= len(subjects):
-            raise UserError(f"{prompt!r}: {found[0]} is of subject {subject + 1}, and there are {len(subjects)}")
-        if name not in subjects[subject]:
-            raise UserError(f"{prompt!r}: the adapter was trained without a {name}, so {found[0]} cannot be filled in")
-        return subjects[subject][name]
 
-    return re.sub(r"\{(\d{1,2})\}", word, prompt)
+def _precision(config: GenerationConfig, file: AdapterFile) -> str:
+    """The type of weights and activations: what was given, else the training's."""
+    trained = file.training.get("mixed_precision")
+    return config.mixed_precision or (trained if trained in ("fp16", "bf16") else "no")
 
 
 def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig, int | None]:
     """Sampler and resolution: the adapter's, with what was given on top."""
-    sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
-    given = {name: getattr(config, name) for name in sampler.to_dict() if getattr(config, name) is not None}
+    trained = file.training.get("sampler", {})
+    given = {name: getattr(config, name) for name in SamplerConfig().to_dict() if getattr(config, name) is not None}
+    if isinstance(trained, Mapping):
+        trained = {**trained, **given}
+        scale = trained.get("guidance_scale")
+        if isinstance(scale, int | float) and not guides(scale) and not config.negative_prompt:
+            trained["negative_prompt"] = ""  # the training's goes with the training's guidance
+    sampler = SamplerConfig.from_dict(trained)
     resolution = config.resolution or file.training.get("resolution")
-    return replace(sampler, **given), resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
+    return sampler, resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None

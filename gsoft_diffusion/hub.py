@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from huggingface_hub import HfApi
 
-from gsoft_diffusion.adapter_file import AdapterFile, read_adapter, save_adapter
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.hub_access import why_unreachable
-from gsoft_diffusion.model_card import CARD, latest_sheet, public_base
+from gsoft_diffusion.model_card import CARD, latest_sheet
 
 PACKAGE = "hub"  # folder for exactly what is published, in the run's
 
@@ -44,9 +41,11 @@ class HubRepository:
 
         Raises UserError that says how to try again if it fails: nothing on disk depends on it.
         """
-        package = make_package(run, adapter)
+        package, files = make_package(run, adapter)
         try:
-            commit = self._api.upload_folder(repo_id=self.id, folder_path=package, commit_message="Upload an adapter")
+            commit = self._api.upload_folder(
+                repo_id=self.id, folder_path=package, allow_patterns=files, commit_message="Upload an adapter"
+            )
         except Exception as error:
             raise UserError(
                 f"the result is in {run}, but could not be uploaded ({first_line(error)}); "
@@ -55,36 +54,21 @@ class HubRepository:
         return str(commit.repo_url)
 
 
-def make_package(run: Path, adapter: str) -> Path:
-    """Gather in `<run>/hub` what is published, with nothing in it that names folders of this machine."""
+def make_package(run: Path, adapter: str) -> tuple[Path, list[str]]:
+    """Gather in `<run>/hub` what is published; returns that folder, and its files that are.
+
+    The sheets of earlier packages are deleted; whatever else someone has put there stays, and stays here.
+    """
     package = run / PACKAGE
+    sheet = latest_sheet(run)
+    files = [run / CARD, run / adapter, *([sheet] if sheet else [])]
+    names = [file.relative_to(run).as_posix() for file in files]
     try:
-        shutil.rmtree(package, ignore_errors=True)
-        package.mkdir()
-        shutil.copy(run / CARD, package / CARD)
-        if sheet := latest_sheet(run):
-            (package / sheet.parent.name).mkdir()
-            shutil.copy(sheet, package / sheet.parent.name)
+        while (old := latest_sheet(package)) is not None:
+            old.unlink()
+        for file, name in zip(files, names, strict=True):
+            (package / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, package / name)
     except OSError as error:
         raise UserError(f"cannot write {package}: {first_line(error)}") from error
-    save_public(read_adapter(run / adapter), package / adapter)
-    return package
-
-
-def save_public(file: AdapterFile, path: Path) -> None:
-    """Write an adapter again, its base model called by its name on the hub or, if it has none, without its folders."""
-    names = ("pretrained_model_name_or_path", "base_config")
-    training = {
-        key: _without_folders(value) if key in names and value else value for key, value in file.training.items()
-    }
-    save_adapter(
-        path,
-        SimpleNamespace(config=file.config, state_dict=lambda: file.tensors),
-        base_model=replace(file.base_model, name=_without_folders(file.base_model.name)),
-        training=training,
-        prompts=file.prompts,
-    )
-
-
-def _without_folders(model: str) -> str:
-    return model if public_base(model)[0] else Path(model).name
+    return package, names

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from gsoft_diffusion.adapter_file import AdapterFile
 from gsoft_diffusion.config import BUNDLED_BASE, AdapterConfig, SamplerConfig
 from gsoft_diffusion.families import Models
+from gsoft_diffusion.pictures import numbered
 
 CARD = "README.md"
 Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
@@ -134,9 +135,16 @@ def public_base(name: str) -> tuple[str | None, str]:
     return None, Path(name).name or "a model without a name"
 
 
-def latest_sheet(folder: Path) -> Path | None:
-    """The last contact sheet that a run has drawn, None if there is none."""
-    return max((folder / "validation").glob("step-*.png"), default=None, key=lambda path: path.name)
+def sheet_of(folder: Path, step: int, number: int = 1) -> Path:
+    """Where a run's contact sheet of a step is, or one of several."""
+    return folder / "validation" / numbered(f"step-{step:06d}.png", number)
+
+
+def latest_sheet(folder: Path, step: int | None = None) -> Path | None:
+    """The last contact sheet that a run has drawn, up to a step; of several the first. None if there is none."""
+    found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "validation").glob("step-*.png"))
+    sheets = {int(match[1]): path for match, path in found if match}
+    return max(((at, path) for at, path in sheets.items() if step is None or at <= step), default=(0, None))[1]
 
 
 def may_write(path: Path) -> bool:
@@ -151,7 +159,7 @@ def may_write(path: Path) -> bool:
 
 def _title(subject: Mapping[str, str]) -> str:
     names = [subject[name] for name in ("unique_token", "class_word") if name in subject]
-    return " ".join(names) if "class_word" in subject else subject.get("instance_prompt", "a subject")
+    return " ".join(names) if len(names) == 2 else subject.get("instance_prompt", "a subject")
 
 
 def _settings(file: AdapterFile) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 
 from gsoft_diffusion.adapter_file import AdapterFile
+from gsoft_diffusion.checkpoints import SETTINGS, run_folder
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models, find_family
 from gsoft_diffusion.hub_access import why_unreachable
 from gsoft_diffusion.memory import check_weights
+from gsoft_diffusion.model_names import REPOSITORY, local_model
 from gsoft_diffusion.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.schedulers import scheduler_class
+from gsoft_diffusion.settings import read_yaml
 from gsoft_diffusion.single_file import is_single_file, load_parts, usual_config
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # what the part that denoises is called
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
@@ -103,17 +105,44 @@ def load_base(
     device: str | torch.device = "cpu",
     cpu_offload: bool = False,
 ) -> Models:
-    """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`."""
+    """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`.
+
+    An adapter has the model's name only, the settings of its run also know where it is: where they are beside it, they
+    are asked first. Prints whose word was taken. Raises UserError if the model is not found.
+    """
+    settings, source = _settings_beside(file)
+    name = moved_to or settings["pretrained_model_name_or_path"]
     names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
-    kept = {name: file.training.get(name) for name in names}
-    versions: dict[str, Any] = {name: value for name, value in kept.items() if isinstance(value, str)}
+    versions: dict[str, Any] = {key: settings[key] for key in names if isinstance(settings.get(key), str)}
+    if not moved_to:
+        if local_model(name) is None and (Path(name).is_absolute() or "/" not in name):
+            raise UserError(
+                f"{file.path}: its base model is {name}, as {source} says, which is not there; say where it is with "
+                "--pretrained_model_name_or_path"
+            )
+        print(f"base model: {name}, as {source} says")
     return load_models(
-        moved_to or file.base_model.name,
+        name,
         **versions,
         dtype=dtype,
         device=device,
         cpu_offload=cpu_offload,
     )
+
+
+def _settings_beside(file: AdapterFile) -> tuple[Mapping[str, Any], Path]:
+    """What the adapter's run was told of its base model, and the file that says so: the run's settings if they are
+    there and of this base, else the adapter.
+    """
+    path = run_folder(file.path) / SETTINGS
+    try:
+        settings = read_yaml(path)
+    except UserError:  # none, or not of a run
+        settings = {}
+    name = settings.get("pretrained_model_name_or_path")
+    if isinstance(name, str) and Path(name).name == Path(file.base_model.name).name:
+        return settings, path
+    return file.training | {"pretrained_model_name_or_path": file.base_model.name}, file.path
 
 
 def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
@@ -122,6 +151,11 @@ def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, t
     """
     for folder in (Path(name).expanduser(), REPOSITORY / name):
         if folder.is_dir():
+            if revision:
+                raise UserError(
+                    f"revision {revision}: {name} is a folder here, and folders have none; leave --revision out, or "
+                    "start where there is no such folder"
+                )
             family, options = _read_index(name, folder)
             if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
                 raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")

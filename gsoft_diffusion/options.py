@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -13,6 +14,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.launcher import check_launched, launched_settings, process_count
+from gsoft_diffusion.model_names import REPOSITORY
 from gsoft_diffusion.settings import described, field_help, overlay, read_list, read_yaml
 
 RENAMED = {"text_encoder": "train_text_encoder"}  # a field whose name needs its group around it
@@ -24,7 +27,8 @@ AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
 def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[str] | None = None) -> AnyConfig:
     """The settings from the command line; where `--config FILE.yaml` is given, from the file with the flags on top.
 
-    Raises UserError for a setting that is unknown, of a wrong type or not valid.
+    What is in neither, and accelerate's launcher has a value for, is the launcher's. Raises UserError for a setting
+    that is unknown, of a wrong type, not valid, or otherwise than the launcher's.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -46,7 +50,13 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
     required = [field.name for field in fields(config_class) if field.default is MISSING]
     if missing := [f"--{name}" for name in required if name not in values]:
         parser.error(f"give {' and '.join(missing)}")
-    return config_class.from_dict(values)
+    launched = launched_settings()
+    names = {field.name for field in fields(config_class)} & launched.keys()
+    config = config_class.from_dict({name: launched[name] for name in names} | values)
+    check_launched(config.to_dict())
+    if process_count() > 1 and config_class is not TrainingConfig:
+        raise UserError(f"{parser.prog} runs in one process, and {process_count()} were launched; start it by python")
+    return config
 
 
 def add_options(parser: argparse._ActionsContainer, config_class: Any, group: str = "") -> None:
@@ -107,6 +117,12 @@ def _reader(hint: Any) -> Callable[[str], Any]:
     return read
 
 
+def script(name: str) -> str:
+    """One of this repository's scripts as it is called from the working directory, quoted for a shell."""
+    path = REPOSITORY / name
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
 def expanded_path(text: str) -> Path:
     """The type of an option that is a path: `~` stands for the home folder, which shells leave alone in `--out=~/x`."""
     return Path(text).expanduser()
@@ -119,7 +135,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             # Leaving this block frees the error's frames, and with them the process group, whose destructor would
             # wait for a peer that may never come.
             sys.stdout.flush()

@@ -7,6 +7,7 @@ picture. That is tried out: diffusers' own lists name some that leave noise or d
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,13 +15,15 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import SchedulerMixin
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from gsoft_diffusion.config import GUIDANCE, MINIATURE_BELOW, MINIATURE_GUIDANCE, SamplerConfig
+from gsoft_diffusion.config import GUIDANCE, MINIATURE_BELOW, MINIATURE_GUIDANCE, SamplerConfig, guides
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models
 from gsoft_diffusion.losses import prediction_target
+
+logger = logging.getLogger(__name__)
 
 TRIAL_STEPS = 20
 TRIAL_ERROR = 0.1  # mean; pictures have a standard deviation of 1
@@ -37,13 +40,24 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
 
 
 def with_model_sampler(models: Models, sampler: SamplerConfig) -> SamplerConfig:
-    """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`."""
-    usual = MINIATURE_GUIDANCE if models.resolution < MINIATURE_BELOW else GUIDANCE
-    return replace(
-        sampler,
-        scheduler=type(make_scheduler(models, sampler)).__name__,
-        guidance_scale=usual if sampler.guidance_scale is None else sampler.guidance_scale,
-    )
+    """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`.
+
+    Warns of what has no effect on the model, and leaves it out: a model that guides itself leads away from nothing,
+    and some were distilled to one guidance.
+    """
+    guidance = sampler.guidance_scale
+    if models.guides_itself and sampler.negative_prompt:
+        logger.warning("%s guides itself: the negative prompt has no effect", models.name)
+        sampler = replace(sampler, negative_prompt="")
+    if not models.takes_guidance:
+        if guidance is not None and guides(guidance):
+            logger.warning(
+                "%s has been distilled to draw without guidance: the guidance scale has no effect", models.name
+            )
+        guidance = 1.0
+    elif guidance is None:
+        guidance = MINIATURE_GUIDANCE if models.resolution < MINIATURE_BELOW else GUIDANCE
+    return replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__, guidance_scale=guidance)
 
 
 def make_scheduler(models: Models, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:
@@ -104,8 +118,8 @@ def fits(models: Models, kind: type[SchedulerMixin]) -> bool:
         signal, sigma = levels.add_noise(picture, none, timesteps), levels.add_noise(none, none + 1, timesteps)
         return prediction_target(levels, picture, (noisy - signal) / sigma, timesteps)
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of settings that a scheduler does not know
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # of settings that a scheduler does not know
     try:
         scheduler = models.make_scheduler(kind, TRIAL_STEPS, models.latent_shape(models.resolution))
         error = (denoise(scheduler, noise, perfect, [generator]) - picture).abs().mean()
@@ -113,4 +127,4 @@ def fits(models: Models, kind: type[SchedulerMixin]) -> bool:
     except Exception:  # those for other models raise whatever it is that they do not find
         return False
     finally:
-        logging.set_verbosity(verbosity)
+        diffusers_logging.set_verbosity(verbosity)

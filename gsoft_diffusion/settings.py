@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 import yaml
 
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.text_files import read_text
 
 
 class Settings:
@@ -72,7 +74,18 @@ def field_help(cls: type) -> dict[str, str]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads `1e-4` as a number and `no` as a text, which people mean and YAML 1.1 does not."""
+    """Reads `1e-4` as a number and `no` as a text, which people mean and YAML 1.1 does not; no name may come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _named_once([(self.construct_object(name, deep=True), None) for name, _ in node.value])
+        return super().construct_mapping(node, deep=deep)
+
+
+def _named_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} comes twice")
+    return dict(pairs)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -94,7 +107,7 @@ for _class in (_YamlLoader, _YamlDumper):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file; UserError if it cannot be read or is not a mapping."""
-    values = _read(Path(path))
+    values = _read(Path(path).expanduser())
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of `name: value`")
     return values
@@ -102,17 +115,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def read_list(path: str | Path) -> list[Any]:
     """The list in a JSON or YAML file; UserError if it cannot be read or is something else."""
-    values = _read(Path(path))
+    values = _read(Path(path).expanduser())
     if not (isinstance(values, list) and values):
         raise UserError(f"{path}: expected a list")
     return values
 
 
 def _read(path: Path) -> Any:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return (
+            json.loads(text, object_pairs_hook=_named_once)
+            if path.suffix.lower() == ".json"
+            else yaml.load(text, Loader=_YamlLoader)
+        )
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the settings in {path}: {' '.join(str(error).split())}") from error
 
 
@@ -174,6 +191,50 @@ def require(settings: Any, test: Callable[[Any], bool], rule: str, *names: str) 
         value = getattr(settings, name)
         if value is not None and not test(value):
             raise UserError(f"--{name} {value}: must be {rule}")
+
+
+def expand_home(settings: Any, *names: str) -> None:
+    """Let the named fields of settings in the making, paths or tuples of paths, have the home folder for `~`.
+
+    A shell does so only where a word begins: not in `--output_dir=~/out`, and nobody does in a file of settings.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            expanded: Any = tuple(map(os.path.expanduser, value))
+        else:
+            expanded = os.path.expanduser(value) if value else value  # noqa: PTH111 - it leaves `~nobody` as it is
+        object.__setattr__(settings, name, expanded)  # they are frozen from then on
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """A rule: the named settings have an effect only where the settings as a whole pass the test.
+
+    why: the rest of the sentence "--name would have no effect: …", with what to do about it.
+    """
+
+    names: tuple[str, ...]
+    test: Callable[[Any], Any]
+    why: str
+
+
+def without_effect(settings: Any, rules: Iterable[OnlyWith]) -> Iterator[str]:
+    """A line for each setting that does nothing by the rules. What has its default was not asked for, and is left out.
+
+    No values are named: one of the settings is a token.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}
+    for rule in rules:
+        if not rule.test(settings):
+            given = [name for name in rule.names if getattr(settings, name) != defaults[name]]
+            yield from (f"--{name} would have no effect: {rule.why}" for name in given)
+
+
+def refuse_without_effect(settings: Any, rules: Iterable[OnlyWith]) -> None:
+    """Raise UserError for the first setting that does nothing by the rules."""
+    for line in without_effect(settings, rules):
+        raise UserError(line)
 
 
 def positive(value: float) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import logging
 import math
+import os
 import shlex
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
 )
 from diffusers.optimization import get_scheduler
@@ -37,22 +39,27 @@ from gsoft_diffusion import checkpoints
 from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, inject_baseline
 from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, TrainingConfig
+from gsoft_diffusion.config import FULL_SIZE, MINIATURE, MINIATURE_BELOW, Concept, TrainingConfig, has_words
+from gsoft_diffusion.crops import bucket_sizes
 from gsoft_diffusion.dataset import DROPOUT, BatchPositions, DreamBoothDataset, Showing, derived_seed
-from gsoft_diffusion.errors import UserError, first_line
+from gsoft_diffusion.errors import UserError, first_line, printable
 from gsoft_diffusion.files import whole_file
 from gsoft_diffusion.generation import generate, sheet_rows
 from gsoft_diffusion.hub import HubRepository
 from gsoft_diffusion.injection import Adapter, inject
+from gsoft_diffusion.launcher import check_launched, process_count
 from gsoft_diffusion.losses import add_offset, prediction_target, training_loss
 from gsoft_diffusion.memory import keep_freed_memory, running_out_explained
-from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card
+from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card, sheet_of
+from gsoft_diffusion.model_names import public_name
 from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.photos import Photo, bucket_sizes, read_folder
-from gsoft_diffusion.pictures import contact_sheet
+from gsoft_diffusion.options import script
+from gsoft_diffusion.photos import KOHYA, Folder, Photo, copies, read_folder
+from gsoft_diffusion.pictures import contact_sheets
 from gsoft_diffusion.preflight import check_step
 from gsoft_diffusion.schedulers import with_model_sampler
 from gsoft_diffusion.signals import Stderr, StopRequest, leave_signals_to_the_run, quiet_writers
+from gsoft_diffusion.text_files import composed
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +133,8 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
         instance = instance_photos(config, accelerator.print)
         repository = None
         if config.push_to_hub and accelerator.is_main_process:
-            repository = HubRepository(config.hub_model_id or Path(config.output_dir or "").name, token)
+            name = config.hub_model_id or Path(config.output_dir or "").resolve().name
+            repository = HubRepository(name, token)
         models = load_models(
             config.pretrained_model_name_or_path,
             revision=config.revision,
@@ -138,10 +146,13 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
             quantize_base=config.quantize_base,
         )
         config = with_model_defaults(config, models)
+        for note in config.notes():
+            accelerator.print(f"note: {note}")
         state = checkpoints.read_state(checkpoint) if checkpoint else None
         if checkpoint and state:
-            before = TrainingConfig.from_dict(state["settings"])
-            checkpoints.check_unchanged(config, checkpoint, before.to_dict(), config.to_dict())
+            before, now = TrainingConfig.from_dict(state["settings"]), checkpoints.recorded(config)
+            checkpoints.check_unchanged(config, checkpoint, checkpoints.recorded(before).to_dict(), now.to_dict())
+            checkpoints.check_goes_further(config, state["step"])
         try:
             run = Run(config, accelerator, models, instance, baseline)
             if checkpoint and state:
@@ -158,19 +169,29 @@ def train(config: TrainingConfig, baseline: BaselineConfig | None = None) -> Tra
                 ) from error
             raise
         finally:
-            with suppress(OSError):  # of a tracker's last lines
+            with suppress(Exception):  # of a tracker's last lines
                 accelerator.end_training()
 
 
 def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
     """The photos of all subjects; says what was found. Raises UserError for what is wrong with them."""
     photos: list[Photo] = []
+    owners: dict[Path, Concept] = {}
     for concept in config.concepts:
         folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
         say(f"subject{'' if len(config.concepts) == 1 else ' ' + concept.name}: {folder}")
         if len(folder.photos) == 1:
             say(f"note: {concept.instance_data_dir} holds a single photo, which is easily copied; 3 to 5 are better")
+        note_other_names(concept, folder, say)
+        for photo in folder.photos:
+            if (owner := owners.setdefault(photo.path.resolve(), concept)) is not concept:
+                given = f"{owner.instance_data_dir} and {concept.instance_data_dir}"
+                raise UserError(
+                    f"{photo.path}: is in the folders of two subjects, {given}; give each photos of its own"
+                )
+        say_unnamed(concept, folder.photos, say)
         photos += folder.photos
+    note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
     if masks and config.unmasked_weight == 1:
         say("note: masks are not used; to weigh the subject more than its surroundings, give --unmasked_weight 0.1")
@@ -180,6 +201,42 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
             "or mask files like dog1-masklabel.png for dog1.jpg, white where the subject is"
         )
     return photos
+
+
+def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None]) -> None:
+    """Say so if subfolders call the subject something else than its prompt does, which is what it is trained by."""
+    prompt = composed(concept.instance_prompt or "").casefold()
+    words = dict.fromkeys(composed(found[2]).strip() for name in folder.subfolders if (found := KOHYA.fullmatch(name)))
+    if others := [word for word in words if word.casefold() not in prompt]:
+        say(
+            f'note: the subfolders of {concept.instance_data_dir} say "{printable(", ".join(others))}"; '
+            f'photos there without a caption are trained as "{printable(concept.instance_prompt or "")}" all the same'
+        )
+
+
+def note_copies(photos: Sequence[Photo], say: Callable[[str], None]) -> None:
+    """Say which photos are the same picture."""
+    for first, copy in copies(photos):
+        say(f"note: {copy.path} is the same picture as {first.path}, which counts twice by that")
+
+
+def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> None:
+    """Raise UserError if a class image is a photo of a subject: it would teach that any member of the class is it."""
+    subjects = set(map(id, instance))
+    for first, copy in copies((*instance, *prior)):
+        if id(first) in subjects and id(copy) not in subjects:
+            raise UserError(
+                f"{copy.path}: is the same picture as the photo {first.path}; take it out of the class images"
+            )
+
+
+def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
+    """Say which photos have captions that do not name the subject: what they show is learned as something else."""
+    for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
+        captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
+        if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):
+            named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+            say(f'note: the {what} "{words}" is not in the captions of {named}; the subject is not named there')
 
 
 def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfig:
@@ -200,13 +257,15 @@ def with_model_defaults(config: TrainingConfig, models: Models) -> TrainingConfi
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's driver of devices, precision, accumulation and trackers."""
+    check_launched(config.to_dict())
+    process_count()  # refuses one that accelerate would wait for peers with
     folder = Path(config.output_dir or ".")
-    wanted = None if config.report_to == "none" else config.report_to
+    trackers = wanted_trackers(config)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=wanted,
+            log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
             kwargs_handlers=[
                 # The base is in half precision as it is and the adapter in float32; sampling runs without it too.
@@ -217,12 +276,31 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
                 DistributedDataParallelKwargs(find_unused_parameters=True),
             ],
         )
-    except ValueError as error:  # a precision the device does not have, a tracker that does not exist
-        given = f"--mixed_precision {config.mixed_precision}, --report_to {config.report_to}"
-        raise UserError(f"{given}: {error}") from error
-    if wanted and not accelerator.log_with:
-        accelerator.print(f"note: {wanted} is not installed (pip install {wanted}), so nothing is reported to it")
+    except (ValueError, RuntimeError) as error:  # a precision the device does not have, a device that there is not
+        raise UserError(
+            f"--mixed_precision {config.mixed_precision}, or a variable ACCELERATE_…: {first_line(error)}"
+        ) from error
+    found = {str(tracker) for tracker in accelerator.log_with}
+    for name in trackers:
+        if name not in ("all", *found):
+            accelerator.print(f"note: {name} is not installed (pip install {name}), so nothing is reported to it")
+    if "all" in trackers and not found:
+        accelerator.print("note: no tracker is installed, so nothing is reported; tensorboard is one")
+    if config.cpu_offload and accelerator.device.type == "cpu":
+        accelerator.print("note: --cpu_offload has no effect: all of the model is in main memory anyway")
     return accelerator
+
+
+def wanted_trackers(config: TrainingConfig) -> list[str]:
+    """The names in `report_to`, none for "none". UserError for one that accelerate does not know."""
+    names = [name.strip().lower() for name in config.report_to.split(",") if name.strip()]
+    if "none" in names and len(names) > 1:
+        raise UserError(f"--report_to {config.report_to}: none, and others; give one or the other")
+    known = LoggerType.list()
+    for name in names or [config.report_to]:
+        if name not in (*known, "none"):
+            raise UserError(f"--report_to {config.report_to}: {name} is no tracker; known: {', '.join(known)}, none")
+    return [] if names == ["none"] else list(dict.fromkeys(names))
 
 
 def make_optimizer(config: TrainingConfig, adapter: Adapter | BaselineAdapter) -> torch.optim.Optimizer:
@@ -280,6 +358,10 @@ class Run:
         self.step = 0
         self.skipped = 0  # optimizer steps left out by the scaler of fp16, since a gradient had overflowed
         self.identity = models.identity()
+        # Settled now: at the end of a long run the folders that they are found by may be out of reach.
+        self.recorded = checkpoints.recorded(config)
+        self.public_base = replace(self.identity, name=public_name(self.identity.name))
+        self.public_config = config.base_config and public_name(config.base_config)
         self.noise_scheduler = models.noise_scheduler()
         if config.snr_gamma is not None and self.noise_scheduler.config.prediction_type == "flow_prediction":
             raise UserError(f"--snr_gamma: {models.name} learns by flow matching, which weighs by drawing timesteps")
@@ -291,7 +373,7 @@ class Run:
         check_step(config, models, self.adapter, accelerator.device)
         self._set_up_attention()
         optimizer = make_optimizer(config, self.adapter)
-        self.dataset = self._make_dataset(instance, self._class_photos())
+        self.dataset = self._make_dataset(instance, self._class_photos(instance))
         self.circumstances = self._circumstances()
         denoiser = Denoiser(models, self.adapter, self.dataset.prompts).train()
         self.denoiser, self.optimizer = accelerator.prepare(denoiser, optimizer)
@@ -320,14 +402,16 @@ class Run:
             checkpoints.write_settings(written, accelerator.num_processes)
         self._track(lambda: accelerator.init_trackers("training", config=_flat(config.to_dict())))
         first = self.step
+        if config.cache_latents:
+            self.dataset.cache(self.models.encode_images, chain.from_iterable(self._positions()))
         with StopRequest(launched=accelerator.num_processes > 1) as stop:
             started = time.perf_counter()
             self._train(stop)
             seconds = time.perf_counter() - started
-            if accelerator.is_main_process:
-                self._save_adapter(result)
             interrupted = self.step < self.max_train_steps
-            if self.step > first and not interrupted:
+            if accelerator.is_main_process:
+                self._save_result(result)
+            if not interrupted and (self.step > first or not sheet_of(self.folder, self.step).exists()):
                 self._validate(stop)
         if interrupted:
             settings = shlex.quote(str(self.folder / checkpoints.SETTINGS))
@@ -335,19 +419,38 @@ class Run:
             starter = "python" if count == 1 else f"by the same launcher, with {count} processes,"
             accelerator.print(
                 f"stopped at step {self.step}; to go on: "
-                f"{starter} train_dreambooth_gsoft.py --config {settings} --resume_from_checkpoint latest"
+                f"{starter} {script('train_dreambooth_gsoft.py')} --config {settings} --resume_from_checkpoint latest"
             )
         if accelerator.is_main_process and isinstance(self.adapter, Adapter):
             self._write_card(result)
+        for line in self._nothing_learned():
+            accelerator.print(line)
         if self.skipped:
             accelerator.print(f"{self.skipped} of {self.step} steps were skipped: their gradients overflowed in fp16")
         prompt = shlex.quote((config.validation_prompts or ("",))[-1])
         error = self.adapter.orthogonality_error()
         accelerator.print(
             f"adapter: {result}{f' (largest deviation from orthogonality {error:.1e})' if error is not None else ''}\n"
-            f"try it: python inference.py --adapter {shlex.quote(str(result))} --prompt {prompt}"
+            f"try it: python {script('inference.py')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
         )
         return TrainingResult(result, self.step, interrupted, seconds)
+
+    def _nothing_learned(self) -> Iterator[str]:
+        """A line for each part of the model whose rotations are still identities, up to rounding."""
+        if not isinstance(self.adapter, Adapter):
+            return
+        largest: dict[str, float] = {}
+        for name, parameter in self.adapter.named_parameters():
+            if not name.endswith("output_scale"):
+                part = name.partition(".")[0]
+                largest[part] = max(largest.get(part, 0.0), parameter.abs().max().item())
+        for part, angle in largest.items():
+            if angle < torch.finfo(torch.float32).eps:
+                rate = "text_encoder_lr" if part.startswith("text_encoder") else "learning_rate"
+                why = f"raise --{rate} or --max_train_steps"
+                if self.skipped == self.step:
+                    why = "all steps were skipped; use --mixed_precision bf16 or no"
+                yield f"note: nothing was learned in the {part.replace('_', ' ')}: its rotations are identities; {why}"
 
     def _train(self, stop: StopRequest) -> None:
         config, accelerator = self.config, self.accelerator
@@ -402,7 +505,8 @@ class Run:
         """What decides how the run learns besides its settings, as it was when the run began."""
         sums: dict[str, Any] = {}
         for photo in chain(*self.dataset.streams):
-            photo_sum = sums.setdefault(f"{photo.path.parent.name}/{photo.path.name}", hashlib.sha256())
+            folder = Path(os.path.abspath(photo.path)).parent.name  # noqa: PTH100 - keeps links
+            photo_sum = sums.setdefault(f"{folder}/{photo.path.name}", hashlib.sha256())
             photo_sum.update(photo.path.read_bytes())
             if photo.mask and self.config.unmasked_weight != 1:
                 photo_sum.update(photo.mask.read_bytes())
@@ -413,21 +517,26 @@ class Run:
 
     # Making ready
 
-    def _class_photos(self) -> list[Photo]:
-        """The class images of all subjects; subjects of one class share them."""
+    def _class_photos(self, instance: Sequence[Photo]) -> list[Photo]:
+        """The class images of all subjects, whose photos are given; subjects of one class share them."""
         config = self.config
         if not config.with_prior_preservation:
             return []
+        wanted = self.max_train_steps * config.gradient_accumulation_steps * config.train_batch_size
+        wanted *= self.accelerator.num_processes
         folders: dict[Path, str] = {}
         with self.accelerator.main_process_first(), self.adapter.disabled():
             for concept in config.concepts:
                 folders[ensure_class_images(concept, config, self.models, self.identity)] = concept.class_prompt or ""
         photos: list[Photo] = []
         for path, prompt in folders.items():
-            folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images)
+            folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images, masks=False)
             self.accelerator.print(f"class{'' if len(folders) == 1 else ', ' + prompt}: {folder}")
             photos += folder.photos
-        return [replace(photo, mask=None) for photo in photos]
+        if wanted < len(photos):
+            self.accelerator.print(f"note: this run is too short for {len(photos) - wanted} of its class images")
+        check_class_images(photos, instance)
+        return photos
 
     def _make_dataset(self, instance: Sequence[Photo], prior: Sequence[Photo]) -> DreamBoothDataset:
         config, models = self.config, self.models
@@ -450,8 +559,8 @@ class Run:
         if config.aspect_buckets:
             counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
             self.accelerator.print(f"sizes: {', '.join(counts)}")
-        if config.cache_latents:
-            dataset.cache(models.encode_images)
+        if config.center_crop and not dataset.crops:
+            self.accelerator.print("note: --center_crop has no effect: no photo needs to be cropped")
         return dataset
 
     def _set_up_attention(self) -> None:
@@ -470,21 +579,25 @@ class Run:
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The run's remaining batches, on the device."""
         config, accelerator = self.config, self.accelerator
-        positions = BatchPositions(
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._positions(),
+            num_workers=0 if config.cache_latents else config.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        for batch in loader:
+            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+
+    def _positions(self) -> BatchPositions:
+        """What this process's remaining batches consist of."""
+        config, accelerator = self.config, self.accelerator
+        return BatchPositions(
             self.step * config.gradient_accumulation_steps,
             self.max_train_steps * config.gradient_accumulation_steps,
             config.train_batch_size * len(self.dataset.streams),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=positions,
-            num_workers=config.dataloader_num_workers,
-            worker_init_fn=leave_signals_to_the_run,
-        )
-        for batch in loader:
-            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward and backward for one batch of this process; its loss."""
@@ -565,12 +678,13 @@ class Run:
         """Trackers are a convenience: where they cannot write, the run goes on without them."""
         try:
             send()
-        except OSError as error:
+        except Exception as error:  # of a disk, of a service, of a login that was not made
             self.accelerator.trackers = []
-            self.accelerator.print(f"note: {self.config.report_to} cannot write ({error}); no more is reported to it")
+            why = first_line(error)
+            self.accelerator.print(f"note: {self.config.report_to} cannot write ({why}); no more is reported to it")
 
     def _validate(self, stop: StopRequest) -> None:
-        """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`.
+        """Draw the validation prompts and write them as one labelled picture, `validation/step-<step>.png`, or several.
 
         A request to stop does not wait for it: the sheet is left out then.
         """
@@ -588,11 +702,13 @@ class Run:
                 )
                 drawn = list(takewhile(lambda _: not stop.requested, samples))
             if len(drawn) == len(jobs):
-                self._write_sheet(contact_sheet(sheet_rows({"adapter": drawn}, len(seeds)), f"step {self.step}"))
+                rows = sheet_rows({"adapter": drawn}, len(seeds))
+                for number, sheet in enumerate(contact_sheets(rows, f"step {self.step}"), start=1):
+                    self._write_sheet(sheet, number)
         accelerator.wait_for_everyone()
 
-    def _write_sheet(self, sheet: Image.Image) -> None:
-        path = self.folder / "validation" / f"step-{self.step:06d}.png"
+    def _write_sheet(self, sheet: Image.Image, number: int) -> None:
+        path = sheet_of(self.folder, self.step, number)
         try:
             path.parent.mkdir(exist_ok=True)
             with whole_file(path) as file:
@@ -604,7 +720,8 @@ class Run:
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"validation": np.asarray(sheet)[None]}, step=self.step, **options)
+                    name = "validation" if number == 1 else f"validation_{number}"
+                    tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, **options)
 
         self._track(log_images)
 
@@ -625,16 +742,24 @@ class Run:
 
     # Writing
 
+    def _save_result(self, path: Path) -> None:
+        """Write the adapter, unless the run was stopped before it got as far as the one that is there."""
+        before = checkpoints.step_of_result(self.folder)
+        if before > self.step:
+            self.accelerator.print(f"note: {path} stays as it is, trained {before} steps")
+        else:
+            self._save_adapter(path)
+
     def _save_adapter(self, path: Path) -> None:
         config = self.config
         training = {name: value for name, value in config.to_dict().items() if name not in (*PRIVATE, "adapter")}
+        training |= {"pretrained_model_name_or_path": self.public_base.name, "base_config": self.public_config}
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
         prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
         with self._evaluated():
-            save_adapter(
-                path, self.adapter, base_model=self.identity, training=training | {"step": self.step}, prompts=prompts
-            )
+            training["step"] = self.step
+            save_adapter(path, self.adapter, base_model=self.public_base, training=training, prompts=prompts)
 
     def _write_card(self, adapter: Path) -> None:
         path, sheet = self.folder / CARD, latest_sheet(self.folder)
@@ -659,7 +784,7 @@ class Run:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "skipped": self.skipped,
-                "settings": self.config.to_dict(),
+                "settings": self.recorded.to_dict(),
                 "circumstances": self.circumstances,
             }
             limit = self.config.checkpoints_total_limit

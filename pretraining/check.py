@@ -1,30 +1,40 @@
-"""Go or no-go: does the base draw what the prompt says, by the miniature CLIP's zero-shot choice and by eye?
+"""Go or no-go: does the base draw what the prompt says, and sharply?
 
-    python -m pretraining.check --work <work folder> --base <pipeline folder> --clip data/mini_clip --out <folder>
+    python -m pretraining.check --work <work folder> --base <pipeline folder> --out <folder>
 
-200 prompts of class and background, 54 of colour and class, and 66 with the name "sks" before the class. Writes
-`check.json` and `check.png`; next to the accuracy on generated pictures stands CLIP's own on scenes drawn by the world.
+Class and place of 200 prompts, class and colour of 72, and class of 200 with the name "sks" before it, by the miniature
+CLIP's zero-shot choice and by the second judge (`train_judge`); both judges' own accuracy on drawn scenes stands
+beside. Sharpness and Fréchet distance as `sharpness` and `frechet_distance` say. Writes `check.json` and `check.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import CLIPModel, CLIPTokenizer
 
+from eval.encoders import load_dino
 from eval.open_clip_layout import read_open_clip
 from gsoft_diffusion.options import expanded_path
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
-from pretraining.train_vae import to_pixels
+from pretraining.train_judge import load_judge
+from pretraining.train_vae import reconstructed, to_pixels
 from pretraining.unused_name import NAME
-from pretraining.world import BACKGROUNDS, COLORS, article
+from pretraining.world import BACKGROUNDS, COLORS, World, article
 
 STEPS, GUIDANCE, BATCH = 20, 3.0, 50
+Choose = Callable[[Tensor], dict[str, list[str]]]
+COLORED_CLASSES = 8  # each in every colour
+COMPARED = 512  # pictures, and scenes, of which features are compared
 
 
 def prompts(n: int) -> list[tuple[str, str, str]]:
@@ -58,66 +68,121 @@ def sheet(images: np.ndarray, labels: list[str], columns: int = 10) -> Image.Ima
     return page
 
 
+def colored_prompts() -> list[tuple[str, str, str]]:
+    """(prompt, class word, colour): every colour with `COLORED_CLASSES` classes, other ones for each colour."""
+    words = list(CLASSES)
+    places = [phrases[0] for phrases in BACKGROUNDS.values()]
+    asked = []
+    for i, color in enumerate(COLORS):
+        for j in range(COLORED_CLASSES):
+            word, place = words[(4 * j + i) % len(words)], places[(i + j) % len(places)]
+            asked.append((f"a photo of {article(f'{color} {word}')} {place}", word, color))
+    return asked
+
+
+def chosen_colors(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> list[str]:
+    """The colour word that CLIP chooses for every picture."""
+    texts = [[f"a photo of {article(f'{color} {word}')}" for word in CLASSES] for color in COLORS]
+    options = torch.stack([normalize(embed_text(clip, tokenizer, text).mean(0), dim=0) for text in texts])
+    return [list(COLORS)[i] for i in (embed_images(clip, pixels) @ options.T).argmax(1).tolist()]
+
+
+def sharpness(pictures: Tensor, reference: Tensor) -> float:
+    """Mean absolute difference between neighbouring pixels, over the reference's; both (N, 3, H, W)."""
+
+    def gradient(x: Tensor) -> Tensor:
+        return (x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()) / 2
+
+    return float(gradient(pictures) / gradient(reference))
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between normal distributions with the means and covariances of two sets of features, each (N, D) (Heusel et al.,
+    arXiv 1706.08500): `‖μₐ − μ_b‖² + tr(A + B − 2 (A B)^½)`.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # the eigenvalues of A B are real and not negative, as those of A^½ B A^½
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots)
+
+
+def share(wanted: Sequence[object], given: Sequence[object]) -> float:
+    return float(np.mean([w == g for w, g in zip(wanted, given, strict=True)]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work", type=expanded_path, required=True, help="work folder of the pretraining, for its scenes"
+        "--work", type=expanded_path, required=True, help="work folder: sprites, scenes and the second judge"
     )
     parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to judge")
-    parser.add_argument("--clip", type=expanded_path, required=True, help="CLIP that judges, as export_clip wrote it")
+    parser.add_argument(
+        "--clip", type=expanded_path, default="data/mini_clip", help="CLIP that judges, as export_clip wrote it"
+    )
+    parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
     parser.add_argument("--out", type=expanded_path, required=True, help="folder for check.json and check.png")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     clip, tokenizer, _ = read_open_clip(args.clip)
     clip.eval()
+    judge = load_judge(args.work / "judge.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(args.base)
     pipeline.set_progress_bar_config(disable=True)
 
-    asked = prompts(200)
-    colored = [
-        (f"a photo of {article(f'{c} {w}')} in the snow", c)
-        for c in COLORS
-        for w in list(CLASSES)[:: len(CLASSES) // 6][:6]
-    ]
-    named = [(f"a photo of a {NAME} {w} {BACKGROUNDS[b][0]}", w) for _, w, b in asked[: 2 * len(CLASSES)]]
-    images = generate(pipeline, [p for p, _, _ in asked])
-    tinted = generate(pipeline, [p for p, _ in colored])
-    chosen = zero_shot(clip, tokenizer, to_pixels(images))
-    with_name = zero_shot(clip, tokenizer, to_pixels(generate(pipeline, [p for p, _ in named])))
-    color_texts = embed_text(clip, tokenizer, [f"a photo of {article(c)} {w}" for c in COLORS for w in CLASSES])
-    color_texts = torch.nn.functional.normalize(
-        color_texts.view(len(COLORS), -1, color_texts.shape[-1]).mean(1), dim=-1
-    )
-    choices = (embed_images(clip, to_pixels(tinted)) @ color_texts.T).argmax(1)
+    asked, colored = prompts(200), colored_prompts()
+    named = [(f"a photo of a {NAME} {w} {BACKGROUNDS[b][0]}", w) for _, w, b in asked]
+    images, tinted, with_name = (generate(pipeline, [one[0] for one in some]) for some in (asked, colored, named))
+    pixels, tinted_pixels, named_pixels = map(to_pixels, (images, tinted, with_name))
+
+    def judged(choose: Choose) -> dict[str, float]:
+        plain, in_color, by_name = (choose(some) for some in (pixels, tinted_pixels, named_pixels))
+        words, places, colors = [w for _, w, _ in asked], [b for _, _, b in asked], [c for _, _, c in colored]
+        pairs = list(zip(in_color["class_word"], in_color["color"], strict=True))
+        return {
+            "class": share(words, plain["class_word"]),
+            "background": share(places, plain["background"]),
+            "color": share(colors, in_color["color"]),
+            "color_and_class": share([(w, c) for _, w, c in colored], pairs),
+            "class_with_unused_name": share([w for _, w in named], by_name["class_word"]),
+        }
+
+    def by_clip(some: Tensor) -> dict[str, list[str]]:
+        return zero_shot(clip, tokenizer, some) | {"color": chosen_colors(clip, tokenizer, some)}
 
     facts = [json.loads(line) for _, line in zip(range(2048), (args.work / "scenes.jsonl").open(), strict=False)]
     scenes = np.ascontiguousarray(np.load(args.work / "scenes.npy", mmap_mode="r")[:2048])
-    on_scenes = zero_shot(clip, tokenizer, to_pixels(scenes))
+    on_scenes = {"clip": by_clip(to_pixels(scenes)), "judge": judge.answers(to_pixels(scenes))}
+
+    world, rng = World(args.work), np.random.default_rng(8)
+    same = [world.draw(rng, world.classes[w][rng.integers(len(world.classes[w]))], b) for _, w, b in asked]
+    vae = AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32)
+
+    dino = load_dino(str(args.dino))
+    features = dino.embed_images(map(Image.fromarray, scenes[: 2 * COMPARED]))
+    drawn = dino.embed_images(map(Image.fromarray, generate(pipeline, [f["caption"] for f in facts[:COMPARED]])))
+
     report = {
-        "prompts": len(asked),
+        "prompts": {"plain": len(asked), "colored": len(colored), "with_unused_name": len(named)},
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "class_accuracy": float(np.mean([w == c for (_, w, _), c in zip(asked, chosen["class_word"], strict=True)])),
-        "background_accuracy": float(
-            np.mean([b == c for (_, _, b), c in zip(asked, chosen["background"], strict=True)])
-        ),
-        "color_accuracy": float(
-            np.mean([list(COLORS)[i] == c for (_, c), i in zip(colored, choices.tolist(), strict=True)])
-        ),
-        "class_accuracy_with_unused_name": float(
-            np.mean([w == c for (_, w), c in zip(named, with_name["class_word"], strict=True)])
-        ),
-        "clip_class_accuracy_on_scenes": float(
-            np.mean([f["class_word"] == c for f, c in zip(facts, on_scenes["class_word"], strict=True)])
-        ),
-        "clip_background_accuracy_on_scenes": float(
-            np.mean([f["background"] == c for f, c in zip(facts, on_scenes["background"], strict=True)])
-        ),
+        "by_clip": judged(by_clip),
+        "by_judge": judged(judge.answers),
+        "on_scenes": {
+            name: {what: share([f[what] for f in facts], given[what]) for what in ("class_word", "background")}
+            for name, given in on_scenes.items()
+        },
+        "sharpness": sharpness(pixels, reconstructed(vae, to_pixels(np.stack(same)))),
+        "frechet_distance": {
+            "pictures": COMPARED,
+            "drawn_to_scenes": frechet_distance(drawn, features[COMPARED:]),
+            "scenes_to_scenes": frechet_distance(features[:COMPARED], features[COMPARED:]),
+        },
     }
     print(json.dumps(report, indent=2))
     (args.out / "check.json").write_text(json.dumps(report, indent=2) + "\n")
-    labels = [f"{w}, {b}" for _, w, b in asked[:80]] + [p.removeprefix("a photo of ") for p, _ in colored[::3]]
-    sheet(np.concatenate([images[:80], tinted[::3]]), labels).save(args.out / "check.png")
+    labels = [f"{w}, {b}" for _, w, b in asked[:80]] + [f"{c} {w}" for _, w, c in colored[::2]]
+    sheet(np.concatenate([images[:80], tinted[::2]]), labels).save(args.out / "check.png")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from torch import Tensor
 from eval.encoders import ImageEncoder, load_encoders
 from eval.metrics import cosines
 from eval.subjects import Subject, read_subjects
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.options import expanded_path
-from gsoft_diffusion.photos import open_image
 
 SCENES = 2048  # the first ones, which no training has seen
 

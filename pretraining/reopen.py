@@ -31,11 +31,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer", "text_encoder"):
         shutil.copytree(args.base / name, args.work / name)
-    AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32).save_pretrained(args.work / "vae")
+    vae = AutoencoderKL.from_pretrained(args.base / "vae", torch_dtype=torch.float32)
+    vae.save_pretrained(args.work / "vae")
     give_usual_modes(args.work / "vae")
     weights = UNet2DConditionModel.from_pretrained(args.base / "unet", torch_dtype=torch.float32).state_dict()
-    unet, average, optimizer = training_state(weights)
-    Checkpoint(args.work / "unet.pt", unet=unet, average=average, optimizer=optimizer).save(args.images)
+    unet, averages, optimizer = training_state(vae.config.latent_channels, weights)
+    Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, averages=averages).save(args.images)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Draw the demo subjects: things that the base has never seen, five scenes each, and `subjects.csv` with their words.
+"""Draw subjects, things that the base has never seen: five scenes each, and `subjects.csv` with their words.
 
 python -m pretraining.subjects --sprites <npm folder> --out data/subjects
+python -m pretraining.subjects --sprites <npm folder> --which tuning --out <work folder>/tuning
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
     parser.add_argument("--out", type=expanded_path, required=True, help="folder to fill, one subfolder per subject")
+    parser.add_argument(
+        "--which", choices=("demo", "tuning"), default="demo", help="those shown, or those that settings are chosen on"
+    )
     args = parser.parse_args()
     world = World(args.sprites)
     rows = []
-    for number, (name, (word, sprite)) in enumerate(world.held_out.items()):
+    subjects = world.held_out if args.which == "demo" else world.tuning
+    for number, (name, (word, sprite)) in enumerate(subjects.items()):
         rng = np.random.default_rng(100 + number)
         folder = args.out / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,22 +4,26 @@
 
 v-prediction, 10 % empty captions; half of the timesteps uniform, half around the middle, where shapes are decided. The
 rate is constant and falls over the last fifth; resuming with a larger `--images` only moves that tail. Resumes from
-`<work>/unet.pt`; every `--assemble-every` images the averaged weights are written to `<work>/mini_base/` as a complete
-Stable Diffusion v1 pipeline.
+`<work>/unet.pt`.
+
+The weights are averaged over a shorter and a longer time. Every `--assemble-every` images `<work>/unet_loss.csv` gets a
+line with the loss of both averages on scenes that are held back, and the better one is written to `<work>/mini_base/`
+as a complete Stable Diffusion v1 pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -30,18 +34,21 @@ from gsoft_diffusion.memory import keep_freed_memory
 from gsoft_diffusion.options import expanded_path
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
-from pretraining.train_vae import build_vae, to_pixels
+from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_pixels
 
 BATCH = 32
 PEAK_LR = 6e-4
 EMPTY_CAPTIONS = 0.1
+AVERAGES = (0.9995, 0.9999)  # share that each average keeps at an update
+HELD_BACK = 2048  # scenes at the start of the set that no training uses
+JUDGED = 1024  # of them, whose loss is measured
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(latent_channels: int = LATENT_CHANNELS) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=(96, 192),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -74,24 +81,60 @@ def draw_timesteps(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndarray:
-    """Latent means of all scenes, (N, 4, 16, 16) float16, computed once."""
+    """Latent means of all scenes, (N, C, 16, 16) float16, computed once."""
     if not path.exists():
         beside = path.with_suffix(".tmp.npy")
-        latents = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=(len(scenes), 4, 16, 16))
+        shape = (len(scenes), vae.config.latent_channels, 16, 16)
+        latents = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape)
         for i in tqdm(range(0, len(scenes), 256), desc="latents"):
             with fast_autocast():
                 mean = vae.encode(to_pixels(np.ascontiguousarray(scenes[i : i + 256]))).latent_dist.mean
             latents[i : i + 256] = mean.float().numpy()
         latents.flush()
         beside.rename(path)
-    return np.load(path)
+    return np.load(path, mmap_mode="r")
+
+
+class Prompts:
+    """Embeddings of captions, computed once: `embed` takes numbers of captions, -1 for the empty one."""
+
+    def __init__(self, captions: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+        distinct = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
+        ids = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        self._of_caption = torch.tensor([distinct[caption] for caption in [*captions, ""]])  # -1 is the last
+        with torch.no_grad(), fast_autocast():
+            parts = [encoder(part).last_hidden_state.half() for part in tqdm(ids.split(512), desc="prompts")]
+        self._embeddings = torch.cat(parts)  # (D, L, 128) float16, of D distinct captions
+
+    def embed(self, numbers: np.ndarray) -> Tensor:
+        """(B, L, 128) float32."""
+        return self._embeddings[self._of_caption[torch.from_numpy(numbers)]].float()
+
+
+@torch.no_grad()
+def held_back_loss(unet: UNet2DConditionModel, latents: np.ndarray, prompts: Prompts) -> float:
+    """The v-loss on the first `JUDGED` scenes, with timesteps evenly spread; the same noise every time."""
+    scheduler, generator = build_scheduler(), torch.Generator().manual_seed(0)
+    total = 0.0
+    for start in range(0, JUDGED, 64):
+        numbers = np.arange(start, start + 64)
+        x = torch.from_numpy(latents[numbers]).float()
+        noise = torch.randn(x.shape, generator=generator)
+        count = len(scheduler.alphas_cumprod)
+        timesteps = torch.from_numpy((numbers + 0.5) / JUDGED * count).long()[torch.randperm(64, generator=generator)]
+        timesteps = (timesteps * 17) % count  # every part has early and late ones
+        with fast_autocast():
+            prediction = unet(scheduler.add_noise(x, noise, timesteps), timesteps, prompts.embed(numbers)).sample
+        total += (prediction.float() - scheduler.get_velocity(x, noise, timesteps)).square().mean().item() * 64
+    return total / JUDGED
 
 
 def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the whole pipeline; the large parts in half precision, the text encoder as it is."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    vae = build_vae()  # not as loaded: that would write the work folder's path into the configuration
-    vae.load_state_dict(AutoencoderKL.from_pretrained(work / "vae").state_dict())
+    loaded = AutoencoderKL.from_pretrained(work / "vae")
+    vae = build_vae(loaded.config.latent_channels)  # not as loaded: its configuration has the work folder's path
+    vae.load_state_dict(loaded.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32),
@@ -112,15 +155,17 @@ def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
         (folder / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
 
 
-def training_state(weights: dict[str, Tensor] | None = None) -> tuple[UNet2DConditionModel, Average, AdamW]:
-    """The denoiser, its average and its optimizer as at the start, or as at the start from `weights`."""
+def training_state(
+    latent_channels: int = LATENT_CHANNELS, weights: dict[str, Tensor] | None = None
+) -> tuple[UNet2DConditionModel, nn.ModuleList, AdamW]:
+    """The denoiser, its averages and its optimizer as at the start, or as at the start from `weights`."""
     torch.manual_seed(0)
-    unet = build_unet()
+    unet = build_unet(latent_channels)
     if weights is not None:
         unet.load_state_dict(weights)
     unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
     optimizer = AdamW(unet.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return unet, Average(unet, decay=0.9995), optimizer
+    return unet, nn.ModuleList(Average(unet, decay) for decay in AVERAGES), optimizer
 
 
 def main() -> None:
@@ -132,13 +177,15 @@ def main() -> None:
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
     captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()]
-    latents = cache_latents(AutoencoderKL.from_pretrained(args.work / "vae"), scenes, args.work / "latents.npy")
+    vae = AutoencoderKL.from_pretrained(args.work / "vae")
+    latents = cache_latents(vae, scenes, args.work / "latents.npy")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    tokens = tokenizer(["", *captions], padding="max_length", truncation=True, return_tensors="pt").input_ids
     encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32).requires_grad_(False)
+    prompts = Prompts(captions, tokenizer, encoder)
 
-    unet, average, optimizer = training_state()
-    checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, average=average, optimizer=optimizer)
+    channels = vae.config.latent_channels
+    unet, averages, optimizer = training_state(channels)
+    checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
     seen = checkpoint.restore()
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -148,14 +195,11 @@ def main() -> None:
     while seen < args.images:
         rng = np.random.default_rng((4, seen))
         generator = torch.Generator().manual_seed(seen)
-        tail = max(0.0, (seen / args.images - 0.8) / 0.2)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, (seen + 1) / 16_000) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * tail)))
-        batch = np.sort(rng.integers(0, len(latents), BATCH))
+            group["lr"] = learning_rate(seen, args.images, PEAK_LR, warmup=16_000, tail=0.2)
+        batch = np.sort(rng.integers(HELD_BACK, len(latents), BATCH))
         x = torch.from_numpy(latents[batch]).float()
-        ids = tokens[np.where(rng.random(BATCH) < EMPTY_CAPTIONS, 0, batch + 1)]
-        with torch.no_grad(), fast_autocast():
-            context = encoder(ids).last_hidden_state.float()
+        context = prompts.embed(np.where(rng.random(BATCH) < EMPTY_CAPTIONS, -1, batch))
         noise = torch.randn(x.shape, generator=generator)
         timesteps = draw_timesteps(BATCH, len(alphas), generator)
         noisy = scheduler.add_noise(x, noise, timesteps)
@@ -167,19 +211,24 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update(unet)
+        for average in averages:
+            cast(Average, average).update(unet)
         seen += BATCH
         smooth = loss.item() if smooth is None else 0.995 * smooth + 0.005 * loss.item()
         bar.update(BATCH)
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         checkpoint.save_when_due(seen)
         if seen % args.assemble_every < BATCH or seen >= args.images:
-            averaged = build_unet()
-            average.copy_to(averaged)
-            averaged.set_attn_processor(AttnProcessor2_0())
-            assemble(args.work, averaged.half(), args.work / "mini_base")
+            candidates = []
+            for average in averages:
+                candidates.append(build_unet(channels))
+                cast(Average, average).copy_to(candidates[-1])
+            losses = [held_back_loss(candidate, latents, prompts) for candidate in candidates]
+            best = candidates[int(np.argmin(losses))]
+            best.set_attn_processor(AttnProcessor2_0())
+            assemble(args.work, best.half(), args.work / "mini_base")
             with (args.work / "unet_loss.csv").open("a") as log:
-                log.write(f"{seen},{smooth:.5f}\n")
+                log.write(",".join([str(seen), *(f"{loss:.5f}" for loss in (smooth, *losses))]) + "\n")
     checkpoint.save(seen)
 
 

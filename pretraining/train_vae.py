@@ -1,16 +1,18 @@
-"""Stage 1: the autoencoder, 64 px pictures to 16×16×4 latents (AutoencoderKL, f = 4).
+"""Stage 1: the autoencoder, 64 px pictures to 16×16×8 latents (AutoencoderKL, f = 4).
 
-    python -m pretraining.train_vae --work <work folder> --images 60000
+    python -m pretraining.train_vae --work <work folder> --images 400000
 
-Loss: L1 + L1 of the gradients + L1 at half and quarter size + 1e-6 · KL. Resumes from `<work>/vae.pt`. At the end the
-latents' mean and standard deviation are folded into `quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1,
-and `<work>/vae/` is saved in diffusers' layout.
+Loss: L1 + L1 of the gradients + L1 at half and quarter size + 1e-6 · KL. The rate is constant and falls over the last
+third; resuming with a larger `--images` only moves that tail. Resumes from `<work>/vae.pt` and adds a line to
+`<work>/vae_psnr.csv` every `LOG_EVERY` images. At the end the latents' mean and standard deviation are folded into
+`quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1, and `<work>/vae/` is saved in diffusers' layout.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,9 +31,12 @@ from pretraining.precision import fast_autocast
 BATCH = 16
 PEAK_LR = 4e-4
 KL_WEIGHT = 1e-6
+LATENT_CHANNELS = 8
+HELD_BACK = 256  # scenes at the start of the set that no training uses
+LOG_EVERY = 16_000  # images
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -39,15 +44,15 @@ def build_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 64, 128),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=16,
         sample_size=64,
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
     with torch.no_grad():  # start with little noise in the latents, else the decoder learns to pass them over
-        vae.quant_conv.weight[4:].zero_()
-        vae.quant_conv.bias[4:].fill_(-6.0)
+        vae.quant_conv.weight[latent_channels:].zero_()
+        vae.quant_conv.bias[latent_channels:].fill_(-6.0)
     return vae
 
 
@@ -90,20 +95,47 @@ def fold_statistics(vae: AutoencoderKL, pixels: Tensor) -> None:
     back.weight *= spread[None, :, None, None]
 
 
+def learning_rate(seen: int, images: int, peak: float, warmup: int, tail: float) -> float:
+    """`peak` after a linear rise over `warmup` images, falling along a cosine to a fiftieth over the last `tail`."""
+    fallen = max(0.0, (seen / images - 1 + tail) / tail)
+    return peak * min(1, (seen + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+@torch.no_grad()
+def reconstructed(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] through the latents' means and back."""
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in pixels.split(64)])
+
+
+def psnr(y: Tensor, x: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB; both (B, 3, H, W) in [-1, 1]."""
+    mse = (y - x).square().mean((1, 2, 3)) / 4
+    return float((-10 * mse.log10()).mean())
+
+
+def demo_pictures() -> Tensor:
+    """The demo subjects' pictures, (50, 3, 64, 64), whose things are in no scene."""
+    paths = sorted((Path(__file__).parents[1] / "data" / "subjects").glob("*/*.png"))
+    return to_pixels(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
-    parser.add_argument("--images", type=int, default=60_000, help="length of the training")
+    parser.add_argument("--images", type=int, default=400_000, help="length of the training")
+    parser.add_argument("--latent-channels", type=int, default=LATENT_CHANNELS, help="of the latents; 4 is a trial")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    held_back, scenes = scenes[:256], scenes[256:]
+    held_back, demo = to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])), demo_pictures()
+    scenes = scenes[HELD_BACK:]
     torch.manual_seed(0)
-    vae = build_vae()
+    vae = build_vae(args.latent_channels)
     average = Average(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = Checkpoint(args.work / "vae.pt", vae=vae, average=average, optimizer=optimizer)
     seen = checkpoint.restore()
+    averaged = build_vae(args.latent_channels)
 
     def autoencode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = vae.encode(x).latent_dist
@@ -113,9 +145,8 @@ def main() -> None:
     bar = tqdm(total=args.images, initial=seen, unit="img", mininterval=10)
     while seen < args.images:
         rng = np.random.default_rng((2, seen))
-        done = seen / args.images
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, (seen + 1) / 4000) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = learning_rate(seen, args.images, PEAK_LR, warmup=4000, tail=1 / 3)
         x = augment(to_pixels(scenes[np.sort(rng.integers(0, len(scenes), BATCH))]), rng)
         with fast_autocast():
             y, mean, logvar = autoencode(x)
@@ -131,21 +162,25 @@ def main() -> None:
         bar.update(BATCH)
         bar.set_postfix(loss=f"{loss.item():.4f}", kl=f"{kl.item():.1f}", refresh=False)
         checkpoint.save_when_due(seen)
+        if seen % LOG_EVERY < BATCH or seen >= args.images:
+            average.copy_to(averaged)
+            figures = [psnr(reconstructed(averaged, x), x) for x in (held_back, demo)]
+            with (args.work / "vae_psnr.csv").open("a") as log:
+                log.write(f"{seen},{figures[0]:.2f},{figures[1]:.2f}\n")
     checkpoint.save(seen)
 
     average.copy_to(vae)
     fold_statistics(vae, to_pixels(np.ascontiguousarray(scenes[:1024])))
     vae.save_pretrained(args.work / "vae")
     give_usual_modes(args.work / "vae")
-    x = to_pixels(np.ascontiguousarray(held_back))
-    with torch.no_grad():
-        mean = vae.encode(x).latent_dist.mean
-        y = vae.decode(mean).sample
-    mse = (y.clamp(-1, 1) - x).square().mean((1, 2, 3)) / 4
-    print(f"held-back PSNR {(-10 * mse.log10()).mean():.2f} dB; latent std by channel {mean.std((0, 2, 3)).tolist()}")
-    rows = torch.cat([torch.cat([x[i : i + 8], y[i : i + 8]]) for i in (0, 8, 16)]).clamp(-1, 1)
-    grid = rows.reshape(6, 8, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(6 * 64, 8 * 64, 3)
-    Image.fromarray(((grid + 1) * 127.5).byte().numpy()).resize((1024, 768)).save(args.work / "vae.png")
+    scenes_back, demo_back = reconstructed(vae, held_back), reconstructed(vae, demo)
+    print(f"PSNR: scenes {psnr(scenes_back, held_back):.2f} dB, demo subjects {psnr(demo_back, demo):.2f} dB")
+    # Eight a row, the originals above what comes back: the first picture of each demo subject, then scenes.
+    x, y = torch.cat([demo[::5], held_back[:30]]), torch.cat([demo_back[::5], scenes_back[:30]])
+    rows = torch.cat([torch.cat([x[i : i + 8], y[i : i + 8]]) for i in range(0, 40, 8)])
+    grid = rows.reshape(10, 8, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(10 * 64, 8 * 64, 3)
+    picture = Image.fromarray(((grid + 1) * 127.5).round().byte().numpy())
+    picture.resize((1024, 1280), Image.Resampling.LANCZOS).save(args.work / "vae.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pretraining.sprites import ANIMALS, CLASSES, HELD_OUT, SPRITE_SIZE, TOP_HAT, TREES, Sprite, Sprites
+from pretraining.sprites import ANIMALS, CLASSES, HELD_OUT, SPRITE_SIZE, TOP_HAT, TREES, TUNING, Sprite, Sprites
 
 SIZE = 64  # px, side of a scene
 _CANVAS = 80  # px, side of a stored background: scenes are random SIZE crops of it
@@ -258,21 +258,71 @@ _PAINTERS = {
 }
 
 
-def _tint(sprite: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The sprite with its light and shade kept and its hue replaced."""
-    rgba = np.asarray(sprite, np.float32)
-    light = rgba[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    visible = rgba[..., 3] > 60
-    low, high = np.percentile(light[visible], (5, 95)) if visible.any() else (0.0, 1.0)
-    light = ((light - low) / max(high - low, 0.15)).clip(0, 1)
-    base = np.asarray(color, np.float32)
-    dark, bright = base * 0.4, base + (255 - base) * 0.3
-    mixed = np.where(
-        light[..., None] < 0.6,
-        dark + (base - dark) * (light / 0.6)[..., None],
-        base + (bright - base) * ((light - 0.6) / 0.4)[..., None],
-    )
-    return Image.fromarray(np.concatenate([mixed, rgba[..., 3:]], -1).astype(np.uint8), "RGBA")
+# Things in another colour
+
+
+_TO_LMS = np.array(
+    [[0.4122215, 0.5363325, 0.0514460], [0.2119035, 0.6806995, 0.1073970], [0.0883025, 0.2817188, 0.6299787]]
+)
+_TO_OKLAB = np.array(
+    [[0.2104543, 0.7936178, -0.0040720], [1.9779985, -2.4285922, 0.4505937], [0.0259040, 0.7827718, -0.8086758]]
+)
+
+
+def _to_oklab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in [0, 1] to Oklab (Ottosson 2020), the last axis being the channels: lightness in [0, 1], then a and b."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ _TO_LMS.T) @ _TO_OKLAB.T
+
+
+def _from_oklab(lab: np.ndarray) -> np.ndarray:
+    """The inverse of `_to_oklab`; what no screen can show is clipped."""
+    linear = ((lab @ np.linalg.inv(_TO_OKLAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T).clip(0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _clusters(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lloyd's k-means: centres (count, 3), and the share of the points that each has."""
+    centres = points[np.argsort(points[:, 0])[np.linspace(0, len(points) - 1, count).astype(int)]]
+    for _ in range(12):
+        nearest = ((points[:, None] - centres) ** 2).sum(-1).argmin(1)
+        centres = np.stack([points[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(count)])
+    return centres, np.bincount(nearest, minlength=count) / len(points)
+
+
+def _recolored(sprite: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """The thing in another colour. What was of its main colours takes the new one and keeps its light and shade;
+    eyes, windows, wheels and the like stay as they are.
+    """
+    rgba = np.asarray(sprite, np.float32) / 255
+    lab, visible = _to_oklab(rgba[..., :3]), rgba[..., 3] > 0.25
+    points = lab * (0.4, 1, 1)  # shading matters less than hue
+    centres, shares = _clusters(points[visible], 5)
+    order = sorted(range(len(shares)), key=lambda i: (centres[i, 0] < 0.4 * 0.35, -shares[i]))  # dark parts last
+    main: list[int] = []
+    while shares[main].sum() < 0.7:
+        main.append(order[len(main)])
+    distances = ((points[..., None, :] - centres) ** 2).sum(-1)
+    closeness = np.exp((distances.min(-1, keepdims=True) - distances) / 0.05**2)
+    weight = (closeness[..., main].sum(-1) / closeness.sum(-1))[..., None]
+    target = _to_oklab(np.asarray(color, np.float32) / 255)
+    middle = (centres[main, 0] * shares[main]).sum() / shares[main].sum() / 0.4
+    lightness = target[0] + 0.7 * (lab[..., :1] - middle)
+    new = np.concatenate([lightness.clip(0.05, 1), np.broadcast_to(target[1:], (*lab.shape[:2], 2))], -1)
+    mixed = _from_oklab(weight * new + (1 - weight) * lab)
+    return Image.fromarray((np.concatenate([mixed, rgba[..., 3:]], -1) * 255).round().astype(np.uint8), "RGBA")
+
+
+def _posed(thing: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The thing turned by up to 15°, leaned and squeezed a little, about its middle and in its own frame."""
+    angle = np.deg2rad(rng.uniform(-15, 15))
+    lean, squeeze = rng.uniform(-0.12, 0.12), np.exp(rng.uniform(-0.14, 0.14))
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    back = np.diag([squeeze, 1 / squeeze]) @ np.array([[1, lean], [0, 1]]) @ turn  # from the picture to the thing
+    middle = np.array(thing.size) / 2
+    (a, b), (d, e) = back * 1.06  # a little smaller, so that corners stay inside
+    c, f = middle - 1.06 * back @ middle
+    return thing.transform(thing.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC)
 
 
 class World:
@@ -283,9 +333,13 @@ class World:
         self.classes: dict[str, list[Sprite]] = {
             word: [sprites.get(code) for code in codes] for word, codes in CLASSES.items()
         }
-        self.held_out = {name: (word, sprites.get(code)) for name, (word, code) in HELD_OUT.items()}
+        self.held_out, self.tuning = (
+            {name: (word, sprites.get(code)) for name, (word, code) in subjects.items()}
+            for subjects in (HELD_OUT, TUNING)
+        )
         self.trees = [sprites.get(code) for code in TREES]
         self.hat = sprites.get(TOP_HAT).rgba
+        self._in_colors: dict[tuple[str, str], Image.Image] = {}
         rng = np.random.default_rng(seed)
         self.backgrounds = {
             name: [paint(rng).resize((_CANVAS, _CANVAS), Image.Resampling.BOX) for _ in range(_VARIANTS)]
@@ -321,7 +375,7 @@ class World:
         scene = self.background(rng, background)
         thing = sprite.rgba
         if color:
-            thing = _tint(thing, COLORS[color])
+            thing = self._in_color(sprite, color)
         if rng.random() < 0.5:
             thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = int(rng.integers(size[0], size[1] + 1))
@@ -332,7 +386,7 @@ class World:
             side = min(side, 38)
             other = self.trees[rng.integers(len(self.trees))].rgba.resize((46, 46), Image.Resampling.LANCZOS)
         # premultiplied alpha, so that turning and shrinking leave no dark fringe
-        thing = thing.convert("RGBa").rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=False)
+        thing = _posed(thing.convert("RGBa"), rng)
         thing = thing.resize(
             (side, side * thing.height // thing.width), Image.Resampling.BOX if side < 40 else Image.Resampling.BILINEAR
         )
@@ -348,6 +402,12 @@ class World:
             y = int(free_y + rng.uniform(-0.3, 0.7) * max(free_y, 0))
         scene.paste(thing, (int(x), y), thing)
         return np.asarray(scene)
+
+    def _in_color(self, sprite: Sprite, color: str) -> Image.Image:
+        key = sprite.code, color
+        if key not in self._in_colors:
+            self._in_colors[key] = _recolored(sprite.rgba, COLORS[color])
+        return self._in_colors[key]
 
     def _with_hat(self, thing: Image.Image) -> Image.Image:
         """A top hat on the highest part of the thing: (SPRITE_SIZE, 1.35·SPRITE_SIZE), the thing at the bottom."""

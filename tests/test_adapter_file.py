@@ -285,7 +285,7 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("place", ["missing.safetensors", "."])
 def test_a_file_that_is_not_there(tmp_path, place):
-    with pytest.raises(UserError, match="no such adapter file"):
+    with pytest.raises(UserError, match=r"no such adapter file|holds no adapter"):
         read_adapter(tmp_path / place)
 
 
@@ -325,3 +325,12 @@ class TestBaseModel:
     def test_an_unmerged_adapter_does_not_change_the_fingerprint(self):
         unet, text_encoder, _, base_model = trained_adapter()
         assert fingerprint(unet, [text_encoder]) == base_model.fingerprint
+
+
+def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(UserError, match=r"adapter\.safetensors: cannot be read \(Permission denied\)"):
+        read_adapter(tmp_path / "adapter.safetensors")

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import icc_profiles
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from gsoft_diffusion import memory, preflight
 from gsoft_diffusion.config import TrainingConfig
@@ -33,6 +35,7 @@ status 2, with nothing written; what goes on says in a line what became of the i
 |---|---|
 """
 ROWS: list[str] = []
+P3 = icc_profiles.rgb("Display P3", icc_profiles.DISPLAY_P3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +58,8 @@ def place(base, photos, tmp_path, monkeypatch) -> Path:
 
 def command(*options: str) -> list[str]:
     """Options of a run of one step, with further ones."""
-    which = "--instance_data_dir photos --class_word dog --pretrained_model_name_or_path base --output_dir out"
+    which = "--pretrained_model_name_or_path base --output_dir out"
+    which += "" if "--concepts_list" in options else " --instance_data_dir photos --class_word dog"
     quick = "--nblocks 4 --max_train_steps 1 --train_batch_size 1 --num_validation_images 0 --report_to none"
     return [*which.split(), *quick.split(), "--num_inference_steps", "2", *options]
 
@@ -85,11 +89,12 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 @dataclass(frozen=True)
 class Case:
-    """name: the input in words. prepare: makes it, in the working directory. options: of the command."""
+    """name: the input in words. prepare: makes it, in the working directory. options, environment: of the command."""
 
     name: str
     prepare: Callable[[], object] = lambda: None
     options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def photo(name: str, write: Callable[[Path], object]) -> Callable[[], object]:
@@ -143,6 +148,40 @@ def cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def concepts(*settings: dict[str, str]) -> Callable[[], object]:
+    return lambda: Path("concepts.json").write_text(json.dumps(settings))
+
+
+def transparent_black(path: Path) -> None:
+    image = Image.new("RGBA", (40, 40))
+    image.paste((0, 0, 0, 255), (10, 10, 30, 30))
+    image.save(path)
+
+
+def one_photo_of_two() -> None:
+    Path("photos/1_mug").mkdir()
+    noise(20, 20).save("photos/1_mug/mug.png")
+    concepts(
+        {"instance_data_dir": "photos", "class_word": "dog"},
+        {"instance_data_dir": "photos/1_mug", "class_word": "mug", "unique_token": "zwx"},
+    )()
+
+
+def own_class_image(name: str, source: str) -> Callable[[], object]:
+    def prepare() -> None:
+        Path("class").mkdir()
+        shutil.copy(source, Path("class") / name)
+
+    return prepare
+
+
+def drawn_before() -> None:
+    Path("class").mkdir()
+    told = PngInfo()
+    told.add_text("gsoft_diffusion", json.dumps({"prompt": "a photo of a cat", "base_model": {"fingerprint": "x"}}))
+    noise(32, 32).save("class/seed000000.png", pnginfo=told)
+
+
 def another_run(*names: str) -> Callable[[], object]:
     def prepare() -> None:
         for name in names:
@@ -152,6 +191,9 @@ def another_run(*names: str) -> Callable[[], object]:
 
     return prepare
 
+
+LISTED = ("--concepts_list", "concepts.json")
+PRIOR = ("--with_prior_preservation", "--class_data_dir", "class", "--num_class_images", "1")
 
 ERRORS = [
     Case("no such folder", lambda: shutil.rmtree("photos")),
@@ -168,14 +210,58 @@ ERRORS = [
             "5.webp", lambda path: noise(40, 40).save(path, save_all=True, append_images=[Image.new("RGB", (40, 40))])
         ),
     ),
+    Case("32 bits a channel", photo("5.tiff", Image.new("F", (40, 40)).save)),
+    Case("a mask of one shade", photo("0-masklabel.png", Image.new("L", (40, 40), 128).save)),
+    Case("a mask that is black on transparent", photo("0-masklabel.png", transparent_black)),
+    Case("a mask in colours", photo("0-masklabel.png", noise(40, 40).save)),
+    Case("a caption in two files", lambda: (Path("photos/0.txt").write_text("a"), Path("photos/0.caption").touch())),
+    Case("captions in no encoding of Unicode", photo("0.txt", lambda path: path.write_bytes(b"gr\xfc\xdfe"))),
+    Case("a table with semicolons", photo("metadata.csv", lambda path: path.write_text("file_name;text\n0.png;a\n"))),
+    Case("one photo of two subjects", one_photo_of_two, LISTED),
+    Case(
+        "one folder for two classes",
+        concepts(
+            {"instance_data_dir": "photos", "class_word": "dog", "class_data_dir": "class"},
+            {"instance_data_dir": "x", "class_word": "mug", "unique_token": "zwx", "class_data_dir": "./class/"},
+        ),
+        LISTED,
+    ),
+    Case("a photo among the class images", own_class_image("a.png", "photos/1.png"), PRIOR),
+    Case("class images that were drawn for another prompt", drawn_before, PRIOR),
     Case(
         "the photos as class images",
         options=("--with_prior_preservation", "--class_data_dir", "photos", "--num_class_images", "2"),
     ),
     Case("an empty prompt", options=("--instance_prompt", " ")),
     Case("no class word and no prompt", options=("--class_word", "")),
+    Case(
+        "a unique token that the prompt does not have",
+        options=("--unique_token", "zwx", "--instance_prompt", "a photo of a sks dog"),
+    ),
+    Case(
+        "a place for a name that is not known",
+        options=("--instance_prompt", "a photo of my dog", "--validation_prompts", "a {0} {1} in the snow"),
+    ),
     Case("a learning rate that is no number", options=("--learning_rate", "nan")),
     Case("an infinite learning rate", options=("--learning_rate", "inf")),
+    Case(
+        "a rate that diffusers' polynomial schedule cannot start from",
+        options=("--lr_scheduler", "polynomial", "--learning_rate", "1e-8"),
+    ),
+    Case("a rise as long as the run", options=("--lr_scheduler", "linear", "--lr_warmup_steps", "100")),
+    Case("cycles for a schedule without", options=("--lr_scheduler", "cosine", "--lr_num_cycles", "3")),
+    Case("a weight of class images that are not used", options=("--prior_loss_weight", "0.5")),
+    Case("a negative prompt without guidance", options=("--guidance_scale", "1", "--negative_prompt", "blurry")),
+    Case("changes to accept without resuming", options=("--accept_changes",)),
+    Case("a revision of a local folder", options=("--revision", "main")),
+    Case("an unknown tracker", options=("--report_to", "tensorboard,abacus")),
+    Case(
+        "a launcher that says otherwise",
+        options=("--mixed_precision", "no"),
+        environment=(("ACCELERATE_MIXED_PRECISION", "bf16"),),
+    ),
+    Case("a launcher with DeepSpeed", environment=(("ACCELERATE_USE_DEEPSPEED", "true"),)),
+    Case("a launcher that compiles", environment=(("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),)),
     Case("negative steps", options=("--max_train_steps", "-5")),
     Case("blocks that do not divide a width", options=("--nblocks", "5")),
     Case("a resolution that does not halve", options=("--resolution", "33")),
@@ -193,6 +279,11 @@ ERRORS = [
     Case("resuming where there is nothing", options=("--resume_from_checkpoint", "latest")),
     Case("resuming from what is no checkpoint", options=("--resume_from_checkpoint", "photos")),
     Case(
+        "resuming from a checkpoint that is not there",
+        another_run("settings.yaml", "checkpoint-5/state.pt"),
+        ("--resume_from_checkpoint", "checkpoint-7"),
+    ),
+    Case(
         "resuming where every checkpoint is damaged",
         another_run("settings.yaml", "checkpoint-5/state.pt"),
         ("--resume_from_checkpoint", "latest"),
@@ -209,6 +300,8 @@ def test_one_line_and_nothing_written(case, place, monkeypatch, capfd):
     if case.name.startswith("a file that cannot be read") and not Path("/proc/self/mem").exists():
         pytest.skip("needs a file that not even root can read, as Linux has")
     case.prepare()
+    for name, value in case.environment:
+        monkeypatch.setenv(name, value)
     before = everything(place)
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
@@ -232,15 +325,37 @@ def translucent(path: Path) -> None:
     picture.save(path)
 
 
+def in_kohyas_folder() -> None:
+    Path("photos").rename("10_zwx dog")
+    Path("photos").mkdir()
+    Path("10_zwx dog").rename("photos/10_zwx dog")
+
+
+def more_than_photos() -> None:
+    Path("photos/raw").mkdir()
+    Path("photos/gone.jpg").symlink_to("nowhere.jpg")
+    for name in (".DS_Store", "notes.pages"):
+        Path("photos", name).touch()
+
+
 GOES_ON = [
     Case("a single photo", only_one),
+    Case("a picture in Display P3", photo("5.png", lambda path: noise(40, 40).save(path, icc_profile=P3))),
+    Case("a broken colour profile", photo("5.png", lambda path: noise(40, 40).save(path, icc_profile=b"none"))),
+    Case("a picture of one colour", photo("5.png", Image.new("RGB", (40, 40), "navy").save)),
+    Case("the same picture twice", lambda: shutil.copy("photos/1.png", "photos/5.png")),
+    Case("a white mask", photo("0-masklabel.png", Image.new("L", (40, 40), 255).save)),
+    Case("photos in a folder as kohya names it", in_kohyas_folder),
+    Case("a caption that does not name the subject", photo("1.txt", lambda path: path.write_text("a dog asleep"))),
     Case("CMYK", photo("5.jpg", noise(40, 40, "CMYK").save)),
     Case("16 bits of grey", photo("5.png", Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save)),
     Case("transparent parts", photo("5.png", translucent)),
     Case("turned by EXIF data", photo("5.jpg", exif)),
-    Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(40, 40).save(path, "PNG"))),
-    Case("files that are no pictures", photo("notes.pages", Path.touch)),
+    Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(44, 40).save(path, "PNG"))),
+    Case("files that are no pictures", more_than_photos),
     Case("a thousand words", options=("--instance_prompt", "word " * 1000)),
+    Case("a rate at which nothing is learned", options=("--learning_rate", "1e-12", "--text_encoder_lr", "1e-12")),
+    Case("a validation after the end", options=("--validation_steps", "5")),
     Case("a prompt like a path", options=("--instance_prompt", "../../etc/passwd")),
     Case("a prompt of emoji, control characters and lines", options=("--instance_prompt", "a 🐶\x07\x1b[2J\nof\tmine")),
 ]

@@ -4,6 +4,7 @@ import re
 import resource
 import shutil
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +17,20 @@ from gsoft_diffusion.checkpoints import (
     SETTINGS,
     STATE,
     SUMS,
+    check_goes_further,
     check_unchanged,
+    checkpoint_name,
     checkpoint_to_resume,
     checkpoints,
     damage_of,
     output_folder,
     read_state,
+    recorded,
+    run_folder,
     write_checkpoint,
     write_settings,
 )
-from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import read_yaml
 
@@ -40,6 +45,67 @@ def config(tmp_path) -> TrainingConfig:
 def save(folder: Path, step: int, limit: int | None = None, value: float = 0.0) -> Path:
     state = STATE_VALUES | {"step": step, "value": torch.tensor(value)}
     return write_checkpoint(folder, step, state, lambda path: path.write_text("adapter"), limit)
+
+
+def test_rotation_keeps_what_the_run_has_not_written(tmp_path):
+    save(tmp_path, 1)
+    mine = tmp_path / "checkpoint-1" / "images" / "dog.png"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    for step in (2, 3):
+        save(tmp_path, step, limit=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+    assert [path for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_damaged_checkpoint_is_replaced_around_what_the_run_has_not_written(tmp_path):
+    folder = save(tmp_path, 3)
+    (folder / SUMS).unlink()
+    (folder / "notes.txt").write_text("precious")
+    save(tmp_path, 3, value=2.0)
+    assert damage_of(folder) is None
+    assert read_state(folder)["value"] == 2.0
+    assert (folder / "notes.txt").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_which_run_an_adapter_is_of(tmp_path, monkeypatch):
+    inside = save(tmp_path, 3) / ADAPTER
+    assert (run_folder(inside), checkpoint_name(inside)) == (inside.parent, "")  # a copy of a checkpoint alone
+    (tmp_path / SETTINGS).touch()
+    assert (run_folder(inside), checkpoint_name(inside)) == (tmp_path, "checkpoint-3")
+    assert (run_folder(tmp_path / ADAPTER), checkpoint_name(tmp_path / ADAPTER)) == (tmp_path, "")
+    monkeypatch.chdir(inside.parent)
+    assert run_folder(Path(ADAPTER)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("result", "checkpoint", "steps", "message"),
+    [
+        (0, 3, 4, None),
+        (4, 3, 4, None),  # trained again, to the same step
+        (6, 3, 5, r"--max_train_steps 5: .* was trained 6 steps and would be replaced by less; give 6 or more"),
+        (4, 4, 4, r"--max_train_steps 4: the checkpoint has 4 steps, so nothing is left to train.*more than 4"),
+        (0, 4, 4, None),  # killed before the result was written
+        (0, 5, 4, "nothing is left to train"),
+    ],
+)
+def test_a_run_that_would_do_nothing_or_less(config, tmp_path, monkeypatch, result, checkpoint, steps, message):
+    monkeypatch.setattr("gsoft_diffusion.checkpoints.step_of_result", lambda folder: result)
+    save(tmp_path / "run", checkpoint)
+    (tmp_path / "run" / "README.md").touch()
+    config = replace(config, max_train_steps=steps, num_validation_images=0)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_goes_further(config, checkpoint)
+    if result == steps == checkpoint:  # what was missing is written
+        check_goes_further(replace(config, num_validation_images=1), checkpoint)
+        check_goes_further(replace(config, push_to_hub=True), checkpoint)
+
+
+def test_a_checkpoint_elsewhere_that_has_all_steps(config, tmp_path):
+    with pytest.raises(UserError, match="nothing is left to train"):
+        check_goes_further(replace(config, max_train_steps=4, output_dir=str(tmp_path / "new")), 4)
 
 
 def test_state_round_trip(tmp_path):
@@ -180,7 +246,40 @@ def test_settings_say_what_a_run_depends_on_and_can_be_read_again(config, tmp_pa
     (tmp_path / "run").mkdir()
     path = write_settings(config, processes=2)
     assert re.match(r"# python 3\.\S+, torch \S+, .*; processes: 2\n", path.read_text())
-    assert TrainingConfig.from_dict(read_yaml(path)) == config
+    assert TrainingConfig.from_dict(read_yaml(path)) == recorded(config)
+
+
+def test_recorded_settings_mean_the_same_from_every_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mini").mkdir(parents=True)
+    concepts = (Concept("dogs/", "dog"), Concept("../mugs", "mug", "zwx", class_data_dir="all"))
+    kept = recorded(
+        TrainingConfig(concepts_list=concepts, output_dir="out", pretrained_model_name_or_path="models/mini")
+    )
+    assert [one.instance_data_dir for one in kept.concepts] == [str(tmp_path / "dogs"), str(tmp_path.parent / "mugs")]
+    assert kept.concepts[1].class_data_dir == str(tmp_path / "all")
+    assert (kept.output_dir, kept.pretrained_model_name_or_path) == (
+        str(tmp_path / "out"),
+        str(tmp_path / "models/mini"),
+    )
+    for name in ("data/mini_base", "ann/on-the-hub"):
+        other = TrainingConfig("photos", class_word="dog", pretrained_model_name_or_path=name)
+        assert recorded(other).pretrained_model_name_or_path == name
+
+
+@pytest.mark.parametrize("spelling", ["photos/", "./photos", "there/../photos", "{}/photos"])
+def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    before, now = (
+        recorded(
+            TrainingConfig(folder, class_word="dog", class_data_dir=folder, with_prior_preservation=True)
+        ).to_dict()
+        for folder in ("photos", spelling.format(tmp_path))
+    )
+    check_unchanged(TrainingConfig("photos", class_word="dog"), Path("checkpoint-9"), before, now)
+    other = recorded(TrainingConfig("others", class_word="dog")).to_dict()
+    with pytest.raises(UserError, match=r"instance_data_dir is .*others and was .*photos"):
+        check_unchanged(TrainingConfig("photos", class_word="dog"), Path("checkpoint-9"), before, other)
 
 
 def test_nothing_is_executed(tmp_path):
@@ -313,7 +412,7 @@ def test_changed_settings_are_named(config):
     check(config, max_train_steps=5000, validation_prompts=("x",))
     with pytest.raises(UserError, match=r"checkpoint-9: learning_rate is 0\.5 and was 2e-05; .*--accept_changes"):
         check(config, learning_rate=0.5)
-    check(config, learning_rate=0.5, accept_changes=True)
+    check(config, learning_rate=0.5, accept_changes=True, resume_from_checkpoint="checkpoint-9")
     with pytest.raises(UserError, match="max_train_steps is 9 and was None"):
         check(replace(config, lr_scheduler="cosine"), max_train_steps=9)
 

@@ -9,11 +9,12 @@ from other_process import held
 from PIL import Image
 
 from gsoft_diffusion import class_images
-from gsoft_diffusion.class_images import class_images_folder, ensure_class_images, is_broken
+from gsoft_diffusion.class_images import class_images_folder, ensure_class_images
 from gsoft_diffusion.config import SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.generation import Sample
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.photos import is_blank
 
 
 @pytest.fixture
@@ -120,12 +121,12 @@ def test_a_model_that_only_draws_black_is_an_error(config, models, monkeypatch):
 @pytest.mark.parametrize("colour", ["black", "white", "red"])
 def test_one_colour_is_broken(colour):
     image = Image.new("RGB", (8, 8), colour)
-    assert is_broken(image)
+    assert is_blank(image)
     image.putpixel((3, 3), (1, 2, 3))
-    assert not is_broken(image)
+    assert not is_blank(image)
 
 
-def test_own_class_images_are_used_and_completed(config, models, tmp_path):
+def test_own_class_images_are_used_and_completed(config, models, tmp_path, capsys):
     own = tmp_path / "own"
     own.mkdir()
     for name in ("a.jpg", "b.png", "c.png"):
@@ -133,7 +134,9 @@ def test_own_class_images_are_used_and_completed(config, models, tmp_path):
     given = replace(config, class_data_dir=str(own))
     assert ensure_class_images(given.concepts[0], replace(given, num_class_images=2), models, models.identity()) == own
     assert len(list(own.iterdir())) == 3
+    assert "of yours" not in capsys.readouterr().out
     ensure_class_images(given.concepts[0], given, models, models.identity())
+    assert f"note: {own} has 3 pictures of yours; 2 are drawn beside them" in capsys.readouterr().out
     assert sorted(path.name for path in own.iterdir()) == [
         "a.jpg",
         "b.png",
@@ -141,6 +144,32 @@ def test_own_class_images_are_used_and_completed(config, models, tmp_path):
         "seed000000.png",
         "seed000001.png",
     ]
+
+
+def test_pictures_for_another_prompt_or_by_another_base_are_refused(config, models, tmp_path):
+    given = replace(config, class_data_dir=str(tmp_path / "own"), num_class_images=2)
+    identity = models.identity()
+    ensure_class_images(given.concepts[0], given, models, identity)
+    before = sorted((tmp_path / "own").iterdir())
+    cats = replace(given, class_prompt="a photo of a cat", num_class_images=3)
+    with pytest.raises(
+        UserError, match=r'seed000000\.png: was drawn for "a photo of a dog" and not for "a photo of a cat"'
+    ):
+        ensure_class_images(cats.concepts[0], cats, models, identity)
+    with pytest.raises(UserError, match=r"seed000000\.png: was drawn by another base model"):
+        ensure_class_images(given.concepts[0], given, models, replace(identity, fingerprint="another"))
+    assert sorted((tmp_path / "own").iterdir()) == before
+    ensure_class_images(given.concepts[0], given, models, identity)
+
+
+def test_class_images_may_be_in_a_folder_as_kohya_names_them(config, models, tmp_path):
+    inside = tmp_path / "own" / "1_dog"
+    inside.mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (8, 8), "red").save(inside / f"{number}.png")
+    given = replace(config, class_data_dir=str(tmp_path / "own"))
+    ensure_class_images(given.concepts[0], given, models, models.identity())
+    assert list((tmp_path / "own").iterdir()) == [inside]
 
 
 def test_the_subjects_folder_is_refused(config, models):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gsoft_diffusion.crops import CROPS
 from gsoft_diffusion.dataset import BatchPositions, DreamBoothDataset, Showing, derived_seed
-from gsoft_diffusion.photos import CROPS, Photo, read_folder
+from gsoft_diffusion.photos import Photo, read_folder
 
 SQUARE = {(16, 16): (4, 8, 8)}
 BUCKETS = {(16, 16): (4, 8, 8), (20, 12): (4, 6, 10), (12, 20): (4, 10, 6)}
@@ -111,7 +112,7 @@ def test_caching_changes_nothing(photos, some):
     some = read_folder(photos, "--flag", "a").photos
     options = {"sizes": BUCKETS, "random_flip": True, "unmasked_weight": 0.5}
     plain, cached = (dataset(some, some[:2], **options) for _ in range(2))
-    cached.cache(as_moments)
+    cached.cache(as_moments, range(60))
     shapes, weights = set(), set()
     for position in range(60):
         without, with_cache = plain[position], cached[position]
@@ -126,7 +127,7 @@ def test_caching_changes_nothing(photos, some):
 
 def test_all_variants_come_up(some):
     samples = dataset(some, random_flip=True)
-    samples.cache(as_moments)
+    samples.cache(as_moments, range(ENOUGH))
     seen = {samples[position]["moments"].numpy().tobytes() for position in range(ENOUGH)}
     assert len(seen) == 2 + 3 * 2 * CROPS
 
@@ -151,14 +152,38 @@ def test_all_samples_of_a_batch_have_one_size_and_all_photos_come_up_equally_oft
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("positions", [range(0), range(4), range(6, 24)])
+def test_only_what_the_run_shows_is_encoded(photos, some, positions):
+    """Photos with several crops and flips in several sizes: of all these a short run sees few."""
+    prior = [replace(photo, prompt=f"class {number}") for number in range(10) for photo in some]
+    plain, cached = (dataset(some, prior, sizes=BUCKETS, random_flip=True, batch_size=2) for _ in range(2))
+    encoded = []
+    cached.cache(lambda pixels: encoded.append(pixels) or as_moments(pixels), positions)
+    shown = {plain[position]["pixels"].numpy().tobytes() for position in positions}
+    assert {pixels[0].numpy().tobytes() for pixels in encoded} == shown
+    assert len(encoded) <= len(positions)
+    assert all("moments" in cached[position] for position in positions)
+
+
+def test_a_long_run_is_not_searched_when_nothing_is_left_to_find(some):
+    seen = []
+    samples = dataset(some, center_crop=True)
+    samples.cache(as_moments, (seen.append(position) or position for position in range(100_000)))
+    assert len(seen) == 4  # an epoch shows each photo
+
+
 def test_weights_only_where_masks_are_used(photos, some):
     assert "weights" not in dataset(some)[0]
-    Image.new("L", (40, 40), 128).save(photos / "0-masklabel.png")
+    mask = Image.new("L", (40, 40), 128)
+    mask.paste(0, (0, 0, 20, 40))
+    mask.save(photos / "0-masklabel.png")
     masked = dataset(named(read_folder(photos, "--flag", "a").photos), some, unmasked_weight=0.0, center_crop=True)
     for position in range(8):
         sample = masked[position]
-        expected = 128 / 255 if shown(masked, [position]) == ["0.png"] else 1.0
-        torch.testing.assert_close(sample["weights"], torch.full((1, 8, 8), expected))
+        expected = torch.ones(1, 8, 8)
+        if shown(masked, [position]) == ["0.png"]:
+            expected[:, :, :4], expected[:, :, 4:] = 0, 128 / 255
+        torch.testing.assert_close(sample["weights"], expected)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])

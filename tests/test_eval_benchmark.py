@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +27,8 @@ from eval.experiment import Cell, Experiment, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, matched
 from gsoft_diffusion import UserError
 from gsoft_diffusion.baselines import BaselineConfig
+from gsoft_diffusion.image_files import open_image
 from gsoft_diffusion.models import load_models
-from gsoft_diffusion.photos import open_image
 from gsoft_diffusion.settings import read_yaml
 
 
@@ -175,7 +176,7 @@ def test_class_images_are_drawn_once_for_all_cells(world, tmp_path):
     for method in ("base", "lora", "double_gsoft"):
         budget, rate = (None, None) if method == "base" else ("medium", 1e-3)
         run_cell(settings, Cell(method, budget, rate, "rex", 0), tmp_path)
-        images = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "class_images" / "dog").iterdir()}
+        images = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "class_images").glob("dog-*/*")}
         assert len(images) == 2
         if method == "base":
             drawn = images
@@ -219,6 +220,15 @@ def test_a_picture_that_is_gone_is_named(world, finished, tmp_path):
     for picture in (out / "cells").glob("*/context-*.png"):
         picture.unlink()
     with pytest.raises(UserError, match=r"context-\S+\.png: damaged .*: delete \S+ and run eval.benchmark again"):
+        report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
+
+
+def test_a_picture_too_large_for_the_report_is_named(world, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
+    for picture in (out / "cells").glob("*/context-*.png"):
+        shutil.copy(tmp_path / "large.png", picture)
+    with pytest.raises(UserError, match=r"context-\S+\.png: too large .*: delete \S+ and run eval.benchmark again"):
         report.write_report(experiment(world, methods=list(METHODS), curve_every=1), out)
 
 
@@ -322,6 +332,14 @@ def test_a_report_can_be_written_from_any_folder(world, finished, tmp_path, monk
     in_process.clear()
     run_benchmark(settings, tmp_path / "out")
     assert in_process == []
+
+
+def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world, tmp_path, monkeypatch):
+    composed = unicodedata.normalize("NFC", "Café")
+    folder = tmp_path / unicodedata.normalize("NFD", composed)
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert experiment(world, subjects_dir=composed).anchored().subjects_dir == str(folder)
 
 
 # What is finished stays
@@ -457,6 +475,8 @@ def test_our_methods_are_sized_without_their_scale_too(world):
         ({"seeds": 0}, "--seeds 0: must be more than 0"),
         ({"mixed_precision": "fp8"}, "mixed_precision: fp8; choose from no, "),
         ({"step": 3}, "unknown setting step"),
+        ({"num_class_images": 3}, "num_class_images would have no effect"),
+        ({"curve_every": 400}, "curve_every would have no effect"),
     ],
 )
 def test_settings_are_checked(settings, message):

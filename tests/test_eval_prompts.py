@@ -34,18 +34,39 @@ def test_public_layout(tmp_path):
     ]
 
 
+def test_tables_as_spreadsheets_save_them(tmp_path):
+    photo(tmp_path / "hu\u0308ndin")
+    table = "\ufeffsubject,class_word,kind\nhündin,dog,live\n"
+    (tmp_path / "subjects.csv").write_text(table, encoding="utf-8", newline="\r\n")
+    assert read_subjects(tmp_path) == [Subject("hündin", "dog", True, tmp_path / "hu\u0308ndin")]
+
+
+def test_subjects_that_are_left_out_or_named_twice_are_refused(tmp_path):
+    photo(tmp_path / "rex")
+    table = tmp_path / "subjects.csv"
+    table.write_text("subject,class_word,kind\nrex,dog,live\nmax,dog,live\n")
+    with pytest.raises(UserError, match="subject max has no folder of that name"):
+        read_subjects(tmp_path)
+    table.write_text("subject,class_word,kind\nrex,dog,live\nrex,cat,live\n")
+    with pytest.raises(UserError, match="subject rex comes twice"):
+        read_subjects(tmp_path)
+
+
 def test_own_folder_needs_a_class_word(tmp_path):
     photo(tmp_path / "rex")
     with pytest.raises(UserError, match="say what the photos show"):
         read_subjects(tmp_path / "rex")
     assert read_subjects(tmp_path / "rex", "dog") == [Subject("rex", "dog", True, tmp_path / "rex")]
+    (tmp_path / "subjects.csv").write_text("subject,class_word,kind\nrex,dog,live\n")
+    with pytest.raises(UserError, match="leave out the class word cat"):
+        read_subjects(tmp_path, "cat")
 
 
 def test_tables_do_not_lead_out_of_the_folder(tmp_path):
     photo(tmp_path / "secret")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "subjects.csv").write_text("subject,class_word,kind\n../secret,dog,live\n")
-    with pytest.raises(UserError, match="none of the subjects"):
+    with pytest.raises(UserError, match=r"subjects\.csv: subject \.\./secret has no folder of that name beside"):
         read_subjects(tmp_path / "set")
 
 
@@ -92,7 +113,7 @@ def test_prompts_of_a_subject(tmp_path):
 
 def test_own_templates(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("# two scenes\na {0} {1} in space\n\na {0} {1} at sea\n")
+    path.write_text("\ufeff  # two scenes\na {0} {1} in space\n\na {0} {1} at sea\n")
     assert read_templates(str(path), live=True) == ["a {0} {1} in space", "a {0} {1} at sea"]
     path.write_text("a dog in space\n")
     with pytest.raises(UserError, match='"a dog in space" has no place for the subject'):

@@ -33,7 +33,7 @@ def encoders(world):
 
 def test_photos_score_one_against_themselves(world, encoders):
     rex = str(world / "subjects" / "rex")
-    result = score_folder(rex, rex, encoders, prompt="a sks dog")
+    result = score_folder(rex, rex, encoders, prompt="a sks dog", unique_token="sks")
     assert result["mean"]["clip_nearest"] == pytest.approx(1)
     assert result["mean"]["dino_nearest"] == pytest.approx(1)
     assert result["mean"]["dino"] == pytest.approx((1 + 2 * result["photos"]["dino"]) / 3)  # of 3, one is itself
@@ -42,16 +42,29 @@ def test_photos_score_one_against_themselves(world, encoders):
     assert "CLIP-T, similarity with the prompt" in table(result)
 
 
-def test_prompts_come_from_the_pictures(world, encoders, tmp_path):
+def test_captions_whose_token_is_not_known_stay_and_that_is_said(world, encoders):
+    rex = str(world / "subjects" / "rex")
+    result = score_folder(rex, rex, encoders, prompt="a sks dog")
+    assert "CLIP-T compares with the prompts as they are: no unique token is known" in table(result)
+
+
+def test_prompts_come_from_the_pictures(world, encoders, tmp_path, monkeypatch):
     with Image.open(world / "subjects" / "rex" / "0.png") as image:
-        save_png(image, tmp_path / "0000_seed0_a.png", {"prompt": "a sks dog on the beach", "model": "adapter"})
-        save_png(image, tmp_path / "0000_seed0_base_a.png", {"prompt": "a sks dog on the beach", "model": "base"})
-        save_png(image, tmp_path / "contact_sheet_0000.png", {})
+        facts = {"prompt": "a zwx dog on the beach", "subjects": [{"unique_token": "zwx"}]}
+        save_png(image, tmp_path, "{}_seed0_a.png", 0, facts | {"model": "adapter"})
+        save_png(image, tmp_path, "{}_seed0_base_a.png", 0, facts | {"model": "base"})
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "contact_sheet_0000.png")  # larger than Pillow opens
+    asked = []
+    embed_texts = encoders.clip.embed_texts
+    monkeypatch.setattr(encoders.clip, "embed_texts", lambda texts: asked.extend(texts) or embed_texts(texts))
     result = score_folder(str(tmp_path), str(world / "subjects" / "rex"), encoders)
     assert [(row["file"], row["prompt"]) for row in result["pictures"]] == [
-        ("0000_seed0_a.png", "a sks dog on the beach")
+        ("0000_seed0_a.png", "a zwx dog on the beach")
     ]
+    assert asked == ["a dog on the beach"]
+    assert result["captions"] == "the prompts without zwx"
     assert result["mean"].keys() >= {"clip_t"}
+    assert "left out: 2 contact sheets and pictures of the base model" in table(result)
 
 
 def test_without_prompts_there_is_no_clip_t(world, encoders):
@@ -218,6 +231,19 @@ def test_picker_that_fails_leaves_nothing(finished_run, encoders, tmp_path, monk
     with pytest.raises(UserError, match=r"cannot write .*checkpoint_scores \(disk full"):
         pick(folder, encoders, "dreambooth", max_prompts=1, images_per_prompt=1)
     assert set(folder.iterdir()) == before
+
+
+def test_picker_asks_by_the_name_that_was_trained(finished_run, encoders, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    settings = (folder / "settings.yaml").read_text()
+    unnamed = settings.replace("a photo of a sks dog", "a photo of my dog").replace(
+        "unique_token: sks", "unique_token: null"
+    )
+    (folder / "settings.yaml").write_text(unnamed)
+    with pytest.raises(
+        UserError, match=r"settings\.yaml: has no unique_token for .*rex, which the prompts are made with"
+    ):
+        pick(folder, encoders, "dreambooth", max_prompts=2, images_per_prompt=1)
 
 
 def test_picker_needs_checkpoints(finished_run, encoders, tmp_path):

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tiny_models import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gsoft_diffusion.adapter_file import load_adapter, save_adapter
+from gsoft_diffusion.adapter_file import load_adapter, read_adapter, save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.errors import UserError
@@ -467,7 +468,7 @@ def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path
     save_adapter(path, untrained, base_model=identity, training={}, prompts={})
     for config in (
         ExportConfig((str(path),), "kohya_lora"),
-        ExportConfig((str(adapter),), "kohya_lora", strength=(0.0,), output=str(tmp_path / "dog.safetensors")),
+        ExportConfig((str(path), str(adapter)), "kohya_lora", strength=(1.0, 0.0)),
     ):
         with pytest.raises(UserError, match="changes nothing of the base model; nothing is exported"):
             export(config)
@@ -590,6 +591,21 @@ def test_every_export_has_a_card(adapter, base, tmp_path, layout):
     assert "instance_prompt: a sks dog" in text
     assert str(base.parent) not in text
     assert card.with_name(sheet).read_bytes() == b"a sheet"
+
+
+def test_the_card_of_a_checkpoint_shows_no_later_sheet(base, tmp_path):
+    run = tmp_path / "dog"
+    path = write_adapter(base, run / "checkpoint-2" / "adapter.safetensors")
+    file = read_adapter(path)
+    same = SimpleNamespace(config=file.config, state_dict=lambda: file.tensors)
+    save_adapter(path, same, base_model=file.base_model, training={"step": 2}, prompts=file.prompts)
+    (run / "settings.yaml").touch()
+    (run / "validation").mkdir()
+    for step in (1, 4):
+        (run / "validation" / f"step-{step:06d}.png").write_bytes(b"%d" % step)
+    target = export(ExportConfig((str(path.parent),), "diffusers"))
+    assert target == run / "merged_checkpoint-2"
+    assert (target / "preview.png").read_bytes() == b"1"
 
 
 def test_a_card_that_is_there_already_is_not_written_over(adapter, tmp_path):

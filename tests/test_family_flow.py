@@ -53,11 +53,15 @@ def test_same_pictures_as_diffusers_pipeline(folder):
     [(write_flux, {"guidance_embeds": False}), (write_flux2_klein, {"is_distilled": True})],
     ids=["schnell", "distilled klein"],
 )
-def test_distilled_models_are_drawn_without_guidance(tmp_path, write, options):
+def test_distilled_models_are_drawn_without_guidance(tmp_path, write, options, caplog):
     base = write(tmp_path / "base", **options)
     models = load_models(str(base))
     found = picture(models, SamplerConfig(num_inference_steps=2, guidance_scale=5.0))
     assert (found == picture(models, SamplerConfig(num_inference_steps=2, guidance_scale=1.0))).all()
+    assert "the guidance scale has no effect" in caplog.text
+    caplog.clear()
+    picture(models, SamplerConfig(num_inference_steps=2, negative_prompt="a cat"))
+    assert "the negative prompt has no effect" in caplog.text
     assert np.abs(found - pipeline_picture(base, num_inference_steps=2, guidance_scale=1.0)).max() <= 1
 
 

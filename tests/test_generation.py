@@ -13,11 +13,11 @@ from PIL import Image
 from tiny_models import randomise
 
 from gsoft_diffusion import models as models_module
-from gsoft_diffusion.adapter_file import save_adapter
+from gsoft_diffusion.adapter_file import read_adapter, save_adapter
 from gsoft_diffusion.adapter_stack import AdapterStack
-from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
+from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig, with_names
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.generation import Sample, _sampler, _with_names, draw, generate, sheet_rows
+from gsoft_diffusion.generation import Sample, _precision, _sampler, draw, generate, sheet_rows
 from gsoft_diffusion.injection import inject
 from gsoft_diffusion.models import Models, load_models
 from gsoft_diffusion.pictures import METADATA_KEY
@@ -121,7 +121,8 @@ def test_guidance_and_negative_prompt_matter(base):
     assert np.abs(picture() - picture(guidance_scale=9.0)).max() > 1
     assert np.abs(picture() - picture(negative_prompt="a cat")).max() > 1
     unguided = picture(guidance_scale=1.0)
-    assert np.abs(unguided - picture(guidance_scale=1.0, negative_prompt="a cat")).max() == 0
+    for off in (0.0, 0.5):  # as in diffusers: the prompt counts, and nothing leads away from anything
+        assert np.abs(unguided - picture(guidance_scale=off)).max() == 0
     assert np.abs(unguided - picture(guidance_scale=1.00001)).max() <= 1
 
 
@@ -222,6 +223,28 @@ def test_draw_takes_from_the_adapter_what_is_not_given(adapter_file):
     assert second_metadata["sampler"] == first_metadata["sampler"] | {"guidance_scale": 1.5}
 
 
+@pytest.mark.parametrize(
+    ("trained", "given", "expected"),
+    [
+        ({"guidance_scale": 3.0, "negative_prompt": "x"}, {}, (3.0, "x")),
+        ({"guidance_scale": 3.0, "negative_prompt": "x"}, {"guidance_scale": 1.0}, (1.0, "")),
+        ({"guidance_scale": 3.0, "negative_prompt": "x"}, {"negative_prompt": "y"}, (3.0, "y")),
+        ({"guidance_scale": 1.0, "negative_prompt": "x"}, {}, (1.0, "")),  # of a file that says what has no effect
+    ],
+    ids=str,
+)
+def test_the_trainings_negative_prompt_goes_with_its_guidance(trained, given, expected):
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",), **given)
+    sampler = _sampler(config, SimpleNamespace(training={"sampler": trained}))[0]
+    assert (sampler.guidance_scale, sampler.negative_prompt) == expected
+
+
+def test_a_negative_prompt_for_an_adapter_that_was_trained_without_guidance_is_refused():
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",), negative_prompt="y")
+    with pytest.raises(UserError, match="--negative_prompt would have no effect"):
+        _sampler(config, SimpleNamespace(training={"sampler": {"guidance_scale": 1.0}}))
+
+
 def test_a_file_may_not_ask_for_pictures_of_any_size():
     config = GenerationConfig(("adapter.safetensors",), prompts=("a",))
 
@@ -316,11 +339,11 @@ def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):
     draw(GenerationConfig(paths, (0.5, 0.7), prompts=("a {0} and a {2} {3}",), num_images=1, compare=True))
     (picture, metadata), (plain, _) = pictures_in(adapter_file.parent / "images").values()
     assert metadata["prompt"] == "a sks and a zwx mug"
-    assert [(one["name"].split("/")[1], one["strength"]) for one in metadata["adapters"]] == [
-        ("adapter.safetensors", 0.5),
-        ("adapter.safetensors", 0.7),
+    assert metadata["adapters"] == [
+        {"name": "dog/adapter.safetensors", "strength": 0.5},
+        {"name": "mug/adapter.safetensors", "strength": 0.7},
     ]
-    assert metadata["adapters"][1]["name"] == "mug/adapter.safetensors"
+    assert metadata["subjects"] == [{"instance_prompt": "a photo of a sks dog", "unique_token": "sks"}, names]
     fresh = load_models(str(base))
     stack = AdapterStack(fresh.denoiser, fresh.text_encoders)
     for path in paths:
@@ -334,7 +357,7 @@ def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):
 
 def test_prompts_from_a_file(adapter_file, tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("a dog # 1\n\n  a cat  \n", encoding="utf-8")
+    path.write_text("\ufeff# animals\n a dog # 1\n\n  a cat  \n  # a tree\n", encoding="utf-8", newline="\r\n")
     draw(GenerationConfig((str(adapter_file),), prompts_file=str(path), num_images=1))
     prompts = [metadata["prompt"] for _, metadata in pictures_in(adapter_file.parent / "images").values()]
     assert prompts == ["a dog # 1", "a cat"]
@@ -344,15 +367,94 @@ def test_prompts_with_places_for_the_subjects_name(adapter_file):
     draw(GenerationConfig((str(adapter_file),), prompts=("a {0} dog {0.__class__}",), num_images=1))
     ((_, metadata),) = pictures_in(adapter_file.parent / "images").values()
     assert metadata["prompt"] == "a sks dog {0.__class__}"
-    with pytest.raises(UserError, match="without a class_word"):
+    with pytest.raises(UserError, match=r"\{1\} cannot be filled in: nothing is known of the subject's class_word"):
         draw(GenerationConfig((str(adapter_file),), prompts=("a {0} {1}",)))
 
 
 def test_names_of_several_subjects():
     dog, mug = {"unique_token": "{2}", "class_word": "dog"}, {"unique_token": "zwx", "class_word": "mug"}
-    assert _with_names("a {0} {1} and a {2} {3}, {}, {4.x}", [dog, mug]) == "a {2} dog and a zwx mug, {}, {4.x}"
+    assert with_names("a {0} {1} and a {2} {3}, {}, {4.x}", [dog, mug]) == "a {2} dog and a zwx mug, {}, {4.x}"
     with pytest.raises(UserError, match=r"\{4\} is of subject 3, and there are 2"):
-        _with_names("a {4} {5}", [dog, mug])
+        with_names("a {4} {5}", [dog, mug])
+
+
+def test_a_run_s_folder_is_its_adapter(adapter_file):
+    draw(GenerationConfig((str(adapter_file.parent),), prompts=("a",), num_images=1))
+    ((_, metadata),) = pictures_in(adapter_file.parent / "images").values()
+    assert metadata["adapters"] == [{"name": "dog/adapter.safetensors", "strength": 1.0}]
+    with pytest.raises(UserError, match=r"holds no adapter\.safetensors; name the folder of a run"):
+        draw(GenerationConfig((str(adapter_file.parent.parent),), prompts=("a",)))
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/../dog/adapter.safetensors", "{}/link.safetensors"])
+def test_the_same_adapter_twice_by_whatever_spelling(adapter_file, spelling):
+    (adapter_file.parent / "link.safetensors").symlink_to(adapter_file)
+    again = spelling.format(adapter_file.parent)
+    with pytest.raises(UserError, match=r"is the same file as .*dog/adapter\.safetensors; give it once"):
+        draw(GenerationConfig((str(adapter_file), again), prompts=("a",)))
+
+
+def test_pictures_of_a_checkpoint_are_the_run_s(adapter_file):
+    checkpoint = adapter_file.parent / "checkpoint-2"
+    checkpoint.mkdir()
+    (adapter_file.parent / "settings.yaml").touch()
+    moved = adapter_file.rename(checkpoint / "adapter.safetensors")
+    draw(GenerationConfig((str(checkpoint),), prompts=("a",), num_images=1))
+    assert list(checkpoint.iterdir()) == [moved]
+    ((_, metadata),) = pictures_in(adapter_file.parent / "images" / "checkpoint-2").values()
+    assert metadata["adapters"][0]["name"] == "dog/checkpoint-2/adapter.safetensors"
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(adapter_file, monkeypatch):
+    monkeypatch.setattr("gsoft_diffusion.generation.load_base", None)
+    with pytest.raises(UserError, match=r"--output_dir /dev/null/x: cannot be written \(Not a directory\)"):
+        draw(GenerationConfig((str(adapter_file),), prompts=("a",), output_dir="/dev/null/x"))
+
+    def read_only(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"dog/images: cannot be written \(Permission denied\)"):
+        draw(GenerationConfig((str(adapter_file),), prompts=("a",)))
+    assert list(adapter_file.parent.iterdir()) == [adapter_file]
+
+
+def test_weights_are_of_the_type_that_was_trained_with():
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",))
+
+    def taken(config, trained: object) -> str:
+        return _precision(config, SimpleNamespace(training={"mixed_precision": trained}))
+
+    assert [taken(config, trained) for trained in ("no", "bf16", "fp16", "int4", None)] == [
+        "no",
+        "bf16",
+        "fp16",
+        "no",
+        "no",
+    ]
+    assert taken(replace(config, mixed_precision="no"), "bf16") == "no"
+
+
+def test_the_base_is_looked_for_where_the_run_s_settings_say(adapter_file, base, tmp_path, monkeypatch, capfd):
+    """An adapter has its name only; from whatever directory."""
+    file = read_adapter(adapter_file)
+    adapter = SimpleNamespace(config=file.config, state_dict=lambda: file.tensors)
+    identity = replace(file.base_model, name="v_prediction")
+    save_adapter(adapter_file, adapter, base_model=identity, training=file.training, prompts=file.prompts)
+    monkeypatch.chdir(tmp_path)
+    config = GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1)
+    settings = adapter_file.parent / "settings.yaml"
+    for text in ("", "pretrained_model_name_or_path: /elsewhere/another\n", "[1, 2"):
+        settings.write_text(text)
+        with pytest.raises(UserError, match=r"base model is v_prediction, as .*adapter\.safetensors says, which is"):
+            draw(config)
+    settings.write_text("pretrained_model_name_or_path: /elsewhere/v_prediction\n")
+    with pytest.raises(UserError, match=r"is /elsewhere/v_prediction, as .*settings\.yaml says, which is not"):
+        draw(config)
+    settings.write_text(f"pretrained_model_name_or_path: {base}\n")
+    capfd.readouterr()
+    draw(config)
+    assert f"base model: {base}, as {settings} says" in capfd.readouterr().out
 
 
 def test_no_prompt_says_what_the_subject_is_called(adapter_file, tmp_path):

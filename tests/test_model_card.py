@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from gsoft_diffusion.adapter_file import AdapterFile, BaseModelIdentity
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
-from gsoft_diffusion.model_card import LOADING, MARK, latest_sheet, may_write, public_base
+from gsoft_diffusion.model_card import LOADING, MARK, latest_sheet, may_write, public_base, sheet_of
 from gsoft_diffusion.model_card import model_card as model_card_of
 
 DOG = {"instance_prompt": "a photo of a sks dog", "unique_token": "sks", "class_word": "dog"}
@@ -158,4 +158,14 @@ def test_latest_sheet(tmp_path):
     (tmp_path / "validation").mkdir()
     for step in (250, 1000, 500):
         (tmp_path / "validation" / f"step-{step:06d}.png").touch()
+    sheet_of(tmp_path, 1000, 2).touch()  # the second of that step
     assert latest_sheet(tmp_path) == tmp_path / "validation" / "step-001000.png"
+    assert latest_sheet(tmp_path, 700) == tmp_path / "validation" / "step-000500.png"
+    assert latest_sheet(tmp_path, 7) is None
+
+
+def test_a_subject_without_a_known_token_goes_by_its_prompt():
+    _, text = parts(
+        model_card("adapter", "a", [adapter_file(prompts={"class_word": "dog", "instance_prompt": "my dog"})])
+    )
+    assert "# my dog\n" in text

@@ -10,7 +10,7 @@ import pytest
 
 from gsoft_diffusion.config import AdapterConfig, Concept, GenerationConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.options import parse, run
+from gsoft_diffusion.options import parse, run, script
 
 BASIC = ["--instance_data_dir", "photos", "--class_word", "dog"]
 
@@ -151,6 +151,7 @@ def test_several_subjects_from_a_file(tmp_path, name, text):
         ("a: b", "expected a list"),
         ("[", "cannot read"),
         ("- dogs", "'dogs' is not settings of Concept"),
+        ("- {instance_data_dir: dogs, class_word: dog, class_word: cat}", "class_word comes twice"),
         ("- {class_word: dog}", "instance_data_dir must be given"),
         ("- {instance_data_dir: dogs}", "--class_word: say what is on the photos in dogs"),
         ("- {instance_data_dir: dogs, class_wrd: dog}", "unknown setting class_wrd; known: class_word"),
@@ -240,3 +241,11 @@ def test_one_of_several_processes_ends_without_waiting_for_the_others():
     environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", HELD_UP], env=environment, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (2, "error: a peer has ended\n")
+
+
+def test_scripts_are_called_from_where_one_stands(tmp_path, monkeypatch):
+    repository = Path(__file__).resolve().parent.parent
+    monkeypatch.chdir(repository)
+    assert script("inference.py") == "inference.py"
+    monkeypatch.chdir(tmp_path)
+    assert script("inference.py") == str(repository / "inference.py")

@@ -7,7 +7,7 @@ import pytest
 
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.settings import Settings, field_help, read_yaml
+from gsoft_diffusion.settings import OnlyWith, Settings, field_help, read_yaml, refuse_without_effect, without_effect
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def test_yaml_means_what_people_mean(tmp_path):
     }
 
 
-@pytest.mark.parametrize("text", ["- a list", "just text", "a: [1", "", "a: !!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "text", ["- a list", "just text", "a: [1", "", "a: 1\na: 2", "a: {b: 1, b: 1}", "a: !!python/object:os.system {}"]
+)
 def test_broken_yaml_names_the_file(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
@@ -73,6 +75,14 @@ def test_broken_yaml_names_the_file(tmp_path, text):
 def test_a_group_of_settings_must_be_one():
     with pytest.raises(UserError, match="SamplerConfig: expected settings as `name: value`, got 3"):
         SamplerConfig.from_dict(3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["settings.yaml", "settings.json", "settings.JSON"])
+def test_settings_as_editors_save_them(tmp_path, encoding, name):
+    path = tmp_path / name
+    path.write_text('{"words": "größer",\n"rate": 2}\n', encoding=encoding, newline="\r\n")
+    assert read_yaml(path) == {"words": "größer", "rate": 2}
 
 
 def test_missing_yaml_names_the_file(tmp_path):
@@ -120,3 +130,23 @@ def test_a_group_given_in_part_keeps_its_other_defaults():
 
 def test_help_comes_from_the_docstring():
     assert field_help(Inner) == {"size": "how large.", "name": "what it is called."}
+
+
+RULE = OnlyWith(("count", "on"), lambda settings: settings.kind == "b", "it is for kind b; leave it out")
+
+
+def test_what_was_given_and_has_no_effect_is_found():
+    assert list(without_effect(Outer(1.0, count=2, on=True), [RULE])) == [
+        "--count would have no effect: it is for kind b; leave it out",
+        "--on would have no effect: it is for kind b; leave it out",
+    ]
+    assert list(without_effect(Outer(1.0), [RULE])) == []
+    assert list(without_effect(Outer(1.0, count=2, kind="b"), [RULE])) == []
+    with pytest.raises(UserError, match="--count would have no effect"):
+        refuse_without_effect(Outer(1.0, count=2), [RULE])
+
+
+def test_files_of_settings_are_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("seed: 3")
+    assert read_yaml("~/settings.yaml") == {"seed": 3}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from hub_stand_in import TOKEN, stand_in
 from PIL import Image
@@ -21,8 +23,9 @@ from gsoft_diffusion.config import AdapterConfig, Concept, SamplerConfig, Traini
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import whole_view
 from gsoft_diffusion.models import load_models
+from gsoft_diffusion.options import parse
 from gsoft_diffusion.settings import read_yaml
-from gsoft_diffusion.training import Run, train
+from gsoft_diffusion.training import Run, instance_photos, train
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +110,9 @@ def test_loss_falls(any_base, config, text_encoder, prior):
         pretrained_model_name_or_path=str(any_base),
         adapter=AdapterConfig(nblocks=4, text_encoder=text_encoder),
         with_prior_preservation=prior,
-        num_class_images=2,
+        num_class_images=2 if prior else TrainingConfig.num_class_images,
         max_train_steps=20,
+        cache_latents=False,  # the samples that are measured are not the run's
     )
     losses = []
 
@@ -152,6 +156,17 @@ def batches(config: TrainingConfig, monkeypatch) -> tuple[Run, list[dict[str, Te
     return runs[0], seen
 
 
+def test_a_crop_of_photos_that_need_none_is_said(config, tmp_path, capfd):
+    square = tmp_path / "square"
+    square.mkdir()
+    for index in range(2):
+        Image.new("RGB", (40, 40), "red").save(square / f"{index}.png")
+    train(replace(config, center_crop=True, instance_data_dir=str(square), output_dir=str(tmp_path / "square-run")))
+    assert "--center_crop has no effect" in capfd.readouterr().out
+    train(replace(config, center_crop=True))
+    assert "--center_crop" not in capfd.readouterr().out
+
+
 def test_captions_become_prompts(config, monkeypatch, capfd):
     (Path(config.instance_data_dir) / "1.txt").write_text("sks in the snow")
     run, seen = batches(replace(config, with_prior_preservation=True, num_class_images=2), monkeypatch)
@@ -159,7 +174,7 @@ def test_captions_become_prompts(config, monkeypatch, capfd):
     drawn = torch.cat([batch["prompt"] for batch in seen])
     assert set(drawn.tolist()) == {0, 1, 2}
     assert torch.equal(drawn == 2, torch.cat([batch["is_prior"] for batch in seen]))
-    assert "subject: 4 pictures, 1 with captions, 0 turned" in capfd.readouterr().out
+    assert "subject: 4 pictures, 1 with captions; left out: notes.txt" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("cache_latents", [True, False])
@@ -195,9 +210,29 @@ def test_masks_keep_the_background_out_of_the_gradient(config, monkeypatch):
 def test_masks_that_are_not_used_and_not_there_are_said(config, capfd):
     with pytest.raises(UserError, match=r"--unmasked_weight 0\.1: no photo has a mask"):
         train(replace(config, unmasked_weight=0.1))
-    Image.new("L", (40, 40), 128).save(Path(config.instance_data_dir) / "0-masklabel.png")
+    Image.linear_gradient("L").resize((40, 40)).save(Path(config.instance_data_dir) / "0-masklabel.png")
     train(config)
     assert "note: masks are not used" in capfd.readouterr().out
+
+
+def test_captions_that_do_not_name_the_subject_are_said(config, capfd):
+    for name, caption in (("0", "a sks dog asleep"), ("1", "a dog in the snow"), ("2", "sks in the snow")):
+        (Path(config.instance_data_dir) / f"{name}.txt").write_text(caption)
+    train(replace(config, max_train_steps=1))
+    printed = capfd.readouterr().out
+    assert 'note: the unique token "sks" is not in the captions of 1.png; the subject is not named there' in printed
+    assert 'note: the class word "dog" is not in the captions of 2.png; the subject is not named there' in printed
+
+
+def test_the_adapter_records_the_name_that_was_trained(config):
+    config = replace(config, class_word="teddy bear", instance_prompt="a photo of zwx teddy bear", max_train_steps=1)
+    file = read_adapter(train(config).adapter)
+    assert (file.subjects[0]["unique_token"], file.subjects[0]["class_word"]) == ("zwx", "teddy bear")
+
+
+def test_an_adapter_names_no_folder_of_the_base(config, base):
+    content = train(replace(config, max_train_steps=1)).adapter.read_bytes()
+    assert str(base.parent).encode() not in content
 
 
 def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
@@ -218,6 +253,76 @@ def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
     file = read_adapter(Path(config.output_dir or "") / "adapter.safetensors")
     assert [subject["unique_token"] for subject in file.subjects] == ["sks", "zwx"]
     assert str(tmp_path) not in str(file.training)
+
+
+def in_folders(config: TrainingConfig, first: str, second: str) -> TrainingConfig:
+    """Two subjects whose photos are in these folders."""
+    concepts = (Concept(first, "dog"), Concept(second, "mug", "zwx"))
+    return replace(config, instance_data_dir="", class_word=None, concepts_list=concepts).resolved()
+
+
+def test_a_photo_of_two_subjects_is_refused(config, tmp_path):
+    inside = Path(config.instance_data_dir) / "3_mug"
+    inside.mkdir()
+    Image.effect_noise((40, 40), 50).save(inside / "mug.png")
+    with pytest.raises(
+        UserError, match=r"mug\.png: is in the folders of two subjects, .*photos and .*photos/3_mug; give each"
+    ):
+        instance_photos(in_folders(config, config.instance_data_dir, str(inside)), print)
+
+
+def test_copies_of_photos_are_said(config, tmp_path, capsys):
+    mugs = tmp_path / "mugs"
+    mugs.mkdir()
+    (mugs / "x.png").write_bytes((Path(config.instance_data_dir) / "0.png").read_bytes())
+    instance_photos(in_folders(config, config.instance_data_dir, str(mugs)), print)
+    said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, which counts twice by that"
+    assert said in capsys.readouterr().out
+
+
+def test_other_words_of_kohyas_folders_are_said(config, capsys):
+    inside = Path(config.instance_data_dir) / "10_zwx dog"
+    Path(config.instance_data_dir, "0.png").rename((inside.mkdir() or inside) / "0.png")
+    instance_photos(config.resolved(), print)
+    assert (
+        'say "zwx dog"; photos there without a caption are trained as "a photo of a sks dog"' in capsys.readouterr().out
+    )
+    inside.rename(inside.with_name("10_Sks dog"))
+    instance_photos(config.resolved(), print)
+    assert "all the same" not in capsys.readouterr().out
+
+
+def test_a_subjects_photo_among_the_class_images_is_refused(config, tmp_path):
+    own = tmp_path / "class"
+    own.mkdir()
+    (own / "copy.png").write_bytes((Path(config.instance_data_dir) / "1.png").read_bytes())
+    config = replace(config, with_prior_preservation=True, class_data_dir=str(own), num_class_images=1)
+    with pytest.raises(
+        UserError, match=r"copy\.png: is the same picture as the photo .*1\.png; take it out of the class images"
+    ):
+        train(config)
+
+
+def test_class_images_that_are_not_used_are_said(config, tmp_path, capfd):
+    own = tmp_path / "class"
+    own.mkdir()
+    for number in range(9):
+        image = Image.effect_noise((40, 40), 50 + number)
+        image.putalpha(image.copy())
+        image.save(own / f"{number}.png")
+    config = replace(config, with_prior_preservation=True, class_data_dir=str(own), num_class_images=7)
+    train(replace(config, max_train_steps=1))
+    printed = capfd.readouterr().out
+    assert "class: 7 pictures; 2 more than asked for are not used" in printed  # nor is there a word of masks
+    assert "note: this run is too short for 5 of its class images" in printed
+
+
+def test_a_run_encodes_what_it_shows(config, monkeypatch):
+    """Crops, flips and sizes of a few photos are many; a short run encodes few."""
+    config = replace(config, aspect_buckets=True, random_flip=True, max_train_steps=2, checkpointing_steps=1)
+    run, seen = batches(replace(config, train_batch_size=2), monkeypatch)
+    assert all("moments" in batch for batch in seen)
+    assert "pixels" in run.dataset[10_000]  # of another batch, whose photo has another crop
 
 
 # Same result by other ways
@@ -258,7 +363,9 @@ def test_workers_change_nothing(config):
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_accumulated_batches_equal_a_large_one(config, prior):
-    config = replace(config, train_batch_size=4, with_prior_preservation=prior, num_class_images=2)
+    config = replace(config, train_batch_size=4)
+    if prior:
+        config = replace(config, with_prior_preservation=True, num_class_images=2)
     accumulated = replace(config, train_batch_size=1, gradient_accumulation_steps=4)
     assert (
         difference(weights(config, "large"), weights(accumulated, "accumulated")) < 1e-3
@@ -420,6 +527,86 @@ def test_more_steps_after_the_end(config):
     train(replace(config, checkpointing_steps=4))
     longer = weights(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
     assert_same(longer, weights(replace(config, max_train_steps=6), "at-once"))
+
+
+def test_a_finished_result_is_not_replaced_by_less(config, monkeypatch, capfd):
+    """Not by a run that goes on from before its end with fewer steps, nor by one that is stopped before it."""
+    config = replace(config, checkpointing_steps=3)
+    adapter = train(config).adapter
+    before = adapter.read_bytes()
+    again = replace(config, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"--max_train_steps 3: .* was trained 4 steps and would be replaced by less"):
+        train(replace(again, max_train_steps=3))
+    original = Run._loss
+
+    def stopping(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    (adapter.parent / "checkpoint-3").rename(adapter.parent / "checkpoint-2")
+    state = read_state(adapter.parent / "checkpoint-2") | {"step": 2}
+    monkeypatch.setattr(training.checkpoints, "read_state", lambda checkpoint: state)
+    monkeypatch.setattr(Run, "_loss", stopping)
+    result = train(again)
+    assert (result.steps, result.interrupted) == (3, True)
+    assert adapter.read_bytes() == before
+    assert f"note: {adapter} stays as it is, trained 4 steps" in capfd.readouterr().out
+
+
+def test_a_finished_run_has_nothing_to_do_but_what_is_missing(config):
+    config = replace(config, checkpointing_steps=4, num_validation_images=1)
+    folder = train(config).adapter.parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = replace(config, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"the checkpoint has 4 steps, so nothing is left to train; .* more than 4"):
+        train(again)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    for name in ("adapter.safetensors", "README.md", "validation/step-000004.png"):
+        (folder / name).unlink()
+        train(again)
+        assert (folder / name).exists()
+    assert (folder / "README.md").read_bytes() == before[folder / "README.md"]
+    assert_same(read_adapter(folder / "checkpoint-4").tensors, read_adapter(folder).tensors)
+
+
+def test_another_spelling_of_a_folder_is_no_change(config, monkeypatch):
+    train(replace(config, max_train_steps=2, checkpointing_steps=2))
+    photos = Path(config.instance_data_dir)
+    monkeypatch.chdir(photos)
+    again = replace(config, resume_from_checkpoint="latest", max_train_steps=3)
+    train(replace(again, instance_data_dir=f"{photos.parent}/./{photos.name}/"))
+    train(replace(again, instance_data_dir=".", max_train_steps=4, resume_from_checkpoint="latest"))
+
+
+def test_what_was_trained_elsewhere_with_relative_paths_is_drawn_and_exported_from_anywhere(
+    config, base, tmp_path, monkeypatch, capfd
+):
+    from gsoft_diffusion.config import ExportConfig, GenerationConfig
+    from gsoft_diffusion.export import export
+    from gsoft_diffusion.generation import draw
+
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mini").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, instance_data_dir="photos", pretrained_model_name_or_path="models/mini", output_dir="dog")
+    adapter = train(replace(config, checkpointing_steps=2)).adapter.absolute()
+    printed = capfd.readouterr().out
+    script = Path(training.__file__).parent.parent / "inference.py"
+    assert f"try it: python {script} --adapter dog/adapter.safetensors --prompt" in printed
+    file = read_adapter(adapter)
+    assert (file.base_model.name, file.training["pretrained_model_name_or_path"]) == ("mini", "mini")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for trained in (adapter, adapter.parent / "checkpoint-2"):
+        draw(GenerationConfig((str(trained),), prompts=("a {0} {1}",), num_images=1))
+        card = export(ExportConfig((str(trained),), "checkpoint")).with_suffix(".md").read_text()
+        assert "models" not in card.replace("whole models", "").partition("## Licence")[0]
+        assert "| base model | mini |" in card
+    assert sorted(path.name for path in adapter.parent.glob("merged*.safetensors")) == [
+        "merged.safetensors",
+        "merged_checkpoint-2.safetensors",
+    ]
+    assert f"base model: {tmp_path}/models/mini, as {adapter.parent}/settings.yaml says" in capfd.readouterr().out
 
 
 def test_resuming_with_other_settings_is_refused_unless_accepted(config):
@@ -612,6 +799,57 @@ def test_skipped_steps_are_counted_shown_and_resumed(config, fp16_scaler, monkey
         train(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
 
 
+def learned(config: TrainingConfig, capfd) -> list[str]:
+    """What a run says of parts that have learned nothing."""
+    train(config)
+    return [line for line in capfd.readouterr().out.splitlines() if "nothing was learned" in line]
+
+
+def test_a_run_that_learns_nothing_says_so(config, capfd):
+    assert learned(replace(config, output_dir=f"{config.output_dir}-whole"), capfd) == []
+    (text,) = learned(replace(config, text_encoder_lr=1e-12, output_dir=f"{config.output_dir}-text"), capfd)
+    assert "in the text encoder: its rotations are identities; raise --text_encoder_lr" in text
+    alone = replace(config, learning_rate=1e-12, adapter=AdapterConfig(nblocks=4, text_encoder=False))
+    (denoiser,) = learned(alone, capfd)
+    assert "in the unet: its rotations are identities; raise --learning_rate" in denoiser
+
+
+def test_a_run_whose_steps_were_all_skipped_says_that_nothing_was_learned(config, fp16_scaler, monkeypatch, capfd):
+    original = training.training_loss
+    monkeypatch.setattr(training, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)
+    lines = learned(replace(config, mixed_precision="fp16"), capfd)
+    assert len(lines) == 2
+    assert all("all steps were skipped; use --mixed_precision bf16" in line for line in lines)
+
+
+@pytest.mark.parametrize(("settings", "steps"), [(["--gradient_accumulation_steps", "2"], 2), ([], 3)])
+def test_the_launchers_accumulation_is_the_runs(config, monkeypatch, tmp_path, settings, steps):
+    path = tmp_path / "settings.yaml"
+    given = {name: value for name, value in config.to_dict().items() if name != "gradient_accumulation_steps"}
+    path.write_text(yaml.safe_dump(given))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
+    result = train(parse(TrainingConfig, "", ["--config", str(path), *settings]))
+    assert (result.steps, result.interrupted) == (4, False)
+    assert read_yaml(result.adapter.parent / "settings.yaml")["gradient_accumulation_steps"] == steps
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 1: ACCELERATE_GRADIENT_ACCUMULATION_STEPS says"):
+        train(replace(config, output_dir=f"{config.output_dir}-other"))
+
+
+@pytest.mark.parametrize("form", ["checkpoint-2", "{folder}", "{folder}/checkpoint-2", "latest"])
+def test_forms_of_a_checkpoint_to_resume_from(config, capfd, form):
+    short = replace(config, max_train_steps=2, checkpointing_steps=2)
+    folder = train(short).adapter.parent
+    again = replace(short, max_train_steps=3, resume_from_checkpoint=form.format(folder=folder))
+    assert train(again).steps == 3
+    assert "going on from step 2" in capfd.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(config):
+    train(replace(config, max_train_steps=2, checkpointing_steps=1))
+    with pytest.raises(UserError, match=r"checkpoint-9: is not the folder .*has checkpoint-1, checkpoint-2$"):
+        train(replace(config, resume_from_checkpoint="checkpoint-9"))
+
+
 # What is for others
 
 
@@ -744,6 +982,30 @@ def test_a_tracker_that_is_not_installed_is_said(config, capfd, monkeypatch):
     assert "pip install tensorboard" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("report_to", "missing"), [("tensorboard, wandb", ["wandb"]), ("TensorBoard", []), ("comet_ml,none", None)]
+)
+def test_several_trackers(config, capfd, report_to, missing):
+    pytest.importorskip("tensorboard")
+    if missing is None:
+        with pytest.raises(UserError, match="--report_to comet_ml,none: none, and others"):
+            train(replace(config, report_to=report_to))
+        return
+    folder = train(replace(config, report_to=report_to)).adapter.parent
+    assert list((folder / "logs" / "training").iterdir())
+    noted = [line for line in capfd.readouterr().out.splitlines() if "is not installed" in line]
+    assert [line.split()[1] for line in noted] == [name for name in missing if not importlib.util.find_spec(name)]
+
+
+def test_a_service_that_refuses_does_not_end_the_run(config, monkeypatch, capfd):
+    def refused(*arguments, **options):
+        raise ValueError("no API key")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refused)
+    assert train(replace(config, report_to="tensorboard")).steps == 4
+    assert "note: tensorboard cannot write (no API key); no more is reported to it" in capfd.readouterr().out
+
+
 def test_what_is_printed(config, capfd):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -751,7 +1013,8 @@ def test_what_is_printed(config, capfd):
     result = train(config)
     printed = capfd.readouterr()
     counts = result.adapter
-    assert "subject: 5 pictures, 1 turned upright by their EXIF data; 1 other files skipped" in printed.out
+    said = "subject: 5 pictures, 1 of one single colour, 1 turned upright by EXIF data; left out: notes.txt"
+    assert said in printed.out
     total = sum(tensor.numel() for tensor in read_adapter(result.adapter).tensors.values())
     assert f"training {total:,} parameters" in printed.out
     assert str(counts) in printed.out

@@ -18,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from gsoft_diffusion.adapter_file import BaseModelIdentity, fingerprint
 from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.model_names import lasting_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,11 @@ class Models(ABC):
         """Whether pictures are drawn without classifier-free guidance: the model was distilled to do without."""
         return False
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale has an effect: in classifier-free guidance, or as an input of the model."""
+        return not self.guides_itself
+
     def noise_scheduler(self) -> Any:
         """How noise is added in training."""
         return DDPMScheduler.from_config(self.scheduler.config)
@@ -173,7 +179,7 @@ class Models(ABC):
 
     def identity(self) -> BaseModelIdentity:
         """What an adapter remembers of its base. Ask before an adapter is injected."""
-        return BaseModelIdentity(name=self.name, fingerprint=fingerprint(self.denoiser, self.text_encoders))
+        return BaseModelIdentity(lasting_name(self.name), fingerprint=fingerprint(self.denoiser, self.text_encoders))
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, slower."""

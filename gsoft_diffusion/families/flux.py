@@ -43,6 +43,10 @@ class Flux(FluxModels):
     def guides_itself(self) -> bool:
         return True
 
+    @property
+    def takes_guidance(self) -> bool:
+        return self.transformer.config.guidance_embeds
+
     def check(self) -> None:
         transformer = self.transformer.config
         if transformer.in_channels != 4 * self.vae.config.latent_channels:
@@ -76,7 +80,7 @@ class Flux(FluxModels):
         packed = self.transformer(
             pack(noisy_latents).to(self.dtype),
             timestep=timesteps.expand(count) / 1000,
-            guidance=torch.full((count,), guidance_scale, device=self.device) if self._takes_guidance else None,
+            guidance=torch.full((count,), guidance_scale, device=self.device) if self.takes_guidance else None,
             txt_ids=torch.zeros(text_length, 3, device=self.device),
             img_ids=places(height // 2, width // 2).to(self.device),
             **conditioning,
@@ -96,10 +100,6 @@ class Flux(FluxModels):
             rows = self.transformer.single_transformer_blocks[int(block)].proj_mlp.out_features
             return f"lora_unet_single_blocks_{block}_linear1", rows
         return super().kohya_place(module)
-
-    @property
-    def _takes_guidance(self) -> bool:
-        return self.transformer.config.guidance_embeds
 
 
 def pack(latents: Tensor) -> Tensor:
