@@ -59,15 +59,15 @@ class PublishedAdapter(nn.Module):
             (module, name, child)
             for model in (unet, *text_encoders)
             for module in model.modules()
-            for name, child in module._modules.items()
+            for name, child in module.named_children()
             if child in wrapped
         ]
         for module, name, child in self._places:
-            module._modules[name] = wrapped[child]
+            setattr(module, name, wrapped[child])
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for layer in self.layers for p in (layer.q_in, layer.q_out, layer.output_scale)]
 
     def remove(self) -> None:
         for module, name, child in self._places:
-            module._modules[name] = child
+            setattr(module, name, child)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
@@ -66,17 +66,19 @@ class Config(RotationConfig):
     Raises ConfigError for values that cannot be.
     """
 
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    exclude_modules: str | tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
+    target_modules: str | Collection[str] = ALL_LINEAR
+    exclude_modules: str | Collection[str] = ()
+    modules_to_save: Collection[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
+            if isinstance(value, str) and value.lower() == ALL_LINEAR:
+                object.__setattr__(self, name, ALL_LINEAR)  # PEFT takes it in any case
             if isinstance(value, list | set | frozenset):
-                value = tuple(sorted(value) if not isinstance(value, list) else value)
-                object.__setattr__(self, name, value)
+                value = tuple(value if isinstance(value, list) else sorted(value))
+                object.__setattr__(self, name, value)  # so that equal configurations are equal
             if isinstance(value, str) and name != "modules_to_save":
                 _check_pattern(name, value)
             elif not (isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)):

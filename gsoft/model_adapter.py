@@ -122,4 +122,5 @@ def _nothing(module: nn.Module, inputs: Any) -> None:
 
 def _fingerprint(layers: dict[str, nn.Linear]) -> str:
     architecture = [[path, list(layer.weight.shape)] for path, layer in layers.items()]
-    return fingerprint(architecture, [layer.weight for layer in layers.values()])
+    weights = [layer.weight for layer in layers.values()]
+    return fingerprint(architecture, [weight for weight in weights if not weight.is_meta])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -60,7 +60,7 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
             continue
         reason = _reason(path, places, module, model, wrappers, tied)
         if config.target_modules == ALL_LINEAR:
-            if not (isinstance(module, nn.Linear) or _resembles_linear(module)):
+            if not _is_linear_to_people(module):
                 continue
             if module is output:
                 reason = reason or "the model's output layer; name it in target_modules to adapt it"
@@ -72,7 +72,7 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
         elif reason is None:
             assert isinstance(module, nn.Linear)
             layers[path] = module
-        elif config.target_modules == ALL_LINEAR or not (isinstance(module, nn.Linear) or _resembles_linear(module)):
+        elif config.target_modules == ALL_LINEAR or not _is_linear_to_people(module):
             skipped[path] = reason
         else:
             raise GSOFTError(f"{path} {reason}")
@@ -91,7 +91,7 @@ def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     return dict(paths)
 
 
-def _matching(patterns: str | Sequence[str], places: Sequence[str]) -> set[str]:
+def _matching(patterns: str | Collection[str], places: Sequence[str]) -> set[str]:
     """The names, or the one regular expression, that one of the paths goes by."""
     if isinstance(patterns, str):
         return {patterns} if any(re.fullmatch(patterns, path) for path in places) else set()
@@ -104,23 +104,21 @@ def _is_inside(path: str, root: str) -> bool:
 
 def _is_a_layer(module: nn.Module) -> bool:
     """Not a container: it has parameters of its own, or stands in for a layer."""
-    return (
-        any(True for _ in module.parameters(recurse=False))
-        or isinstance(module, nn.Linear)
-        or _is_wrapper(module)
-        or _resembles_linear(module)
-    )
+    return any(True for _ in module.parameters(recurse=False)) or _is_linear_to_people(module)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
     """Whether this is another adapter's layer: PEFT and others keep the layer that they wrap as `base_layer`."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module)
+    base_layer = getattr(module, "base_layer", None)
+    return isinstance(base_layer, nn.Module) and not any(True for _ in base_layer.children())
 
 
-def _resembles_linear(module: nn.Module) -> bool:
-    """Whether people would call it a linear layer, without it being PyTorch's."""
-    name = type(module).__name__
-    return not isinstance(module, nn.Linear) and (("Linear" in name and name != "Bilinear") or _is_conv1d(module))
+def _is_linear_to_people(module: nn.Module) -> bool:
+    """Whether it is a linear layer, PyTorch's or not, or stands in for one."""
+    if isinstance(module, nn.Linear) or _is_wrapper(module) or _is_conv1d(module):
+        return True
+    is_leaf = not any(True for _ in module.children())
+    return is_leaf and "Linear" in type(module).__name__
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -152,6 +150,8 @@ def _reason(
         return "has a weight that is computed (a parametrization or weight norm): remove that first"
     if isinstance(module.weight, UninitializedParameter):
         return "has no shape yet: run the model once before"
+    if type(module.weight) is not nn.Parameter:
+        return f"is a {kind} whose weight is a {type(module.weight).__name__}: quantised, or spread over devices"
     if not module.weight.is_floating_point():
         return f"is quantised ({kind}): load the model in float32, float16 or bfloat16"
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
@@ -190,7 +190,7 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _saved_modules(paths: Mapping[nn.Module, Sequence[str]], names: Sequence[str]) -> dict[str, nn.Module]:
+def _saved_modules(paths: Mapping[nn.Module, Sequence[str]], names: Collection[str]) -> dict[str, nn.Module]:
     """The outermost modules of these names. GSOFTError for a name that no module has, and for shared parameters."""
     found = {places[0]: module for module, places in paths.items() if _matching(names, places)}
     for name in names:

@@ -369,7 +369,7 @@ def _place(models: Sequence[nn.Module], layer: nn.Module) -> tuple[nn.Module, st
     """The module that holds `layer`, and under which name."""
     for model in models:
         for module in model.modules():
-            for name, child in module._modules.items():
+            for name, child in module.named_children():
                 if child is layer:
                     return module, name
     raise LookupError("the layer is in none of the models")

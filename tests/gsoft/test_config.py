@@ -56,5 +56,9 @@ def test_what_cannot_be(settings, names, message):
     assert error.value.names == names
 
 
+def test_all_linear_in_any_case():
+    assert Config(block_size=4, target_modules="All-Linear") == Config(block_size=4)
+
+
 def test_a_config_is_a_rotation_config():
     assert isinstance(Config(block_size=4), RotationConfig)

@@ -287,6 +287,19 @@ class TestWhatIsSaid:
             gsoft.save(adapter, tmp_path / "adapter.safetensors")
 
 
+def test_a_model_without_contents_can_be_counted():
+    with torch.device("meta"):
+        model = mlp()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    rotations = (3 * 12 + 3 * 24) + (3 * 24 + 3 * 24) + (3 * 24 + 3)  # m·n·(b−1)/2 with b = 3 and m = 3, or m = 1
+    scales = 24 + 24 + 3
+    assert adapter.parameter_counts() == {
+        "rotations": rotations + scales,
+        "modules_to_save": 0,
+        "total": rotations + scales,
+    }
+
+
 def test_refusals_leave_the_model_as_it_was():
     model = mlp()
     with pytest.raises(GSOFTError, match=r"model\.4\.q_out has width 3, which block_size 6 does not divide.*valid: 3$"):

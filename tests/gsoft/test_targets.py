@@ -107,6 +107,16 @@ def half_quantised() -> tuple[nn.Module, str]:
     return model, "2"
 
 
+class CodedTensor(torch.Tensor):
+    """Stands for the quantised tensors of torchao, which say that they are floating-point numbers."""
+
+
+def with_coded_weights() -> tuple[nn.Module, str]:
+    model = mlp()
+    model[2].weight = nn.Parameter(model[2].weight.detach().as_subclass(CodedTensor))
+    return model, "2"
+
+
 def by_bitsandbytes() -> tuple[nn.Module, str]:
     from bitsandbytes.nn import Linear8bitLt
 
@@ -153,7 +163,8 @@ def gpt2() -> tuple[nn.Module, str]:
 CANNOT = {
     with_peft: r"0 is a layer of another adapter \(Linear of peft\): merge or remove that adapter first",
     half_quantised: r"2 is quantised \(Linear of torch\): load the model in float32, float16 or bfloat16",
-    by_bitsandbytes: r"2 is a Linear8bitLt of bitsandbytes whose forward is not nn\.Linear's: quantised",
+    with_coded_weights: r"2 is a Linear of torch whose weight is a CodedTensor: quantised, or spread over devices",
+    by_bitsandbytes: r"2 is a Linear8bitLt of bitsandbytes whose weight is a Int8Params: quantised",
     parametrized: r"2 has a weight that is computed",
     adapted: r"0 carries a GSOFT adapter already: remove it first",
     with_another_forward: r"2 is a Linear of torch whose forward is not nn\.Linear's",
@@ -175,6 +186,13 @@ def test_layers_that_cannot_be_rotated(make):
     assert targets.layers
     assert not any(path == name or path.endswith(f".{name}") for path in targets.layers)
     assert any(re.match(CANNOT[make], f"{path} {reason}") for path, reason in targets.skipped.items())
+
+
+def test_a_block_that_happens_to_be_called_base_layer_is_no_adapter():
+    model = nn.ModuleDict(
+        {"net": nn.ModuleDict({"base_layer": nn.Sequential(nn.Linear(4, 4)), "top": nn.Linear(4, 4)})}
+    )
+    assert found(model) == ["net.base_layer.0", "net.top"]
 
 
 def test_nothing_inside_of_another_adapters_layer_is_adapted():
