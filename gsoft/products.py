@@ -122,7 +122,7 @@ class _RotatedActivations(torch.autograd.Function):
     def forward(ctx: Any, identity: bool, count: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         weights, biases, *rotations = _split(tensors, 5)
         ctx.shape = x.shape
-        x = x.flatten(0, -2)  # (T, in)
+        x = x.reshape(-1, x.shape[-1])  # (T, in)
         columns = _transposed(x)
         q_in, scaled_q_out = _blocks(x.dtype, *rotations)
         if identity:
@@ -143,7 +143,7 @@ class _RotatedActivations(torch.autograd.Function):
         weights, *rotations = _split(tensors, 4)
         q_in, scaled_q_out = _blocks(x.dtype, *rotations)
         count, by_scaled_q_out = len(grads), None
-        grad = torch.stack([_transposed(grad.flatten(0, -2)) for grad in grads])  # (N, out, T)
+        grad = torch.stack([_transposed(grad.reshape(-1, grad.shape[-1])) for grad in grads])  # (N, out, T)
         if scaled_q_out is not None:
             by_scaled_q_out, grad = rotate_gradients(scaled_q_out, h, grad)
             grad = back_to_input(scaled_q_out, grad)

@@ -123,6 +123,18 @@ def test_training_and_sampling_see_the_same_layer(dtype, tolerance, tokens):
         torch.testing.assert_close(in_training, rotated(linear, x), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (1, 24), (2, 3, 24)])
+def test_inputs_of_any_shape(shape):
+    linear, rotated = layer_and_rotated()
+    x = torch.randn(shape, requires_grad=True)
+    assert rotated.rotates_activations(linear, x) or not x.numel()
+    y = rotated(linear, x)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    with torch.no_grad():
+        torch.testing.assert_close(y, rotated(linear, x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_result_has_the_plain_layers_dtype(dtype):
     linear, rotated = layer_and_rotated(dtype=dtype)
