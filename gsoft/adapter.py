@@ -43,18 +43,18 @@ class Adapter(nn.Module):
             self._rotated[name] = RotatedLayer(rotation)
         self._required_grad: list[nn.Parameter] = []
 
-    def attach(self, names: Iterable[str] | None = None) -> None:
-        """Freeze the models and have their layers rotated; until something is learned, outputs stay bit-equal.
-
-        names: the layers that rotate themselves when the model calls them; by default all. The others must be computed
-        by whoever calls them, with `rotated`.
-        """
+    def attach(self) -> None:
+        """Freeze the models and have their layers rotated; until something is learned, outputs stay bit-equal."""
         self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
         for model in self._models:
             model.requires_grad_(False)
-        for name in self._linears if names is None else names:
+        for name in self.self_rotating():
             put_on(self._linears[name], self._rotated[name])
         self._share_caches()
+
+    def self_rotating(self) -> Iterable[str]:
+        """Layers that rotate themselves when the model calls them: all, unless a subclass computes with some."""
+        return self._linears
 
     def _share_caches(self) -> None:
         """Have equal-shaped layers of a model on one device make their rotations together."""

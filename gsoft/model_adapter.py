@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,9 +65,9 @@ class ModelAdapter(Adapter):
         self.modules_to_save = SavedModules(targets.saved)
         self._hooks: list[Any] = []
 
-    def attach(self, names: Iterable[str] | None = None) -> None:
+    def attach(self) -> None:
         """Freeze the model, but for the modules to save, and have its layers rotated."""
-        super().attach(names)
+        super().attach()
         self.modules_to_save.start()
         for model in self._models:
             for module in model.modules():
@@ -77,11 +77,8 @@ class ModelAdapter(Adapter):
 
     def remove(self) -> None:
         """Give the model back exactly as it was: weights, layers and what required gradients."""
+        self.modules_to_save.stop()
         super().remove()
-        self.modules_to_save.requires_grad_(False)
-        self.modules_to_save.exchange()
-        for parameter in self._required_grad:
-            parameter.requires_grad_(True)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -20,7 +20,6 @@ class SavedModules(nn.Module):
         """modules: by their paths in the model. Changes nothing in them."""
         super().__init__()
         self._originals: dict[str, Tensor] = {}
-        self.paths = tuple(modules)
         for path, module in modules.items():
             add_submodule(self, path, module)
 
@@ -30,12 +29,19 @@ class SavedModules(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
 
+    def stop(self) -> None:
+        """Put the old values back, and have the modules trained no more. Without effect unless started."""
+        if self._originals:
+            self.exchange()
+            self.requires_grad_(False)
+            self._originals = {}
+
     @torch.no_grad()
     def exchange(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Put other values into the modules, by default those from before `start`. Returns those that were there."""
-        present = self._copy()
-        for name, tensor in self.state_dict().items():
-            tensor.copy_((self._originals if values is None else values)[name])
+        present, state = self._copy(), self.state_dict()
+        for name, value in (self._originals if values is None else values).items():
+            state[name].copy_(value)
         return present
 
     def _copy(self) -> dict[str, Tensor]:

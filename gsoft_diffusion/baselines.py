@@ -70,7 +70,7 @@ class BaselineConfig(Settings):
 def inject_baseline(
     config: BaselineConfig, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()
 ) -> BaselineAdapter:
-    """Freeze the base models and put a new, still neutral adapter into them.
+    """Freeze the base models and put a new adapter, which changes nothing yet, into them.
 
     Raises UserError, before anything is changed, if a width does not fit, and AssertionError if PEFT did not make what
     `config` says: it changes sizes silently.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -16,7 +16,6 @@ from gsoft.linear import RotatedLinear
 from gsoft.rotation import parameter_shapes
 from gsoft_diffusion.attention import (
     PROJECTIONS,
-    GuardedAttention,
     attach,
     attention_layers,
     check_supported,
@@ -60,16 +59,20 @@ class Adapter(gsoft.Adapter):
         with user_errors():
             super().__init__(config, linears, (denoiser, *text_encoders))
         self._root = root_of(denoiser)
-        # In a UNet a processor computes with the layers; elsewhere they are called, and rotate themselves.
-        self._attentions = attentions if self._root == "unet" else {}  # a dict keeps them out of the submodules
+        # Attentions of which a processor computes with the layers; a dict keeps them out of the submodules.
+        found = attentions.items() if self._root == "unet" else ()
+        self._attentions = {path: attention for path, attention in found if isinstance(attention, Attention)}
         self._original_processors: dict[str, Any] = {}
 
-    def attach(self, names: Iterable[str] | None = None) -> None:
-        """Freeze the models and have their layers rotated."""
+    def self_rotating(self) -> list[str]:
+        """Layers that the models call as modules; with the others an attention processor computes."""
         computed = {f"{path}.{name}" for path in self._attentions for name in PROJECTIONS}
-        super().attach([name for name, _, _ in self.layers() if name not in computed] if names is None else names)
+        return [name for name, _, _ in self.layers() if name not in computed]
+
+    def attach(self) -> None:
+        """Freeze the models and have their layers rotated."""
+        super().attach()
         for path, attention in self._attentions.items():
-            assert isinstance(attention, Attention)
             self._original_processors[path] = attention.processor
             attach(attention, {name: self.rotated(f"{path}.{name}") for name in PROJECTIONS})
 
@@ -77,9 +80,7 @@ class Adapter(gsoft.Adapter):
         """Give the models back exactly as they were: weights, layers, processors and what required gradients."""
         super().remove()
         for path, processor in self._original_processors.items():
-            attention = self._attentions[path]
-            assert isinstance(attention, GuardedAttention)
-            detach(attention, processor)
+            detach(self._attentions[path], processor)
 
     def merge(self) -> None:
         """As `gsoft.Adapter.merge`; UserError if models and adapter are on different devices."""

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gsoft import GSOFTError, RotationConfig
+from gsoft.cache import RotationCache
 from gsoft.group_and_shuffle import dense_reference
-from gsoft.linear import RotatedLayer, RotatedLinear, put_on, take_off
+from gsoft.linear import RotatedLayer, RotatedLinear, put_on, rotate_together, take_off
 from gsoft.rotation import Rotation, parameter_count
 
 CONFIGS = [
@@ -173,6 +174,31 @@ def test_another_device_than_the_models_is_a_clear_error():
     rotated.rotation.to("meta")
     with pytest.raises(GSOFTError, match=r"adapter is on meta, the model on cpu.*adapter.to"):
         rotated(linear, torch.randn(3, 24))
+
+
+@pytest.mark.parametrize("how", ["together", "alone", "off", "merged", "without gradients"])
+def test_several_layers_of_one_input(how):
+    """Equal to one by one, whether or not they are computed together."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(400, 1200).requires_grad_(False) for _ in range(3)]
+    layers = [RotatedLayer(Rotation(RotationConfig(nblocks=20), 400, 1200)) for _ in linears]
+    for seed, rotated in enumerate(layers):
+        randomise(rotated.rotation, seed, size=0.05)
+    if how != "alone":
+        cache = RotationCache([rotated.rotation for rotated in layers], linears)
+        for index, rotated in enumerate(layers):
+            rotated.share(cache, index)
+    if how == "off":
+        layers[1].enabled = False
+    if how == "merged":
+        layers[1].merge(linears[1])
+    x = torch.randn(5, 400, requires_grad=True)
+    assert layers[0].rotates_activations(linears[0], x)
+    with torch.set_grad_enabled(how != "without gradients"):
+        made = rotate_together(layers, linears, x)
+        expected = [rotated(linear, x) for rotated, linear in zip(layers, linears, strict=True)]
+    for ours, one in zip(made, expected, strict=True):
+        torch.testing.assert_close(ours, one)
 
 
 class TestRotatedLinear:

@@ -189,19 +189,29 @@ def test_a_padded_batch_through_a_whole_encoder():
     torch.testing.assert_close(ours[~padding], merged[~padding])
 
 
-def test_copies_are_independent():
-    model, x = mlp(), inputs(5, 12)
+def test_copies_are_independent(case):
+    make, x = case
+    model = make().eval()
     adapter = gsoft.inject(model, CONFIGS["double"])
     randomise(adapter)
-    both = nn.ModuleList([model, adapter])
-    copied_model, copied_adapter = copy.deepcopy(both)
     with torch.no_grad():
         before = model(x)
+        copied_model, copied_adapter = copy.deepcopy(nn.ModuleList([model, adapter]))
         randomise(copied_adapter, seed=1)
         assert torch.equal(model(x), before)
         assert not torch.equal(copied_model(x), before)
         copied_adapter.remove()
-        assert torch.equal(copied_model(x), mlp()(x))
+        torch.testing.assert_close(copied_model(x), make().eval()(x))
+        assert torch.equal(model(x), before)
+
+
+def test_an_adapter_that_is_not_attached_changes_nothing():
+    model = mlp()
+    adapter = gsoft.ModelAdapter(TestModulesToSave.CONFIG, model)
+    adapter.remove()
+    with adapter.disabled():
+        assert torch.equal(model(inputs(5, 12)), mlp()(inputs(5, 12)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

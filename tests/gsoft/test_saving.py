@@ -136,6 +136,14 @@ HOSTILE = {
     "truth for a number": ({"metadata": config_json(nfactors=True)}, r"bad adapter settings .*nfactors"),
     "targets of a wrong type": ({"metadata": config_json(target_modules=[3])}, r"bad adapter settings .*target_modul"),
     "no pattern": ({"metadata": config_json(target_modules="(")}, r"not a regular expression"),
+    "list for object": ({"metadata": {"notes": "[1]"}}, "notes is not a JSON object"),
+    "no notes": ({"metadata": {"notes": None}}, "metadata has no notes"),
+    "name twice in JSON": ({"metadata": {"notes": '{"a": 1, "a": 2}'}}, "notes is not valid JSON .*comes twice"),
+    "too large a number": ({"metadata": {"notes": '{"a": 1e999}'}}, "notes is not valid JSON .*too large"),
+    "nan in JSON": ({"metadata": {"notes": '{"a": NaN}'}}, "notes is not valid JSON"),
+    "impossible shape": ({"tensors": {"model.0.q_in": torch.zeros(2, 480)}}, r"impossible shape \(2, 480\)"),
+    "no width": ({"tensors": {"model.0.output_scale": torch.zeros(25)}}, "its shapes do not fit its settings"),
+    "no fingerprint": ({"metadata": {"base_model": '{"name": "x"}'}}, "must have a name and a fingerprint"),
     "broken fingerprint": ({"metadata": {"base_model": '{"name": "x", "fingerprint": "0:nan"}'}}, "is malformed"),
 }
 
@@ -159,6 +167,22 @@ def test_a_broken_file_is_refused(path, content):
         gsoft.read(path)
 
 
+def test_a_file_without_tensors_and_one_with_a_tensor_twice_are_refused(path):
+    written(path)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + length].rstrip()
+    name = next(name for name in json.loads(header) if name != "__metadata__")
+    twice = header[:-1] + b", " + json.dumps({name: json.loads(header)[name]})[1:].encode()
+    path.write_bytes(struct.pack("<Q", len(twice)) + twice + content[8 + length :])
+    with pytest.raises(FileError, match=r"header is not valid JSON \(a name comes twice"):
+        gsoft.read(path)
+    path.write_bytes(content)
+    rewrite(path, dict.fromkeys(load_file(path)))
+    with pytest.raises(FileError, match="it holds no tensors"):
+        gsoft.read(path)
+
+
 def test_a_file_of_modules_to_save_that_does_not_fit_is_refused(path):
     written(path, WITH_HEAD)
     rewrite(path, {"modules_to_save.4.bias": torch.zeros(4)})
@@ -175,6 +199,8 @@ def test_what_cannot_be_written(path):
         next(adapter.parameters()).flatten()[0] = torch.nan
     with pytest.raises(FileError, match=r"was not written: model\.0\.q_in is not finite"):
         gsoft.save(adapter, path)
+    with pytest.raises(FileError, match=r"cannot write .*missing.*No such file"):
+        gsoft.save(gsoft.inject(mlp(), CONFIG), path.parent / "missing" / "adapter")
     with pytest.raises(FileError, match="no such adapter file"):
         gsoft.read(path.parent / "other")
     assert path.read_bytes() == before

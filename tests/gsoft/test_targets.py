@@ -143,6 +143,11 @@ def with_another_forward() -> tuple[nn.Module, str]:
     return model, "2"
 
 
+def inside_of_peft() -> tuple[nn.Module, str]:
+    model, _ = with_peft()
+    return model, "0.base_layer"
+
+
 def attention() -> tuple[nn.Module, str]:
     return encoder_layer(), "self_attn.out_proj"
 
@@ -162,6 +167,7 @@ def gpt2() -> tuple[nn.Module, str]:
 
 CANNOT = {
     with_peft: r"0 is a layer of another adapter \(Linear of peft\): merge or remove that adapter first",
+    inside_of_peft: r"0\.base_layer is inside of 0, a layer of another adapter \(Linear of peft\): merge or remove",
     half_quantised: r"2 is quantised \(Linear of torch\): load the model in float32, float16 or bfloat16",
     with_coded_weights: r"2 is a Linear of torch whose weight is a CodedTensor: quantised, or spread over devices",
     by_bitsandbytes: r"2 is a Linear8bitLt of bitsandbytes whose weight is a Int8Params: quantised",
