@@ -1,6 +1,6 @@
 """Double GSOFT as it was published, for comparison: activations are rotated, every call solves for its blocks anew.
 
-Written from the paper (Gorbunov et al., arXiv 2406.10019, §6.1 and §6.2), without what `gsoft_diffusion` does about
+Written from the paper (Gorbunov et al., arXiv 2406.10019, §6.1 and §6.2), without what `gsoft` does about
 speed: whole `b × b` blocks are learned, each layer solves `Q = (I + K)(I − K)⁻¹` in every call, shuffles look up
 indices, and automatic differentiation keeps what it likes.
 """
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsoft.group_and_shuffle import permutation_matrix
+from gsoft.rotation import factor_shape
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.group_and_shuffle import permutation_matrix
 from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
-from gsoft_diffusion.projection import factor_shape
 
 
 class PublishedLinear(nn.Module):
@@ -59,15 +59,15 @@ class PublishedAdapter(nn.Module):
             (module, name, child)
             for model in (unet, *text_encoders)
             for module in model.modules()
-            for name, child in module._modules.items()
+            for name, child in module.named_children()
             if child in wrapped
         ]
         for module, name, child in self._places:
-            module._modules[name] = wrapped[child]
+            setattr(module, name, wrapped[child])
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for layer in self.layers for p in (layer.q_in, layer.q_out, layer.output_scale)]
 
     def remove(self) -> None:
         for module, name, child in self._places:
-            module._modules[name] = child
+            setattr(module, name, child)

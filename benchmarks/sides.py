@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.bases import DTYPES
 from benchmarks.measure import CLOCKS, Records
-from gsoft_diffusion.rotated_linear import Rotation, rotate_activations, rotate_weights, weight_side_is_cheaper
+from gsoft.products import RotationBlocks, rotate_activations, rotate_weights, weight_side_is_cheaper
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -71,20 +71,20 @@ def measure(
     kind = DTYPES[dtype]
     x = torch.randn(tokens, width).to(kind).requires_grad_()
     weight, grad = torch.randn(width, width).to(kind), torch.randn(tokens, width).to(kind)
-    right, left = (
+    q_in, q_out = (
         torch.linalg.qr(torch.randn(2, width // block_size, block_size, block_size))[0].requires_grad_()
         for _ in range(2)
     )
 
-    rotation = Rotation(right, left, None)
+    rotation = RotationBlocks(q_in, q_out, None)
 
     def on_weight() -> None:
         (rotated,) = rotate_weights([weight], [rotation])
-        torch.autograd.grad(F.linear(x, rotated), (x, right, left), grad)
+        torch.autograd.grad(F.linear(x, rotated), (x, q_in, q_out), grad)
 
     def on_activations() -> None:
-        (y,) = rotate_activations(x, [(weight, None)], [rotation], neutral=False)
-        torch.autograd.grad(y, (x, right, left), grad)
+        (y,) = rotate_activations(x, [(weight, None)], [rotation], identity=False)
+        torch.autograd.grad(y, (x, q_in, q_out), grad)
 
     def frozen() -> None:
         torch.autograd.grad(F.linear(x, weight), x, grad)

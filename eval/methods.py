@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from gsoft.errors import GSOFTError
+from gsoft.rotation import parameter_count, parameter_shapes
 from gsoft_diffusion.baselines import BaselineConfig, baseline_count, expected_parameters
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
-from gsoft_diffusion.projection import parameter_count, parameter_shapes
 
 AnyConfig = AdapterConfig | BaselineConfig
 
@@ -65,7 +66,7 @@ def count_parameters(config: AnyConfig, layers: Mapping[str, nn.Linear]) -> int 
             else:
                 parameter_shapes(config, linear.in_features, linear.out_features, name)
                 total += parameter_count(config, linear.in_features, linear.out_features)
-    except UserError:
+    except (UserError, GSOFTError):
         return None
     return total
 

@@ -19,8 +19,8 @@ from diffusers.models.attention_processor import (
 from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
+from gsoft.linear import RotatedLayer, rotate_together
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.projection import GSOFTProjection, project
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of joint attention, for the text's tokens
@@ -33,15 +33,15 @@ class GSOFTAttnProcessor:
 
     The attention product runs on the backend chosen with `unet.set_attention_backend(name)`, by default PyTorch's fused
     one. Not an `nn.Module`, and that on purpose: diffusers would make it a submodule of the UNet, where
-    `unet.to(dtype)` would cast the trained parameters and `unet.save_pretrained` write them among the weights. The
-    projections belong to the `Adapter`.
+    `unet.to(dtype)` would cast the trained parameters and `unet.save_pretrained` write them among the weights. What is
+    learned belongs to the `Adapter`.
     """
 
     _parallel_config = None  # diffusers' contract for processors that dispatch; it also wants `_attention_backend`
 
-    def __init__(self, projections: Mapping[str, GSOFTProjection]) -> None:
-        """projections: one for each name in `PROJECTIONS`."""
-        self.projections = dict(projections)
+    def __init__(self, rotated: Mapping[str, RotatedLayer]) -> None:
+        """rotated: what computes with the layer of each name in `PROJECTIONS`."""
+        self.rotated = dict(rotated)
         self._backend: AttentionBackendName | None = None
 
     @property
@@ -107,7 +107,7 @@ class GSOFTAttnProcessor:
         )
         hidden_states = hidden_states.flatten(2).to(query.dtype)  # (B, S, heads·D)
 
-        hidden_states = self.projections["to_out"](attn.to_out[0], hidden_states)
+        hidden_states = self.rotated["to_out"](attn.to_out[0], hidden_states)
         hidden_states = attn.to_out[1](hidden_states)  # dropout
 
         if image_shape is not None:
@@ -117,7 +117,7 @@ class GSOFTAttnProcessor:
         return hidden_states / attn.rescale_output_factor
 
     def _project(self, attn: Attention, names: Sequence[str], x: Tensor) -> list[Tensor]:
-        return project([self.projections[name] for name in names], [getattr(attn, name) for name in names], x)
+        return rotate_together([self.rotated[name] for name in names], [getattr(attn, name) for name in names], x)
 
 
 class GuardedAttention(Attention):
@@ -170,12 +170,6 @@ def attention_layers(attention: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in layers.items() if layer is not None}
 
 
-def layer_place(attention: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Where a layer of `attention_layers` is: a module and the name of its attribute."""
-    place = getattr(attention, name)
-    return (place, "0") if isinstance(place, nn.ModuleList) else (attention, name)
-
-
 def require_xformers() -> None:
     """UserError unless xformers can run here: it must be installed and needs a GPU."""
     if not torch.cuda.is_available():
@@ -186,10 +180,10 @@ def require_xformers() -> None:
         raise UserError("xformers is not installed; install it (pip install xformers) or leave it out")
 
 
-def attach(attention: Attention, projections: Mapping[str, GSOFTProjection]) -> None:
+def attach(attention: Attention, rotated: Mapping[str, RotatedLayer]) -> None:
     """Replace the attention's processor by a GSOFT processor, guarded, that keeps an xformers choice made before."""
     previous = attention.processor
-    attention.set_processor(GSOFTAttnProcessor(projections))
+    attention.set_processor(GSOFTAttnProcessor(rotated))
     attention.__class__ = GuardedAttention
     if isinstance(previous, XFormersAttnProcessor):
         attention.set_processor(previous)

@@ -21,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsoft_diffusion.errors import UserError, first_line
-from gsoft_diffusion.group_and_shuffle import fit_blocks
-from gsoft_diffusion.injection import add_submodule, find_attentions, find_clip_attentions, find_linears, root_of
-from gsoft_diffusion.orthogonal import free_numbers
+from gsoft.blocks import free_numbers
+from gsoft.group_and_shuffle import fit_blocks
+from gsoft.kept_weight import KeptWeight
+from gsoft.submodules import add_submodule
+from gsoft_diffusion.errors import UserError, first_line, user_errors
+from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears, root_of
 from gsoft_diffusion.settings import Settings, require
 
 PEFT_NAME = "default"  # what PEFT calls the one adapter that it holds
@@ -68,7 +70,7 @@ class BaselineConfig(Settings):
 def inject_baseline(
     config: BaselineConfig, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()
 ) -> BaselineAdapter:
-    """Freeze the base models and put a new, still neutral adapter into them.
+    """Freeze the base models and put a new adapter, which changes nothing yet, into them.
 
     Raises UserError, before anything is changed, if a width does not fit, and AssertionError if PEFT did not make what
     `config` says: it changes sizes silently.
@@ -97,7 +99,7 @@ class BaselineAdapter(nn.Module):
             model.requires_grad_(False)
         self._wrap()
         self._layers: dict[str, Any] = {name: getattr(*place) for name, place in self._places.items()}
-        self._base_weights: dict[str, Tensor] = {}  # the exact ones while others are in their place
+        self._kept_weights = {name: KeptWeight() for name in self._linears}
         for name, layer in self._layers.items():
             holder = nn.Module()
             for parameter_name, parameter in _parameters(layer).items():
@@ -156,23 +158,23 @@ class BaselineAdapter(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return bool(self._base_weights)
+        return any(kept.replaced for kept in self._kept_weights.values())
 
     @torch.no_grad()
     def merge(self) -> None:
         """Write the tuned weights into the models; `unmerge` before training or loading again."""
         if not self.merged:
-            self._base_weights = {name: linear.weight.clone() for name, linear in self._linears.items()}
-            for layer in self._layers.values():
+            for name, layer in self._layers.items():
+                self._kept_weights[name].keep(self._linears[name])
                 layer.merge()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base models' weights back, bit for bit, which PEFT's own unmerging does not."""
-        for name, weight in self._base_weights.items():
-            self._linears[name].weight.copy_(weight)
-            self._layers[name].merged_adapters.clear()
-        self._base_weights = {}
+        for name, kept in self._kept_weights.items():
+            if kept.replaced:
+                kept.restore(self._linears[name])
+                self._layers[name].merged_adapters.clear()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -275,6 +277,7 @@ class TunedLinear(nn.Module):
         self._enabled = enabled
 
 
+@user_errors()
 def expected_parameters(
     config: BaselineConfig, in_features: int, out_features: int, layer: str
 ) -> dict[str, tuple[int, ...]]:
@@ -366,7 +369,7 @@ def _place(models: Sequence[nn.Module], layer: nn.Module) -> tuple[nn.Module, st
     """The module that holds `layer`, and under which name."""
     for model in models:
         for module in model.modules():
-            for name, child in module._modules.items():
+            for name, child in module.named_children():
                 if child is layer:
                     return module, name
     raise LookupError("the layer is in none of the models")

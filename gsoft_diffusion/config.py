@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from gsoft.config import RotationConfig
+from gsoft.errors import ConfigError
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import (
     OnlyWith,
@@ -41,7 +43,7 @@ VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the backgrou
 
 
 @dataclass(frozen=True)
-class AdapterConfig(Settings):
+class AdapterConfig(RotationConfig, Settings):
     """What is adapted and how: the part of the settings that decides the adapter's shapes.
 
     nblocks: number of diagonal blocks `r` of every GS factor; give this or `block_size`, not both.
@@ -53,21 +55,13 @@ class AdapterConfig(Settings):
     text_encoder: adapt the text encoder's attention as well as the UNet's.
     """
 
-    nblocks: int | None = None
-    block_size: int | None = None
-    nfactors: int | Literal["dense"] = 2
-    double: bool = True
-    parametrization: Literal["cayley", "exp"] = "cayley"
-    output_scale: bool = True
     text_encoder: bool = True
 
     def __post_init__(self) -> None:
-        if (self.nblocks is None) == (self.block_size is None):
-            raise UserError("--nblocks, --block_size: give exactly one of them; the layer's width decides the other")
-        require(self, lambda count: count >= 1, "1 or more", "nblocks")
-        require(self, lambda size: size >= 2, "2 or more (a block of side 1 cannot rotate)", "block_size")
-        require(self, lambda count: count == "dense" or count >= 1, '1 or more, or "dense"', "nfactors")
-        require(self, lambda name: name in ("cayley", "exp"), "cayley or exp", "parametrization")
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            raise UserError(f"{', '.join(f'--{name}' for name in error.names)}{error.problem}") from error
 
 
 def guides(guidance_scale: float) -> bool:

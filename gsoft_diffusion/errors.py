@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-LONGEST = 1000  # characters of a message
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gsoft.errors import LONGEST, GSOFTError, one_line, printable
+
+__all__ = ["LONGEST", "UserError", "first_line", "printable", "user_errors"]
 
 
 class UserError(Exception):
@@ -13,13 +18,16 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        line = printable(" ".join(message.split()))
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}")
+        super().__init__(one_line(message))
 
 
-def printable(text: str) -> str:
-    """The text without characters that would steer a terminal."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside the block, or in the function that it decorates, errors of the library gsoft become UserErrors."""
+    try:
+        yield
+    except GSOFTError as error:
+        raise UserError(str(error)) from error
 
 
 def first_line(error: BaseException) -> str:

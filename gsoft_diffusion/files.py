@@ -12,11 +12,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 from safetensors import SafetensorError
 
+from gsoft.whole_file import sync_folder, whole_file
 from gsoft_diffusion.errors import UserError, first_line
+
+__all__ = [
+    "LOCK",
+    "check_writable",
+    "give_usual_modes",
+    "locked",
+    "new_places",
+    "refuse_existing",
+    "sync_folder",
+    "whole_file",
+]
 
 LOCK = ".lock"
 
@@ -36,24 +48,6 @@ def check_writable(folder: Path, what: str) -> None:
         with suppress(OSError):  # not empty: another has come
             for place in made:
                 place.rmdir()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` at the end of the block, on disk as well; or leaves no trace.
-
-    What had the name before stays until then. Raises OSError.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync_folder(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -102,15 +96,6 @@ def give_usual_modes(place: Path) -> None:
     for path in (place, *place.rglob("*")):
         if path.is_file():
             path.chmod(0o666 & ~umask)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the folder's entries on disk, so that a renaming survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from safetensors.torch import save
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from gsoft_diffusion.adapter_file import FORMAT_KEY, FORMAT_VERSION, read_adapter  # noqa: E402
+from gsoft.rotation import parameter_shapes  # noqa: E402
+from gsoft_diffusion.adapter_file import FORMAT, read_adapter  # noqa: E402
 from gsoft_diffusion.config import AdapterConfig  # noqa: E402
 from gsoft_diffusion.errors import UserError  # noqa: E402
-from gsoft_diffusion.projection import parameter_shapes  # noqa: E402
 
 MEMORY = (
     256 * 2**20
@@ -52,7 +52,7 @@ def valid_file() -> bytes:
         "training": {"learning_rate": 1e-4, "sampler": {"num_inference_steps": 3}},
         "prompts": {"instance_prompt": "a photo"},
     }
-    metadata = {FORMAT_KEY: FORMAT_VERSION} | {name: json.dumps(section) for name, section in sections.items()}
+    metadata = {FORMAT.key: FORMAT.version} | {name: json.dumps(section) for name, section in sections.items()}
     return save({name: torch.zeros(shape) for name, shape in shapes.items()}, metadata)
 
 

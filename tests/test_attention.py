@@ -16,10 +16,11 @@ from diffusers.models.attention_processor import (
 )
 from tiny_models import randomise, run, tiny_unet
 
+from gsoft.linear import RotatedLayer
+from gsoft.rotation import Rotation
 from gsoft_diffusion import AdapterConfig, UserError, inject
 from gsoft_diffusion import attention as attention_module
 from gsoft_diffusion.attention import GSOFTAttnProcessor, GuardedAttention, attach, attention_layers, detach
-from gsoft_diffusion.projection import GSOFTProjection
 
 CONFIG = AdapterConfig(nblocks=4, text_encoder=False)
 
@@ -32,14 +33,14 @@ def make_attention(**kwargs) -> Attention:
     return attention
 
 
-def projections(attention: Attention, trained: bool = False) -> dict[str, GSOFTProjection]:
+def rotated_layers(attention: Attention, trained: bool = False) -> dict[str, RotatedLayer]:
     made = {
-        name: GSOFTProjection(CONFIG, layer.in_features, layer.out_features)
+        name: RotatedLayer(Rotation(CONFIG, layer.in_features, layer.out_features))
         for name, layer in attention_layers(attention).items()
     }
-    for index, projection in enumerate(made.values()):
+    for index, rotated in enumerate(made.values()):
         if trained:
-            randomise(projection, seed=index)
+            randomise(rotated.rotation, seed=index)
     return made
 
 
@@ -104,8 +105,8 @@ def test_equals_the_stock_processor(case, four_dimensional):
         return ours
 
     exact = {"atol": 0, "rtol": 0} if attention.scale_qk else {}
-    start = compare(projections(attention), exact, exact)
-    trained = compare(projections(attention, trained=True), {}, exact)
+    start = compare(rotated_layers(attention), exact, exact)
+    trained = compare(rotated_layers(attention, trained=True), {}, exact)
     assert (trained - start).abs().max() > 1e-3
 
 
@@ -113,13 +114,13 @@ def test_spatial_norm_uses_temb():
     attention = make_attention(spatial_norm_dim=8, residual_connection=True, norm_num_groups=None)
     x, temb = image(2, 32, 4, 4), image(2, 8, 2, 2)
     expected = attention(x, temb=temb)
-    attach(attention, projections(attention))
+    attach(attention, rotated_layers(attention))
     assert torch.equal(attention(x, temb=temb), expected)
 
 
 def test_dropout_of_the_output():
     attention = make_attention(dropout=1.0)
-    attach(attention, projections(attention))
+    attach(attention, rotated_layers(attention))
     assert attention(image(2, 16, 32)).abs().max() > 0
     attention.train()
     assert attention(image(2, 16, 32)).abs().max() == 0

@@ -13,10 +13,11 @@ from benchmarks.measure import CLOCKS, Records, bytes_in_use
 from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
 from benchmarks.published import PublishedAdapter, PublishedLinear
 from benchmarks.step import METHODS, Bench, report
+from gsoft.blocks import skew_symmetric
+from gsoft.linear import RotatedLayer
+from gsoft.rotation import Rotation
 from gsoft_diffusion import AdapterConfig
 from gsoft_diffusion.baselines import BaselineConfig, inject_baseline
-from gsoft_diffusion.orthogonal import skew_symmetric
-from gsoft_diffusion.projection import GSOFTProjection
 
 
 def test_the_published_formulation_is_the_same_map():
@@ -24,14 +25,15 @@ def test_the_published_formulation_is_the_same_map():
     torch.manual_seed(0)
     linear = nn.Linear(24, 40).requires_grad_(False)
     ours, published = (
-        GSOFTProjection(AdapterConfig(nblocks=4), 24, 40),
+        RotatedLayer(Rotation(AdapterConfig(nblocks=4), 24, 40)),
         PublishedLinear(linear, AdapterConfig(nblocks=4)),
     )
-    randomise(ours)
+    learned = ours.rotation
+    randomise(learned)
     with torch.no_grad():
-        published.q_in.copy_(skew_symmetric(ours.q_in, 6).triu())  # A − Aᵀ is the skew block
-        published.q_out.copy_(skew_symmetric(ours.q_out, 10).triu())
-        published.output_scale.copy_(ours.output_scale)
+        published.q_in.copy_(skew_symmetric(learned.q_in, 6).triu())  # A − Aᵀ is the skew block
+        published.q_out.copy_(skew_symmetric(learned.q_out, 10).triu())
+        published.output_scale.copy_(learned.output_scale)
     x = torch.randn(2, 5, 24, requires_grad=True)
     outputs = [ours(linear, x), published(x)]
     torch.testing.assert_close(*outputs)

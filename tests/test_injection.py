@@ -175,12 +175,12 @@ def test_text_encoder_is_rotated_before_its_biases(with_projection):
                 torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     adapter = inject(CONFIG, tiny_unet(), [text_encoder])
     randomise(adapter)
-    projections = adapter.get_submodule("text_encoder.layers")
     with torch.no_grad():
         for name, linear in plain.named_modules():
             if name.endswith(CLIP_PROJECTIONS):
                 layer, attribute = name.split("layers.")[1].split(".")[0], name.rpartition(".")[2]
-                linear.weight.copy_(projections.get_submodule(f"{layer}.{attribute}").rotated_weight(linear.weight))
+                rotated = adapter.rotated(f"text_encoder.layers.{layer}.{attribute}")
+                linear.weight.copy_(rotated.rotated_weight(linear.weight))
         assert torch.equal(text_encoder(tokens())[0], plain(tokens())[0])
 
 
@@ -319,7 +319,7 @@ class TestRefusals:
         unet, text_encoder, _ = adapted()
         with pytest.raises(UserError, match="carries a GSOFT adapter already"):
             inject(CONFIG, unet, [tiny_text_encoder()])
-        with pytest.raises(UserError, match=r"text_encoder\.layers\.0\.q_proj is a GSOFTLinear"):
+        with pytest.raises(UserError, match=r"text_encoder\.layers\.0\.q_proj is a RotatedLinear"):
             inject(CONFIG, tiny_unet(), [text_encoder])
 
     def test_a_missing_text_encoder(self):

@@ -47,3 +47,15 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("https://"):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_python_on_a_plain_model_runs(page, tmp_path, monkeypatch):
+    """The page's blocks of Python that use the library, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    blocks = [
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if "gsoft." in code
+    ]
+    assert blocks
+    exec("\n".join(blocks), {})
+    assert (tmp_path / "adapter.safetensors").is_file()

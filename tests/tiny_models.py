@@ -5,10 +5,13 @@ from __future__ import annotations
 import gsoft_diffusion  # noqa: F401 # isort: skip - first: beside a CPU build of torch it makes torchvision importable
 import torch
 from diffusers import UNet2DConditionModel
+from plain_models import randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gsoft_diffusion import Adapter
+
+__all__ = ["randomise", "run", "tiny_text_encoder", "tiny_unet", "tokens", "train"]
 
 
 def tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
@@ -57,14 +60,6 @@ def run(unet: nn.Module, text_encoder: nn.Module | None = None, dtype: torch.dty
     if text_encoder is not None:
         text = text_encoder(tokens())[0]
     return unet(latents, torch.tensor([3, 500]), text).sample
-
-
-@torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0, size: float = 0.3) -> None:
-    """Move every parameter away from its start, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
 def train(adapter: Adapter, loss: object, steps: int = 3, lr: float = 1e-2) -> list[float]:

@@ -1,138 +1,145 @@
-"""Equal-shaped projections whose rotations are made together, once, and kept as long as nothing changes."""
+"""What is made of learned numbers: for equal-shaped layers together, once, and kept as long as nothing changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gsoft_diffusion.orthogonal import orthogonal_blocks
-from gsoft_diffusion.rotated_linear import Rotation, rotate_weights, weight_side_is_cheaper
+from gsoft.blocks import orthogonal_blocks
+from gsoft.products import RotationBlocks, rotate_weights, weight_side_is_cheaper
+from gsoft.rotation import Rotation
 
-if TYPE_CHECKING:
-    from gsoft_diffusion.projection import GSOFTProjection
-
-TOGETHER = 2**18  # entries of weights that are made at a time: more calls cost time below, and a core's cache above
+# Entries of weights that are made at a time: more calls cost time below, and a core's cache above.
+WEIGHT_ENTRIES_AT_ONCE = 2**18
 
 
-class RotationGroup:
-    """The orthogonal blocks, and where they are asked for the rotated weights, of projections of equal shape.
+class RotationCache:
+    """The orthogonal blocks, and where they are asked for the rotated weights, of layers of equal shape.
 
-    All blocks of the group go through the Cayley map in one batched call. Rotated weights are made when they are first
-    asked for, small ones several at a time. Both are kept while no parameter and no weight changes: through all steps
-    of sampling, and through all batches that gradients are accumulated over.
+    A layer (see `RotatedLayer`) knows its index here and asks for `blocks` and `weight`; when they are made, and in how
+    many calls, is nobody else's concern. All blocks go through the Cayley map in one batched call. Rotated weights are
+    made when they are first asked for, small ones several at a time. Both are kept while no parameter and no weight
+    changes: through all steps of sampling, and through all batches that gradients are accumulated over.
 
     A parameter has changed if PyTorch counted a new version of it, or if its value differs after a backward pass: some
     optimizers write behind the version's back. The first time that this has to be asked there is nothing to compare
     with yet, and it is taken to have changed.
     """
 
-    def __init__(self, projections: Sequence[GSOFTProjection], linears: Sequence[nn.Linear] = ()) -> None:
-        """linears: the projections' layers in the same order; without them weights are made one at a time."""
-        self._projections, self._linears = tuple(projections), tuple(linears)
+    def __init__(self, rotations: Sequence[Rotation], linears: Sequence[nn.Linear] = ()) -> None:
+        """rotations: of equal shape. linears: their layers in the same order; without them, one weight at a time."""
+        self._rotations, self._linears = tuple(rotations), tuple(linears)
         self._compares = False  # whether values have been needed: until then no copy of them is made
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Let go of everything that is kept."""
-        self._rotations: dict[torch.dtype, list[Rotation]] = {}  # by what their blocks are rounded to
+        self._blocks: dict[torch.dtype, list[RotationBlocks]] = {}  # by what they are rounded to
         self._weights: dict[int, tuple[object, Tensor]] = {}  # and the states of the weights that they were made from
         self._values: Tensor | None = None  # of all parameters, from which all this was made
         self._states: list[list[object]] = []
-        self.neutral = False  # whether all rotations are identities and all scales 1; known once blocks were asked for
+        self._all_identity = False
         self._has_graph = self._differentiated = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies start with nothing kept: PyTorch does not copy tensors that are part of a graph."""
-        empty = RotationGroup(())
-        return vars(empty) | {"_projections": self._projections, "_linears": self._linears}
+        empty = RotationCache(())
+        return vars(empty) | {"_rotations": self._rotations, "_linears": self._linears}
 
     def weight_side(self, tokens: int, weight: Tensor) -> bool:
-        """Whether a projection should rotate its weight in training; see `weight_side_is_cheaper`."""
-        return self._together(weight) > 1 or weight_side_is_cheaper(tokens, weight)
+        """Whether a layer should rotate its weight in training; see `weight_side_is_cheaper`."""
+        return self._weights_at_once(weight) > 1 or weight_side_is_cheaper(tokens, weight)
 
-    def rotation(self, index: int, dtype: torch.dtype = torch.float32) -> Rotation:
-        """That of one projection, its blocks rounded to this dtype."""
+    @property
+    def all_identity(self) -> bool:
+        """Whether all rotations are identities and all scales 1, as of the last call of `blocks` or `weight`."""
+        return self._all_identity
+
+    def blocks(self, index: int, dtype: torch.dtype = torch.float32) -> RotationBlocks:
+        """Those of one layer, rounded to this dtype."""
         self._drop_outdated(index)
-        return self._all_rotations(dtype)[index]
+        return self._all_blocks(dtype)[index]
 
     def weight(self, index: int, weight: Tensor) -> Tensor:
-        """`W'` of one projection around `weight (out, in)`, in its dtype."""
+        """`W'` of one layer around `weight (out, in)`, in its dtype."""
         self._drop_outdated(index)
         state = tensor_state(weight)
         if index not in self._weights or self._weights[index][0] != state:
-            count = self._together(weight)
+            count = self._weights_at_once(weight)
             indices, weights = [index], [weight]
             if count > 1:
                 near = range(index - index % count, len(self._linears))[:count]
                 indices = [i for i in near if self._linears[i].weight.dtype == weight.dtype]
                 weights = [self._linears[i].weight for i in indices]
-            rotated = self._rotated(weights, [self._all_rotations(torch.float32)[i] for i in indices])
+            rotated = self._rotated(weights, [self._all_blocks(torch.float32)[i] for i in indices])
             for i, base, made in zip(indices, weights, rotated, strict=True):
                 self._weights[i] = tensor_state(base), made
         return self._weights[index][1]
+
+    def differentiated(self) -> None:
+        """To be called when a gradient went through what is kept: an optimizer may change parameters next."""
+        self._differentiated = True
 
     def drop_weight(self, index: int) -> None:
         """Let go of one kept weight, which has been merged."""
         self._weights.pop(index, None)
 
-    def _together(self, weight: Tensor) -> int:
-        return max(1, TOGETHER // weight.numel()) if self._linears else 1
+    def _weights_at_once(self, weight: Tensor) -> int:
+        return max(1, WEIGHT_ENTRIES_AT_ONCE // weight.numel()) if self._linears else 1
 
     def _drop_outdated(self, index: int) -> None:
-        own = list(self._projections[index].parameters())
+        own = list(self._rotations[index].parameters())
         wants_graph = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in own)
         suspect = self._differentiated or not self._states or self._states[index] != _states(own)
         if not suspect and (self._has_graph or not wants_graph):
             return
-        parameters = [parameter for projection in self._projections for parameter in projection.parameters()]
-        states = [_states(projection.parameters()) for projection in self._projections]
+        parameters = [parameter for rotation in self._rotations for parameter in rotation.parameters()]
+        states = [_states(rotation.parameters()) for rotation in self._rotations]
         same = states == self._states
         if same and self._differentiated:
             # Gradients are accumulated, or an optimizer wrote behind the version's back: only the values tell.
             same, self._compares = self._values is not None and torch.equal(_values(parameters), self._values), True
         if not same or (wants_graph and not self._has_graph):
-            self.forget()
+            self.clear()
             if self._compares:
                 self._values = _values(parameters)
             self._has_graph = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-            self.neutral = all(projection.neutral for projection in self._projections)
+            self._all_identity = all(rotation.is_identity for rotation in self._rotations)
         self._states, self._differentiated = states, False
 
-    def _all_rotations(self, dtype: torch.dtype) -> list[Rotation]:
-        if dtype not in self._rotations:
-            columns = zip(*((p.q_in, p.q_out, p.output_scale) for p in self._projections), strict=True)
+    def _all_blocks(self, dtype: torch.dtype) -> list[RotationBlocks]:
+        if dtype not in self._blocks:
+            columns = zip(*((r.q_in, r.q_out, r.output_scale) for r in self._rotations), strict=True)
             q_in, q_out, scales = columns
             blocks = self._kept(partial(self._make_blocks, dtype), len(q_in), *q_in, *q_out)
-            self._rotations[dtype] = list(map(Rotation, blocks[: len(q_in)], blocks[len(q_in) :], scales))
-        return self._rotations[dtype]
+            self._blocks[dtype] = list(map(RotationBlocks, blocks[: len(q_in)], blocks[len(q_in) :], scales))
+        return self._blocks[dtype]
 
     def _make_blocks(self, dtype: torch.dtype, *free: Tensor) -> tuple[Tensor | None, ...]:
-        """Blocks of `Q_in` of all projections, then of `Q_out`."""
-        first, count = self._projections[0], len(self._projections)
-        size = first.in_features // first.q_in.shape[1]
-        right = orthogonal_blocks(free[:count], size, first.parametrization, dtype)
-        if first.q_out is None:
-            return *right, *(None for _ in right)
-        size = first.out_features // first.q_out.shape[1]
-        return *right, *orthogonal_blocks(free[count:], size, first.parametrization, dtype)
+        """Blocks of `Q_in` of all layers, then of `Q_out`."""
+        first, count = self._rotations[0], len(self._rotations)
+        q_in = orthogonal_blocks(free[:count], first.block_size_in, first.parametrization, dtype)
+        if first.block_size_out is None:
+            return *q_in, *(None for _ in q_in)
+        return *q_in, *orthogonal_blocks(free[count:], first.block_size_out, first.parametrization, dtype)
 
-    def _rotated(self, weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> Sequence[Tensor]:
+    def _rotated(self, weights: Sequence[Tensor], blocks: Sequence[RotationBlocks]) -> Sequence[Tensor]:
         frozen, count = [weight.detach() for weight in weights], len(weights)
 
         def make(*columns: Tensor) -> tuple[Tensor, ...]:
             parts = (columns[:count], columns[count : 2 * count], columns[2 * count :])
-            return rotate_weights(frozen, list(map(Rotation, *parts)))
+            return rotate_weights(frozen, list(map(RotationBlocks, *parts)))
 
-        return self._kept(make, count, *chain(*zip(*rotations, strict=True)))
+        return self._kept(make, count, *chain(*zip(*blocks, strict=True)))
 
     def _kept(self, make: Callable[..., Sequence[Tensor | None]], count: int, *inputs: Tensor | None) -> Any:
-        """`make(*inputs)`, whose graph survives backward passes; inputs and results are runs of `count` projections."""
+        """`make(*inputs)`, whose graph survives backward passes; inputs and results are runs of `count` layers."""
         with torch.inference_mode(False), torch.set_grad_enabled(self._has_graph):
             return _Kept.apply(self, make, count, *inputs) if self._has_graph else make(*inputs)
 
@@ -140,13 +147,13 @@ class RotationGroup:
 class _Kept(torch.autograd.Function):
     """A piece of a computation with a graph of its own, that is differentiated as often as wanted.
 
-    Projections that took no part in a loss get no gradient, as if each had been computed by itself.
+    Layers that took no part in a loss get no gradient, as if each had been computed by itself.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        group: RotationGroup,
+        cache: RotationCache,
         make: Callable[..., Sequence[Tensor | None]],
         count: int,
         *inputs: Tensor | None,
@@ -156,14 +163,14 @@ class _Kept(torch.autograd.Function):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
             ctx.leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
             ctx.made = make(*ctx.leaves)
-        ctx.group, ctx.count = group, count
+        ctx.cache, ctx.count = cache, count
         ctx.set_materialize_grads(False)
         return tuple(None if tensor is None else tensor.detach() for tensor in ctx.made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.group._differentiated = True
+        ctx.cache.differentiated()
         made, given = zip(*((m, g) for m, g in zip(ctx.made, grads, strict=True) if g is not None), strict=True)
         used = {index % ctx.count for index, grad in enumerate(grads) if grad is not None}
         wanted = {i: leaf for i, leaf in enumerate(ctx.leaves) if leaf is not None and i % ctx.count in used}

@@ -20,7 +20,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gsoft_diffusion.errors import UserError
+from gsoft.errors import GSOFTError
 
 
 def rotate(blocks: Tensor, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def dense_factors(nblocks: int, block_size: int) -> int:
 def fit_blocks(width: int, nblocks: int | None, block_size: int | None, layer: str) -> tuple[int, int]:
     """`(r, b)` with `r·b = width`, from the one of `nblocks` and `block_size` that is given.
 
-    Raises UserError naming the layer, its width and the valid values if the width does not fit, or `b` would be 1
+    Raises GSOFTError naming the layer, its width and the valid values if the width does not fit, or `b` would be 1
     (blocks of side 1 cannot rotate anything).
     """
     name, value = ("nblocks", nblocks) if nblocks is not None else ("block_size", block_size)
@@ -154,7 +154,7 @@ def fit_blocks(width: int, nblocks: int | None, block_size: int | None, layer: s
     valid = sorted(width // size for size in sizes) if name == "nblocks" else sizes
     if value not in valid:
         choices = ", ".join(map(str, valid)) or "none"
-        raise UserError(
+        raise GSOFTError(
             f"{layer} has width {width}, which {name} {value} does not divide into blocks; valid: {choices}"
         )
     return (value, width // value) if name == "nblocks" else (width // value, value)

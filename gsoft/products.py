@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gsoft_diffusion.group_and_shuffle import (
+from gsoft.group_and_shuffle import (
     back_to_input,
     back_to_input_rows,
     rotate,
@@ -48,18 +48,18 @@ def weight_side_is_cheaper(tokens: int, weight: Tensor) -> bool:
     return out_features * in_features * (tokens + passes) <= tokens * (in_features + out_features) * passes / 2
 
 
-class Rotation(NamedTuple):
+class RotationBlocks(NamedTuple):
     """What is put around one weight `(out, in)`.
 
-    right: blocks of `Q_in`, `(m, r, b, b)`; left: of `Q_out`, or None; scale: `s (out,)`, or None.
+    q_in: blocks of `Q_in`, `(m, r, b, b)`; q_out: of `Q_out`, or None; output_scale: `s (out,)`, or None.
     """
 
-    right: Tensor
-    left: Tensor | None
-    scale: Tensor | None
+    q_in: Tensor
+    q_out: Tensor | None
+    output_scale: Tensor | None
 
 
-def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> tuple[Tensor, ...]:
+def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[RotationBlocks]) -> tuple[Tensor, ...]:
     """`W'` of each of some weights of equal shape, in their dtype, computed in float32 (float64 for float64 weights).
 
     rotations: float32. autocast changes nothing. Differentiable once by the rotations.
@@ -70,69 +70,70 @@ def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[Rotation]) -> 
 def rotate_activations(
     x: Tensor,
     layers: Sequence[tuple[Tensor, Tensor | None]],
-    rotations: Sequence[Rotation],
-    neutral: bool,
+    rotations: Sequence[RotationBlocks],
+    identity: bool,
 ) -> tuple[Tensor, ...]:
     """`W'x + bias` of each of some equal-shaped layers, weight and bias, for the same x `(…, in)`, in its dtype.
 
-    rotations: float32, or blocks already in the dtype of x, to which they are rounded. neutral: all rotations are
+    rotations: float32, or blocks already in the dtype of x, to which they are rounded. identity: all rotations are
     identities and all scales 1, so the plain layers' own products are taken, to the bit. Differentiable once by x and
     the rotations.
     """
     columns = chain(*zip(*layers, strict=True), *zip(*rotations, strict=True))
-    return _RotatedActivations.apply(neutral, len(layers), x, *columns)
+    return _RotatedActivations.apply(identity, len(layers), x, *columns)
 
 
 class _RotatedWeights(torch.autograd.Function):
-    """Wᵀ → V = Q_inᵀ Wᵀ → W' = left(Vᵀ), where `left = diag(s)·Q_out`. Only what is given is kept."""
+    """Wᵀ → V = Q_inᵀ Wᵀ → W' = S Vᵀ, where `S = diag(s)·Q_out`. Only what is given is kept."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         weights, *rotations = _split(tensors, 4)
-        turned = _stacked_and_turned(weights)
-        with torch.autocast(turned.device.type, enabled=False):
-            right, left = _blocks(turned.dtype, *rotations)
-            rotated = _turned(rotate_back(right, turned))
-            if left is not None:
-                rotated = rotate(left, rotated)
+        transposed = _stacked_transposed(weights)
+        with torch.autocast(transposed.device.type, enabled=False):
+            q_in, scaled_q_out = _blocks(transposed.dtype, *rotations)
+            rotated = _transposed(rotate_back(q_in, transposed))
+            if scaled_q_out is not None:
+                rotated = rotate(scaled_q_out, rotated)
         return rotated.to(weights[0].dtype).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights, *rotations = _split(ctx.saved_tensors, 4)
-        turned = _stacked_and_turned(weights)
-        right, left = _blocks(turned.dtype, *rotations)
-        grad, by_left = torch.stack(grads).to(turned.dtype), None
-        if left is not None:
-            by_left, grad = rotate_gradients(left, _turned(rotate_back(right, turned)), grad)
-            grad = back_to_input(left, grad)
-        by_right, _ = rotate_gradients(right, _turned(grad), turned)
-        return *(None for _ in weights), *_rotation_gradients(by_right, by_left, *rotations)
+        transposed = _stacked_transposed(weights)
+        q_in, scaled_q_out = _blocks(transposed.dtype, *rotations)
+        grad, by_scaled_q_out = torch.stack(grads).to(transposed.dtype), None
+        if scaled_q_out is not None:
+            by_scaled_q_out, grad = rotate_gradients(scaled_q_out, _transposed(rotate_back(q_in, transposed)), grad)
+            grad = back_to_input(scaled_q_out, grad)
+        by_q_in, _ = rotate_gradients(q_in, _transposed(grad), transposed)
+        return *(None for _ in weights), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 
 class _RotatedActivations(torch.autograd.Function):
-    """x → z = Q_in x → h = Wz → y = left(h) + bias, for N layers at once. Kept: x, as columns, and h where there is a
-    left.
+    """x → z = Q_in x → h = Wz → y = S h + bias, `S = diag(s)·Q_out`, for N layers at once.
+
+    Kept: x, as columns, and h where there is an S.
     """
 
     @staticmethod
-    def forward(ctx: Any, neutral: bool, count: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, identity: bool, count: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         weights, biases, *rotations = _split(tensors, 5)
         ctx.shape = x.shape
-        x = x.flatten(0, -2)  # (T, in)
-        columns = _turned(x)
-        right, left = _blocks(x.dtype, *rotations)
-        if neutral:
+        x = x.reshape(-1, x.shape[-1])  # (T, in)
+        columns = _transposed(x)
+        q_in, scaled_q_out = _blocks(x.dtype, *rotations)
+        if identity:
             outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            h = torch.stack([F.linear(x, weight).mT for weight in weights]) if left is not None else None
+            h = torch.stack([F.linear(x, weight).mT for weight in weights]) if scaled_q_out is not None else None
         else:
-            z = rotate(right, columns.expand(count, -1, -1))  # (N, in, T)
+            z = rotate(q_in, columns.expand(count, -1, -1))  # (N, in, T)
             h = _products(weights, z)  # (N, out, T)
-            outputs = [_turned(y) for y in (h if left is None else rotate(left, h))]
+            outputs = [_transposed(y) for y in (h if scaled_q_out is None else rotate(scaled_q_out, h))]
             outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
-        ctx.save_for_backward(columns, None if left is None else h, *weights, *chain(*rotations))
+        ctx.save_for_backward(columns, None if scaled_q_out is None else h, *weights, *chain(*rotations))
         return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
@@ -140,16 +141,16 @@ class _RotatedActivations(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *tensors = ctx.saved_tensors
         weights, *rotations = _split(tensors, 4)
-        right, left = _blocks(x.dtype, *rotations)
-        count, by_left = len(grads), None
-        grad = torch.stack([_turned(grad.flatten(0, -2)) for grad in grads])  # (N, out, T)
-        if left is not None:
-            by_left, grad = rotate_gradients(left, h, grad)
-            grad = back_to_input(left, grad)
+        q_in, scaled_q_out = _blocks(x.dtype, *rotations)
+        count, by_scaled_q_out = len(grads), None
+        grad = torch.stack([_transposed(grad.reshape(-1, grad.shape[-1])) for grad in grads])  # (N, out, T)
+        if scaled_q_out is not None:
+            by_scaled_q_out, grad = rotate_gradients(scaled_q_out, h, grad)
+            grad = back_to_input(scaled_q_out, grad)
         grad = _products([weight.mT for weight in weights], grad)  # (N, in, T)
-        by_right, grad = rotate_gradients(right, x.expand(count, -1, -1), grad)
-        by_x = back_to_input_rows(right, grad).reshape(ctx.shape) if ctx.needs_input_grad[2] else None
-        return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_right, by_left, *rotations)
+        by_q_in, grad = rotate_gradients(q_in, x.expand(count, -1, -1), grad)
+        by_x = back_to_input_rows(q_in, grad).reshape(ctx.shape) if ctx.needs_input_grad[2] else None
+        return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 
 def _split(tensors: Sequence[Any], columns: int) -> list[tuple[Any, ...]]:
@@ -159,41 +160,41 @@ def _split(tensors: Sequence[Any], columns: int) -> list[tuple[Any, ...]]:
 
 
 def _blocks(
-    dtype: torch.dtype, rights: Sequence[Tensor], lefts: Sequence[Tensor | None], scales: Sequence[Tensor | None]
+    dtype: torch.dtype, q_ins: Sequence[Tensor], q_outs: Sequence[Tensor | None], scales: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Blocks of `Q_in` and of `left = diag(s)·Q_out` of N layers, `(N, m, r, b, b)`; no left if there is neither."""
-    right = torch.stack(tuple(rights)).to(dtype)
-    left = _unscaled(lefts, scales)
-    if left is not None and scales[0] is not None:
-        left = scale_outputs_(left, torch.stack(tuple(scales)))  # type: ignore[arg-type]
-    return right, None if left is None else left.to(dtype)
+    """Blocks of `Q_in` and of `S = diag(s)·Q_out` of N layers, `(N, m, r, b, b)`; no S if there is neither."""
+    q_in = torch.stack(tuple(q_ins)).to(dtype)
+    scaled_q_out = _unscaled(q_outs, scales)
+    if scaled_q_out is not None and scales[0] is not None:
+        scaled_q_out = scale_outputs_(scaled_q_out, torch.stack(tuple(scales)))  # type: ignore[arg-type]
+    return q_in, None if scaled_q_out is None else scaled_q_out.to(dtype)
 
 
-def _unscaled(lefts: Sequence[Any], scales: Sequence[Any]) -> Tensor | None:
+def _unscaled(q_outs: Sequence[Any], scales: Sequence[Any]) -> Tensor | None:
     """Blocks of `Q_out`, a copy; without it, but with a scale, of an identity in blocks of side 1."""
-    if lefts[0] is not None:
-        return torch.stack(tuple(lefts))
+    if q_outs[0] is not None:
+        return torch.stack(tuple(q_outs))
     return None if scales[0] is None else scales[0].new_ones(len(scales), 1, len(scales[0]), 1, 1)
 
 
 def _rotation_gradients(
-    by_right: Tensor,
-    by_left: Tensor | None,
-    rights: Sequence[Tensor],
-    lefts: Sequence[Tensor | None],
+    by_q_in: Tensor,
+    by_scaled_q_out: Tensor | None,
+    q_ins: Sequence[Tensor],
+    q_outs: Sequence[Tensor | None],
     scales: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients by the rotations of N layers, in their dtype, from those by the blocks that `_blocks` made of them."""
-    nothing = tuple(None for _ in rights)
-    by_lefts: Sequence[Tensor | None] = nothing
+    nothing = tuple(None for _ in q_ins)
+    by_q_outs: Sequence[Tensor | None] = nothing
     by_scales: Sequence[Tensor | None] = nothing
-    if by_left is not None:
+    if by_scaled_q_out is not None:
         if scales[0] is not None:
-            by_scales = scale_gradient(_unscaled(lefts, scales), by_left).unbind()  # type: ignore[arg-type]
-            by_left = scale_outputs_(by_left, torch.stack(tuple(scales)))  # type: ignore[arg-type]
-        if lefts[0] is not None:
-            by_lefts = by_left.to(lefts[0].dtype).unbind()
-    return *by_right.to(rights[0].dtype).unbind(), *by_lefts, *by_scales
+            by_scales = scale_gradient(_unscaled(q_outs, scales), by_scaled_q_out).unbind()  # type: ignore[arg-type]
+            by_scaled_q_out = scale_outputs_(by_scaled_q_out, torch.stack(tuple(scales)))  # type: ignore[arg-type]
+        if q_outs[0] is not None:
+            by_q_outs = by_scaled_q_out.to(q_outs[0].dtype).unbind()
+    return *by_q_in.to(q_ins[0].dtype).unbind(), *by_q_outs, *by_scales
 
 
 def _products(weights: Sequence[Tensor], vectors: Tensor) -> Tensor:
@@ -204,11 +205,11 @@ def _products(weights: Sequence[Tensor], vectors: Tensor) -> Tensor:
     return made
 
 
-def _stacked_and_turned(weights: Sequence[Tensor]) -> Tensor:
+def _stacked_transposed(weights: Sequence[Tensor]) -> Tensor:
     """`Wᵀ (N, in, out)`, in float32 or float64."""
-    return _turned(torch.stack([weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]))
+    return _transposed(torch.stack([weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]))
 
 
-def _turned(x: Tensor) -> Tensor:
+def _transposed(x: Tensor) -> Tensor:
     """The transposed matrix, contiguous: block products on contiguous columns are several times faster."""
     return x.mT.contiguous()

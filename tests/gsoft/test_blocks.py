@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gsoft_diffusion import orthogonal
-from gsoft_diffusion.orthogonal import REACH, cayley, exponential, free_numbers, orthogonal_blocks, skew_symmetric
+from gsoft import blocks as module
+from gsoft.blocks import REACH, cayley, exponential, free_numbers, orthogonal_blocks, skew_symmetric
 
 MAPS = ["cayley", "exp"]
 
@@ -83,7 +83,7 @@ def test_cayley_gradient_is_that_of_a_solve(monkeypatch):
     """Several tensors, more of them than are computed at a time."""
     free = [angle * random_free(90, free_numbers(12)) for angle in (0.01, 0.05, 0.1, 0.3)]
     weight = random_free(4, 90, 12, 12)
-    monkeypatch.setattr(orthogonal, "TOGETHER", 3 * 90 * 12 * 12)
+    monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 3 * 90 * 12 * 12)
 
     def gradient(map_, dtype):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in free]

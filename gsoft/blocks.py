@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 # Measured on a CPU: docs/performance.md.
 LAPACK_SIDE = 7  # up to this side LAPACK is the faster one
-TOGETHER = 2**18  # entries of matrices that go through the products at a time: more of them leave a core's cache
+# Matrix entries that go through the products at a time: more of them leave a core's cache.
+ENTRIES_AT_ONCE = 2**18
 # Up to which ‖K‖² a polynomial of this degree in −K² gives (I − K²)⁻¹ to 2⁻²⁵, half of float32's rounding.
 REACH = {2: 0.006, 4: 0.08, 6: 0.29, 8: 0.61, 10: 1.04, 12: 1.57}
 
@@ -97,7 +98,7 @@ def cayley(free: Sequence[Tensor], size: int, dtype: torch.dtype) -> tuple[Tenso
 
 def _runs(count: int, one: Tensor) -> list[slice]:
     """Runs of so many tensors that are computed at a time: on a CPU what a core's cache holds, else all."""
-    step = max(1, TOGETHER // one.numel()) if one.is_cpu else count
+    step = max(1, ENTRIES_AT_ONCE // one.numel()) if one.is_cpu else count
     return [slice(first, first + step) for first in range(0, count, step)]
 
 

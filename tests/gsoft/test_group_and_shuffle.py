@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gsoft_diffusion import UserError
-from gsoft_diffusion.group_and_shuffle import (
+from gsoft import GSOFTError
+from gsoft.blocks import free_numbers, orthogonal_blocks
+from gsoft.group_and_shuffle import (
     back_to_input,
     back_to_input_rows,
     dense_factors,
@@ -17,7 +18,6 @@ from gsoft_diffusion.group_and_shuffle import (
     shuffle,
     unshuffle,
 )
-from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
 
 STRUCTURES = [(4, 8), (8, 4), (1, 6), (6, 2), (3, 5), (16, 2), (9, 3), (64, 5)]  # (r, b)
 
@@ -135,7 +135,7 @@ def test_fit_blocks():
     ],
 )
 def test_fit_blocks_names_layer_width_and_valid_values(width, nblocks, block_size, valid):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(GSOFTError) as error:
         fit_blocks(width, nblocks, block_size, "unet.mid.to_q")
     assert "unet.mid.to_q" in str(error.value)
     assert f"width {width}" in str(error.value)

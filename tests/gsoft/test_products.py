@@ -5,16 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsoft_diffusion.group_and_shuffle import dense_reference
-from gsoft_diffusion.orthogonal import free_numbers, orthogonal_blocks
-from gsoft_diffusion.rotated_linear import Rotation, rotate_activations, rotate_weights, weight_side_is_cheaper
+from gsoft.blocks import free_numbers, orthogonal_blocks
+from gsoft.group_and_shuffle import dense_reference
+from gsoft.products import RotationBlocks, rotate_activations, rotate_weights, weight_side_is_cheaper
 
 SIDES = ["weight", "activations"]
-MAPS = ("right", "left", "scale")
+MAPS = ("q_in", "q_out", "output_scale")
 IN, OUT = 24, 40
 
 
-def case(nfactors: int, left: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+def case(nfactors: int, outer: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
 
     def blocks(nblocks: int, size: int) -> Tensor:
@@ -26,9 +26,9 @@ def case(nfactors: int, left: str, dtype: torch.dtype = torch.float64) -> dict[s
     q_out = blocks(4, 10)
     tensors = {
         "x": torch.randn(2, 5, IN, generator=generator, dtype=torch.float64),
-        "right": blocks(8, 3),
-        "left": q_out if "rotation" in left else None,
-        "scale": scale if "scale" in left else None,
+        "q_in": blocks(8, 3),
+        "q_out": q_out if "rotation" in outer else None,
+        "output_scale": scale if "scale" in outer else None,
         "weight": torch.randn(OUT, IN, generator=generator, dtype=torch.float64),
         "bias": torch.randn(OUT, generator=generator, dtype=torch.float64),
     }
@@ -43,19 +43,19 @@ def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    right: Tensor,
-    left: Tensor | None,
-    scale: Tensor | None,
-    neutral: bool = False,
+    q_in: Tensor,
+    q_out: Tensor | None,
+    output_scale: Tensor | None,
+    identity: bool = False,
 ) -> Tensor:
-    rotation = Rotation(right, left, scale)
+    rotation = RotationBlocks(q_in, q_out, output_scale)
     if side == "weight":
         return F.linear(x, rotate_weights([weight], [rotation])[0], bias)
     if side == "activations":
-        return rotate_activations(x, [(weight, bias)], [rotation], neutral)[0]
-    rotated = weight @ dense_reference(right)
-    rotated = rotated if left is None else dense_reference(left) @ rotated
-    return F.linear(x, rotated if scale is None else scale[:, None] * rotated, bias)
+        return rotate_activations(x, [(weight, bias)], [rotation], identity)[0]
+    rotated = weight @ dense_reference(q_in)
+    rotated = rotated if q_out is None else dense_reference(q_out) @ rotated
+    return F.linear(x, rotated if output_scale is None else output_scale[:, None] * rotated, bias)
 
 
 def value_and_gradients(side: str, tensors: dict[str, Tensor | None], with_bias: bool = True) -> list[Tensor]:
@@ -71,11 +71,11 @@ def value_and_gradients(side: str, tensors: dict[str, Tensor | None], with_bias:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("nfactors", [1, 2, 3])
-@pytest.mark.parametrize("left", ["none", "rotation", "scaled rotation", "scale"])
+@pytest.mark.parametrize("outer", ["none", "rotation", "scaled rotation", "scale"])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_equals_the_dense_reference(side, nfactors, left, with_bias):
+def test_equals_the_dense_reference(side, nfactors, outer, with_bias):
     """Value and gradients by x and the rotation; one of the scales is 0."""
-    tensors = case(nfactors, left)
+    tensors = case(nfactors, outer)
     for ours, dense in zip(
         value_and_gradients(side, tensors, with_bias), value_and_gradients("dense", tensors, with_bias), strict=True
     ):
@@ -100,40 +100,40 @@ def test_identities_change_no_bit(side, dtype, tokens):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(tokens, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
     rotation = (torch.eye(3).expand(2, 8, 3, 3), torch.eye(10).expand(2, 4, 10, 10), torch.ones(OUT))
-    assert torch.equal(product(side, x, weight, bias, *rotation, neutral=True), F.linear(x, weight, bias))
+    assert torch.equal(product(side, x, weight, bias, *rotation, identity=True), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("nfactors", [1, 2])
-@pytest.mark.parametrize("left", ["none", "scaled rotation"])
-def test_gradients_of_neutral_layers_are_those_of_identities(left, nfactors):
-    tensors = case(nfactors, left)
-    leaves = {name: tensors[name] for name in ("right", "left") if tensors[name] is not None}
+@pytest.mark.parametrize("outer", ["none", "scaled rotation"])
+def test_gradients_of_layers_at_the_start_are_those_of_identities(outer, nfactors):
+    tensors = case(nfactors, outer)
+    leaves = {name: tensors[name] for name in ("q_in", "q_out") if tensors[name] is not None}
     for name, blocks in leaves.items():
         tensors[name] = torch.eye(blocks.shape[-1], dtype=blocks.dtype).expand_as(blocks)
-    if tensors["scale"] is not None:
-        tensors["scale"] = torch.ones_like(tensors["scale"])
+    if tensors["output_scale"] is not None:
+        tensors["output_scale"] = torch.ones_like(tensors["output_scale"])
     results = []
-    for neutral in (False, True):
+    for identity in (False, True):
         given = {
             n: t if t is None or n in ("weight", "bias") else t.clone().requires_grad_() for n, t in tensors.items()
         }
-        y = product("activations", **given, neutral=neutral)
+        y = product("activations", **given, identity=identity)
         (y * torch.arange(y.numel()).reshape(y.shape)).sum().backward()
         results.append([y.detach(), *(t.grad for t in given.values() if t is not None and t.requires_grad)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-12)
 
 
-@pytest.mark.parametrize("left", ["none", "scaled rotation"])
-def test_layers_together_are_layers_one_by_one(left):
+@pytest.mark.parametrize("outer", ["none", "scaled rotation"])
+def test_layers_together_are_layers_one_by_one(outer):
     """Value and gradients; one of the outputs is not used."""
-    tensors = case(2, left)
+    tensors = case(2, outer)
     x = tensors["x"]
     layers, rotations = [], []
     for factor in (1.0, 0.5, -1.0):
         layers.append((factor * tensors["weight"], None if factor == 0.5 else tensors["bias"]))
         maps = [tensors[name] for name in MAPS]
-        rotations.append(Rotation(*(None if t is None else (factor * t).requires_grad_() for t in maps)))
+        rotations.append(RotationBlocks(*(None if t is None else (factor * t).requires_grad_() for t in maps)))
     results = []
     for together in (False, True):
         given = x.clone().requires_grad_()

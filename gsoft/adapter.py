@@ -1,0 +1,144 @@
+"""Everything that is learned for some layers of one or more models, and the switches that act on all of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gsoft.cache import RotationCache
+from gsoft.config import RotationConfig
+from gsoft.linear import RotatedLayer, RotatedLinear, put_on, take_off
+from gsoft.rotation import Rotation, parameter_count
+from gsoft.submodules import add_submodule
+
+
+class Adapter(nn.Module):
+    """The rotations of some linear layers.
+
+    Parameters are float32 and named after the layers: `<layer>.q_in`, `<layer>.q_out`, `<layer>.output_scale`.
+
+    The adapter stands beside the models, not inside them: `model.state_dict()` and `model.to(dtype)` see only the base
+    model. So it is moved to another device by itself, `adapter.to(device)` (or merged first), and whatever module runs
+    the training step must hold it as a submodule.
+    """
+
+    def __init__(self, config: RotationConfig, linears: Mapping[str, nn.Linear], models: Sequence[nn.Module]) -> None:
+        """Looks at the models without changing them; `attach` puts the adapter to work.
+
+        linears: the layers to rotate, by name; the first component of a name tells the model. models: all of them.
+        Raises GSOFTError if a width does not fit the configuration, naming layer, width and valid values.
+        """
+        super().__init__()
+        self.config = config
+        self._models, self._linears = tuple(models), dict(linears)  # which keep the base models out of the submodules
+        self._rotated: dict[str, RotatedLayer] = {}
+        for name, linear in linears.items():
+            device = linear.weight.device
+            rotation = Rotation(config, linear.in_features, linear.out_features, layer=name, device=device)
+            add_submodule(self, name, rotation)
+            self._rotated[name] = RotatedLayer(rotation)
+        self._required_grad: list[nn.Parameter] = []
+
+    def attach(self) -> None:
+        """Freeze the models and have their layers rotated; until something is learned, outputs stay bit-equal."""
+        self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
+        for model in self._models:
+            model.requires_grad_(False)
+        for name in self.self_rotating():
+            put_on(self._linears[name], self._rotated[name])
+        self._share_caches()
+
+    def self_rotating(self) -> Iterable[str]:
+        """Layers that rotate themselves when the model calls them: all, unless a subclass computes with some."""
+        return self._linears
+
+    def _share_caches(self) -> None:
+        """Have equal-shaped layers of a model on one device make their rotations together."""
+        groups: dict[object, list[str]] = defaultdict(list)
+        for name, linear in self._linears.items():
+            groups[name.partition(".")[0], linear.weight.device, linear.weight.shape].append(name)
+        for names in groups.values():
+            rotations = [self._rotated[name].rotation for name in names]
+            cache = RotationCache(rotations, [self._linears[name] for name in names])
+            for index, name in enumerate(names):
+                self._rotated[name].share(cache, index)
+
+    def remove(self) -> None:
+        """Give the models back exactly as they were: weights, layers and what required gradients."""
+        self.unmerge()
+        for linear in self._linears.values():
+            if isinstance(linear, RotatedLinear):
+                take_off(linear)
+        for parameter in self._required_grad:
+            parameter.requires_grad_(True)
+
+    @property
+    def merged(self) -> bool:
+        return any(rotated.merged for rotated in self._rotated.values())
+
+    def merge(self) -> None:
+        """Write the rotated weights into the models, which then cost exactly what the base models cost.
+
+        `unmerge` afterwards if the adapter is to be trained or loaded again: merged weights do not follow it.
+        """
+        for _, linear, rotated in self.layers():
+            rotated.merge(linear)
+
+    def unmerge(self) -> None:
+        """Put the base models' weights back, bit for bit."""
+        for _, linear, rotated in self.layers():
+            rotated.unmerge(linear)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the models are the untouched base models, merged or not."""
+        was_merged = self.merged
+        were_enabled = {rotated: rotated.enabled for rotated in self._rotated.values()}
+        self.unmerge()
+        for rotated in were_enabled:
+            rotated.enabled = False
+        try:
+            yield
+        finally:
+            for rotated, enabled in were_enabled.items():
+                rotated.enabled = enabled
+            if was_merged:
+                self.merge()
+
+    def layers(self) -> Iterator[tuple[str, nn.Linear, RotatedLayer]]:
+        """Every adapted layer: its name, the model's layer, what computes with it."""
+        for name, linear in self._linears.items():
+            yield name, linear, self._rotated[name]
+
+    def rotated(self, name: str) -> RotatedLayer:
+        """What computes with the layer of this name."""
+        return self._rotated[name]
+
+    def rotation_count(self) -> int:
+        """How many numbers are learned for the rotated layers, by the closed form.
+
+        `m·n·(b−1)/2` for each rotation of a width `n`, `out_features` for each scale.
+        """
+        linears = self._linears.values()
+        return sum(parameter_count(self.config, linear.in_features, linear.out_features) for linear in linears)
+
+    def orthogonality_error(self) -> float:
+        """Largest entry of `|QᵀQ − I|` over all rotations."""
+        return max(rotated.orthogonality_error() for rotated in self._rotated.values())
+
+    def without_gradient(self) -> list[str]:
+        """After a backward pass: layers of which nothing got a gradient, as if the loss did not depend on them."""
+        return [name for name, rotated in self._rotated.items() if not _has_gradient(rotated.rotation)]
+
+    def unchanged(self) -> list[str]:
+        """Layers that are as they were at the start, having learned nothing."""
+        return [name for name, rotated in self._rotated.items() if rotated.rotation.is_identity]
+
+
+def _has_gradient(rotation: Rotation) -> bool:
+    gradients = [parameter.grad for parameter in rotation.parameters() if parameter.grad is not None]
+    return any(bool(torch.count_nonzero(gradient)) for gradient in gradients)

@@ -1,0 +1,35 @@
+"""The exact weight of a layer that has another in its place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class KeptWeight:
+    """Keeps `W` while `W'` is written over it, and puts it back bit for bit."""
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another weight is in the place of `W`."""
+        return self._weight is not None
+
+    def keep(self, layer: nn.Linear) -> None:
+        """Keep the layer's weight, which is about to be replaced."""
+        self._weight = layer.weight.detach().clone()
+
+    @torch.no_grad()
+    def replace(self, layer: nn.Linear, weight: Tensor) -> None:
+        """Keep the layer's weight and write another, of any dtype, in its place."""
+        self.keep(layer)
+        layer.weight.copy_(weight)
+
+    @torch.no_grad()
+    def restore(self, layer: nn.Linear) -> None:
+        """Put `W` back, if another is in its place."""
+        if self._weight is not None:
+            layer.weight.copy_(self._weight)
+            self._weight = None

@@ -1,0 +1,170 @@
+"""One rotated linear layer, `y = s·(Q_out W Q_in x) + bias` around a frozen `nn.Linear`: forward and merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsoft.cache import RotationCache
+from gsoft.errors import GSOFTError
+from gsoft.group_and_shuffle import rotate, rotate_back
+from gsoft.kept_weight import KeptWeight
+from gsoft.products import RotationBlocks, rotate_activations, rotate_weights
+from gsoft.rotation import Rotation
+
+
+class RotatedLayer:
+    """What computes with one frozen linear layer and the `Rotation` that is learned for it.
+
+    The linear layer belongs to the base model and is passed to every call. At the start the output is bit-equal to the
+    plain layer's: identity rotations reproduce `W` exactly (on a GPU, as long as TF32 is left off).
+
+    rotation: the learned numbers, which belong to an `Adapter`. enabled: False leaves the layer as it is.
+    cache, index: where what is made of the learned numbers is kept, shared with other layers after `share`.
+    """
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
+        self.enabled = True
+        self.cache, self.index = RotationCache([rotation]), 0
+        self._kept_weight = KeptWeight()
+
+    def share(self, cache: RotationCache, index: int) -> None:
+        """Have blocks and weights made together with those of a cache's other layers, as its `index`-th."""
+        self.cache, self.index = cache, index
+
+    @torch.compiler.disable
+    def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """x: `(…, in_features)`; returns `(…, out_features)` in the dtype the plain layer would give.
+
+        Without gradients the rotated weight is used, which is kept: sampling costs what the base model costs. In
+        training the weight or the activations are rotated, whichever is cheaper for these shapes.
+
+        Raises GSOFTError if another adapter sits on the layer or the layer is on another device.
+        """
+        if not self.active:
+            return linear(x)
+        self.check(linear)
+        if self.rotates_activations(linear, x):
+            return _with_rotated_activations([self], [linear], x)[0]
+        return F.linear(x, self.cache.weight(self.index, linear.weight), linear.bias)
+
+    @property
+    def active(self) -> bool:
+        """False where the plain layer is right as it is: switched off, or merged into its weight."""
+        return self.enabled and not self.merged
+
+    def check(self, linear: nn.Linear) -> None:
+        """Raise GSOFTError unless this can compute with the layer."""
+        if not isinstance(linear, nn.Linear):
+            raise GSOFTError(
+                f"{self.rotation.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
+            )
+        if linear.weight.device != self.rotation.q_in.device:
+            raise GSOFTError(
+                f"{self.rotation.layer}: the adapter is on {self.rotation.q_in.device}, "
+                f"the model on {linear.weight.device}; move both, for example "
+                f'adapter.to("{linear.weight.device}")'
+            )
+
+    def rotates_activations(self, linear: nn.Linear, x: Tensor) -> bool:
+        """Whether `__call__` rotates x instead of the weight.
+
+        autocast decides by itself what is computed in which precision; it is left to do so in one plain product.
+        """
+        rotation = self.rotation
+        if not (torch.is_grad_enabled() and rotation.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
+            return False
+        return not self.cache.weight_side(x.numel() // rotation.in_features, linear.weight)
+
+    def rotated_weight(self, weight: Tensor) -> Tensor:
+        """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`."""
+        return rotate_weights([weight.detach()], [self.blocks()])[0]
+
+    def blocks(self) -> RotationBlocks:
+        """The orthogonal blocks `(m, r, b, b)` of `Q_in` and `Q_out`, and the scale, float32."""
+        return self.cache.blocks(self.index)
+
+    @property
+    def merged(self) -> bool:
+        return self._kept_weight.replaced
+
+    @torch.no_grad()
+    def merge(self, linear: nn.Linear) -> None:
+        """Write `W'` into the layer and keep the exact `W`; from then on the layer alone does everything."""
+        if not self.merged:
+            self.check(linear)
+            merged = self.cache.weight(self.index, linear.weight)
+            self.cache.drop_weight(self.index)
+            self._kept_weight.replace(linear, merged)
+
+    def unmerge(self, linear: nn.Linear) -> None:
+        """Put `W` back, bit for bit."""
+        self._kept_weight.restore(linear)
+
+    @torch.no_grad()
+    def orthogonality_error(self) -> float:
+        """Largest entry of `|QᵀQ − I|` over this layer's rotations."""
+        errors = []
+        for blocks in self.blocks()[:2]:
+            if blocks is not None:
+                identity = torch.eye(blocks.shape[1] * blocks.shape[2], device=blocks.device)
+                errors.append((rotate_back(blocks, rotate(blocks, identity)) - identity).abs().max().item())
+        return max(errors)
+
+
+@torch.compiler.disable
+def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """What each of several layers makes of the same x; equal-shaped ones that rotate it do so together."""
+    first = layers[0]
+    alike = all(layer.cache is first.cache and layer.active for layer in layers)
+    if alike:
+        for layer, linear in zip(layers, linears, strict=True):
+            layer.check(linear)
+    if not (alike and first.rotates_activations(linears[0], x)):
+        return [layer(linear, x) for layer, linear in zip(layers, linears, strict=True)]
+    return _with_rotated_activations(layers, linears, x)
+
+
+def _with_rotated_activations(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """By rotating x and the results."""
+    cache = layers[0].cache
+    blocks = [cache.blocks(layer.index, x.dtype) for layer in layers]
+    plain = [(linear.weight, linear.bias) for linear in linears]
+    return list(rotate_activations(x, plain, blocks, cache.all_identity))
+
+
+class RotatedLinear(nn.Linear):
+    """The class that an `nn.Linear` of a model gets while it is rotated; see `put_on` and `take_off`.
+
+    The layer stays the object that it was, with its weight, its bias and its hooks, wherever the model refers to it.
+    What is learned is not a submodule: to everything else, state dicts and saving included, the model looks as before.
+    A class, not a patched instance, so that copies of the model are rotated as well.
+    """
+
+    rotated: RotatedLayer
+    base_class: type[nn.Linear]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rotated(self, input) if self.rotated.active else super().forward(input)
+
+
+def put_on(linear: nn.Linear, rotated: RotatedLayer) -> RotatedLinear:
+    """Have a plain layer compute what `rotated` makes of it. Returns the same object."""
+    base_class = type(linear)
+    linear.__class__ = RotatedLinear
+    assert isinstance(linear, RotatedLinear)
+    object.__setattr__(linear, "base_class", base_class)  # not nn.Module's, which is for parameters and modules
+    object.__setattr__(linear, "rotated", rotated)
+    return linear
+
+
+def take_off(linear: RotatedLinear) -> None:
+    """Undo `put_on`."""
+    base_class = linear.base_class
+    object.__delattr__(linear, "rotated")
+    object.__delattr__(linear, "base_class")
+    linear.__class__ = base_class  # type: ignore[assignment]

@@ -1,0 +1,123 @@
+"""An adapter for any one model."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from gsoft.adapter import Adapter
+from gsoft.config import Config
+from gsoft.fingerprint import BaseModelIdentity, fingerprint, name_of
+from gsoft.linear import RotatedLinear
+from gsoft.rotation import forced_zeros
+from gsoft.saved_modules import SavedModules
+from gsoft.targets import find_targets
+
+ROOT = "model"  # what names of layers start with
+log = logging.getLogger("gsoft")
+
+
+def inject(model: nn.Module, config: Config) -> ModelAdapter:
+    """Freeze a model and put a new adapter on the layers that the configuration names.
+
+    Until something is trained, the model's output stays bit-equal. What was adapted and what was skipped, with the
+    reasons, is in `adapter.targets`, and goes to the logger `gsoft` at level INFO. A `Q` that is not dense, and names
+    that no layer has, are a UserWarning.
+
+    Raises GSOFTError, before anything is changed, if no layer is found, a named layer cannot be rotated, or a width
+    does not fit the configuration.
+    """
+    adapter = ModelAdapter(config, model)
+    log.info("%s", adapter.targets)
+    for name in adapter.targets.unused_names:
+        warnings.warn(f"target_modules: no layer is called {name}", stacklevel=2)
+    if sparse := adapter.not_dense():
+        warnings.warn(
+            f"Q is not dense in {len(sparse)} of {len(adapter.targets.layers)} layers, so not every entry can act on "
+            f'every other, for example {sparse[0]}; nfactors="dense" takes as many factors as needed',
+            stacklevel=2,
+        )
+    adapter.attach()
+    return adapter
+
+
+class ModelAdapter(Adapter):
+    """The rotations of the layers that a configuration names, and the modules that are trained as a whole.
+
+    Parameters are named `model.<path of the layer>.q_in` and so on, and `modules_to_save.<path>.<parameter>`.
+
+    targets: what the configuration means for the model. base_model: identity of the model as it was at the start.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        """Looks at the model without changing it; see `inject` for the errors."""
+        targets = find_targets(model, config)
+        super().__init__(config, {f"{ROOT}.{path}": layer for path, layer in targets.layers.items()}, [model])
+        self.targets = targets
+        self.base_model = BaseModelIdentity(name_of(model), _fingerprint(targets.layers))
+        self.modules_to_save = SavedModules(targets.saved)
+        self._hooks: list[Any] = []
+
+    def attach(self) -> None:
+        """Freeze the model, but for the modules to save, and have its layers rotated."""
+        super().attach()
+        self.modules_to_save.start()
+        for model in self._models:
+            for module in model.modules():
+                if isinstance(module, nn.TransformerEncoderLayer) and any(map(_is_rotated, module.modules())):
+                    # Its fast path reads weights without calling the layers; it is not taken where there is a hook.
+                    self._hooks.append(module.register_forward_pre_hook(_nothing))
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was: weights, layers and what required gradients."""
+        self.modules_to_save.stop()
+        super().remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the model is the untouched base model, merged or not."""
+        with super().disabled():
+            trained = self.modules_to_save.exchange()
+            try:
+                yield
+            finally:
+                self.modules_to_save.exchange(trained)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """How many numbers are trained: in `rotations`, in `modules_to_save`, in `total`."""
+        saved = sum(parameter.numel() for parameter in self.modules_to_save.parameters())
+        total = sum(parameter.numel() for parameter in self.parameters())
+        assert total - saved == self.rotation_count(), f"{total - saved} numbers, {self.rotation_count()} expected"
+        return {"rotations": total - saved, "modules_to_save": saved, "total": total}
+
+    def not_dense(self) -> list[str]:
+        """Layers with a `Q` that has forced zeros, in words, with what would fill it."""
+        described = (
+            forced_zeros(self.config, layer.in_features, layer.out_features, path)
+            for path, layer in self.targets.layers.items()
+        )
+        return [text for text in described if text is not None]
+
+
+def _is_rotated(module: nn.Module) -> bool:
+    return isinstance(module, RotatedLinear)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """A hook that is there to be there."""
+
+
+def _fingerprint(layers: dict[str, nn.Linear]) -> str:
+    architecture = [[path, list(layer.weight.shape)] for path, layer in layers.items()]
+    weights = [layer.weight for layer in layers.values()]
+    return fingerprint(architecture, [weight for weight in weights if not weight.is_meta])

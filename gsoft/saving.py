@@ -1,0 +1,115 @@
+"""Adapters of any model to a file and back: a checked safetensors file (see `gsoft.file`) with the configuration."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gsoft.config import Config
+from gsoft.errors import ConfigError, FileError
+from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
+from gsoft.fingerprint import BaseModelIdentity, difference
+from gsoft.model_adapter import ROOT, ModelAdapter
+from gsoft.rotation import at_strength
+
+FORMAT = Format("gsoft_adapter", "1", ("config", "base_model", "notes"), "gsoft")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A validated adapter file.
+
+    tensors: finite, under the names of `ModelAdapter`'s parameters; those of rotations are float32, and their names and
+    shapes agree with `config`. notes: what was given to `save`.
+    """
+
+    path: Path
+    config: Config
+    base_model: BaseModelIdentity
+    notes: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save(adapter: ModelAdapter, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+    """Write the adapter, whole or not at all.
+
+    notes: JSON values, kept for `read`. Layers that have learned nothing while others have are a UserWarning. Raises
+    FileError if a value is not finite or the file cannot be written.
+    """
+    unchanged = adapter.unchanged()
+    if 0 < len(unchanged) < len(adapter.targets.layers):
+        warnings.warn(
+            f"{len(unchanged)} of {len(adapter.targets.layers)} layers have learned nothing, {unchanged[0]} for "
+            "example; after a backward pass, adapter.without_gradient() names the layers that the loss does not reach",
+            stacklevel=2,
+        )
+    sections = {"config": adapter.config.to_dict(), "base_model": asdict(adapter.base_model), "notes": notes or {}}
+    FORMAT.write(path, adapter.state_dict(), sections)
+
+
+def read(path: str | Path) -> AdapterFile:
+    """Read an adapter file and check what can be checked without the model: header, settings, names, shapes, values.
+
+    Nothing in the file is executed or used as a path, and what is allocated is bounded by the size of the file.
+    Raises FileError naming the file and what is wrong with it.
+    """
+    with FORMAT.open(path) as file:
+        try:
+            config = Config.from_dict(file.sections["config"])
+        except ConfigError as error:
+            refuse(file.path, f"bad adapter settings ({error})")
+        base_model = file.base_model()
+        rotations = {name: shape for name, shape in file.shapes.items() if not _is_saved(name)}
+        if not config.modules_to_save and len(rotations) < len(file.shapes):
+            refuse(file.path, f"unexpected key {next(name for name in file.shapes if _is_saved(name))}")
+        for name in rotations:
+            if not name.startswith(f"{ROOT}."):
+                refuse(file.path, f"unexpected key {name}")
+            file.check_float32(name)
+        check_rotation_shapes(file.path, config, rotations)
+        return AdapterFile(file.path, config, base_model, file.sections["notes"], file.tensors())
+
+
+def load(path: str | Path, model: nn.Module, *, strength: float = 1.0) -> ModelAdapter:
+    """Read an adapter file and put it on its base model, with the configuration that it was trained with.
+
+    strength: from 0, the base model, to 1, what was trained; see `gsoft.rotation.at_strength`. Modules to save are
+    taken as they were trained. For several adapters on one model see `AdapterStack`.
+
+    Raises GSOFTError, with the model unchanged, if the file is not valid, belongs to another base model, or does not
+    have exactly the parameters that the model asks for.
+    """
+    file = read(path)
+    adapter = adapter_for(file, model)
+    adapter.attach()
+    adapter.load_state_dict(at(file, strength))
+    return adapter
+
+
+def adapter_for(file: AdapterFile, model: nn.Module) -> ModelAdapter:
+    """A new adapter as the file asks for, not attached. FileError unless it belongs to this model, left unchanged."""
+    adapter = ModelAdapter(file.config, model)
+    if found := difference(file.base_model.fingerprint, adapter.base_model.fingerprint):
+        raise FileError(
+            f"{file.path}: trained on the base model {file.base_model.name}, "
+            f"but the model given, {adapter.base_model.name}, has {found}"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    compare_shapes(file.path, shapes, expected, "its base model")
+    return adapter
+
+
+def at(file: AdapterFile, strength: float) -> dict[str, Tensor]:
+    """The file's tensors with its rotations at this strength."""
+    rotations = {name: tensor for name, tensor in file.tensors.items() if not _is_saved(name)}
+    return file.tensors | at_strength(rotations, strength)
+
+
+def _is_saved(name: str) -> bool:
+    return name.startswith("modules_to_save.")

@@ -1,0 +1,15 @@
+"""Modules registered under dotted paths."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register `module` under a dotted path, with empty modules on the way."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if name not in dict(root.named_children()):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(leaf, module)

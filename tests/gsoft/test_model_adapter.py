@@ -1,0 +1,318 @@
+"""An adapter on any model: what its layers compute, training, merging, switching off, removing, copying."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+
+import pytest
+import torch
+from plain_models import Recurrent, TiedModel, encoder_layer, inputs, mlp, randomise
+from torch import nn
+
+import gsoft
+from gsoft import Config, GSOFTError
+from gsoft.group_and_shuffle import dense_reference
+from gsoft.linear import RotatedLayer, RotatedLinear
+
+CONFIGS = {
+    "double": Config(block_size=3, nfactors="dense"),
+    "one-sided": Config(nblocks=3, nfactors="dense", double=False, output_scale=False),
+    "exponential": Config(block_size=3, nfactors="dense", parametrization="exp"),
+}
+MODELS = {
+    "mlp": (mlp, inputs(5, 12)),
+    "transformer": (encoder_layer, inputs(2, 7, 24)),
+    "called twice": (Recurrent, inputs(5, 12)),
+    "tied": (TiedModel, torch.arange(12).reshape(2, 6)),
+}
+
+
+def dense(layer: nn.Linear, rotated: RotatedLayer) -> torch.Tensor:
+    """`W'` of a layer, multiplied out from the paper's definitions."""
+    q_in, q_out, scale = rotated.blocks()
+    weight = layer.weight.double() @ dense_reference(q_in.double())
+    weight = weight if q_out is None else dense_reference(q_out.double()) @ weight
+    return weight if scale is None else scale[:, None] * weight
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    """A model, and what it is given."""
+    make, x = MODELS[request.param]
+    return make, x
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_starts_bit_equal_and_then_computes_the_definition(case, config, training):
+    """In train and eval mode, with and without gradients, against a plain model with the dense rotated weights."""
+    make, x = case
+    model, plain = make().train(training).requires_grad_(False), make().train(training).requires_grad_(False)
+    before = model(x)
+    adapter = gsoft.inject(model, config)
+    if make is encoder_layer and not training:  # its fused path, which rounds differently, is not taken any more
+        torch.testing.assert_close(model(x), before)
+    else:
+        assert torch.equal(model(x), before)
+    randomise(adapter)
+    layers = dict(plain.named_modules())
+    with torch.no_grad():
+        for name, layer, rotated in adapter.layers():
+            layers[name.removeprefix("model.")].weight.copy_(dense(layer, rotated))
+        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-4)
+    assert (model(x) - before).abs().max() > 1e-3
+    torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_are_those_of_the_dense_reference(case, training):
+    make, x = case
+    model = make().train(training)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    model(x).square().mean().backward()
+    plain = make().train(training)
+    layers = dict(plain.named_modules())
+    weights = {name: dense(layer, rotated) for name, layer, rotated in adapter.layers()}
+    replaced = {f"{name.removeprefix('model.')}.weight": weight.float() for name, weight in weights.items()}
+    assert all(name.rpartition(".")[0] in layers for name in replaced)
+    loss = torch.func.functional_call(plain, replaced, (x,)).square().mean()
+    parameters = dict(adapter.named_parameters())
+    for (name, parameter), expected in zip(
+        parameters.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True
+    ):
+        assert parameter.grad.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_training_lowers_a_loss_and_leaves_the_base_alone():
+    model, x = mlp(), inputs(32, 12)
+    before = copy.deepcopy(model.state_dict())
+    target = inputs(32, 3)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=3e-2)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert adapter.orthogonality_error() < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_singular_values_are_kept_without_a_scale():
+    model = mlp()
+    adapter = gsoft.inject(model, Config(block_size=3, nfactors="dense", output_scale=False))
+    randomise(adapter)
+    before = {name: layer.weight.clone() for name, layer, _ in adapter.layers()}
+    adapter.merge()
+    for name, layer, _ in adapter.layers():
+        assert (layer.weight - before[name]).abs().max() > 0.05
+        torch.testing.assert_close(
+            torch.linalg.svdvals(layer.weight), torch.linalg.svdvals(before[name]), atol=1e-5, rtol=0
+        )
+
+
+@torch.no_grad()
+def test_merging_disabling_and_removing(case):
+    make, x = case
+    model = make().eval()
+    names, states = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = model(x)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    assert dict(model.named_modules()) == names
+    assert model.state_dict().keys() == states.keys()
+    randomise(adapter)
+    trained = model(x)
+    assert not torch.equal(trained, before)
+    for merged in (False, True):
+        if merged:
+            adapter.merge()
+            adapter.merge()  # a second time changes nothing
+        torch.testing.assert_close(model(x), trained)
+        with adapter.disabled():
+            torch.testing.assert_close(model(x), before)
+            assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
+        assert adapter.merged == merged
+        torch.testing.assert_close(model(x), trained)
+    plain = make().eval()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain(x), trained)
+    adapter.remove()
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == grads
+    assert not any(isinstance(module, RotatedLinear) for module in model.modules())
+    gsoft.inject(model, CONFIGS["double"])  # and it can be adapted again
+
+
+def test_a_layer_in_two_places_is_one_layer():
+    model = Recurrent()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    assert [name for name, _, _ in adapter.layers()] == ["model.first", "model.out"]
+    assert model.first is model.again
+    for targets in (["again"], "again", ["first"]):
+        adapter.remove()
+        adapter = gsoft.inject(model, Config(target_modules=targets, block_size=3, nfactors="dense"))
+        assert [name for name, _, _ in adapter.layers()] == ["model.first"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_transformers_fast_path_is_not_taken(grad):
+    """In eval mode PyTorch's encoder layer reads the weights itself, which would leave out what was learned."""
+    model, x = encoder_layer().eval().requires_grad_(False), inputs(2, 7, 24)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    with torch.set_grad_enabled(grad):
+        y = model(x)
+    assert y.requires_grad == grad
+    assert not torch.allclose(y, encoder_layer().eval()(x))
+    adapter.remove()
+    assert not model._forward_pre_hooks
+
+
+def test_a_padded_batch_through_a_whole_encoder():
+    encoder, x = nn.TransformerEncoder(encoder_layer(), 2).eval(), inputs(2, 7, 24)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    adapter = gsoft.inject(encoder, CONFIGS["double"])
+    randomise(adapter)
+    with torch.no_grad():
+        ours = encoder(x, src_key_padding_mask=padding)
+        adapter.merge()
+        merged = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(ours[~padding], merged[~padding])
+
+
+def test_copies_are_independent(case):
+    make, x = case
+    model = make().eval()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    with torch.no_grad():
+        before = model(x)
+        copied_model, copied_adapter = copy.deepcopy(nn.ModuleList([model, adapter]))
+        randomise(copied_adapter, seed=1)
+        assert torch.equal(model(x), before)
+        assert not torch.equal(copied_model(x), before)
+        copied_adapter.remove()
+        torch.testing.assert_close(copied_model(x), make().eval()(x))
+        assert torch.equal(model(x), before)
+
+
+def test_an_adapter_that_is_not_attached_changes_nothing():
+    model = mlp()
+    adapter = gsoft.ModelAdapter(TestModulesToSave.CONFIG, model)
+    adapter.remove()
+    with adapter.disabled():
+        assert torch.equal(model(inputs(5, 12)), mlp()(inputs(5, 12)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    model, x = mlp().to(dtype), inputs(5, 12).to(dtype)
+    before = model(x)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    assert torch.equal(model(x), before)
+    model(x).float().square().mean().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in adapter.parameters())
+
+
+class TestModulesToSave:
+    CONFIG = Config(target_modules=["0", "2"], block_size=3, nfactors="dense", modules_to_save=["4"])
+
+    def trained(self):
+        model = mlp()
+        adapter = gsoft.inject(model, self.CONFIG)
+        optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+        for _ in range(3):
+            with torch.enable_grad():
+                model(inputs(5, 12)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, adapter
+
+    def test_are_trained_in_their_place(self):
+        model, adapter = self.trained()
+        assert not torch.equal(model[4].weight, mlp()[4].weight)
+        assert "modules_to_save.4.weight" in dict(adapter.named_parameters())
+        assert adapter.parameter_counts()["modules_to_save"] == 24 * 3 + 3
+        assert adapter.targets.skipped == {}
+        assert model.state_dict().keys() == mlp().state_dict().keys()
+
+    @torch.no_grad()
+    def test_are_the_untouched_ones_while_disabled_and_after_removing(self):
+        model, adapter = self.trained()
+        x = inputs(5, 12)
+        trained, base = model(x), mlp()(x)
+        with adapter.disabled():
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), trained)
+        adapter.merge()
+        torch.testing.assert_close(model(x), trained)
+        with adapter.disabled():
+            assert torch.equal(model(x), base)
+        adapter.remove()
+        assert torch.equal(model(x), base)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class TestWhatIsSaid:
+    def test_what_matched_and_what_was_skipped(self, caplog):
+        config = Config(exclude_modules=["linear2"], block_size=3, nfactors="dense")
+        with caplog.at_level(logging.INFO, "gsoft"):
+            adapter = gsoft.inject(encoder_layer(), config)
+        assert "adapted: linear1 (48, 24)" in caplog.text
+        assert "skipped: linear2: is in exclude_modules" in caplog.text
+        assert "self_attn.out_proj: belongs to an nn.MultiheadAttention, which uses its weight" in caplog.text
+        assert list(adapter.targets.layers) == ["linear1"]
+
+    def test_a_q_that_is_not_dense(self):
+        with pytest.warns(
+            UserWarning, match=r"Q is not dense in 2 of 2 layers.*0\.q_in \(2 factors of 6 blocks of side"
+        ):
+            adapter = gsoft.inject(mlp(), Config(target_modules=["0", "2"], block_size=2))
+        assert len(adapter.not_dense()) == 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gsoft.inject(mlp(), Config(target_modules=["0", "2"], block_size=6))
+
+    def test_a_name_that_no_layer_has(self):
+        with pytest.warns(UserWarning, match="no layer is called q_proj"):
+            gsoft.inject(mlp(), Config(target_modules=["0", "q_proj"], block_size=6))
+
+    def test_a_layer_without_gradient(self, tmp_path):
+        model = nn.ModuleDict({"used": nn.Linear(12, 12), "other": nn.Linear(12, 12)})
+        adapter = gsoft.inject(model, Config(block_size=6))
+        model["used"](inputs(5, 12)).square().sum().backward()
+        assert adapter.without_gradient() == ["model.other"]
+        torch.optim.Adam(adapter.parameters(), lr=0.1).step()
+        with pytest.warns(UserWarning, match=r"1 of 2 layers have learned nothing, model\.other for example"):
+            gsoft.save(adapter, tmp_path / "adapter.safetensors")
+
+
+def test_a_model_without_contents_can_be_counted():
+    with torch.device("meta"):
+        model = mlp()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    rotations = (3 * 12 + 3 * 24) + (3 * 24 + 3 * 24) + (3 * 24 + 3)  # m·n·(b−1)/2 with b = 3 and m = 3, or m = 1
+    scales = 24 + 24 + 3
+    assert adapter.parameter_counts() == {
+        "rotations": rotations + scales,
+        "modules_to_save": 0,
+        "total": rotations + scales,
+    }
+
+
+def test_refusals_leave_the_model_as_it_was():
+    model = mlp()
+    with pytest.raises(GSOFTError, match=r"model\.4\.q_out has width 3, which block_size 6 does not divide.*valid: 3$"):
+        gsoft.inject(model, Config(block_size=6))
+    assert type(model[0]) is nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())
