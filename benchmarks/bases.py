@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gsoft_diffusion.models import load_models
+from gsoft_diffusion.models.loading import load_models
 
 BASES = ("sd15", "mini")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from benchmarks.bases import DTYPES, load_base
 from benchmarks.measure import Records, bytes_in_use, peak_bytes, reset_peak, table
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.injection import inject
-from gsoft_diffusion.models import load_models
-from gsoft_diffusion.options import expanded_path
-from gsoft_diffusion.step_memory import step_bytes
-from gsoft_diffusion.training import Denoiser
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.training.step_memory import step_bytes
+from gsoft_diffusion.training.train import Denoiser
 
 CASES = [
     {"base": base, "dtype": dtype, "latents": side, "batch": batch, "gradient_checkpointing": checkpointing}

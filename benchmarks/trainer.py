@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Records, median, table
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.injection import inject
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.models import load_models
-from gsoft_diffusion.options import expanded_path
-from gsoft_diffusion.training import Denoiser, make_optimizer, train, with_model_defaults
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.memory import keep_freed_memory
+from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.training.train import Denoiser, make_optimizer, train, with_model_defaults
 
 
 def main() -> None:

@@ -16,19 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.baselines import BaselineConfig
 from eval.cell import is_done, pictures_of, read_results
-from eval.encoders import load_encoders
 from eval.engines import ENGINES
 from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
 from eval.prompts import prompts_for
 from eval.report import PAGE_NAME, SETTINGS, choose_learning_rates, write_report
-from gsoft_diffusion.baselines import BaselineConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.models import Models, fetch_model, load_models
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.loading import fetch_model, load_models
+from gsoft_diffusion.scoring.encoders import load_encoders
 
 FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
     *("seeds", "subjects", "methods", "budgets", "learning_rates", "sweep_subjects", "sweep_budget"),

@@ -19,23 +19,26 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import metrics
-from eval.encoders import Encoders
 from eval.prompts import DREAMBOOTH, Prompt, prompts_for
 from eval.score import add_encoder_options, chosen_encoders, embed, picture_scores, reference_scores
 from eval.sheets import save_sheets
 from eval.subjects import LIVE_CLASSES, Subject
-from gsoft_diffusion.adapter_file import load_adapter, read_adapter
-from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import new_places
-from gsoft_diffusion.generation import generate
-from gsoft_diffusion.image_files import open_image
-from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.pictures import Row
-from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS, step_of
+from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.loading import DTYPES, load_models
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.sampling.generation import generate
+from gsoft_diffusion.sampling.pictures import Row
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import Encoders
+from gsoft_diffusion.training.checkpoints import checkpoints
 
 FOLDER = "checkpoint_scores"
 

@@ -29,10 +29,11 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import torch  # noqa: E402
 from child_runs import Outcome, finish, start, train_in_child  # noqa: E402
 
-from gsoft_diffusion import checkpoints, files  # noqa: E402
-from gsoft_diffusion.adapter_file import read_adapter, save_adapter  # noqa: E402
+from gsoft_diffusion.adapters.file import read_adapter, save_adapter  # noqa: E402
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig  # noqa: E402
-from gsoft_diffusion.training import Run  # noqa: E402
+from gsoft_diffusion.foundation import files  # noqa: E402
+from gsoft_diffusion.training import checkpoints  # noqa: E402
+from gsoft_diffusion.training.train import Run  # noqa: E402
 
 STEPS, EVERY = 6, 2
 KILLED_BY_SIZE = -signal.SIGXFSZ

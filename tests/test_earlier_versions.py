@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from gsoft_diffusion import load_adapter, read_adapter
-from gsoft_diffusion.checkpoints import checkpoint_to_resume, read_state
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
-from gsoft_diffusion.models import load_models
-from gsoft_diffusion.settings import read_yaml
-from gsoft_diffusion.training import train
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.training.checkpoints import checkpoint_to_resume, read_state
+from gsoft_diffusion.training.train import train
 
 FIRST = Path(__file__).parent / "fixtures" / "first_format"
 

@@ -38,7 +38,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from gsoft_diffusion.families import Flux, Flux2Klein, Models, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from gsoft_diffusion.models.families import (
+    Flux,
+    Flux2Klein,
+    Models,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+)
 
 
 def write_parts(folder: Path, pipeline: str, parts: dict[str, Any], **options: object) -> Path:
