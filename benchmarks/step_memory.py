@@ -25,8 +25,8 @@ from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.step_memory import step_bytes
-from gsoft_diffusion.training.train import Denoiser
 
 CASES = [
     {"base": base, "dtype": dtype, "latents": side, "batch": batch, "gradient_checkpointing": checkpointing}
@@ -56,7 +56,7 @@ def measure(base: str, dtype: str, latents: int, batch: int, gradient_checkpoint
     models.unet, models.text_encoder, _ = load_base(base, DTYPES[dtype])
     shape = (4, latents, latents)
 
-    def loss(denoiser: Denoiser) -> Tensor:
+    def loss(denoiser: Predictor) -> Tensor:
         zeros = torch.zeros(batch, dtype=torch.long)
         return denoiser(torch.zeros(batch, *shape), zeros, zeros, torch.zeros(batch, 6)).square().mean()
 
@@ -67,10 +67,10 @@ def measure(base: str, dtype: str, latents: int, batch: int, gradient_checkpoint
     seconds = time.process_time() - started
     if gradient_checkpointing:
         models.checkpoint_gradients()
-    loss(Denoiser(models, adapter, [""]).train()).backward()
+    loss(Predictor(models, adapter, [""]).train()).backward()
     adapter.remove()
     adapter = inject(AdapterConfig(nblocks=32), models.denoiser, models.text_encoders)
-    denoiser = Denoiser(models, adapter, [""]).train()
+    denoiser = Predictor(models, adapter, [""]).train()
     gc.collect()
     reset_peak()
     before, resident = bytes_in_use(), peak_bytes()

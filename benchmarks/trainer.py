@@ -22,7 +22,10 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.memory import keep_freed_memory
 from gsoft_diffusion.models.loading import load_models
-from gsoft_diffusion.training.train import Denoiser, make_optimizer, train, with_model_defaults
+from gsoft_diffusion.training.optimizer import make_optimizer
+from gsoft_diffusion.training.predictor import Predictor
+from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.train import train
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def bare_step(config: TrainingConfig, steps: int) -> float:
     models: Any = load_models(config.pretrained_model_name_or_path)
     config = with_model_defaults(config.resolved(), models)
     adapter = inject(config.adapter, models.denoiser, models.text_encoders)
-    denoiser = Denoiser(models, adapter, [config.concepts[0].instance_prompt or ""]).train()
+    denoiser = Predictor(models, adapter, [config.concepts[0].instance_prompt or ""]).train()
     optimizer = make_optimizer(config, adapter)
     keep_freed_memory()
     size = config.train_batch_size

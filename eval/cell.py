@@ -47,7 +47,8 @@ from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.class_images import ensure_class_images
-from gsoft_diffusion.training.train import train, with_model_defaults
+from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.train import train
 
 RESULT = "result.json"
 SEEDS_A_CELL = 1000  # picture seeds of cell seed `s` are 1000·s, 1000·s + 1, …: the same for every method

@@ -45,8 +45,8 @@ def test_the_largest_header_takes_no_more_memory_than_is_stated(tmp_path, piece)
 import resource, sys
 from pathlib import Path
 from fuzz_adapter import MEMORY
-from gsoft_diffusion.adapter_file import read_adapter
-from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.foundation.errors import UserError
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
 try:

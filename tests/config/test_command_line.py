@@ -222,8 +222,8 @@ def test_errors_are_one_line(capsys):
 
 HELD_UP = """
 import time
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.options import run
+from gsoft_diffusion.config.command_line import run
+from gsoft_diffusion.foundation.errors import UserError
 
 class WaitsForItsPeers:
     def __del__(self):

@@ -11,8 +11,8 @@ from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_models
 from gsoft_diffusion.training import preflight
+from gsoft_diffusion.training.optimizer import make_optimizer
 from gsoft_diffusion.training.preflight import OPTIMIZER_BYTES, check_step, needed_bytes, switches
-from gsoft_diffusion.training.train import make_optimizer
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(

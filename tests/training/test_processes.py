@@ -18,7 +18,7 @@ from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.training.checkpoints import checkpoints, damage_of
 from gsoft_diffusion.training.dataset import DreamBoothDataset
-from gsoft_diffusion.training.train import Run
+from gsoft_diffusion.training.step import TrainingStep
 
 pytestmark = pytest.mark.slow
 
@@ -51,16 +51,16 @@ class Observe:
 
     def __call__(self) -> None:
         seen: dict[str, Any] = {"positions": [], "gradients": {}, "written": []}
-        sample, update = DreamBoothDataset.__getitem__, Run._update
+        sample, update = DreamBoothDataset.__getitem__, TrainingStep.update
 
         def getitem(dataset: DreamBoothDataset, position: int) -> Any:
             seen["positions"].append(position)
             return sample(dataset, position)
 
-        def observed(run: Run, loss: float) -> None:
-            if run.step == 0:
-                seen["gradients"] = {name: p.grad.clone() for name, p in run.adapter.named_parameters()}
-            update(run, loss)
+        def observed(step: TrainingStep, loss: float) -> None:
+            if step.state.step == 0:
+                seen["gradients"] = {name: p.grad.clone() for name, p in step.state.adapter.named_parameters()}
+            update(step, loss)
             torch.save(seen, self.file)
 
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -70,7 +70,7 @@ class Observe:
             if writes and str(arguments[0]).startswith(self.output):
                 seen["written"].append(str(arguments[0]))
 
-        DreamBoothDataset.__getitem__, Run._update = getitem, observed  # type: ignore[method-assign]
+        DreamBoothDataset.__getitem__, TrainingStep.update = getitem, observed  # type: ignore[method-assign]
         sys.addaudithook(audit)
 
 
@@ -106,17 +106,17 @@ class AtStep:
     what: str
 
     def __call__(self) -> None:
-        original = Run._loss
+        original = TrainingStep.loss
 
-        def loss(run: Run, batch: Any) -> Any:
-            value = original(run, batch)
-            if run.step == self.step:
+        def loss(step: TrainingStep, batch: Any) -> Any:
+            value = original(step, batch)
+            if step.state.step == self.step:
                 if self.what == "nan":
                     return value * float("nan")
                 os.kill(os.getpid(), getattr(signal, self.what))
             return value
 
-        Run._loss = loss  # type: ignore[method-assign]
+        TrainingStep.loss = loss  # type: ignore[method-assign]
 
 
 def full_disk() -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hub_stand_in import TOKEN, stand_in
 from PIL import Image
 from torch import Tensor
 
 from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import AdapterConfig, Concept, SamplerConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import parse
@@ -24,9 +26,21 @@ from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import whole_view
 from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.training import checkpoints
+from gsoft_diffusion.training import outputs as outputs_module
+from gsoft_diffusion.training import preparation as preparation_module
+from gsoft_diffusion.training import run as run_module
+from gsoft_diffusion.training import step as step_module
 from gsoft_diffusion.training import train as training
+from gsoft_diffusion.training import validation as validation_module
 from gsoft_diffusion.training.checkpoints import read_state
-from gsoft_diffusion.training.train import Run, instance_photos, train
+from gsoft_diffusion.training.optimizer import make_optimizer
+from gsoft_diffusion.training.predictor import Predictor
+from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.run import Run
+from gsoft_diffusion.training.step import TrainingStep
+from gsoft_diffusion.training.subjects import instance_photos
+from gsoft_diffusion.training.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +136,7 @@ def test_loss_falls(any_base, config, text_encoder, prior):
             with torch.no_grad():
                 samples = [self.dataset[position] for position in range(1000, 1032)]
                 batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-                losses.append(self._loss(batch).item())
+                losses.append(self.training_step.loss(batch).item())
 
         def execute(self):
             self.measure()
@@ -144,16 +158,17 @@ def test_loss_falls(any_base, config, text_encoder, prior):
 def batches(config: TrainingConfig, monkeypatch) -> tuple[Run, list[dict[str, Tensor]]]:
     """The run that was made of the settings, and the batches that it has trained on."""
     runs, seen = [], []
-    original = Run._loss
+    original = Run.batches
 
-    def loss(self, batch):
+    def watched(self):
         runs.append(self)
-        seen.append(batch)
-        return original(self, batch)
+        for batch in original(self):
+            seen.append(batch)
+            yield batch
 
-    monkeypatch.setattr(Run, "_loss", loss)
+    monkeypatch.setattr(Run, "batches", watched)
     train(config)
-    monkeypatch.setattr(Run, "_loss", original)
+    monkeypatch.setattr(Run, "batches", original)
     return runs[0], seen
 
 
@@ -196,14 +211,14 @@ def test_masks_keep_the_background_out_of_the_gradient(config, monkeypatch):
         mask.save(Path(config.instance_data_dir) / f"{name}-masklabel.png")
     config = replace(config, unmasked_weight=0.0, center_crop=True)
     clean = weights(config, "clean")
-    original = training.prediction_target
+    original = step_module.prediction_target
 
     def disturbed(*arguments):
         target = original(*arguments).clone()
         target[..., target.shape[-1] * 3 // 4 :] += 100
         return target
 
-    monkeypatch.setattr(training, "prediction_target", disturbed)
+    monkeypatch.setattr(step_module, "prediction_target", disturbed)
     assert_same(clean, weights(config, "disturbed"))
     assert difference(clean, weights(replace(config, unmasked_weight=0.5), "weighted")) > 1e-4
 
@@ -385,7 +400,7 @@ def test_prompt_embeddings_are_those_of_the_prompts(config, text_encoder):
     models = load_models(config.pretrained_model_name_or_path)
     expected = models.encode_prompts(["a dog", "a cat"])["encoder_hidden_states"]
     adapter = inject(AdapterConfig(nblocks=4, text_encoder=text_encoder), models.unet, [models.text_encoder])
-    denoiser = training.Denoiser(models, adapter, ["a dog", "a cat"])
+    denoiser = Predictor(models, adapter, ["a dog", "a cat"])
     latents, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
     prediction = denoiser(latents, timesteps, torch.tensor([1, 0, 1]), whole_view(32, 32).repeat(3, 1))
     wanted = models.unet(latents, timesteps, encoder_hidden_states=expected[[1, 0, 1]]).sample
@@ -434,8 +449,8 @@ def test_a_missing_library_is_named(config, monkeypatch, optimizer, package):
 
 def test_weight_decay_leaves_scales_alone(config):
     models = load_models(config.pretrained_model_name_or_path)
-    adapter = training.inject(config.adapter, models.unet, [models.text_encoder])
-    optimizer = training.make_optimizer(replace(config, adam_weight_decay=0.5), adapter)
+    adapter = inject(config.adapter, models.unet, [models.text_encoder])
+    optimizer = make_optimizer(replace(config, adam_weight_decay=0.5), adapter)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(adapter.parameters()))
     for name, parameter in adapter.named_parameters():
@@ -450,9 +465,9 @@ def test_text_encoders_have_a_learning_rate_of_their_own(config, given, optimize
     pytest.importorskip("prodigyopt")
     models = load_models(config.pretrained_model_name_or_path)
     config = replace(config, learning_rate=1.0, text_encoder_lr=given, optimizer=optimizer)
-    config = training.with_model_defaults(config, models)
-    adapter = training.inject(config.adapter, models.unet, [models.text_encoder])
-    made = training.make_optimizer(config, adapter)
+    config = with_model_defaults(config, models)
+    adapter = inject(config.adapter, models.unet, [models.text_encoder])
+    made = make_optimizer(config, adapter)
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
     for name, parameter in adapter.named_parameters():
         assert rates[id(parameter)] == (expected if name.startswith("text_encoder") else 1.0)
@@ -538,7 +553,7 @@ def test_a_finished_result_is_not_replaced_by_less(config, monkeypatch, capfd):
     again = replace(config, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match=r"--max_train_steps 3: .* was trained 4 steps and would be replaced by less"):
         train(replace(again, max_train_steps=3))
-    original = Run._loss
+    original = TrainingStep.loss
 
     def stopping(self, batch):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -546,8 +561,8 @@ def test_a_finished_result_is_not_replaced_by_less(config, monkeypatch, capfd):
 
     (adapter.parent / "checkpoint-3").rename(adapter.parent / "checkpoint-2")
     state = read_state(adapter.parent / "checkpoint-2") | {"step": 2}
-    monkeypatch.setattr(training.checkpoints, "read_state", lambda checkpoint: state)
-    monkeypatch.setattr(Run, "_loss", stopping)
+    monkeypatch.setattr(checkpoints, "read_state", lambda checkpoint: state)
+    monkeypatch.setattr(TrainingStep, "loss", stopping)
     result = train(again)
     assert (result.steps, result.interrupted) == (3, True)
     assert adapter.read_bytes() == before
@@ -669,28 +684,28 @@ def test_a_finished_run_is_not_written_over(config):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_with_everything_saved(config, monkeypatch, number, capfd):
     whole = weights(config, "whole")
-    original = Run._loss
+    original = TrainingStep.loss
 
     def loss(self, batch):
-        if self.step == 1:
+        if self.state.step == 1:
             os.kill(os.getpid(), number)
         return original(self, batch)
 
-    monkeypatch.setattr(Run, "_loss", loss)
+    monkeypatch.setattr(TrainingStep, "loss", loss)
     before = signal.getsignal(number)
     result = train(config)
     assert (result.steps, result.interrupted) == (2, True)
     assert signal.getsignal(number) == before
     assert read_adapter(result.adapter).training["step"] == 2
     assert "--resume_from_checkpoint latest" in capfd.readouterr().out
-    monkeypatch.setattr(Run, "_loss", original)
+    monkeypatch.setattr(TrainingStep, "loss", original)
     assert_same(whole, weights(replace(config, resume_from_checkpoint="latest")))
 
 
 @pytest.mark.parametrize(("at", "steps"), [(2, 3), (4, 4)])
 def test_a_request_to_stop_does_not_wait_for_a_validation_sheet(config, monkeypatch, at, steps):
     """At step 2 the run stops after the next one; at its end it is complete, card and all, without the last sheet."""
-    original = training.generate
+    original = validation_module.generate
     drawn = []
 
     def generate(*arguments, **options):
@@ -700,7 +715,7 @@ def test_a_request_to_stop_does_not_wait_for_a_validation_sheet(config, monkeypa
                 os.kill(os.getpid(), signal.SIGTERM)
             yield sample
 
-    monkeypatch.setattr(training, "generate", generate)
+    monkeypatch.setattr(validation_module, "generate", generate)
     prompts = ("a dog", "a sks dog")
     changes = {"num_validation_images": 1, "validation_prompts": prompts, "validation_steps": 2, "sample_batch_size": 1}
     result = train(replace(config, **changes))
@@ -718,7 +733,7 @@ def test_a_second_signal_acts_as_usual(config, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still running")
 
-    monkeypatch.setattr(Run, "_loss", loss)
+    monkeypatch.setattr(TrainingStep, "loss", loss)
     try:
         with pytest.raises(KeyboardInterrupt):
             train(config)
@@ -728,14 +743,14 @@ def test_a_second_signal_acts_as_usual(config, monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_the_step_named(config, monkeypatch, bad):
-    original = training.training_loss
+    original = step_module.training_loss
     calls = []
 
     def loss(*arguments, **options):
         calls.append(1)
         return original(*arguments, **options) * (bad if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "training_loss", loss)
+    monkeypatch.setattr(step_module, "training_loss", loss)
     with pytest.raises(UserError, match="step 3: the loss is not finite; checkpoint-2 is kept"):
         train(replace(config, checkpointing_steps=2))
     state = read_state(Path(config.output_dir or "") / "checkpoint-2")
@@ -743,16 +758,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named(config, monkeypatch
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_step_named(config, monkeypatch):
-    original = training.training_loss
-    monkeypatch.setattr(training, "training_loss", lambda *a, **k: (original(*a, **k) * 1e38) * 1e-38 * torch.ones(()))
-    original_clip = training.Accelerator.clip_grad_norm_
+    original = step_module.training_loss
+    monkeypatch.setattr(
+        step_module, "training_loss", lambda *a, **k: (original(*a, **k) * 1e38) * 1e-38 * torch.ones(())
+    )
+    original_clip = Accelerator.clip_grad_norm_
 
     def clip(self, parameters, max_norm):
         parameters = list(parameters)
         parameters[0].grad[:] = float("nan")
         return original_clip(self, parameters, max_norm)
 
-    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
     with pytest.raises(UserError, match="step 1: the gradient is not finite; no checkpoint is kept"):
         train(config)
 
@@ -768,7 +785,7 @@ def fp16_scaler(monkeypatch):
         accelerator.scaler, accelerator.native_amp = scaler, True
         return accelerator
 
-    plain = training.make_optimizer
+    plain = run_module.make_optimizer
 
     def make_optimizer(*arguments):
         optimizer = plain(*arguments)
@@ -778,14 +795,14 @@ def fp16_scaler(monkeypatch):
         return optimizer
 
     monkeypatch.setattr(training, "make_accelerator", make_accelerator)
-    monkeypatch.setattr(training, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(run_module, "make_optimizer", make_optimizer)
     return scaler
 
 
 def test_skipped_steps_are_counted_shown_and_resumed(config, fp16_scaler, monkeypatch, capfd):
     config = replace(config, mixed_precision="fp16", checkpointing_steps=2)
-    original = training.training_loss
-    monkeypatch.setattr(training, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)  # overflows when scaled
+    original = step_module.training_loss
+    monkeypatch.setattr(step_module, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)  # overflows when scaled
     train(config)
     assert fp16_scaler.get_scale() == 2.0**36  # halved four times
     printed = capfd.readouterr()
@@ -816,8 +833,8 @@ def test_a_run_that_learns_nothing_says_so(config, capfd):
 
 
 def test_a_run_whose_steps_were_all_skipped_says_that_nothing_was_learned(config, fp16_scaler, monkeypatch, capfd):
-    original = training.training_loss
-    monkeypatch.setattr(training, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)
+    original = step_module.training_loss
+    monkeypatch.setattr(step_module, "training_loss", lambda *a, **k: original(*a, **k) * 1e30)
     lines = learned(replace(config, mixed_precision="fp16"), capfd)
     assert len(lines) == 2
     assert all("all steps were skipped; use --mixed_precision bf16" in line for line in lines)
@@ -947,14 +964,15 @@ def test_tensorboard_gets_loss_rate_and_pictures(config):
     ],
 )
 def test_what_a_full_disk_stops_is_named(config, monkeypatch, name, message):
-    original = training.whole_file
+    original = outputs_module.whole_file
 
     def whole_file(path):
         if path.name == name:
             raise OSError(28, "No space left on device")
         return original(path)
 
-    monkeypatch.setattr(training, "whole_file", whole_file)
+    for module in (outputs_module, validation_module):
+        monkeypatch.setattr(module, "whole_file", whole_file)
     with pytest.raises(UserError, match=message):
         train(replace(config, num_validation_images=1))
     assert (Path(config.output_dir or "") / "adapter.safetensors").exists()
@@ -1026,10 +1044,10 @@ def test_what_is_printed(config, capfd):
 def test_steps_and_learning_rate_follow_from_the_size_of_the_base(base, config, monkeypatch):
     models = load_models(str(base))
     open_ = replace(config, max_train_steps=None, learning_rate=None).resolved()
-    miniature = training.with_model_defaults(open_, models)
-    monkeypatch.setattr(training, "MINIATURE_BELOW", models.resolution)
-    full_size = training.with_model_defaults(open_, models)
+    miniature = with_model_defaults(open_, models)
+    monkeypatch.setattr(preparation_module, "MINIATURE_BELOW", models.resolution)
+    full_size = with_model_defaults(open_, models)
     assert (full_size.max_train_steps, full_size.learning_rate) == (3000, 2e-5)
     assert miniature.max_train_steps < full_size.max_train_steps
     assert miniature.learning_rate > full_size.learning_rate
-    assert training.with_model_defaults(config.resolved(), models).max_train_steps == config.max_train_steps
+    assert with_model_defaults(config.resolved(), models).max_train_steps == config.max_train_steps
