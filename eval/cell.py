@@ -37,8 +37,8 @@ from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import whole_file
 from gsoft_diffusion.foundation.run_folder import step_of
-from gsoft_diffusion.models.families import Models
-from gsoft_diffusion.models.loading import DTYPES, best_device, load_models
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import DTYPES, best_device, load_model
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import slug
@@ -187,7 +187,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
 
 
 def _training(
-    experiment: Experiment, cell: Cell, subject: Subject, models: Models, out: Path, scratch: Path
+    experiment: Experiment, cell: Cell, subject: Subject, models: BaseModel, out: Path, scratch: Path
 ) -> TrainingConfig:
     """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
     digest = hashlib.sha256(subject.class_word.encode()).hexdigest()[:12]  # other words may have the same slug
@@ -196,24 +196,24 @@ def _training(
     return with_model_defaults(config.resolved(), models)
 
 
-def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt], Models, Encoders]:
+def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt], BaseModel, Encoders]:
     subject = next(subject for subject in experiment.chosen_subjects() if subject.name == cell.subject)
     prompts = prompts_for(subject, experiment.unique_token, experiment.prompts, experiment.max_prompts)
     device = best_device()
-    models = load_models(
+    models = load_model(
         experiment.pretrained_model_name_or_path, dtype=DTYPES[experiment.mixed_precision], device=device
     )
     return subject, prompts, models, load_encoders(experiment.clip, experiment.dino, device)
 
 
-def load_tuned(method: AnyConfig, path: Path, models: Models) -> Adapter | BaselineAdapter:
+def load_tuned(method: AnyConfig, path: Path, models: BaseModel) -> Adapter | BaselineAdapter:
     """Put what training wrote into the models."""
     if isinstance(method, BaselineConfig):
         return load_baseline(path, models.denoiser, models.text_encoders)
     return load_adapter(path, models.denoiser, models.text_encoders)[0]
 
 
-def draw(experiment: Experiment, models: Models, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
+def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
     """Every prompt as often as its kind asks for, with the picture seeds of the cell's seed."""
     first = SEEDS_A_CELL * seed
     jobs = [
@@ -290,7 +290,9 @@ def score(
     return {"scores": scores, "pictures": rows}
 
 
-def _facts(experiment: Experiment, cell: Cell, subject: Subject, models: Models, encoders: Encoders) -> dict[str, Any]:
+def _facts(
+    experiment: Experiment, cell: Cell, subject: Subject, models: BaseModel, encoders: Encoders
+) -> dict[str, Any]:
     """What a result says of where it comes from."""
     return {
         "cell": asdict(cell),

@@ -73,15 +73,15 @@ def study(
     if file.changes_nothing:
         raise UserError(f"{path}: changes nothing of the base model, so a LoRA has nothing to lose")
     prompts = prompts or validation_prompts(file)
-    models = load_base(file, moved_to, device=encoders.clip.device)
-    stack = AdapterStack(models.denoiser, models.text_encoders)
+    model = load_base(file, moved_to, device=encoders.clip.device)
+    stack = AdapterStack(model.denoiser, model.text_encoders)
     stack.load("adapter", path)
     jobs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
-    resolution = file.training.get("resolution") or models.resolution
+    resolution = file.training.get("resolution") or model.resolution
 
     def draw() -> list[Image.Image]:
-        return [sample.image for sample in generate(models, jobs, sampler, resolution=resolution)]
+        return [sample.image for sample in generate(model, jobs, sampler, resolution=resolution)]
 
     shown = {"base model": draw()}
     stack.use({"adapter": 1.0})

@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from gsoft_diffusion.models.families import (
+    BaseModel,
     Flux,
     Flux2Klein,
-    Models,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
@@ -281,7 +281,7 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     return write_parts(folder, "Flux2KleinPipeline", parts, **({"is_distilled": True} if is_distilled else {}))
 
 
-WRITERS: dict[type[Models], Callable[[Path], Path]] = {
+WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
     StableDiffusion: write_base,
     StableDiffusionXL: write_sdxl,
     StableDiffusion3: write_sd3,

@@ -12,13 +12,13 @@ import gsoft.fingerprint
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.foundation.model_names import lasting_name
 from gsoft_diffusion.models.attention_layers import ATTENTIONS, attention_layers, clip_attention_layers
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.quantization import numbers_in
 
 
-def identity_of(models: Models) -> BaseModelIdentity:
+def identity_of(model: BaseModel) -> BaseModelIdentity:
     """What an adapter remembers of its base. Ask before an adapter is injected."""
-    return BaseModelIdentity(lasting_name(models.name), fingerprint=fingerprint(models.denoiser, models.text_encoders))
+    return BaseModelIdentity(lasting_name(model.name), fingerprint=fingerprint(model.denoiser, model.text_encoders))
 
 
 def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str:

@@ -19,8 +19,8 @@ from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError, user_errors
 from gsoft_diffusion.foundation.model_names import local_model
 from gsoft_diffusion.foundation.run_folder import SETTINGS, run_folder
-from gsoft_diffusion.models.families import Models
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import load_model
 
 
 def load_adapter(
@@ -61,8 +61,8 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     cpu_offload: bool = False,
-) -> Models:
-    """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_models`.
+) -> BaseModel:
+    """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_model`.
 
     An adapter has the model's name only, the settings of its run also know where it is: where they are beside it, they
     are asked first. Prints whose word was taken. Raises UserError if the model is not found.
@@ -78,7 +78,7 @@ def load_base(
                 "--pretrained_model_name_or_path"
             )
         print(f"base model: {name}, as {source} says")
-    return load_models(
+    return load_model(
         name,
         **versions,
         dtype=dtype,

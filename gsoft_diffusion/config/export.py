@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gsoft_diffusion.config.settings import OnlyWith, Settings, expand_home, positive, refuse_without_effect, require
-from gsoft_diffusion.config.strengths import weighed
+from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
 
 
@@ -36,7 +36,7 @@ class ExportConfig(Settings):
 
     def __post_init__(self) -> None:
         expand_home(self, "adapter", "output", "pretrained_model_name_or_path")
-        if not any(weighed(self.adapter, self.strength).values()):
+        if not any(strength_by_adapter(self.adapter, self.strength).values()):
             raise UserError("--strength 0: is the base model as it was; there is nothing to export")
         require(self, positive, "more than 0", "rank")
         refuse_without_effect(self, [_RANK])
@@ -47,7 +47,7 @@ class ExportConfig(Settings):
     @property
     def strengths(self) -> dict[str, float]:
         """The adapters with their strengths, in their order."""
-        return weighed(self.adapter, self.strength)
+        return strength_by_adapter(self.adapter, self.strength)
 
     @property
     def is_lora(self) -> bool:

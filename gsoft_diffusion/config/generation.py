@@ -15,7 +15,7 @@ from gsoft_diffusion.config.settings import (
     refuse_without_effect,
     require,
 )
-from gsoft_diffusion.config.strengths import weighed
+from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
 
 
@@ -72,7 +72,7 @@ class GenerationConfig(Settings):
 
     def __post_init__(self) -> None:
         expand_home(self, "adapter", "prompts_file", "output_dir", "pretrained_model_name_or_path")
-        weighed(self.adapter, self.strength)
+        strength_by_adapter(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give one of them")
         sizes = ("num_images", "batch_size", "resolution", "width", "height", "num_inference_steps")
@@ -84,7 +84,7 @@ class GenerationConfig(Settings):
     @property
     def strengths(self) -> dict[str, float]:
         """The adapters with their strengths, in their order."""
-        return weighed(self.adapter, self.strength)
+        return strength_by_adapter(self.adapter, self.strength)
 
 
 _REFUSED = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gsoft_diffusion.foundation.errors import UserError
 
 
-def weighed(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
+def strength_by_adapter(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
     """Each adapter's strength, 1 if none is given. UserError unless adapters differ and strengths fit them."""
     if not adapters:
         raise UserError("--adapter: name the adapter file that training wrote")

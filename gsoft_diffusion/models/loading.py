@@ -18,7 +18,7 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
 from gsoft_diffusion.foundation.memory import check_weights
 from gsoft_diffusion.foundation.model_names import REPOSITORY
-from gsoft_diffusion.models.families import Models, find_family
+from gsoft_diffusion.models.families import BaseModel, find_family
 from gsoft_diffusion.models.noise import scheduler_class
 from gsoft_diffusion.models.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.models.single_file import is_single_file, load_parts, usual_config
@@ -28,7 +28,7 @@ DENOISERS = ("unet", "transformer")  # what the part that denoises is called
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
 
 
-def load_models(
+def load_model(
     name: str,
     *,
     revision: str | None = None,
@@ -38,7 +38,7 @@ def load_models(
     device: torch.device | str = "cpu",
     cpu_offload: bool = False,
     quantize_base: str | None = None,
-) -> Models:
+) -> BaseModel:
     """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
 
     cpu_offload: put only the denoiser on `device`; the other parts are brought there when they have something to do.
@@ -51,12 +51,12 @@ def load_models(
     if quantize_base:
         require_bitsandbytes()
     if is_single_file(name):
-        folder, family, options = _find_config(name, base_config)
+        folder, family, index_values = _find_config(name, base_config)
         file = [(Path(name).expanduser(), dtype)]
         check_weights(name, file, "cpu" if cpu_offload or quantize_base else device)
         parts = load_parts(name, family, folder, dtype)
     else:
-        folder, family, options = _find(name, revision, variant)
+        folder, family, index_values = _find(name, revision, variant)
         weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
         parts = {}
         dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
@@ -64,25 +64,25 @@ def load_models(
         check_weights(name, _weight_files(folder, variant, counted), "cpu" if quantize_base else device)
         for part, kind in family.parts().items():
             parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
-    models = family(name=name, options=options, **parts)
-    models.check()
-    untrained = [reader for reader in models.readers() if reader not in models.text_encoders]
-    for model in parts.values():
-        if isinstance(model, nn.Module):
+    model = family(name=name, index_values=index_values, **parts)
+    model.check()
+    untrained = [reader for reader in model.all_text_encoders() if reader not in model.text_encoders]
+    for network in parts.values():
+        if isinstance(network, nn.Module):
             try:
-                model.requires_grad_(False)
-                on_device = model is models.denoiser or not cpu_offload
-                if quantize_base and (model is models.denoiser or model in untrained):
-                    quantize(model, quantize_base, device if on_device else "cpu")
+                network.requires_grad_(False)
+                on_device = network is model.denoiser or not cpu_offload
+                if quantize_base and (network is model.denoiser or network in untrained):
+                    quantize(network, quantize_base, device if on_device else "cpu")
                 if on_device:
-                    model.to(device)
+                    network.to(device)
             except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
                 raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
-    return models
+    return model
 
 
 def fetch_model(name: str) -> None:
-    """Have all files that `load_models` reads of a model on this machine, and load none. UserError as there."""
+    """Have all files that `load_model` reads of a model on this machine, and load none. UserError as there."""
     if is_single_file(name):
         _find_config(name, None)
     else:
@@ -94,9 +94,9 @@ def best_device() -> torch.device | str:
     return torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 
-def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
+def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
     """A model's local folder (as named, inside this repository, or fetched from the hub into its cache), its family
-    and its options.
+    and the plain values of its index.
     """
     for folder in (Path(name).expanduser(), REPOSITORY / name):
         if folder.is_dir():
@@ -105,13 +105,13 @@ def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, t
                     f"revision {revision}: {name} is a folder here, and folders have none; leave --revision out, or "
                     "start where there is no such folder"
                 )
-            family, options = _read_index(name, folder)
+            family, index_values = _read_index(name, folder)
             if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
                 raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")
-            return folder, family, options
+            return folder, family, index_values
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"there is no model folder {name}, and it is not the name of a model on the hub")
-    family, options = _read_index(name, _fetch(name, revision, [INDEX]))
+    family, index_values = _read_index(name, _fetch(name, revision, [INDEX]))
     end = f".{variant}.safetensors" if variant else ".safetensors"
     wanted = [INDEX]
     for part in family.parts():
@@ -120,7 +120,7 @@ def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, t
     folder = _fetch(name, revision, wanted)
     if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
         raise UserError(f"model {name} on the hub has no {', '.join(missing)}: it must be a whole diffusers model")
-    return folder, family, options
+    return folder, family, index_values
 
 
 def _weight_files(
@@ -133,8 +133,8 @@ def _weight_files(
             yield from ((path, dtype) for path in (folder / part).glob(pattern))
 
 
-def _find_config(name: str, base_config: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
-    """For a single file: the folder with the configuration that it goes with, its family and its options."""
+def _find_config(name: str, base_config: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
+    """For a single file: the folder with the configuration that it goes with, its family and the plain values of its index."""
     wanted = base_config or usual_config(name)
     folder = next((path for path in (Path(wanted).expanduser(), REPOSITORY / wanted) if path.is_dir()), None)
     if folder is None:
@@ -145,8 +145,8 @@ def _find_config(name: str, base_config: str | None) -> tuple[Path, type[Models]
                 f"{name} goes with the configuration of {wanted}, which could not be had ({error}); "
                 "give a diffusers folder of the same make with --base_config"
             ) from error
-    family, options = _read_index(wanted, folder)
-    return folder, family, options
+    family, index_values = _read_index(wanted, folder)
+    return folder, family, index_values
 
 
 def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
@@ -161,7 +161,7 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
         ) from error
 
 
-def _read_index(name: str, folder: Path) -> tuple[type[Models], dict[str, Any]]:
+def _read_index(name: str, folder: Path) -> tuple[type[BaseModel], dict[str, Any]]:
     """The family by the folder's index, and the index's plain values.
 
     UserError if the index is missing or broken, or the family unknown.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gsoft_diffusion.foundation.errors import UserError, first_line
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -40,7 +40,7 @@ def usual_config(name: str) -> str:
         raise UserError(f"{name}: not a readable safetensors file ({first_line(error)})") from error
 
 
-def load_parts(name: str, family: type[Models], config: Path, dtype: torch.dtype) -> dict[str, Any]:
+def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The family's parts: weights from the file, all else from the diffusers folder `config`. VAE in float32.
 
     Raises UserError if the file does not hold all of the model's weights, in the shapes that the configuration says.

@@ -24,7 +24,7 @@ from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_sheet, run_folder
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import INDEX
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
 from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
@@ -54,21 +54,21 @@ def export(config: ExportConfig) -> Path:
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
-        models = load_base(files[0], config.pretrained_model_name_or_path)
-        stack = AdapterStack(models.denoiser, models.text_encoders)
+        model = load_base(files[0], config.pretrained_model_name_or_path)
+        stack = AdapterStack(model.denoiser, model.text_encoders)
         for adapter in config.adapter:
             stack.load(adapter, adapter)
         if config.is_lora:
-            said = _export_lora(config, rank, models, stack, files, place, places[".csv"])
+            said = _export_lora(config, rank, model, stack, files, place, places[".csv"])
         else:
-            said = _export_merged(config, models, stack, files, place)
+            said = _export_merged(config, model, stack, files, place)
         card, picture = (place / CARD, place / PREVIEW) if whole else (places[".md"], places.get(".png"))
         shown = (PREVIEW if whole else paths[".png"].name) if sheet else None
-        card.write_text(model_card(config.format, target.name, files, strengths, models=models, picture=shown), "utf-8")
+        card.write_text(model_card(config.format, target.name, files, strengths, model=model, picture=shown), "utf-8")
         if sheet and picture:
             shutil.copyfile(sheet, picture)
     print(f"{target}: {said}")
-    if config.format == "diffusers_lora" and isinstance(models.denoiser, UNet2DConditionModel):
+    if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
         print("note: of this format ComfyUI and Forge read the text encoders' part only; for them choose kohya_lora")
     return target
 
@@ -88,23 +88,23 @@ def _sheet(file: AdapterFile) -> Path | None:
 
 
 def _export_merged(
-    config: ExportConfig, models: Models, stack: AdapterStack, files: Sequence[AdapterFile], place: Path
+    config: ExportConfig, model: BaseModel, stack: AdapterStack, files: Sequence[AdapterFile], place: Path
 ) -> str:
     """Write the whole model to `place`; returns what it is, in words."""
     stack.use(config.strengths)
     dtype: torch.dtype = getattr(torch, config.precision)
     if config.format == "diffusers":
-        write_folder(place, models, dtype)
+        write_folder(place, model, dtype)
     else:
-        write_tensors(place, rounded(models.original_layout(), dtype), provenance(files, config.strengths))
+        write_tensors(place, rounded(model.original_layout(), dtype), provenance(files, config.strengths))
     what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
-    return f"{models.name} with {what} merged in, {config.precision}"
+    return f"{model.name} with {what} merged in, {config.precision}"
 
 
 def _export_lora(
     config: ExportConfig,
     rank: int,
-    models: Models,
+    model: BaseModel,
     stack: AdapterStack,
     files: Sequence[AdapterFile],
     place: Path,
@@ -112,9 +112,9 @@ def _export_lora(
 ) -> str:
     """Write the LoRA to `place` and the table of its layers to `report`; returns in words what it loses."""
     dtype: torch.dtype = getattr(torch, config.precision)
-    metadata = kohya_metadata(models, rank) if config.format == "kohya_lora" else {}
+    metadata = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
     layers = lora_layers(stack, config.strengths, rank, dtype)
-    tensors = kohya_tensors(layers, models.kohya_place) if metadata else diffusers_tensors(layers)
+    tensors = kohya_tensors(layers, model.kohya_place) if metadata else diffusers_tensors(layers)
     write_tensors(place, rounded(tensors, dtype), provenance(files, config.strengths) | metadata)
     write_report(report, layers)
     worst = max(layers, key=lambda layer: layer.error)
@@ -127,19 +127,19 @@ def _export_lora(
 # A whole model
 
 
-def write_folder(folder: Path, models: Models, dtype: torch.dtype) -> None:
+def write_folder(folder: Path, model: BaseModel, dtype: torch.dtype) -> None:
     """Write a complete diffusers folder with all weights in `dtype` (the models are cast in place)."""
     index: dict[str, object] = {
-        "_class_name": models.pipeline,
+        "_class_name": model.pipeline,
         "_diffusers_version": diffusers.__version__,
     }
-    index |= models.options | models.index
-    parts = {name: getattr(models, name) for name in models.parts()}
-    for model in parts.values():
-        if not isinstance(model, nn.Module):
+    index |= model.index_values | model.index
+    parts = {name: getattr(model, name) for name in model.parts()}
+    for network in parts.values():
+        if not isinstance(network, nn.Module):
             continue
-        rounded(model.state_dict(), dtype)  # refuses what does not fit
-        nn.Module.to(model, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
+        rounded(network.state_dict(), dtype)  # refuses what does not fit
+        nn.Module.to(network, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
     for name, part in parts.items():
         if isinstance(part, CLIPTextModel | CLIPTextModelWithProjection):
             save_text_encoder(part, folder / name)
@@ -179,10 +179,10 @@ def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
         table.writerows([layer.name, f"{layer.change:.3e}", f"{layer.error:.3e}"] for layer in layers)
 
 
-def kohya_metadata(models: Models, rank: int) -> dict[str, str]:
+def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
     """What web UIs read to tell what a LoRA is for, and how large it is."""
     sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    return {"ss_network_module": "networks.lora"} | sizes | models.kohya_metadata()
+    return {"ss_network_module": "networks.lora"} | sizes | model.kohya_metadata()
 
 
 # Files

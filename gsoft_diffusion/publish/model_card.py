@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from gsoft_diffusion.adapters.file import AdapterFile
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 
 Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
 MARK = "<!-- Written by gsoft-diffusion. Remove this line to keep what you write here when the run is resumed. -->"
@@ -73,12 +73,12 @@ def model_card(
     files: Sequence[AdapterFile],
     strengths: Sequence[float] = (1.0,),
     *,
-    models: Models,
+    model: BaseModel,
     picture: str | None = None,
 ) -> str:
     """The card, in Markdown with Hugging Face's YAML front matter. It states no licence: that is the user's to choose.
 
-    result: name of the file or folder, as the card's neighbour. files: the adapters in it. models: their base model.
+    result: name of the file or folder, as the card's neighbour. files: the adapters in it. model: their base model.
     picture: a contact sheet's path from the card.
     """
     subjects = [subject for file in files for subject in file.subjects]
@@ -103,14 +103,14 @@ def model_card(
         parts.append(
             f"![A contact sheet]({picture})\n\n*Prompts, and what the adapter drew for them as it was trained.*"
         )
-    places = {id(getattr(models, part)): f"pipeline.{part}" for part in models.parts()}
+    places = {id(getattr(model, part)): f"pipeline.{part}" for part in model.parts()}
     code = {
         "base": _in_code(base),
         "file": result,
-        "pipeline": models.pipeline,
+        "pipeline": model.pipeline,
         "prompt": _in_code(*prompts[:1] or [""]),
-        "denoiser": places[id(models.denoiser)],
-        "text_encoders": ", ".join(places[id(encoder)] for encoder in models.text_encoders),
+        "denoiser": places[id(model.denoiser)],
+        "text_encoders": ", ".join(places[id(encoder)] for encoder in model.text_encoders),
     }
     parts += ["## How to load", LOADING[kind].format(**code), "## How it was made"]
     for file, strength in zip(files, strengths, strict=True):

@@ -23,7 +23,7 @@ from gsoft_diffusion.foundation.files import check_writable
 from gsoft_diffusion.foundation.memory import running_out_explained
 from gsoft_diffusion.foundation.run_folder import checkpoint_name, run_folder
 from gsoft_diffusion.foundation.text_files import composed, read_prompts
-from gsoft_diffusion.models.families import Conditioning, Models, whole_view
+from gsoft_diffusion.models.families import BaseModel, Conditioning, whole_view
 from gsoft_diffusion.models.loading import DTYPES, best_device
 from gsoft_diffusion.sampling.pictures import Row, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.sampling.schedulers import denoise, make_scheduler, with_model_sampler
@@ -43,7 +43,7 @@ class Sample:
 
 @torch.no_grad()
 def generate(
-    models: Models,
+    model: BaseModel,
     jobs: Sequence[tuple[str, int]],
     sampler: SamplerConfig,
     *,
@@ -60,19 +60,19 @@ def generate(
     resolution: side in pixels of square pictures; the model's own by default.
     width, height: sides of pictures that are not square; `resolution` where one is left out.
     """
-    resolution = resolution or models.resolution
+    resolution = resolution or model.resolution
     width, height = width or resolution, height or resolution
-    models.check_sides(resolution=resolution, width=width, height=height)
-    sampler = with_model_sampler(models, sampler)
-    embeddings = {prompt: models.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
-    away = models.encode_negative(sampler.negative_prompt)
+    model.check_sides(resolution=resolution, width=width, height=height)
+    sampler = with_model_sampler(model, sampler)
+    embeddings = {prompt: model.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
+    away = model.encode_negative(sampler.negative_prompt)
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
         positive = _joined([embeddings[prompt] for prompt, _ in batch])
         negative = _joined([away] * len(batch))
-        latents = _denoise(models, positive, negative, generators, sampler, width, height)
-        for (prompt, seed), image in zip(batch, _to_images(models.decode(latents)), strict=True):
+        latents = _denoise(model, positive, negative, generators, sampler, width, height)
+        for (prompt, seed), image in zip(batch, _to_images(model.decode(latents)), strict=True):
             yield Sample(prompt, seed, image)
 
 
@@ -81,7 +81,7 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def _denoise(
-    models: Models,
+    model: BaseModel,
     positive: Conditioning,
     negative: Conditioning,
     generators: list[torch.Generator],
@@ -90,24 +90,24 @@ def _denoise(
     height: int,
 ) -> Tensor:
     """Latents (N, C, h, w) for the conditioning of N prompts, by the scheduler and classifier-free guidance."""
-    latent_shape = models.latent_shape(width, height)
+    latent_shape = model.latent_shape(width, height)
     noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
     guidance = sampler.guidance_scale
     assert guidance is not None, "with_model_sampler sets it"
-    guided = guides(guidance) and not models.guides_itself
+    guided = guides(guidance) and not model.guides_itself
     conditioning = _joined([negative, positive]) if guided else positive
-    views = whole_view(width, height).to(models.device).repeat(len(noise) * (2 if guided else 1), 1)
+    views = whole_view(width, height).to(model.device).repeat(len(noise) * (2 if guided else 1), 1)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         latents = torch.cat([latents, latents]) if guided else latents
-        prediction = models.predict(latents, timestep, conditioning, views, guidance)
+        prediction = model.predict(latents, timestep, conditioning, views, guidance)
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
         return prediction
 
-    scheduler = make_scheduler(models, sampler, latent_shape)
-    return denoise(scheduler, noise.to(models.device), predict, generators)  # float32 throughout
+    scheduler = make_scheduler(model, sampler, latent_shape)
+    return denoise(scheduler, noise.to(model.device), predict, generators)  # float32 throughout
 
 
 def _to_images(pixels: Tensor) -> list[Image.Image]:
@@ -133,21 +133,21 @@ def draw(config: GenerationConfig) -> list[Path]:
     sampler, resolution = _sampler(config, file)
     folder = Path(config.output_dir or run_folder(file.path) / "images" / checkpoint_name(file.path))
     check_writable(folder, "--output_dir")
-    models = load_base(
+    model = load_base(
         file,
         config.pretrained_model_name_or_path,
         dtype=DTYPES[_precision(config, file)],
         device=config.device or best_device(),
         cpu_offload=config.cpu_offload,
     )
-    stack = AdapterStack(models.denoiser, models.text_encoders)
-    with models.brought(*models.text_encoders):  # elsewhere their weights would be rounded otherwise
+    stack = AdapterStack(model.denoiser, model.text_encoders)
+    with model.on_device(*model.text_encoders):  # elsewhere their weights would be rounded otherwise
         for path in config.adapter:
             stack.load(path, path)
         stack.use(config.strengths)
-    resolution = resolution or models.resolution
+    resolution = resolution or model.resolution
     width, height = config.width or resolution, config.height or resolution
-    sampler = with_model_sampler(models, sampler)
+    sampler = with_model_sampler(model, sampler)
 
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
     first = next_number(folder)
@@ -165,12 +165,12 @@ def draw(config: GenerationConfig) -> list[Path]:
         "height": height,
     }
 
-    def draw_jobs(model: str) -> list[Sample]:
-        samples = generate(models, jobs, sampler, width=width, height=height, batch_size=config.batch_size)
+    def draw_jobs(column: str) -> list[Sample]:
+        samples = generate(model, jobs, sampler, width=width, height=height, batch_size=config.batch_size)
         drawn = []
-        for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=model, unit="picture"), start=first):
-            mark = "_base" if model == "base" else ""
-            facts = {"prompt": sample.prompt, "seed": sample.seed, "model": model}
+        for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=column, unit="picture"), start=first):
+            mark = "_base" if column == "base" else ""
+            facts = {"prompt": sample.prompt, "seed": sample.seed, "model": column}
             save_png(
                 sample.image,
                 folder,

@@ -22,7 +22,7 @@ from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.config.defaults import GUIDANCE, MINIATURE_BELOW, MINIATURE_GUIDANCE
 from gsoft_diffusion.config.sampler import guides
 from gsoft_diffusion.foundation.errors import UserError, first_line
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.noise import prediction_target, scheduler_class
 
 logger = logging.getLogger(__name__)
@@ -31,44 +31,44 @@ TRIAL_STEPS = 20
 TRIAL_ERROR = 0.1  # mean; pictures have a standard deviation of 1
 
 
-def with_model_sampler(models: Models, sampler: SamplerConfig) -> SamplerConfig:
+def with_model_sampler(model: BaseModel, sampler: SamplerConfig) -> SamplerConfig:
     """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`.
 
     Warns of what has no effect on the model, and leaves it out: a model that guides itself leads away from nothing,
     and some were distilled to one guidance.
     """
     guidance = sampler.guidance_scale
-    if models.guides_itself and sampler.negative_prompt:
-        logger.warning("%s guides itself: the negative prompt has no effect", models.name)
+    if model.guides_itself and sampler.negative_prompt:
+        logger.warning("%s guides itself: the negative prompt has no effect", model.name)
         sampler = replace(sampler, negative_prompt="")
-    if not models.takes_guidance:
+    if not model.takes_guidance:
         if guidance is not None and guides(guidance):
             logger.warning(
-                "%s has been distilled to draw without guidance: the guidance scale has no effect", models.name
+                "%s has been distilled to draw without guidance: the guidance scale has no effect", model.name
             )
         guidance = 1.0
     elif guidance is None:
-        guidance = MINIATURE_GUIDANCE if models.resolution < MINIATURE_BELOW else GUIDANCE
-    return replace(sampler, scheduler=type(make_scheduler(models, sampler)).__name__, guidance_scale=guidance)
+        guidance = MINIATURE_GUIDANCE if model.resolution < MINIATURE_BELOW else GUIDANCE
+    return replace(sampler, scheduler=type(make_scheduler(model, sampler)).__name__, guidance_scale=guidance)
 
 
-def make_scheduler(models: Models, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:
+def make_scheduler(model: BaseModel, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:
     """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set.
 
     latent_shape: of the latents to draw; by default those of the model's own pictures.
 
     Raises UserError with the schedulers that fit if the sampler's does not; the checkpoint's own is not questioned.
     """
-    base = models.scheduler
+    base = model.scheduler
     kind = scheduler_class(sampler.scheduler) if sampler.scheduler else type(base)
-    if kind is not type(base) and not fits(models, kind):
-        names = ", ".join(each.__name__ for each in fitting(models))
-        raise UserError(f"--scheduler {sampler.scheduler} does not fit {models.name}; these do: {names}")
+    if kind is not type(base) and not fits(model, kind):
+        names = ", ".join(each.__name__ for each in fitting(model))
+        raise UserError(f"--scheduler {sampler.scheduler} does not fit {model.name}; these do: {names}")
     if sampler.num_inference_steps > base.config.num_train_timesteps:
-        raise UserError(f"--num_inference_steps: at most {base.config.num_train_timesteps} for {models.name}")
-    latent_shape = latent_shape or models.latent_shape(models.resolution)
+        raise UserError(f"--num_inference_steps: at most {base.config.num_train_timesteps} for {model.name}")
+    latent_shape = latent_shape or model.latent_shape(model.resolution)
     try:
-        return models.make_scheduler(kind, sampler.num_inference_steps, latent_shape)
+        return model.make_scheduler(kind, sampler.num_inference_steps, latent_shape)
     except ValueError as error:  # some need a few steps more
         given = f"{kind.__name__} with --num_inference_steps {sampler.num_inference_steps}"
         raise UserError(f"{given}: {first_line(error)}") from error
@@ -93,17 +93,17 @@ def denoise(
     return latents
 
 
-def fitting(models: Models) -> list[type[SchedulerMixin]]:
+def fitting(model: BaseModel) -> list[type[SchedulerMixin]]:
     """All of diffusers' schedulers that fit, by name."""
     found = [getattr(diffusers, name) for name in sorted(dir(diffusers)) if name.endswith("Scheduler")]
-    return [kind for kind in found if not hasattr(kind, "_backends") and fits(models, kind)]
+    return [kind for kind in found if not hasattr(kind, "_backends") and fits(model, kind)]
 
 
-def fits(models: Models, kind: type[SchedulerMixin]) -> bool:
+def fits(model: BaseModel, kind: type[SchedulerMixin]) -> bool:
     """Whether pictures can be drawn with the model by such a scheduler."""
     generator = torch.Generator().manual_seed(0)
-    picture, noise = torch.randn(2, 1, 4, 8, 8, generator=generator).to(models.device)
-    levels, none = models.noise_scheduler(), torch.zeros_like(picture)
+    picture, noise = torch.randn(2, 1, 4, 8, 8, generator=generator).to(model.device)
+    levels, none = model.noise_scheduler(), torch.zeros_like(picture)
 
     def perfect(noisy: Tensor, timestep: Tensor) -> Tensor:
         timesteps = torch.as_tensor(timestep).round().long().reshape(1)
@@ -113,9 +113,9 @@ def fits(models: Models, kind: type[SchedulerMixin]) -> bool:
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # of settings that a scheduler does not know
     try:
-        scheduler = models.make_scheduler(kind, TRIAL_STEPS, models.latent_shape(models.resolution))
+        scheduler = model.make_scheduler(kind, TRIAL_STEPS, model.latent_shape(model.resolution))
         error = (denoise(scheduler, noise, perfect, [generator]) - picture).abs().mean()
-        return models.keeps_schedule(scheduler) and error.item() < TRIAL_ERROR
+        return model.keeps_schedule(scheduler) and error.item() < TRIAL_ERROR
     except Exception:  # those for other models raise whatever it is that they do not find
         return False
     finally:

@@ -17,7 +17,7 @@ from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import locked, whole_file
 from gsoft_diffusion.foundation.text_files import on_disk
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import is_blank, scan
 from gsoft_diffusion.photos.image_files import opened
 from gsoft_diffusion.sampling.generation import generate
@@ -36,7 +36,9 @@ def class_images_folder(concept: Concept, config: TrainingConfig, identity: Base
     return runs / "class_images" / f"{slug(concept.class_prompt or '')}-{digest}"
 
 
-def ensure_class_images(concept: Concept, config: TrainingConfig, models: Models, identity: BaseModelIdentity) -> Path:
+def ensure_class_images(
+    concept: Concept, config: TrainingConfig, model: BaseModel, identity: BaseModelIdentity
+) -> Path:
     """The folder with at least `num_class_images` class images; draws those that are missing, with the base model.
 
     An adapter that is in the model already must be disabled. Pictures that come out in one colour are drawn again
@@ -51,7 +53,7 @@ def ensure_class_images(concept: Concept, config: TrainingConfig, models: Models
         if _missing(folder, config):
             with _to_ourselves(folder):
                 _check_origins(folder, concept, identity)  # again: another run may have drawn some meanwhile
-                _draw_missing(folder, concept, config, models, identity)
+                _draw_missing(folder, concept, config, model, identity)
     except OSError as error:
         raise UserError(f"--class_data_dir {folder}: cannot be read or written ({error.strerror})") from error
     return folder
@@ -99,7 +101,7 @@ def _to_ourselves(folder: Path) -> Iterator[None]:
 
 
 def _draw_missing(
-    folder: Path, concept: Concept, config: TrainingConfig, models: Models, identity: BaseModelIdentity
+    folder: Path, concept: Concept, config: TrainingConfig, model: BaseModel, identity: BaseModelIdentity
 ) -> None:
     missing = _missing(folder, config)
     if not missing:
@@ -109,7 +111,7 @@ def _draw_missing(
     facts = {"model": "base", "base_model": asdict(identity), "sampler": config.sampler.to_dict()}
     first = 1 + max((int(path.stem[4:]) for path in _pictures(folder) if _is_ours(path)), default=-1)
     jobs = [(concept.class_prompt or "", seed) for seed in range(first, first + ATTEMPTS * missing)]
-    samples = generate(models, jobs, config.sampler, resolution=config.resolution, batch_size=config.sample_batch_size)
+    samples = generate(model, jobs, config.sampler, resolution=config.resolution, batch_size=config.sample_batch_size)
     with tqdm(total=missing, desc=f"class images in {folder}", unit="picture") as progress:
         for sample in samples:
             if is_blank(sample.image):

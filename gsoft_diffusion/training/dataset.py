@@ -41,7 +41,7 @@ def shuffled(count: int, *key: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Showing:
+class ViewSettings:
     """How photos are shown.
 
     sizes: latent shape (C, h, w) of each size in pixels that there may be; each photo takes the nearest.
@@ -72,7 +72,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         self,
         instance: Sequence[Photo],
         prior: Sequence[Photo],
-        showing: Showing,
+        view_settings: ViewSettings,
         *,
         batch_size: int,
         num_timesteps: int,
@@ -80,19 +80,19 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         """batch_size: subject's photos in a batch, and as many of the class."""
         self.streams = [instance, prior] if prior else [instance]
-        self.showing = showing
+        self.view_settings = view_settings
         self.batch_size = batch_size
         self.num_timesteps = num_timesteps
         self.seed = seed
         self.prompts = list(dict.fromkeys(photo.prompt for photos in self.streams for photo in photos))
-        self.sizes = [nearest_size(photo.size, list(showing.sizes)) for photo in instance]  # one for each photo
+        self.sizes = [nearest_size(photo.size, list(view_settings.sizes)) for photo in instance]  # one for each photo
         self.by_size: dict[Size, list[Photo]] = {}
         for photo, size in zip(instance, self.sizes, strict=True):
             self.by_size.setdefault(size, []).append(photo)
         self._cache: dict[tuple[Photo, Variant], dict[str, Tensor]] = {}
 
     def cache(self, encode_images: Callable[[Tensor], Tensor], positions: Iterable[int]) -> None:
-        """Encode the photos as the samples at these positions show them; `encode_images` is `Models.encode_images`."""
+        """Encode the photos as the samples at these positions show them; `encode_images` is `BaseModel.encode_images`."""
         shown = self._shown(positions)
         for photo, variant in tqdm(shown, desc="encoding photos", unit="picture", disable=len(shown) < 50):
             picture = self._picture(photo, variant)
@@ -110,7 +110,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         photo, variant, generator = self._draw(position)
-        shape = self.showing.sizes[variant.size]
+        shape = self.view_settings.sizes[variant.size]
         return (self._cache.get((photo, variant)) or self._picture(photo, variant)) | {
             "latent_noise": torch.randn(shape, generator=generator),
             "noise": torch.randn(shape, generator=generator),
@@ -159,13 +159,13 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         return size, cycle * len(self.by_size[size]) + sum(self.sizes[index] == size for index in order[:place])
 
     def _variants(self, photo: Photo, size: Size) -> list[Variant]:
-        return variants(photo.size, size, self.showing.center_crop, self.showing.random_flip)
+        return variants(photo.size, size, self.view_settings.center_crop, self.view_settings.random_flip)
 
     def _picture(self, photo: Photo, variant: Variant) -> dict[str, Tensor]:
         picture = {"pixels": pixels(photo, variant), "view": view(photo, variant)}
-        if self.showing.unmasked_weight != 1:
-            _, height, width = self.showing.sizes[variant.size]
-            picture["weights"] = subject_weights(photo, variant, (width, height), self.showing.unmasked_weight)
+        if self.view_settings.unmasked_weight != 1:
+            _, height, width = self.view_settings.sizes[variant.size]
+            picture["weights"] = subject_weights(photo, variant, (width, height), self.view_settings.unmasked_weight)
         return picture
 
 

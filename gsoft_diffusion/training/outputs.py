@@ -16,7 +16,7 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.model_names import public_name
 from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, latest_sheet
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.publish.model_card import may_write, model_card
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.state import TrainingState
@@ -41,10 +41,10 @@ class RunOutputs:
     """
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, models: Models, identity: BaseModelIdentity
+        self, config: TrainingConfig, accelerator: Accelerator, model: BaseModel, identity: BaseModelIdentity
     ) -> None:
         """identity: of the base model, as `identity_of` gave it before the adapter was put in."""
-        self.config, self.accelerator, self.models = config, accelerator, models
+        self.config, self.accelerator, self.model = config, accelerator, model
         self.folder = Path(config.output_dir or ".")
         self.adapter = self.folder / ADAPTER
         self.recorded = checkpoints.recorded(config)
@@ -98,8 +98,6 @@ class RunOutputs:
         try:
             with whole_file(path) as file:
                 files = [read_adapter(self.adapter)]
-                file.write(
-                    model_card("adapter", self.adapter.name, files, models=self.models, picture=picture).encode()
-                )
+                file.write(model_card("adapter", self.adapter.name, files, model=self.model, picture=picture).encode())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; the adapter is in {self.adapter}") from error

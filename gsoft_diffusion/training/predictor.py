@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gsoft_diffusion.models.families.base import Models
+from gsoft_diffusion.models.families.base import BaseModel
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 
@@ -17,14 +17,14 @@ class Predictor(nn.Module):
     Prompts are known beforehand: what the adapter does not change is computed of them once, the rest in each batch.
     """
 
-    def __init__(self, models: Models, adapter: TrainableAdapter, prompts: Sequence[str]) -> None:
+    def __init__(self, model: BaseModel, adapter: TrainableAdapter, prompts: Sequence[str]) -> None:
         super().__init__()
-        self.models = models  # no module: it says how those below work together
-        self.network = models.denoiser
-        self.text_encoders = nn.ModuleList(models.text_encoders if adapter.config.text_encoder else [])
+        self.model = model  # no module: it says how those below work together
+        self.network = model.denoiser
+        self.text_encoders = nn.ModuleList(model.text_encoders if adapter.config.text_encoder else [])
         self.adapter = adapter
-        with torch.no_grad(), models.brought(*models.readers()):
-            prompt_inputs = models.prepare(prompts) if self.text_encoders else models.encode_prompts(prompts)
+        with torch.no_grad(), model.on_device(*model.all_text_encoders()):
+            prompt_inputs = model.prepare(prompts) if self.text_encoders else model.encode_prompts(prompts)
         self.prompt_inputs = prompt_inputs  # each (prompts, …), on the device
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, views: Tensor) -> Tensor:
@@ -32,6 +32,6 @@ class Predictor(nn.Module):
         different, numbers = prompt_indices.unique(return_inverse=True)
         prompts = {name: tensor[different] for name, tensor in self.prompt_inputs.items()}
         if self.text_encoders:
-            prompts = self.models.encode(prompts)
+            prompts = self.model.encode(prompts)
         conditioning = {name: tensor[numbers] for name, tensor in prompts.items()}
-        return self.models.predict(noisy_latents, timesteps, conditioning, views)
+        return self.model.predict(noisy_latents, timesteps, conditioning, views)

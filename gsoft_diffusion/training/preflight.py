@@ -14,7 +14,7 @@ from torch import nn
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import free_memory
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import DTYPES
 from gsoft_diffusion.training.step_memory import step_bytes
 from gsoft_diffusion.training.trainable import TrainableAdapter
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}  # for each parameter that trains
 
 
-def check_step(config: TrainingConfig, models: Models, adapter: TrainableAdapter, device: torch.device) -> None:
+def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> None:
     """Raise UserError if a training step takes more memory than there is, with the fewest switches that would help.
 
     Counted are the base model's weights, what a step holds at a time (see `step_bytes`) and the optimizer's state: a
@@ -35,14 +35,14 @@ def check_step(config: TrainingConfig, models: Models, adapter: TrainableAdapter
         return
     available = free_memory(device) + sum(
         parameter.nbytes
-        for part in _networks(models)
+        for part in _networks(model)
         for parameter in part.parameters()
         if parameter.device.type == device.type
     )
 
     @cache
     def needed(changes: tuple[tuple[str, Any], ...] = ()) -> int:
-        return needed_bytes(replace(config, **dict(changes)), models, adapter, device)
+        return needed_bytes(replace(config, **dict(changes)), model, adapter, device)
 
     plans = switches(config, device)
     try:
@@ -65,23 +65,23 @@ def check_step(config: TrainingConfig, models: Models, adapter: TrainableAdapter
     )
 
 
-def needed_bytes(config: TrainingConfig, models: Models, adapter: TrainableAdapter, device: torch.device) -> int:
+def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
     """What weights, optimizer state and a training step with these settings take of the device, at least."""
     dtype = DTYPES[config.mixed_precision]
-    on_device = _networks(models)
+    on_device = _networks(model)
     if config.cpu_offload and device.type != "cpu":
-        on_device = [models.denoiser, *(models.text_encoders if adapter.config.text_encoder else [])]
+        on_device = [model.denoiser, *(model.text_encoders if adapter.config.text_encoder else [])]
     weights = sum(
-        parameter.numel() * (parameter.dtype if part is models.vae else dtype).itemsize
+        parameter.numel() * (parameter.dtype if part is model.vae else dtype).itemsize
         for part in on_device
         for parameter in part.parameters()
     )
     trained = sum(parameter.numel() for parameter in adapter.parameters())
     step = step_bytes(
-        models,
+        model,
         adapter,
         config.train_batch_size * (2 if config.with_prior_preservation else 1),
-        models.latent_shape(config.resolution or models.resolution),
+        model.latent_shape(config.resolution or model.resolution),
         trains_text=adapter.config.text_encoder,
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=dtype,
@@ -103,8 +103,8 @@ def switches(config: TrainingConfig, device: torch.device) -> list[tuple[tuple[s
     return [sum(plan, ()) for plan in plans if any(plan)]
 
 
-def _networks(models: Models) -> list[nn.Module]:
-    return [part for name in models.parts() if isinstance(part := getattr(models, name), nn.Module)]
+def _networks(model: BaseModel) -> list[nn.Module]:
+    return [part for name in model.parts() if isinstance(part := getattr(model, name), nn.Module)]
 
 
 def _flags(changes: tuple[tuple[str, Any], ...]) -> str:

@@ -21,7 +21,7 @@ from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.command_line import script
 from gsoft_diffusion.foundation.run_folder import SETTINGS
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.circumstances import circumstances
@@ -63,31 +63,31 @@ class Run:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        models: Models,
+        model: BaseModel,
         instance: Sequence[Photo],
         make_adapter: MakeAdapter = inject,
     ) -> None:
-        self.config, self.accelerator, self.models = config, accelerator, models
+        self.config, self.accelerator, self.model = config, accelerator, model
         assert config.max_train_steps is not None, "with_model_defaults sets it"
         self.max_train_steps = config.max_train_steps
-        identity = identity_of(models)
-        self.outputs = RunOutputs(config, accelerator, models, identity)
-        check_snr_gamma(config, models)
+        identity = identity_of(model)
+        self.outputs = RunOutputs(config, accelerator, model, identity)
+        check_snr_gamma(config, model)
         # First what may turn out not to fit, then what takes long.
-        adapter = make_adapter(config.adapter, models.denoiser, models.text_encoders)
-        check_step(config, models, adapter, accelerator.device)
-        set_up_attention(config, models)
+        adapter = make_adapter(config.adapter, model.denoiser, model.text_encoders)
+        check_step(config, model, adapter, accelerator.device)
+        set_up_attention(config, model)
         optimizer = make_optimizer(config, adapter)
-        prior = class_photos(config, accelerator, models, adapter, identity, instance)
-        self.dataset = make_dataset(config, models, instance, prior, accelerator.print)
+        prior = class_photos(config, accelerator, model, adapter, identity, instance)
+        self.dataset = make_dataset(config, model, instance, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
-        predictor = Predictor(models, adapter, self.dataset.prompts).train()
+        predictor = Predictor(model, adapter, self.dataset.prompts).train()
         prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
         lr_scheduler = make_lr_scheduler(config, optimizer)
         self.state = TrainingState(adapter, prepared, prepared_optimizer, lr_scheduler, accelerator.scaler)
         self.tracking = Tracking(config, accelerator)
-        self.training_step = TrainingStep(config, accelerator, models, self.state)
-        self.validation = Validation(config, accelerator, models, self.state, self.tracking)
+        self.training_step = TrainingStep(config, accelerator, model, self.state)
+        self.validation = Validation(config, accelerator, model, self.state, self.tracking)
         counts = adapter.parameter_counts()
         accelerator.print(
             f"training {counts.pop('total'):,} parameters: "
@@ -108,7 +108,7 @@ class Run:
         self.tracking.start()
         first = state.step
         if self.config.cache_latents:
-            self.dataset.cache(self.models.encode_images, chain.from_iterable(self.positions()))
+            self.dataset.cache(self.model.encode_images, chain.from_iterable(self.positions()))
         with StopRequest(launched=accelerator.num_processes > 1) as stop:
             started = time.perf_counter()
             self._train(stop)

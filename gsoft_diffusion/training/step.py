@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.noise import prediction_target
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.dataset import DROPOUT, derived_seed
@@ -24,9 +24,11 @@ from gsoft_diffusion.training.state import TrainingState
 class TrainingStep:
     """The parts of a step, in their order: `backward` for each batch, `agree`, `update`. It counts no steps itself."""
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator, models: Models, state: TrainingState) -> None:
-        self.config, self.accelerator, self.models, self.state = config, accelerator, models, state
-        self.noise_scheduler = models.noise_scheduler()
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, model: BaseModel, state: TrainingState
+    ) -> None:
+        self.config, self.accelerator, self.model, self.state = config, accelerator, model, state
+        self.noise_scheduler = model.noise_scheduler()
 
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward and backward for one batch of this process; its loss."""
@@ -38,10 +40,10 @@ class TrainingStep:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss, a scalar, of a batch as `DreamBoothDataset` makes it, on the device."""
-        config, models = self.config, self.models
-        timesteps = models.draw_timesteps(batch["timestep"])
-        moments = batch["moments"] if "moments" in batch else models.encode_images(batch["pixels"])
-        latents = models.sample_latents(moments, batch["latent_noise"])
+        config, model = self.config, self.model
+        timesteps = model.draw_timesteps(batch["timestep"])
+        moments = batch["moments"] if "moments" in batch else model.encode_images(batch["pixels"])
+        latents = model.sample_latents(moments, batch["latent_noise"])
         noise = add_offset(batch["noise"], batch["offset"], config.offset_noise)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         model_pred = self.state.predictor(noisy_latents, timesteps, batch["prompt"], batch["view"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 META = torch.device("meta")  # PyTorch's device for tensors without contents
@@ -25,7 +25,7 @@ CONTENTS = (torch.ops.aten.equal.default, torch.ops.aten._local_scalar_dense.def
 
 
 def step_bytes(
-    models: Models,
+    model: BaseModel,
     adapter: TrainableAdapter,
     batch_size: int,
     latent_shape: tuple[int, int, int],
@@ -44,21 +44,21 @@ def step_bytes(
     """
     memory = _Memory()
     with memory:
-        models, adapter = _without_contents(models, adapter, dtype)
+        model, adapter = _without_contents(model, adapter, dtype)
         if gradient_checkpointing:
-            models.checkpoint_gradients()
-        for network in (models.denoiser, *models.text_encoders):
+            model.checkpoint_gradients()
+        for network in (model.denoiser, *model.text_encoders):
             network.train()
         with torch.no_grad():
-            prepared = models.prepare([""])
-            prompts = {} if trains_text else models.encode(prepared)
+            prepared = model.prepare([""])
+            prompts = {} if trains_text else model.encode(prepared)
         before = memory.peak = memory.held
         if trains_text:
-            prompts = models.encode(prepared)
+            prompts = model.encode(prepared)
         numbers = torch.zeros(batch_size, dtype=torch.long)
         conditioning = {name: tensor[numbers] for name, tensor in prompts.items()}
         latents, views = torch.zeros(batch_size, *latent_shape), torch.zeros(batch_size, 6)
-        models.predict(latents, torch.zeros(batch_size), conditioning, views).square().mean().backward()
+        model.predict(latents, torch.zeros(batch_size), conditioning, views).square().mean().backward()
     return memory.peak - before
 
 
@@ -135,11 +135,11 @@ def _map(change: Callable[[Any], Any], values: Any) -> Any:
 
 
 def _without_contents(
-    models: Models, adapter: TrainableAdapter, dtype: torch.dtype | None
-) -> tuple[Models, TrainableAdapter]:
+    model: BaseModel, adapter: TrainableAdapter, dtype: torch.dtype | None
+) -> tuple[BaseModel, TrainableAdapter]:
     """Copies of the models, the VAE aside, and of the adapter in them, whose parameters and buffers are shapes."""
-    networks = (models.denoiser, *models.readers(), adapter)
-    copies: dict[int, Any] = {id(part): part for name in models.parts() if (part := getattr(models, name)) is not None}
+    networks = (model.denoiser, *model.all_text_encoders(), adapter)
+    copies: dict[int, Any] = {id(part): part for name in model.parts() if (part := getattr(model, name)) is not None}
     for network in networks:
         copies.pop(id(network), None)
         for tensor in (*network.parameters(), *network.buffers()):
@@ -148,4 +148,4 @@ def _without_contents(
             if isinstance(tensor, nn.Parameter):
                 shape = nn.Parameter(shape, requires_grad=tensor.requires_grad)
             copies[id(tensor)] = shape
-    return deepcopy((models, adapter), copies)
+    return deepcopy((model, adapter), copies)

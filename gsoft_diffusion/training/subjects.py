@@ -13,7 +13,7 @@ from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.config.prompts import has_words
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import composed
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import KOHYA, Folder, Photo, copies, read_folder
 from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.trainable import TrainableAdapter
@@ -88,7 +88,7 @@ def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], 
 def class_photos(
     config: TrainingConfig,
     accelerator: Accelerator,
-    models: Models,
+    model: BaseModel,
     adapter: TrainableAdapter,
     identity: BaseModelIdentity,
     instance: Sequence[Photo],
@@ -105,7 +105,7 @@ def class_photos(
     folders: dict[Path, str] = {}
     with accelerator.main_process_first(), adapter.disabled():
         for concept in config.concepts:
-            folders[ensure_class_images(concept, config, models, identity)] = concept.class_prompt or ""
+            folders[ensure_class_images(concept, config, model, identity)] = concept.class_prompt or ""
     photos: list[Photo] = []
     for path, prompt in folders.items():
         folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images, masks=False)

@@ -12,7 +12,7 @@ from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import keep_freed_memory, running_out_explained
-from gsoft_diffusion.models.loading import DTYPES, load_models
+from gsoft_diffusion.models.loading import DTYPES, load_model
 from gsoft_diffusion.publish.hub import HubRepository
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.accelerator import make_accelerator
@@ -44,7 +44,7 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
         if config.push_to_hub and accelerator.is_main_process:
             name = config.hub_model_id or Path(config.output_dir or "").resolve().name
             repository = HubRepository(name, token)
-        models = load_models(
+        model = load_model(
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
@@ -54,7 +54,7 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
             cpu_offload=config.cpu_offload,
             quantize_base=config.quantize_base,
         )
-        config = with_model_defaults(config, models)
+        config = with_model_defaults(config, model)
         for note in config.notes():
             accelerator.print(f"note: {note}")
         state = checkpoints.read_state(checkpoint) if checkpoint else None
@@ -63,7 +63,7 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
             checkpoints.check_unchanged(config, checkpoint, checkpoints.recorded(before).to_dict(), now.to_dict())
             checkpoints.check_goes_further(config, state["step"])
         try:
-            run = Run(config, accelerator, models, instance, make_adapter)
+            run = Run(config, accelerator, model, instance, make_adapter)
             if checkpoint and state:
                 run.resume(checkpoint, state)
             result = run.execute()

@@ -12,7 +12,7 @@ from gsoft.whole_file import whole_file
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import sheet_of
-from gsoft_diffusion.models.families import Models
+from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.sampling.generation import generate, sheet_rows
 from gsoft_diffusion.sampling.pictures import contact_sheets
 from gsoft_diffusion.training.signals import StopRequest
@@ -27,11 +27,11 @@ class Validation:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        models: Models,
+        model: BaseModel,
         state: TrainingState,
         tracking: Tracking,
     ) -> None:
-        self.config, self.accelerator, self.models = config, accelerator, models
+        self.config, self.accelerator, self.model = config, accelerator, model
         self.state, self.tracking = state, tracking
         self.folder = Path(config.output_dir or ".")
 
@@ -46,7 +46,7 @@ class Validation:
             jobs = list(product(config.validation_prompts, seeds))
             with self.state.evaluated():
                 samples = generate(
-                    self.models,
+                    self.model,
                     jobs,
                     config.sampler,
                     resolution=config.resolution,

@@ -30,12 +30,12 @@ TRAINING = {"learning_rate": 1e-4, "max_train_steps": 300}
 PROMPTS = {"instance_prompt": "a photo of a sks dög", "validation": ["a sks dog", "…"]}
 
 
-def models(seed: int = 0):
+def model(seed: int = 0):
     return tiny_unet(seed), tiny_text_encoder(seed)
 
 
 def trained_adapter(config: AdapterConfig = CONFIG):
-    unet, text_encoder = models()
+    unet, text_encoder = model()
     base_model = BaseModelIdentity("tiny base", fingerprint(unet, [text_encoder]))
     adapter = inject(config, unet, [text_encoder])
     randomise(adapter)
@@ -55,7 +55,7 @@ def test_everything_comes_back(saved):
     file = read_adapter(saved)
     assert (file.config, file.base_model) == (CONFIG, base_model)
     assert (file.training, file.prompts) == (TRAINING, PROMPTS)
-    loaded_unet, loaded_text = models()
+    loaded_unet, loaded_text = model()
     loaded, _ = load_adapter(saved, loaded_unet, [loaded_text])
     assert loaded.config == CONFIG
     for name, tensor in adapter.state_dict().items():
@@ -218,7 +218,7 @@ HOSTILE = {
 def test_a_changed_file_is_refused_and_the_models_stay_untouched(saved, attack):
     changes, message = HOSTILE[attack]
     rewrite(saved, **changes)
-    unet, text_encoder = models()
+    unet, text_encoder = model()
     with torch.no_grad():
         before = run(unet, text_encoder)
         with pytest.raises(UserError, match=message) as error:
@@ -292,7 +292,7 @@ def test_a_file_that_is_not_there(tmp_path, place):
 class TestBaseModel:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_any_dtype_of_the_same_checkpoint_is_accepted(self, saved, dtype):
-        unet, text_encoder = models()
+        unet, text_encoder = model()
         adapter, _ = load_adapter(saved, unet.to(dtype), [text_encoder.to(dtype)])
         assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
 
@@ -315,7 +315,7 @@ class TestBaseModel:
             load_adapter(saved, unet, [text_encoder])
 
     def test_a_fine_tuned_copy_is_another_model(self, saved):
-        unet, text_encoder = models()
+        unet, text_encoder = model()
         with torch.no_grad():
             for parameter in unet.parameters():
                 parameter += 0.1 * parameter.std(correction=0) * torch.randn_like(parameter)

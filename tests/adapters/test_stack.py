@@ -43,22 +43,22 @@ def paths(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def models() -> tuple[nn.Module, nn.Module]:
+def model() -> tuple[nn.Module, nn.Module]:
     return tiny_unet(), tiny_text_encoder()
 
 
 @pytest.fixture
-def stack(models, paths) -> AdapterStack:
-    stack = AdapterStack(models[0], [models[1]])
+def stack(model, paths) -> AdapterStack:
+    stack = AdapterStack(model[0], [model[1]])
     for name, path in paths.items():
         stack.load(name, path)
     return stack
 
 
-def weights(models: tuple[nn.Module, ...]) -> dict[str, Tensor]:
+def weights(model: tuple[nn.Module, ...]) -> dict[str, Tensor]:
     return {
         f"{number}.{name}": tensor.clone()
-        for number, model in enumerate(models)
+        for number, model in enumerate(model)
         for name, tensor in model.state_dict().items()
     }
 
@@ -69,43 +69,43 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def merged(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    models = tiny_unet().to(dtype), tiny_text_encoder().to(dtype)
-    load_adapter(path, models[0], [models[1]])[0].merge()
-    return weights(models)
+    model = tiny_unet().to(dtype), tiny_text_encoder().to(dtype)
+    load_adapter(path, model[0], [model[1]])[0].merge()
+    return weights(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_at_full_strength_is_merging_bit_for_bit(paths, name, dtype):
-    models = tiny_unet().to(dtype), tiny_text_encoder().to(dtype)
-    stack = AdapterStack(models[0], [models[1]])
+    model = tiny_unet().to(dtype), tiny_text_encoder().to(dtype)
+    stack = AdapterStack(model[0], [model[1]])
     stack.load(name, paths[name])
     stack.use({name: 1.0})
-    assert same(weights(models), merged(paths[name], dtype))
+    assert same(weights(model), merged(paths[name], dtype))
 
 
-def test_without_strength_the_base_model_stays_bit_for_bit(stack, models):
-    before = weights(models)
+def test_without_strength_the_base_model_stays_bit_for_bit(stack, model):
+    before = weights(model)
     stack.use({"dog": 0.0, "oil": 0.0})
-    assert same(weights(models), before)
+    assert same(weights(model), before)
 
 
-def test_switching_and_back_is_exact(stack, models):
-    base = weights(models)
+def test_switching_and_back_is_exact(stack, model):
+    base = weights(model)
     stack.use({"dog": 1.0})
-    dog = weights(models)
+    dog = weights(model)
     stack.use({"oil": 0.7, "dog": 0.5})
-    both = weights(models)
+    both = weights(model)
     assert not same(dog, both)
     stack.use({"dog": 1.0})
-    assert same(weights(models), dog)
+    assert same(weights(model), dog)
     with stack.disabled():
-        assert same(weights(models), base)
+        assert same(weights(model), base)
         assert stack.strengths == {}
-    assert same(weights(models), dog)
+    assert same(weights(model), dog)
     assert stack.strengths == {"dog": 1.0}
     stack.use({})
-    assert same(weights(models), base)
+    assert same(weights(model), base)
 
 
 def test_adapters_act_one_after_the_other(stack, paths):
@@ -131,8 +131,8 @@ def test_adapters_act_one_after_the_other(stack, paths):
 def test_every_strength_is_a_rotation(tmp_path, config, strength):
     """All singular values of the weights stay, whatever the strength and whatever comes after, without scales."""
     config = AdapterConfig(**(config.to_dict() | {"output_scale": False}))
-    models = tiny_unet(), tiny_text_encoder()
-    stack = AdapterStack(models[0], [models[1]])
+    model = tiny_unet(), tiny_text_encoder()
+    stack = AdapterStack(model[0], [model[1]])
     stack.load("first", write_adapter(tmp_path / "first.safetensors", config, 1))
     stack.load("second", write_adapter(tmp_path / "second.safetensors", config, 2))
     changed = 0
@@ -142,18 +142,18 @@ def test_every_strength_is_a_rotation(tmp_path, config, strength):
     assert changed > 10
 
 
-def test_an_adapter_can_be_loaded_at_a_strength(paths, stack, models):
+def test_an_adapter_can_be_loaded_at_a_strength(paths, stack, model):
     """With its processors, as training has it."""
     stack.use({"dog": 0.4})
     others = tiny_unet(), tiny_text_encoder()
     adapter, _ = load_adapter(paths["dog"], others[0], [others[1]], strength=0.4)
     assert adapter.orthogonality_error() < 1e-5
-    torch.testing.assert_close(run(*others), run(*models), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(*others), run(*model), rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_used(stack, paths, models, tmp_path):
+def test_what_cannot_be_used(stack, paths, model, tmp_path):
     stack.use({"dog": 1.0})
-    before = weights(models)
+    before = weights(model)
     with pytest.raises(UserError, match=r"cat: no adapter of this name is loaded; there are dog, oil"):
         stack.use({"oil": 1.0, "cat": 1.0})
     with pytest.raises(UserError, match=r"dog: its strength nan is not a number"):
@@ -163,5 +163,5 @@ def test_what_cannot_be_used(stack, paths, models, tmp_path):
     other = write_adapter(tmp_path / "other.safetensors", CONFIGS["dog"], 1, base_seed=5)
     with pytest.raises(UserError, match=r"other\.safetensors: trained on the base model tiny, .* other weights"):
         stack.load("other", other)
-    assert same(weights(models), before)
+    assert same(weights(model), before)
     assert stack.strengths == {"dog": 1.0}

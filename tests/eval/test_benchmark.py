@@ -28,7 +28,7 @@ from eval.experiment import Cell, Experiment, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, matched
 from gsoft_diffusion import UserError
 from gsoft_diffusion.config.settings import read_yaml
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.scoring import encoders
 
@@ -445,8 +445,8 @@ def test_sweep_and_comparison_share_cells(world):
 @pytest.mark.parametrize("budget", ["small", "medium", "large"])
 @pytest.mark.parametrize("method", METHODS)
 def test_sizes_come_near_the_budget(method, budget, world):
-    models = load_models(str(world / "base"))
-    layers = adapted_layers(models.unet, [models.text_encoder], True)
+    model = load_model(str(world / "base"))
+    layers = adapted_layers(model.unet, [model.text_encoder], True)
     full = count_parameters(BaselineConfig("full"), layers)
     count = count_parameters(matched(method, budget, layers, True), layers)
     if method == "full":
@@ -456,8 +456,8 @@ def test_sizes_come_near_the_budget(method, budget, world):
 
 
 def test_our_methods_are_sized_without_their_scale_too(world):
-    models = load_models(str(world / "base"))
-    layers = adapted_layers(models.unet, [models.text_encoder], True)
+    model = load_model(str(world / "base"))
+    layers = adapted_layers(model.unet, [model.text_encoder], True)
     outputs = sum(layer.out_features for layer in layers.values())
     for method in ("gsoft", "double_gsoft"):
         with_scale, without = (matched(method, "medium", layers, True, output_scale) for output_scale in (True, False))

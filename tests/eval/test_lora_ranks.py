@@ -19,7 +19,7 @@ from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.publish.low_rank import LoraLayer
 from gsoft_diffusion.scoring.encoders import load_encoders
@@ -35,9 +35,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(world):
-    models = load_models(str(world / "base"))
-    identity = identity_of(models)
-    adapter = inject(AdapterConfig(nblocks=4), models.denoiser, models.text_encoders)
+    model = load_model(str(world / "base"))
+    identity = identity_of(model)
+    adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
     randomise(adapter, size=0.3)
     path = world / "dog" / "adapter.safetensors"
     path.parent.mkdir()
@@ -99,9 +99,9 @@ def test_the_command_writes_figures_a_plot_and_pictures(world, adapter, tmp_path
 
 
 def test_an_adapter_that_changes_nothing_has_nothing_to_lose(world, tmp_path):
-    models = load_models(str(world / "base"))
-    identity = identity_of(models)
-    adapter = inject(AdapterConfig(nblocks=4), models.denoiser, models.text_encoders)
+    model = load_model(str(world / "base"))
+    identity = identity_of(model)
+    adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
     save_adapter(tmp_path / "adapter.safetensors", adapter, base_model=identity, training={}, prompts={})
     encoders = load_encoders(str(world / "mini_clip"), str(world / "mini_dino"))
     with pytest.raises(UserError, match="changes nothing of the base model"):

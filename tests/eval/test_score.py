@@ -199,9 +199,9 @@ def test_picker_asks_for_each_subject_by_its_own_name(run_of_two, encoders, tmp_
     folder = shutil.copytree(run_of_two, tmp_path / "run")
     asked = []
 
-    def draw(models, jobs, *arguments, **options):
+    def draw(model, jobs, *arguments, **options):
         asked.append(jobs[0][0])
-        return generate(models, jobs, *arguments, **options)
+        return generate(model, jobs, *arguments, **options)
 
     monkeypatch.setattr(pick_checkpoint, "generate", draw)
     pick(folder, encoders, "dreambooth", max_prompts=1, images_per_prompt=1)

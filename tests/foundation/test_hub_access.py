@@ -14,7 +14,7 @@ from tiny_eval import write_clip, write_dino
 
 from gsoft_diffusion import UserError
 from gsoft_diffusion.foundation.hub_access import PATIENCE, stay_offline, why_unreachable
-from gsoft_diffusion.models.loading import fetch_model, load_models
+from gsoft_diffusion.models.loading import fetch_model, load_model
 from gsoft_diffusion.publish.hub import HubRepository
 from gsoft_diffusion.scoring import encoders
 from gsoft_diffusion.scoring.encoders import load_clip, load_encoders
@@ -102,7 +102,7 @@ def test_an_encoder_by_name_says_why_it_cannot_be_had(network):
     assert len(met.asked) == 1
 
 
-@pytest.mark.parametrize("get", [load_models, fetch_model])
+@pytest.mark.parametrize("get", [load_model, fetch_model])
 def test_a_base_model_costs_one_attempt(network, get):
     met = network(None)
     with pytest.raises(UserError, match=r"someone/model from the hub \(.*nobody is there, and it is not in the cache"):

@@ -27,14 +27,14 @@ from gsoft_diffusion.config import AdapterConfig, ExportConfig, SamplerConfig, T
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import (
     FAMILIES,
+    BaseModel,
     Flux,
     Flux2Klein,
-    Models,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
 )
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.training.train import train
@@ -53,8 +53,8 @@ COLUMNS = (
 SAMPLER = SamplerConfig(num_inference_steps=3, guidance_scale=2.0)
 
 
-def picture(models: Models, width: int = PIXELS, height: int = PIXELS) -> np.ndarray:
-    (sample,) = generate(models, [("a dog", 3)], SAMPLER, width=width, height=height)
+def picture(model: BaseModel, width: int = PIXELS, height: int = PIXELS) -> np.ndarray:
+    (sample,) = generate(model, [("a dog", 3)], SAMPLER, width=width, height=height)
     return np.asarray(sample.image, dtype=int)
 
 
@@ -74,7 +74,7 @@ def pipeline_picture(pipeline: diffusers.DiffusionPipeline, width: int = PIXELS,
 class Life:
     """One family's steps, in the order of `COLUMNS`; each raises AssertionError, or UserError if it is refused."""
 
-    def __init__(self, family: type[Models], folder: Path, photos: Path) -> None:
+    def __init__(self, family: type[BaseModel], folder: Path, photos: Path) -> None:
         self.family, self.folder, self.photos = family, folder, photos
         self.base = WRITERS[family](folder / "base")
 
@@ -102,13 +102,13 @@ class Life:
         self.adapter_path = result.adapter
 
     def text_encoder(self) -> None:
-        models = load_models(str(self.base))
-        if not models.text_encoders:
+        model = load_model(str(self.base))
+        if not model.text_encoders:
             raise UserError("none that can be adapted: its embeddings are cached")
-        adapter, _ = load_adapter(self.adapter_path, models.denoiser, models.text_encoders)
+        adapter, _ = load_adapter(self.adapter_path, model.denoiser, model.text_encoders)
         trained = {name.partition(".")[0] for name, value in adapter.named_parameters() if value.abs().max() > 0}
         roots = {
-            f"text_encoder{'' if number == 1 else f'_{number}'}" for number in range(1, len(models.text_encoders) + 1)
+            f"text_encoder{'' if number == 1 else f'_{number}'}" for number in range(1, len(model.text_encoders) + 1)
         }
         assert roots < trained
 
@@ -116,22 +116,22 @@ class Life:
         assert self.adapter_path.stat().st_size > 0
 
     def load(self) -> None:
-        untouched = picture(load_models(str(self.base)))
+        untouched = picture(load_model(str(self.base)))
         self.adapted, self.adapter = self.loaded()
         self.expected = picture(self.adapted)
         assert np.abs(self.expected - untouched).mean() > 1, "the adapter changes nothing"
         assert self.adapter.orthogonality_error() < 1e-5
 
-    def loaded(self) -> tuple[Models, Adapter]:
-        models = load_models(str(self.base))
-        adapter, _ = load_adapter(self.adapter_path, models.denoiser, models.text_encoders)
-        return models, adapter
+    def loaded(self) -> tuple[BaseModel, Adapter]:
+        model = load_model(str(self.base))
+        adapter, _ = load_adapter(self.adapter_path, model.denoiser, model.text_encoders)
+        return model, adapter
 
     def merge(self) -> None:
         target = export(ExportConfig((str(self.adapter_path),), "diffusers", precision="float32"))
         self.adapter.merge()
         assert np.abs(picture(self.adapted) - self.expected).max() <= 1
-        assert np.abs(picture(load_models(str(target))) - self.expected).max() <= 1
+        assert np.abs(picture(load_model(str(target))) - self.expected).max() <= 1
         pipeline = diffusers.DiffusionPipeline.from_pretrained(target)
         assert type(pipeline).__name__ == self.family.pipeline
         assert np.abs(pipeline_picture(pipeline) - self.expected).max() <= 1
@@ -149,14 +149,14 @@ class Life:
 
     def random_adapter(self, base: Path) -> tuple[Path, np.ndarray]:
         """An adapter for another base, and the picture with it."""
-        models = load_models(str(base))
-        untouched, identity = picture(models), identity_of(models)
-        adapter = inject(AdapterConfig(nblocks=4), models.denoiser, models.text_encoders)
+        model = load_model(str(base))
+        untouched, identity = picture(model), identity_of(model)
+        adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
         randomise(adapter)
         path = self.folder / "random" / "adapter.safetensors"
         path.parent.mkdir()
         save_adapter(path, adapter, base_model=identity, training={}, prompts={})
-        expected = picture(models)
+        expected = picture(model)
         assert np.abs(expected - untouched).mean() > 1, "the adapter changes nothing"
         return path, expected
 
@@ -213,13 +213,13 @@ def test_the_table_says_what_the_family_can_do(family, tmp_path, photos):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_pictures_that_are_not_square(family, tmp_path):
     base = WRITERS[family](tmp_path / "base")
-    models = load_models(str(base))
-    found = picture(models, width=2 * PIXELS)
+    model = load_model(str(base))
+    found = picture(model, width=2 * PIXELS)
     assert found.shape == (PIXELS, 2 * PIXELS, 3)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
     assert np.abs(found - pipeline_picture(pipeline, width=2 * PIXELS)).max() <= 1
-    with pytest.raises(UserError, match=f"--height {PIXELS + 2}: must be a multiple of {models.size_step} for"):
-        picture(models, height=PIXELS + 2)
+    with pytest.raises(UserError, match=f"--height {PIXELS + 2}: must be a multiple of {model.size_step} for"):
+        picture(model, height=PIXELS + 2)
 
 
 def test_the_table_has_every_family_and_no_other():
@@ -263,10 +263,10 @@ WRONG = {  # a part's setting that does not go with the other parts
 @pytest.mark.parametrize("wrong", WRONG)
 def test_parts_that_do_not_go_together_are_refused(wrong, tmp_path):
     family, part, changes, message = WRONG[wrong]
-    models = load_models(str(WRITERS[family](tmp_path / "base")))
-    getattr(models, part).register_to_config(**changes)
+    model = load_model(str(WRITERS[family](tmp_path / "base")))
+    getattr(model, part).register_to_config(**changes)
     with pytest.raises(UserError, match=message):
-        models.check()
+        model.check()
 
 
 def test_min_snr_is_refused_for_flow_matching(tmp_path, photos):

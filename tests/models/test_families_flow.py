@@ -19,7 +19,7 @@ from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import Flux, Flux2Klein, StableDiffusion3, whole_view
 from gsoft_diffusion.models.families.flux import pack, unpack
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.low_rank import LoraLayer, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.sampling.generation import generate
 
@@ -31,8 +31,8 @@ def folder(request, tmp_path_factory) -> Path:
     return WRITERS[request.param](tmp_path_factory.mktemp("flow") / "base")
 
 
-def picture(models, sampler: SamplerConfig) -> np.ndarray:
-    (sample,) = generate(models, [("a dog", 3)], sampler, resolution=PIXELS)
+def picture(model, sampler: SamplerConfig) -> np.ndarray:
+    (sample,) = generate(model, [("a dog", 3)], sampler, resolution=PIXELS)
     return np.asarray(sample.image, dtype=int)
 
 
@@ -44,7 +44,7 @@ def pipeline_picture(folder: Path, **settings: object) -> np.ndarray:
 
 
 def test_same_pictures_as_diffusers_pipeline(folder):
-    found = picture(load_models(str(folder)), SamplerConfig(num_inference_steps=3, guidance_scale=2.5))
+    found = picture(load_model(str(folder)), SamplerConfig(num_inference_steps=3, guidance_scale=2.5))
     assert np.abs(found - pipeline_picture(folder, num_inference_steps=3, guidance_scale=2.5)).max() <= 1
 
 
@@ -55,53 +55,53 @@ def test_same_pictures_as_diffusers_pipeline(folder):
 )
 def test_distilled_models_are_drawn_without_guidance(tmp_path, write, options, caplog):
     base = write(tmp_path / "base", **options)
-    models = load_models(str(base))
-    found = picture(models, SamplerConfig(num_inference_steps=2, guidance_scale=5.0))
-    assert (found == picture(models, SamplerConfig(num_inference_steps=2, guidance_scale=1.0))).all()
+    model = load_model(str(base))
+    found = picture(model, SamplerConfig(num_inference_steps=2, guidance_scale=5.0))
+    assert (found == picture(model, SamplerConfig(num_inference_steps=2, guidance_scale=1.0))).all()
     assert "the guidance scale has no effect" in caplog.text
     caplog.clear()
-    picture(models, SamplerConfig(num_inference_steps=2, negative_prompt="a cat"))
+    picture(model, SamplerConfig(num_inference_steps=2, negative_prompt="a cat"))
     assert "the negative prompt has no effect" in caplog.text
     assert np.abs(found - pipeline_picture(base, num_inference_steps=2, guidance_scale=1.0)).max() <= 1
 
 
 def test_sd3_has_positions_for_pictures_of_some_size_only(tmp_path):
-    models = load_models(str(write_sd3(tmp_path / "base")))
+    model = load_model(str(write_sd3(tmp_path / "base")))
     with pytest.raises(UserError, match="--width 196: must be 192 or less"):
-        list(generate(models, [("a dog", 3)], SamplerConfig(num_inference_steps=2), width=196, height=PIXELS))
+        list(generate(model, [("a dog", 3)], SamplerConfig(num_inference_steps=2), width=196, height=PIXELS))
 
 
 def test_latents_come_back_from_the_vae_as_diffusers_has_them(folder):
     """Scaled and shifted, or patched and normalised: decoding undoes exactly what sampling does."""
-    models = load_models(str(folder))
-    latents = torch.randn(1, *models.latent_shape(PIXELS))
+    model = load_model(str(folder))
+    latents = torch.randn(1, *model.latent_shape(PIXELS))
     raw = []
-    models.vae.decode = lambda z: raw.append(z) or SimpleNamespace(sample=z)
-    models.decode(latents)
+    model.vae.decode = lambda z: raw.append(z) or SimpleNamespace(sample=z)
+    model.decode(latents)
     moments = torch.cat([raw[0], torch.zeros_like(raw[0])], dim=1)
-    torch.testing.assert_close(models.sample_latents(moments, torch.zeros_like(latents)), latents)
+    torch.testing.assert_close(model.sample_latents(moments, torch.zeros_like(latents)), latents)
 
 
 def test_every_trained_layer_gets_a_gradient_with_checkpointing(folder):
-    models = load_models(str(folder))
-    config = AdapterConfig(nblocks=4, text_encoder=bool(models.text_encoders))
-    adapter = inject(config, models.denoiser, models.text_encoders)
+    model = load_model(str(folder))
+    config = AdapterConfig(nblocks=4, text_encoder=bool(model.text_encoders))
+    adapter = inject(config, model.denoiser, model.text_encoders)
     randomise(adapter, size=0.1)
 
     def gradients() -> dict[str, torch.Tensor | None]:
         adapter.zero_grad()
         generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(2, *models.latent_shape(PIXELS, 2 * PIXELS), generator=generator)
-        conditioning = models.encode_prompts(["a dog", "a cat"])
+        latents = torch.randn(2, *model.latent_shape(PIXELS, 2 * PIXELS), generator=generator)
+        conditioning = model.encode_prompts(["a dog", "a cat"])
         views = whole_view(PIXELS, 2 * PIXELS).repeat(2, 1)
-        prediction = models.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
+        prediction = model.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
         assert prediction.shape == latents.shape
         prediction.square().mean().backward()
         return {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
-    models.denoiser.train()
+    model.denoiser.train()
     plain = gradients()
-    models.denoiser.enable_gradient_checkpointing()
+    model.denoiser.enable_gradient_checkpointing()
     checkpointed = gradients()
     for name, gradient in plain.items():
         if gradient is None:  # the last layers of CLIP that nobody reads
@@ -111,22 +111,22 @@ def test_every_trained_layer_gets_a_gradient_with_checkpointing(folder):
 
 
 def test_removing_the_adapter_gives_the_model_back(folder):
-    models = load_models(str(folder))
-    conditioning = models.encode_prompts(["a dog"])
-    latents, views = torch.randn(1, *models.latent_shape(PIXELS)), whole_view(PIXELS, PIXELS)
+    model = load_model(str(folder))
+    conditioning = model.encode_prompts(["a dog"])
+    latents, views = torch.randn(1, *model.latent_shape(PIXELS)), whole_view(PIXELS, PIXELS)
 
     def run() -> torch.Tensor:
         with torch.no_grad():
-            return models.predict(latents, torch.tensor([500.0]), conditioning, views)
+            return model.predict(latents, torch.tensor([500.0]), conditioning, views)
 
-    before, layers = run(), [type(module) for module in models.denoiser.modules()]
-    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), models.denoiser)
+    before, layers = run(), [type(module) for module in model.denoiser.modules()]
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
     assert torch.equal(run(), before)
     randomise(adapter)
     assert not torch.allclose(run(), before, atol=1e-3)
     adapter.remove()
     assert torch.equal(run(), before)
-    assert [type(module) for module in models.denoiser.modules()] == layers
+    assert [type(module) for module in model.denoiser.modules()] == layers
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,11 @@ def test_removing_the_adapter_gives_the_model_back(folder):
     ],
 )
 def test_a_perfect_model_draws_its_picture(folder, scheduler):
-    models = load_models(str(folder))
-    clean = torch.randn(1, *models.latent_shape(PIXELS), generator=torch.Generator().manual_seed(1))
-    models.predict = lambda noisy, timestep, *rest: (noisy - clean) / (timestep / 1000)
-    found = picture(models, SamplerConfig(num_inference_steps=10, guidance_scale=1.0, scheduler=scheduler))
-    wanted = ((models.decode(clean)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    model = load_model(str(folder))
+    clean = torch.randn(1, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(1))
+    model.predict = lambda noisy, timestep, *rest: (noisy - clean) / (timestep / 1000)
+    found = picture(model, SamplerConfig(num_inference_steps=10, guidance_scale=1.0, scheduler=scheduler))
+    wanted = ((model.decode(clean)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
     assert np.abs(found - wanted).mean() < 2
 
 
@@ -161,14 +161,14 @@ def test_kohya_loras_of_flux_are_read_in_the_published_width(rank):
     """By diffusers' converter, which knows that width only: every layer's change comes back, and no other's."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
-    models = object.__new__(Flux)
-    models.transformer = transformer
+    model = object.__new__(Flux)
+    model.transformer = transformer
     generator = torch.Generator().manual_seed(0)
     layers = [
         LoraLayer(name, *(torch.randn(shape, generator=generator) for shape in ((3072, rank), (rank, 3072))), 1, 1, 0)
         for name in find_linears(find_attentions(transformer), {})
     ]
-    tensors = kohya_tensors(layers, models.kohya_place)
+    tensors = kohya_tensors(layers, model.kohya_place)
     assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 3072, 3 * rank)
     assert tensors["lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight"].shape == (3 * rank, 3072)
     read, wanted = diffusers.FluxPipeline.lora_state_dict(tensors), diffusers_tensors(layers)

@@ -18,7 +18,7 @@ from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig, ExportConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import StableDiffusionXL
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import generate
 
@@ -29,37 +29,37 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def models(folder) -> StableDiffusionXL:
-    loaded = load_models(str(folder))
+def model(folder) -> StableDiffusionXL:
+    loaded = load_model(str(folder))
     assert isinstance(loaded, StableDiffusionXL)
     return loaded
 
 
-def pipeline_of(models: StableDiffusionXL, **options: object) -> StableDiffusionXLPipeline:
-    parts = {name: getattr(models, name) for name in models.parts()}
+def pipeline_of(model: StableDiffusionXL, **options: object) -> StableDiffusionXLPipeline:
+    parts = {name: getattr(model, name) for name in model.parts()}
     pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def picture(models: StableDiffusionXL, sampler: SamplerConfig, seed: int = 3) -> np.ndarray:
-    (sample,) = generate(models, [("a dog", seed)], sampler)
+def picture(model: StableDiffusionXL, sampler: SamplerConfig, seed: int = 3) -> np.ndarray:
+    (sample,) = generate(model, [("a dog", seed)], sampler)
     return np.asarray(sample.image, dtype=int)
 
 
-def test_embeddings_are_those_of_the_pipeline(models):
+def test_embeddings_are_those_of_the_pipeline(model):
     with torch.no_grad():
-        states, _, pooled, _ = pipeline_of(models).encode_prompt(["a dog", "a cat"], do_classifier_free_guidance=False)
-        conditioning = models.encode_prompts(["a dog", "a cat"])
+        states, _, pooled, _ = pipeline_of(model).encode_prompt(["a dog", "a cat"], do_classifier_free_guidance=False)
+        conditioning = model.encode_prompts(["a dog", "a cat"])
     assert torch.equal(conditioning["encoder_hidden_states"], states)
     assert torch.equal(conditioning["text_embeds"], pooled)
 
 
 @pytest.mark.parametrize("negative", ["", "a cat"])
 @pytest.mark.parametrize("force_zeros", [True, False])
-def test_same_pictures_as_diffusers_pipeline(models, negative, force_zeros):
-    models.options["force_zeros_for_empty_prompt"] = force_zeros
-    pipeline = pipeline_of(models, force_zeros_for_empty_prompt=force_zeros)
+def test_same_pictures_as_diffusers_pipeline(model, negative, force_zeros):
+    model.options["force_zeros_for_empty_prompt"] = force_zeros
+    pipeline = pipeline_of(model, force_zeros_for_empty_prompt=force_zeros)
     expected = pipeline(
         "a dog",
         negative_prompt=negative or None,
@@ -67,44 +67,44 @@ def test_same_pictures_as_diffusers_pipeline(models, negative, force_zeros):
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(3),
     ).images[0]
-    drawn = picture(models, SamplerConfig(num_inference_steps=4, guidance_scale=3.0, negative_prompt=negative))
+    drawn = picture(model, SamplerConfig(num_inference_steps=4, guidance_scale=3.0, negative_prompt=negative))
     assert np.abs(drawn - np.asarray(expected, dtype=int)).max() <= 1
 
 
-def test_an_empty_negative_prompt_is_zeros_if_the_checkpoint_says_so(models):
-    assert all(not tensor.any() for tensor in models.encode_negative("").values())
-    models.options["force_zeros_for_empty_prompt"] = False
-    assert all(tensor.any() for tensor in models.encode_negative("").values())
+def test_an_empty_negative_prompt_is_zeros_if_the_checkpoint_says_so(model):
+    assert all(not tensor.any() for tensor in model.encode_negative("").values())
+    model.options["force_zeros_for_empty_prompt"] = False
+    assert all(tensor.any() for tensor in model.encode_negative("").values())
 
 
-def test_the_view_reaches_the_unet(models):
+def test_the_view_reaches_the_unet(model):
     """Original size, crop and target size, in the order of diffusers' time ids."""
     seen = {}
 
     def watch(module, arguments, options) -> None:
         seen.update(options["added_cond_kwargs"])
 
-    models.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    model.unet.register_forward_pre_hook(watch, with_kwargs=True)
     views = torch.tensor([[480, 640, 0, 128, 512, 512]])
     with torch.no_grad():
-        models.predict(torch.randn(1, 4, 16, 16), torch.tensor([5]), models.encode_prompts(["a dog"]), views)
-        plain = pipeline_of(models)._get_add_time_ids((480, 640), (0, 128), (512, 512), torch.float32, 32)
+        model.predict(torch.randn(1, 4, 16, 16), torch.tensor([5]), model.encode_prompts(["a dog"]), views)
+        plain = pipeline_of(model)._get_add_time_ids((480, 640), (0, 128), (512, 512), torch.float32, 32)
     assert torch.equal(seen["time_ids"], plain)
 
 
 def test_the_vae_is_float32_in_half_precision(folder):
-    models = load_models(str(folder), dtype=torch.bfloat16)
-    assert (models.dtype, models.text_encoder_2.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert models.vae.dtype == torch.float32
-    assert picture(models, SamplerConfig(num_inference_steps=2)).shape == (32, 32, 3)
+    model = load_model(str(folder), dtype=torch.bfloat16)
+    assert (model.dtype, model.text_encoder_2.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert model.vae.dtype == torch.float32
+    assert picture(model, SamplerConfig(num_inference_steps=2)).shape == (32, 32, 3)
 
 
-def test_the_adapter_is_in_both_text_encoders_and_the_view_in_the_gradient(models):
-    adapter = inject(AdapterConfig(nblocks=4), models.denoiser, models.text_encoders)
+def test_the_adapter_is_in_both_text_encoders_and_the_view_in_the_gradient(model):
+    adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
     randomise(adapter, size=0.1)
     views = torch.tensor([[480, 640, 0, 128, 512, 512]])
-    models.predict(
-        torch.randn(1, 4, 16, 16), torch.tensor([5]), models.encode_prompts(["a dog"]), views
+    model.predict(
+        torch.randn(1, 4, 16, 16), torch.tensor([5]), model.encode_prompts(["a dog"]), views
     ).square().mean().backward()
     idle = {name for name, parameter in adapter.named_parameters() if parameter.grad is None}
     # The last layer of the first encoder has no say: the UNet gets the hidden states before it.
@@ -132,24 +132,24 @@ def test_variants_that_are_computed_differently_are_refused(own, part, change, m
     path = own / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        load_models(str(own))
+        load_model(str(own))
 
 
-def test_text_encoders_that_do_not_fit_are_refused(own, models):
-    CLIPTextModel(clip_config(models.text_encoder.config.vocab_size, hidden_size=16)).save_pretrained(
+def test_text_encoders_that_do_not_fit_are_refused(own, model):
+    CLIPTextModel(clip_config(model.text_encoder.config.vocab_size, hidden_size=16)).save_pretrained(
         own / "text_encoder"
     )
     with pytest.raises(UserError, match="widths add up to 80, but the UNet takes 96"):
-        load_models(str(own))
+        load_model(str(own))
 
 
 # Exports
 
 
 @pytest.fixture
-def adapter(models, tmp_path) -> Path:
-    identity = identity_of(models)
-    adapter = inject(AdapterConfig(nblocks=4), models.denoiser, models.text_encoders)
+def adapter(model, tmp_path) -> Path:
+    identity = identity_of(model)
+    adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
     randomise(adapter, size=0.2)
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, adapter, base_model=identity, training={}, prompts={})
@@ -164,7 +164,7 @@ def weights_of(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", ["diffusers", "checkpoint"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_whole_models_read_back_with_exactly_the_merged_weights(models, folder, adapter, layout, prediction_type):
+def test_whole_models_read_back_with_exactly_the_merged_weights(model, folder, adapter, layout, prediction_type):
     own = shutil.copytree(folder, adapter.parent / "base")
     path = own / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction_type}))
@@ -176,7 +176,7 @@ def test_whole_models_read_back_with_exactly_the_merged_weights(models, folder, 
         assert read.config.force_zeros_for_empty_prompt
     else:
         read = StableDiffusionXLPipeline.from_single_file(str(target), config=str(own), local_files_only=True)
-    expected, found = weights_of(pipeline_of(models)), weights_of(read)
+    expected, found = weights_of(pipeline_of(model)), weights_of(read)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -195,16 +195,16 @@ def test_a_single_file_says_how_the_model_predicts(own, prediction_type, rescale
     path = own / "scheduler" / "scheduler_config.json"
     changes = {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescale}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    tensors = load_models(str(own)).original_layout()
+    tensors = load_model(str(own)).original_layout()
     assert {name for name in tensors if "." not in name} == marks
     assert all(tensors[mark].shape == (0,) for mark in marks)
 
 
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
-def test_a_lora_of_full_rank_does_what_the_adapter_does(models, folder, adapter, layout):
+def test_a_lora_of_full_rank_does_what_the_adapter_does(model, folder, adapter, layout):
     sampler = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
-    expected = picture(models, sampler)
-    untouched = load_models(str(folder))
+    expected = picture(model, sampler)
+    untouched = load_model(str(folder))
     assert isinstance(untouched, StableDiffusionXL)
     assert np.abs(picture(untouched, sampler) - expected).max() > 1
     target = export(
@@ -214,7 +214,7 @@ def test_a_lora_of_full_rank_does_what_the_adapter_does(models, folder, adapter,
     pipeline.load_lora_weights(str(target.parent), weight_name=target.name)
     pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
     pipeline.unload_lora_weights()
-    found, wanted = weights_of(pipeline), weights_of(pipeline_of(models))
+    found, wanted = weights_of(pipeline), weights_of(pipeline_of(model))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

@@ -25,8 +25,8 @@ from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import AdapterConfig, ExportConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
-from gsoft_diffusion.models.families import FAMILIES, Models, StableDiffusion3, whole_view
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.families import FAMILIES, BaseModel, StableDiffusion3, whole_view
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.models.quantization import quantizable, quantize
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.training.train import train
@@ -54,15 +54,15 @@ def dequantised(model: nn.Module, bitsandbytes) -> nn.Module:
     return model
 
 
-def prediction_and_gradients(models: Models) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), models.denoiser)
+def prediction_and_gradients(model: BaseModel) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
     randomise(adapter, size=0.1)
-    models.denoiser.train()
-    models.denoiser.enable_gradient_checkpointing()
-    latents = torch.randn(2, *models.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))
-    conditioning = models.encode_prompts(["a dog", "a cat"])
+    model.denoiser.train()
+    model.denoiser.enable_gradient_checkpointing()
+    latents = torch.randn(2, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))
+    conditioning = model.encode_prompts(["a dog", "a cat"])
     views = whole_view(PIXELS, PIXELS).repeat(2, 1)
-    prediction = models.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
+    prediction = model.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
     prediction.square().mean().backward()
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
     assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
@@ -72,8 +72,8 @@ def prediction_and_gradients(models: Models) -> tuple[torch.Tensor, dict[str, to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_quantised_layers_do_what_their_numbers_do(folder, bitsandbytes, dtype):
     """Prediction and gradients are those of a model with these numbers in ordinary layers, and near the base's."""
-    quantised = load_models(str(folder), dtype=dtype, quantize_base="nf4")
-    plain = load_models(str(folder), dtype=dtype)
+    quantised = load_model(str(folder), dtype=dtype, quantize_base="nf4")
+    plain = load_model(str(folder), dtype=dtype)
     exact, by_hand = copy.copy(plain), copy.copy(plain)
     parts = [name for name, part in vars(quantised).items() if isinstance(part, nn.Module)]
     for name in parts:
@@ -88,7 +88,7 @@ def test_quantised_layers_do_what_their_numbers_do(folder, bitsandbytes, dtype):
 
 
 def test_what_is_adapted_and_what_may_be_stays_as_it_was(folder, bitsandbytes):
-    plain, quantised = load_models(str(folder)), load_models(str(folder), quantize_base="nf4")
+    plain, quantised = load_model(str(folder)), load_model(str(folder), quantize_base="nf4")
     four_bits = bitsandbytes.nn.Linear4bit
     adapted = find_linears(find_attentions(plain.denoiser), {})
     for name, linear in find_linears(find_attentions(quantised.denoiser), {}).items():
@@ -96,14 +96,14 @@ def test_what_is_adapted_and_what_may_be_stays_as_it_was(folder, bitsandbytes):
     assert any(isinstance(module, four_bits) for module in quantised.denoiser.modules())
     for encoder, same in zip(plain.text_encoders, quantised.text_encoders, strict=True):
         assert all(map(torch.equal, encoder.parameters(), same.parameters()))
-    for reader in quantised.readers():
+    for reader in quantised.all_text_encoders():
         assert any(isinstance(module, four_bits) for module in reader.modules()) != (reader in quantised.text_encoders)
     assert identity_of(quantised) == identity_of(plain)
     assert quantised.dtype == plain.dtype
 
 
 def test_t5_keeps_the_layers_whose_dtype_it_asks_for(tmp_path):
-    base = load_models(str(WRITERS[StableDiffusion3](tmp_path / "base")))
+    base = load_model(str(WRITERS[StableDiffusion3](tmp_path / "base")))
     found = {path.rpartition(".")[2] for path in quantizable(base.text_encoder_3)}
     assert found == {"q", "k", "v", "o", "wi_0", "wi_1"}
 
@@ -153,13 +153,13 @@ def test_what_is_trained_on_it_is_an_ordinary_adapter(folder, photos, tmp_path, 
     )
     path = train(config).adapter
     AcceleratorState._reset_state(reset_partial_state=True)
-    models = load_models(str(folder))
-    adapter, file = load_adapter(path, models.denoiser, models.text_encoders)
+    model = load_model(str(folder))
+    adapter, file = load_adapter(path, model.denoiser, model.text_encoders)
     assert file.training["quantize_base"] == "nf4"
     assert all(parameter.abs().max() > 0 for parameter in adapter.parameters())
-    merged = load_models(str(export(ExportConfig((str(path),), "diffusers", precision="float32"))))
+    merged = load_model(str(export(ExportConfig((str(path),), "diffusers", precision="float32"))))
     adapter.merge()
-    wanted = models.denoiser.state_dict()
+    wanted = model.denoiser.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in merged.denoiser.state_dict().items())
 
 
@@ -181,12 +181,12 @@ def test_the_rounding_is_that_of_four_bits(bitsandbytes):
 def test_a_missing_library_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"--quantize_base.*pip install bitsandbytes"):
-        load_models(str(tmp_path / "nowhere"), quantize_base="nf4")
+        load_model(str(tmp_path / "nowhere"), quantize_base="nf4")
 
 
 def test_weights_must_fit_into_main_memory_where_they_are_quantised(base, bitsandbytes, monkeypatch):
     asked = []
     monkeypatch.setattr(models_module, "check_weights", lambda name, files, device: asked.append(device))
     with pytest.raises(UserError, match="cannot put"):
-        load_models(str(base), device="cuda:99", quantize_base="nf4")
+        load_model(str(base), device="cuda:99", quantize_base="nf4")
     assert asked == ["cpu"]

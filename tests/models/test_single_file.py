@@ -13,7 +13,7 @@ from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation import memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training.train import train
 
 
@@ -23,14 +23,14 @@ def checkpoint(request, tmp_path_factory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp("single")
     folder = request.param(place / "folder")
     file = place / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in load_models(str(folder)).original_layout().items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in load_model(str(folder)).original_layout().items()}, file)
     return folder, file
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_is_the_same_model_as_the_folder(checkpoint, dtype):
     folder, file = checkpoint
-    expected, found = (load_models(str(path), base_config=str(folder), dtype=dtype) for path in (folder, file))
+    expected, found = (load_model(str(path), base_config=str(folder), dtype=dtype) for path in (folder, file))
     assert type(found) is type(expected)
     assert found.options == expected.options
     assert found.noise_scheduler().config.prediction_type == expected.noise_scheduler().config.prediction_type
@@ -49,7 +49,7 @@ def test_a_file_that_does_not_fit_into_memory_is_refused(checkpoint, monkeypatch
     folder, file = checkpoint
     monkeypatch.setattr(memory, "free_memory", lambda device: file.stat().st_size // 2)
     with pytest.raises(UserError, match=r"not enough memory for .*model\.safetensors"):
-        load_models(str(file), base_config=str(folder))
+        load_model(str(file), base_config=str(folder))
 
 
 def test_without_a_network_one_line_says_what_to_give(checkpoint, monkeypatch):
@@ -58,7 +58,7 @@ def test_without_a_network_one_line_says_what_to_give(checkpoint, monkeypatch):
 
     monkeypatch.setattr(models_module, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"model\.safetensors goes with the configuration of .*--base_config") as caught:
-        load_models(str(checkpoint[1]))
+        load_model(str(checkpoint[1]))
     assert "\n" not in str(caught.value)
 
 
@@ -70,7 +70,7 @@ def test_the_usual_configuration_is_asked_for_without_weights(checkpoint, monkey
         return str(checkpoint[0])
 
     monkeypatch.setattr(models_module, "snapshot_download", download)
-    load_models(str(checkpoint[1]))
+    load_model(str(checkpoint[1]))
     ((name, patterns),) = asked
     assert "/" in name
     assert not any("safetensors" in pattern or pattern in ("*", "*/*") for pattern in patterns)
@@ -83,7 +83,7 @@ def test_a_file_that_lacks_weights_is_refused(checkpoint, tmp_path):
     del weights[name]
     save_file(weights, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match=r"part\.safetensors") as caught:
-        load_models(str(tmp_path / "part.safetensors"), base_config=str(folder))
+        load_model(str(tmp_path / "part.safetensors"), base_config=str(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -103,18 +103,18 @@ def test_a_file_of_other_sizes_is_refused(checkpoint, tmp_path):
     weights[name] = torch.cat([weights[name], weights[name]], dim=1)
     save_file(weights, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"cannot load .*odd\.safetensors"):
-        load_models(str(tmp_path / "odd.safetensors"), base_config=str(folder))
+        load_model(str(tmp_path / "odd.safetensors"), base_config=str(folder))
 
 
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"bad\.safetensors: not a readable safetensors file"):
-        load_models(str(tmp_path / "bad.safetensors"))
+        load_model(str(tmp_path / "bad.safetensors"))
 
 
 def test_pickled_and_missing_files_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="can run code"):
-        load_models(str(tmp_path / "model.ckpt"))
+        load_model(str(tmp_path / "model.ckpt"))
     with pytest.raises(UserError, match="no model file"):
-        load_models(str(tmp_path / "nowhere.safetensors"))
+        load_model(str(tmp_path / "nowhere.safetensors"))

@@ -32,8 +32,8 @@ from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
-from gsoft_diffusion.models.families import Models
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.models.original_layout import original_layout
 from gsoft_diffusion.publish.export import export, save_text_encoder, write_tensors
 from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, low_rank, total_error
@@ -43,10 +43,10 @@ WIDEST = 64  # the tiny bases' largest width: the full rank of every layer
 
 def write_adapter(base: Path, path: Path, **changes: object) -> Path:
     """An adapter of random rotations for the base."""
-    models = load_models(str(base))
-    identity = identity_of(models)
+    model = load_model(str(base))
+    identity = identity_of(model)
     config = AdapterConfig(**({"nblocks": 4} | changes))
-    adapter = inject(config, models.unet, [models.text_encoder])
+    adapter = inject(config, model.unet, [model.text_encoder])
     randomise(adapter, size=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(path, adapter, base_model=identity, training={}, prompts={"instance_prompt": "a sks dog"})
@@ -96,17 +96,19 @@ def adapter(base, tmp_path_factory) -> Path:
 
 
 @contextmanager
-def adapted(path: Path, base: Path) -> Iterator[Models]:
+def adapted(path: Path, base: Path) -> Iterator[BaseModel]:
     """The base with its adapter at work, not merged."""
-    models = load_models(str(base))
-    load_adapter(path, models.unet, [models.text_encoder])
+    model = load_model(str(base))
+    load_adapter(path, model.unet, [model.text_encoder])
     with torch.no_grad():
-        yield models
+        yield model
 
 
-def weights(models: Models | StableDiffusionPipeline) -> dict[str, Tensor]:
-    parts = {"text_encoder": models.text_encoder, "vae": models.vae, "unet": models.unet}
-    return {f"{part}.{name}": tensor for part, model in parts.items() for name, tensor in model.state_dict().items()}
+def weights(model: BaseModel | StableDiffusionPipeline) -> dict[str, Tensor]:
+    parts = {"text_encoder": model.text_encoder, "vae": model.vae, "unet": model.unet}
+    return {
+        f"{part}.{name}": tensor for part, network in parts.items() for name, tensor in network.state_dict().items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -117,27 +119,27 @@ def second(base, tmp_path_factory) -> Path:
 
 
 def stacked_weights(strengths: dict[Path, float], base: Path) -> dict[str, Tensor]:
-    models = load_models(str(base))
-    stack = AdapterStack(models.unet, [models.text_encoder])
+    model = load_model(str(base))
+    stack = AdapterStack(model.unet, [model.text_encoder])
     for path in strengths:
         stack.load(str(path), path)
     stack.use({str(path): strength for path, strength in strengths.items()})
-    return weights(models)
+    return weights(model)
 
 
 def merged_weights(path: Path, base: Path) -> dict[str, Tensor]:
-    models = load_models(str(base))
-    load_adapter(path, models.unet, [models.text_encoder])[0].merge()
-    return weights(models)
+    model = load_model(str(base))
+    load_adapter(path, model.unet, [model.text_encoder])[0].merge()
+    return weights(model)
 
 
 @torch.no_grad()
-def outputs(models: Models | StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
+def outputs(model: BaseModel | StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
     """The text encoder's and the UNet's for fixed tokens, latents and timesteps."""
     tokens = torch.arange(32).reshape(2, 16)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    text = models.text_encoder.eval()(tokens)[0]
-    return text, models.unet.eval()(latents, torch.tensor([3, 500]), text).sample
+    text = model.text_encoder.eval()(tokens)[0]
+    return text, model.unet.eval()(latents, torch.tensor([3, 500]), text).sample
 
 
 def assert_outputs_agree(given, wanted, relative: float) -> None:
@@ -160,15 +162,15 @@ def test_folder_is_a_whole_model(any_base, any_adapter, tmp_path, precision):
     assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     prompt = "a sks dog"
-    assert pipeline.tokenizer(prompt).input_ids == load_models(str(any_base)).tokenizer(prompt).input_ids
+    assert pipeline.tokenizer(prompt).input_ids == load_model(str(any_base)).tokenizer(prompt).input_ids
     assert {path.name for path in (folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
     assert [path.name for path in folder.parent.iterdir()] == ["dog"]
 
 
 def test_folder_can_be_trained_on_and_drawn_with_again(base, adapter, tmp_path):
     folder = export(ExportConfig((str(adapter),), "diffusers", output=str(tmp_path / "dog"), precision="float32"))
-    with adapted(adapter, base) as models:
-        assert_outputs_agree(outputs(load_models(str(folder))), outputs(models), 1e-6)
+    with adapted(adapter, base) as model:
+        assert_outputs_agree(outputs(load_model(str(folder))), outputs(model), 1e-6)
 
 
 def keys_of(path: Path) -> set[str]:
@@ -187,19 +189,19 @@ def test_text_encoders_have_the_names_that_other_programs_ask_for(base, adapter,
         assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in names
         assert all(re.match(r"text_model\.(?!text_model)", name) for name in names)
         of_base = folder if merged is twice else base
-        found, wanted = weights(load_models(str(merged))), merged_weights(own, of_base)
+        found, wanted = weights(load_model(str(merged))), merged_weights(own, of_base)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("write", [write_sdxl, write_sd3], ids=["XL", "3"])
 def test_projections_of_text_encoders_keep_their_name(write, tmp_path):
-    models = load_models(str(write(tmp_path / "base")))
-    save_text_encoder(models.text_encoder_2, tmp_path / "saved")
+    model = load_model(str(write(tmp_path / "base")))
+    save_text_encoder(model.text_encoder_2, tmp_path / "saved")
     names = keys_of(tmp_path / "saved" / "model.safetensors")
     assert "text_projection.weight" in names
     assert all(name.startswith("text_model.") for name in names - {"text_projection.weight"})
-    read = type(models.text_encoder_2).from_pretrained(tmp_path / "saved").state_dict()
-    assert all(torch.equal(read[name], tensor) for name, tensor in models.text_encoder_2.state_dict().items())
+    read = type(model.text_encoder_2).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in model.text_encoder_2.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"])
@@ -282,37 +284,37 @@ CLIP = {
 
 
 def test_original_names_are_the_published_ones(base, tmp_path):
-    models = load_models(str(enlarge(write_base(tmp_path / "base"))))
-    tensors = original_layout(models.unet, models.vae, models.text_encoder)
+    model = load_model(str(enlarge(write_base(tmp_path / "base"))))
+    tensors = original_layout(model.unet, model.vae, model.text_encoder)
     assert tensors.keys() >= PUBLISHED | OPEN_CLIP
     assert not [name for name in tensors if ".transformer.text_model." in name]
     assert sum(name.startswith("model.diffusion_model.") for name in tensors) == 686  # as in the published files
     assert sum(name.startswith("first_stage_model.") for name in tensors) == 248
     assert tensors["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (32, 32, 1, 1)
     assert tensors["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"].shape == (96, 32)
-    first = load_models(str(base))
+    first = load_model(str(base))
     assert original_layout(first.unet, first.vae, first.text_encoder).keys() >= CLIP
 
 
 def test_a_projection_that_a_single_file_cannot_hold_is_refused(tmp_path):
-    models = load_models(str(write_sd3(tmp_path / "base")))
-    names = models.original_layout().keys()
+    model = load_model(str(write_sd3(tmp_path / "base")))
+    names = model.original_layout().keys()
     assert sum(name.startswith("text_encoders.t5xxl.transformer.") for name in names) == len(
-        models.text_encoder_3.state_dict()
+        model.text_encoder_3.state_dict()
     )
-    models.text_encoder.text_projection.weight[0, 1] = 0.1
+    model.text_encoder.text_projection.weight[0, 1] = 0.1
     with pytest.raises(UserError, match=r"text_projection is not the identity.*--format diffusers"):
-        models.original_layout()
+        model.original_layout()
 
 
 def test_what_has_no_place_in_the_original_layout_is_named(base):
-    models = load_models(str(base))
-    models.unet.add_module("novelty", torch.nn.Linear(2, 2))
+    model = load_model(str(base))
+    model.unet.add_module("novelty", torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"novelty\.weight.*--format diffusers"):
-        original_layout(models.unet, models.vae, models.text_encoder)
-    models.text_encoder.config.hidden_act = "relu"
+        original_layout(model.unet, model.vae, model.text_encoder)
+    model.text_encoder.config.hidden_act = "relu"
     with pytest.raises(UserError, match="relu"):
-        original_layout(models.unet, models.vae, models.text_encoder)
+        original_layout(model.unet, model.vae, model.text_encoder)
 
 
 # LoRAs
@@ -351,8 +353,8 @@ def test_lora_of_full_rank_is_the_adapter(any_base, any_adapter, tmp_path, layou
     output = str(tmp_path / "dog.safetensors")
     path = export(ExportConfig((str(any_adapter),), layout, output=output, rank=WIDEST, precision="float32"))
     pipeline = with_lora(any_base, path)
-    with adapted(any_adapter, any_base) as models:
-        wanted = outputs(models)
+    with adapted(any_adapter, any_base) as model:
+        wanted = outputs(model)
     assert_outputs_agree(outputs(pipeline), wanted, 1e-5)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -367,9 +369,9 @@ def test_lora_of_full_rank_is_the_adapter(any_base, any_adapter, tmp_path, layou
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
 def test_truncated_lora_does_what_its_product_does(any_base, any_adapter, tmp_path, layout):
     path = export(ExportConfig((str(any_adapter),), layout, output=str(tmp_path / "dog.safetensors"), rank=3))
-    models = load_models(str(any_base))
-    plain = outputs(models)
-    base, merged = weights(models), merged_weights(any_adapter, any_base)
+    model = load_model(str(any_base))
+    plain = outputs(model)
+    base, merged = weights(model), merged_weights(any_adapter, any_base)
     by_hand, errors = {}, {}
     for name, tensor in merged.items():
         change = tensor - base[name]
@@ -380,8 +382,8 @@ def test_truncated_lora_does_what_its_product_does(any_base, any_adapter, tmp_pa
     for part in ("unet", "text_encoder"):
         changed = {name.removeprefix(f"{part}."): by_hand[name] for name in by_hand if name.startswith(f"{part}.")}
         assert changed
-        getattr(models, part).load_state_dict(changed, strict=False)
-    wanted = outputs(models)
+        getattr(model, part).load_state_dict(changed, strict=False)
+    wanted = outputs(model)
     found = outputs(with_lora(any_base, path))
     assert_outputs_agree(found, wanted, 2e-3)  # the file is float16
     assert (wanted[1] - plain[1]).norm() > 20 * (found[1] - wanted[1]).norm()
@@ -396,7 +398,7 @@ def test_lora_of_an_adapter_without_the_text_encoder(base, tmp_path):
     assert path == tmp_path / "kohya_lora_rank4.safetensors"
     assert all(name.startswith("lora_unet_") for name in load_file(path))
     text, image = outputs(with_lora(base, path))
-    plain_text, plain_image = outputs(load_models(str(base)))
+    plain_text, plain_image = outputs(load_model(str(base)))
     assert torch.equal(text, plain_text)
     assert not torch.equal(image, plain_image)
 
@@ -439,10 +441,10 @@ def test_nothing_is_written_over(base, tmp_path, layout, name):
 
 @pytest.mark.parametrize("layout", ["diffusers", "checkpoint"])
 def test_numbers_too_large_for_float16(base, tmp_path, layout):
-    models = load_models(str(base))
+    model = load_model(str(base))
     huge = shutil.copytree(base, tmp_path / "huge")
-    models.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e6
-    models.vae.save_pretrained(huge / "vae")
+    model.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e6
+    model.vae.save_pretrained(huge / "vae")
     adapter = write_adapter(huge, tmp_path / "adapter.safetensors")
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"decoder\.conv_in\.weight.*--precision float32"):
@@ -464,10 +466,10 @@ def test_an_output_may_start_at_home(adapter, tmp_path, monkeypatch):
 
 
 def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path):
-    models = load_models(str(base))
-    identity = identity_of(models)
+    model = load_model(str(base))
+    identity = identity_of(model)
     path = tmp_path / "adapter.safetensors"
-    untrained = inject(AdapterConfig(nblocks=4), models.unet, [models.text_encoder])
+    untrained = inject(AdapterConfig(nblocks=4), model.unet, [model.text_encoder])
     save_adapter(path, untrained, base_model=identity, training={}, prompts={})
     for config in (
         ExportConfig((str(path),), "kohya_lora"),
@@ -564,12 +566,12 @@ def test_a_lora_of_several_adapters(adapter, second, base, tmp_path):
     path = export(config)
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
-    models = load_models(str(base))
-    stack = AdapterStack(models.unet, [models.text_encoder])
+    model = load_model(str(base))
+    stack = AdapterStack(model.unet, [model.text_encoder])
     for file in (adapter, second):
         stack.load(str(file), file)
     stack.use({str(adapter): 1.0, str(second): 0.5})
-    assert_outputs_agree(outputs(pipeline), outputs(models), 1e-4)
+    assert_outputs_agree(outputs(pipeline), outputs(model), 1e-4)
     with safe_open(path, "pt") as file:
         origin = json.loads(file.metadata()["gsoft_diffusion"])
     assert origin["strengths"] == [1.0, 0.5]

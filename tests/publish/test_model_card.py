@@ -27,7 +27,7 @@ def adapter_file(name: str = SD15, prompts: dict | None = None, **training) -> A
     return AdapterFile(Path("adapter.safetensors"), AdapterConfig(nblocks=32), identity, settings, prompts or DOG, {})
 
 
-class Models:
+class BaseModel:
     """What a card asks of a base model: SDXL's."""
 
     pipeline = "StableDiffusionXLPipeline"
@@ -39,7 +39,7 @@ class Models:
 
 
 def model_card(*arguments, **options) -> str:
-    return model_card_of(*arguments, models=Models(), **options)
+    return model_card_of(*arguments, model=BaseModel(), **options)
 
 
 def parts(card: str) -> tuple[dict, str]:

@@ -20,8 +20,8 @@ from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.config.prompts import with_names
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families import Models
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.sampling.generation import Sample, _precision, _sampler, draw, generate, sheet_rows
 from gsoft_diffusion.sampling.pictures import METADATA_KEY
 
@@ -34,8 +34,8 @@ def arrays(samples) -> list[np.ndarray]:
 
 
 def test_one_picture_for_each_job_in_order(base):
-    models = load_models(str(base))
-    samples = list(generate(models, JOBS, FEW_STEPS, batch_size=2))
+    model = load_model(str(base))
+    samples = list(generate(model, JOBS, FEW_STEPS, batch_size=2))
     assert [(sample.prompt, sample.seed) for sample in samples] == JOBS
     assert {sample.image.size for sample in samples} == {(32, 32)}
     pictures = arrays(samples)
@@ -47,10 +47,10 @@ def test_one_picture_for_each_job_in_order(base):
 @pytest.mark.parametrize("scheduler", [None, "PNDMScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("batch_size", [2, 3, 5])
 def test_pictures_do_not_depend_on_the_batch_size(base, scheduler, batch_size):
-    models = load_models(str(base))
+    model = load_model(str(base))
     sampler = replace(FEW_STEPS, scheduler=scheduler, num_inference_steps=5)
-    alone = arrays(generate(models, JOBS, sampler, batch_size=1))
-    together = arrays(generate(models, JOBS, sampler, batch_size=batch_size))
+    alone = arrays(generate(model, JOBS, sampler, batch_size=1))
+    together = arrays(generate(model, JOBS, sampler, batch_size=batch_size))
     assert max(np.abs(a - b).max() for a, b in zip(alone, together, strict=True)) <= 1
 
 
@@ -72,17 +72,17 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("scheduler", [None, "DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_a_perfect_model_draws_its_picture(any_base, scheduler):
     """Whatever the scheduler and the way of predicting, the sampler arrives where a perfect model points."""
-    models = load_models(str(any_base))
+    model = load_model(str(any_base))
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    oracle = Oracle(latents, models.scheduler)
-    oracle.config, oracle.dtype, oracle.device = models.unet.config, torch.float32, torch.device("cpu")
-    models.unet = oracle
+    oracle = Oracle(latents, model.scheduler)
+    oracle.config, oracle.dtype, oracle.device = model.unet.config, torch.float32, torch.device("cpu")
+    model.unet = oracle
     sampler = SamplerConfig(num_inference_steps=20, guidance_scale=2.0, scheduler=scheduler)
-    (picture,) = arrays(generate(models, [("a dog", 0)], sampler))
-    wanted = ((models.decode(latents)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    (picture,) = arrays(generate(model, [("a dog", 0)], sampler))
+    wanted = ((model.decode(latents)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
     difference = np.abs(picture - wanted)
     assert difference.mean() < 2.5  # the last step leaves a little noise, by the schedule
-    noise = ((models.decode(torch.randn(latents.shape))[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    noise = ((model.decode(torch.randn(latents.shape))[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
     assert np.abs(noise - wanted).mean() > 5 * difference.mean()
 
 
@@ -90,14 +90,14 @@ def test_a_perfect_model_draws_its_picture(any_base, scheduler):
 def test_same_pictures_as_diffusers_pipeline(any_base):
     from diffusers import StableDiffusionPipeline
 
-    models = load_models(str(any_base))
-    models.scheduler.register_to_config(steps_offset=1)  # the pipeline insists on it
+    model = load_model(str(any_base))
+    model.scheduler.register_to_config(steps_offset=1)  # the pipeline insists on it
     pipeline = StableDiffusionPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoder,
-        tokenizer=models.tokenizer,
-        unet=models.unet,
-        scheduler=models.scheduler,
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=model.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -111,15 +111,15 @@ def test_same_pictures_as_diffusers_pipeline(any_base):
         generator=torch.Generator().manual_seed(3),
     ).images[0]
     sampler = SamplerConfig(num_inference_steps=5, guidance_scale=3.0, negative_prompt="a cat")
-    (picture,) = arrays(generate(models, [("a dog", 3)], sampler))
+    (picture,) = arrays(generate(model, [("a dog", 3)], sampler))
     assert np.abs(picture - np.asarray(expected, dtype=int)).max() <= 1
 
 
 def test_guidance_and_negative_prompt_matter(base):
-    models = load_models(str(base))
+    model = load_model(str(base))
 
     def picture(**changes) -> np.ndarray:
-        return arrays(generate(models, [("a dog", 0)], replace(FEW_STEPS, **changes)))[0]
+        return arrays(generate(model, [("a dog", 0)], replace(FEW_STEPS, **changes)))[0]
 
     assert np.abs(picture() - picture(guidance_scale=9.0)).max() > 1
     assert np.abs(picture() - picture(negative_prompt="a cat")).max() > 1
@@ -130,42 +130,42 @@ def test_guidance_and_negative_prompt_matter(base):
 
 
 def test_other_resolutions(base):
-    (sample,) = generate(load_models(str(base)), [("a dog", 0)], FEW_STEPS, resolution=48)
+    (sample,) = generate(load_model(str(base)), [("a dog", 0)], FEW_STEPS, resolution=48)
     assert sample.image.size == (48, 48)
     with pytest.raises(UserError, match="--resolution 50"):
-        next(generate(load_models(str(base)), [("a dog", 0)], FEW_STEPS, resolution=50))
+        next(generate(load_model(str(base)), [("a dog", 0)], FEW_STEPS, resolution=50))
 
 
 def test_half_precision(base):
-    models = load_models(str(base), dtype=torch.bfloat16)
-    half = arrays(generate(models, JOBS[:1], FEW_STEPS))[0]
-    full = arrays(generate(load_models(str(base)), JOBS[:1], FEW_STEPS))[0]
+    model = load_model(str(base), dtype=torch.bfloat16)
+    half = arrays(generate(model, JOBS[:1], FEW_STEPS))[0]
+    full = arrays(generate(load_model(str(base)), JOBS[:1], FEW_STEPS))[0]
     assert np.abs(half - full).mean() < 8
 
 
 def test_pictures_that_are_not_finite_are_black(base):
-    models = load_models(str(base))
-    decode = models.vae.decode
+    model = load_model(str(base))
+    decode = model.vae.decode
 
     def broken(latents):
         decoded = decode(latents)
         decoded.sample[0, 0, 0, 0] = float("nan")
         return decoded
 
-    models.vae.decode = broken
-    pictures = arrays(generate(models, JOBS[:2], FEW_STEPS))
+    model.vae.decode = broken
+    pictures = arrays(generate(model, JOBS[:2], FEW_STEPS))
     assert pictures[0].max() == 0
     assert pictures[1].max() > 0
 
 
-@pytest.mark.parametrize(("models", "lengths"), [(["adapter"], [8, 2, 8, 2]), (["adapter", "base"], [8, 8, 4] * 2)])
-def test_sheet_rows_keep_prompts_apart(models, lengths):
+@pytest.mark.parametrize(("columns", "lengths"), [(["adapter"], [8, 2, 8, 2]), (["adapter", "base"], [8, 8, 4] * 2)])
+def test_sheet_rows_keep_prompts_apart(columns, lengths):
     image = Image.new("RGB", (8, 8))
     samples = [Sample(prompt, seed, image) for prompt in ("a", "b") for seed in range(10)]
-    rows = sheet_rows(dict.fromkeys(models, samples), images_each=10)
+    rows = sheet_rows(dict.fromkeys(columns, samples), images_each=10)
     assert [len(row.images) for row in rows] == lengths
     assert [row.label for row in rows] == sorted(row.label for row in rows)
-    assert list(chain(*(row.captions for row in rows)))[:: len(models)] == [f"seed {s.seed}" for s in samples]
+    assert list(chain(*(row.captions for row in rows)))[:: len(columns)] == [f"seed {s.seed}" for s in samples]
 
 
 # draw
@@ -174,9 +174,9 @@ def test_sheet_rows_keep_prompts_apart(models, lengths):
 @pytest.fixture
 def adapter_file(base, tmp_path):
     """An adapter with random rotations, as training would leave it."""
-    models = load_models(str(base))
-    identity = identity_of(models)
-    adapter = inject(AdapterConfig(nblocks=4), models.unet, [models.text_encoder])
+    model = load_model(str(base))
+    identity = identity_of(model)
+    adapter = inject(AdapterConfig(nblocks=4), model.unet, [model.text_encoder])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -283,7 +283,7 @@ def test_draw_beside_the_base_model(adapter_file, base):
     draw(GenerationConfig((str(adapter_file),), prompts=("a sks dog",), num_images=2, compare=True, resolution=32))
     pictures = pictures_in(adapter_file.parent / "images")
     assert len(pictures) == 4
-    expected = arrays(generate(load_models(str(base)), [("a sks dog", 0), ("a sks dog", 1)], FEW_STEPS))
+    expected = arrays(generate(load_model(str(base)), [("a sks dog", 0), ("a sks dog", 1)], FEW_STEPS))
     for seed in (0, 1):
         base_picture, metadata = pictures[f"{seed:04d}_seed{seed}_base_a-sks-dog.png"]
         assert metadata["model"] == "base"
@@ -293,12 +293,12 @@ def test_draw_beside_the_base_model(adapter_file, base):
 
 def test_offloading_draws_the_same_pictures(adapter_file, tmp_path, monkeypatch):
     """With the weights made where the denoiser is, as without it: elsewhere they would be rounded otherwise."""
-    brought, merged, loaded = Models.brought, AdapterStack.use, []
+    on_device, merged, loaded = BaseModel.on_device, AdapterStack.use, []
     here: list[torch.nn.Module] = []
 
     @contextmanager
-    def watched(models, *parts):
-        with brought(models, *parts):
+    def watched(model, *parts):
+        with on_device(model, *parts):
             here.extend(parts)
             yield
             here.clear()
@@ -310,11 +310,11 @@ def test_offloading_draws_the_same_pictures(adapter_file, tmp_path, monkeypatch)
 
     def load(*arguments, **options):
         loaded.append(options["cpu_offload"])
-        return load_models(*arguments, **options)
+        return load_model(*arguments, **options)
 
-    monkeypatch.setattr(Models, "brought", watched)
+    monkeypatch.setattr(BaseModel, "on_device", watched)
     monkeypatch.setattr(AdapterStack, "use", merge)
-    monkeypatch.setattr(models_module, "load_models", load)
+    monkeypatch.setattr(models_module, "load_model", load)
     config = GenerationConfig((str(adapter_file),), prompts=("a sks dog",), num_images=2, compare=True)
     drawn = []
     for offload in (False, True):
@@ -330,9 +330,9 @@ def test_offloading_draws_the_same_pictures(adapter_file, tmp_path, monkeypatch)
 
 def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):
     """Names of both subjects fit into prompts; what is drawn is what the API draws."""
-    models = load_models(str(base))
-    identity = identity_of(models)
-    second = inject(AdapterConfig(nblocks=2, text_encoder=False), models.unet)
+    model = load_model(str(base))
+    identity = identity_of(model)
+    second = inject(AdapterConfig(nblocks=2, text_encoder=False), model.unet)
     randomise(second, seed=3)
     other = tmp_path / "mug" / "adapter.safetensors"
     other.parent.mkdir()
@@ -347,7 +347,7 @@ def test_several_adapters_at_their_strengths(adapter_file, base, tmp_path):
         {"name": "mug/adapter.safetensors", "strength": 0.7},
     ]
     assert metadata["subjects"] == [{"instance_prompt": "a photo of a sks dog", "unique_token": "sks"}, names]
-    fresh = load_models(str(base))
+    fresh = load_model(str(base))
     stack = AdapterStack(fresh.denoiser, fresh.text_encoders)
     for path in paths:
         stack.load(path, path)

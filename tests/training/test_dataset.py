@@ -13,7 +13,7 @@ from PIL import Image
 
 from gsoft_diffusion.photos.crops import CROPS
 from gsoft_diffusion.photos.folder import Photo, read_folder
-from gsoft_diffusion.training.dataset import BatchPositions, DreamBoothDataset, Showing, derived_seed
+from gsoft_diffusion.training.dataset import BatchPositions, DreamBoothDataset, ViewSettings, derived_seed
 
 SQUARE = {(16, 16): (4, 8, 8)}
 BUCKETS = {(16, 16): (4, 8, 8), (20, 12): (4, 6, 10), (12, 20): (4, 10, 6)}
@@ -33,10 +33,10 @@ def dataset(
     sizes: dict = SQUARE,
     batch_size: int = 4,
     seed: int = 0,
-    **showing,
+    **view_settings,
 ) -> DreamBoothDataset:
     return DreamBoothDataset(
-        photos, prior, Showing(sizes, **showing), batch_size=batch_size, num_timesteps=1000, seed=seed
+        photos, prior, ViewSettings(sizes, **view_settings), batch_size=batch_size, num_timesteps=1000, seed=seed
     )
 
 

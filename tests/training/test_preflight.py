@@ -9,7 +9,7 @@ import torch
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import preflight
 from gsoft_diffusion.training.optimizer import make_optimizer
 from gsoft_diffusion.training.preflight import OPTIMIZER_BYTES, check_step, needed_bytes, switches
@@ -22,18 +22,18 @@ CONFIG = TrainingConfig(
 
 @pytest.fixture(scope="module")
 def adapted(base):
-    models = load_models(str(base))
-    return models, inject(CONFIG.adapter, models.denoiser, models.text_encoders)
+    model = load_model(str(base))
+    return model, inject(CONFIG.adapter, model.denoiser, model.text_encoders)
 
 
-def weights_of(models) -> int:
-    parts = (models.unet, models.text_encoder, models.vae)
+def weights_of(model) -> int:
+    parts = (model.unet, model.text_encoder, model.vae)
     return sum(parameter.nbytes for part in parts for parameter in part.parameters())
 
 
-def with_free(monkeypatch, models, count: int) -> None:
+def with_free(monkeypatch, model, count: int) -> None:
     """Let there be so many bytes, for the weights as well."""
-    monkeypatch.setattr(preflight, "free_memory", lambda device: count - weights_of(models))
+    monkeypatch.setattr(preflight, "free_memory", lambda device: count - weights_of(model))
 
 
 def test_what_fits_goes_on(adapted, monkeypatch):
@@ -92,12 +92,12 @@ def test_switches_that_are_on_are_not_advised():
 
 
 def test_offloading_takes_what_is_not_training_off_the_device(adapted):
-    models, _ = adapted
+    model, _ = adapted
     offloaded = replace(CONFIG, cpu_offload=True)
     saved = needed_bytes(CONFIG, *adapted, torch.device("cuda")) - needed_bytes(
         offloaded, *adapted, torch.device("cuda")
     )
-    assert saved == sum(parameter.nbytes for parameter in models.vae.parameters())
+    assert saved == sum(parameter.nbytes for parameter in model.vae.parameters())
     assert needed_bytes(offloaded, *adapted, CPU) == needed_bytes(CONFIG, *adapted, CPU)
 
 
@@ -121,13 +121,13 @@ def test_the_optimizers_state_is_as_large_as_counted(adapted, name):
 
 
 def test_what_cannot_be_estimated_is_not_refused(adapted, monkeypatch, caplog):
-    models, _ = adapted
+    model, _ = adapted
 
     def predict(*args, **options):
         raise RuntimeError("nothing is known of contents")
 
-    monkeypatch.setattr(type(models), "predict", predict)
-    with_free(monkeypatch, models, 0)
+    monkeypatch.setattr(type(model), "predict", predict)
+    with_free(monkeypatch, model, 0)
     with caplog.at_level(logging.WARNING):
         check_step(CONFIG, *adapted, CPU)
     assert "could not be estimated: nothing is known of contents" in caplog.text

@@ -25,7 +25,7 @@ from gsoft_diffusion.config.command_line import parse
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import whole_view
-from gsoft_diffusion.models.loading import load_models
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training import outputs as outputs_module
 from gsoft_diffusion.training import preparation as preparation_module
@@ -92,8 +92,8 @@ def test_a_run_leaves_an_adapter_that_loads_and_its_settings(config):
     result = train(config)
     folder = Path(config.output_dir or "")
     assert (result.adapter, result.steps, result.interrupted) == (folder / "adapter.safetensors", 4, False)
-    models = load_models(config.pretrained_model_name_or_path)
-    adapter, file = load_adapter(result.adapter, models.unet, [models.text_encoder])
+    model = load_model(config.pretrained_model_name_or_path)
+    adapter, file = load_adapter(result.adapter, model.unet, [model.text_encoder])
     assert all(parameter.abs().max() > 0 for parameter in adapter.parameters())
     assert adapter.orthogonality_error() < 1e-5
     assert file.prompts["instance_prompt"] == "a photo of a sks dog"
@@ -397,13 +397,13 @@ def test_gradient_checkpointing_changes_nothing(config):
 def test_prompt_embeddings_are_those_of_the_prompts(config, text_encoder):
     from gsoft_diffusion.adapters.injection import inject
 
-    models = load_models(config.pretrained_model_name_or_path)
-    expected = models.encode_prompts(["a dog", "a cat"])["encoder_hidden_states"]
-    adapter = inject(AdapterConfig(nblocks=4, text_encoder=text_encoder), models.unet, [models.text_encoder])
-    denoiser = Predictor(models, adapter, ["a dog", "a cat"])
+    model = load_model(config.pretrained_model_name_or_path)
+    expected = model.encode_prompts(["a dog", "a cat"])["encoder_hidden_states"]
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=text_encoder), model.unet, [model.text_encoder])
+    denoiser = Predictor(model, adapter, ["a dog", "a cat"])
     latents, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
     prediction = denoiser(latents, timesteps, torch.tensor([1, 0, 1]), whole_view(32, 32).repeat(3, 1))
-    wanted = models.unet(latents, timesteps, encoder_hidden_states=expected[[1, 0, 1]]).sample
+    wanted = model.unet(latents, timesteps, encoder_hidden_states=expected[[1, 0, 1]]).sample
     torch.testing.assert_close(prediction, wanted)
     trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     assert trained == {f"adapter.{name}" for name, _ in adapter.named_parameters()}
@@ -448,8 +448,8 @@ def test_a_missing_library_is_named(config, monkeypatch, optimizer, package):
 
 
 def test_weight_decay_leaves_scales_alone(config):
-    models = load_models(config.pretrained_model_name_or_path)
-    adapter = inject(config.adapter, models.unet, [models.text_encoder])
+    model = load_model(config.pretrained_model_name_or_path)
+    adapter = inject(config.adapter, model.unet, [model.text_encoder])
     optimizer = make_optimizer(replace(config, adam_weight_decay=0.5), adapter)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(adapter.parameters()))
@@ -463,10 +463,10 @@ def test_weight_decay_leaves_scales_alone(config):
 )
 def test_text_encoders_have_a_learning_rate_of_their_own(config, given, optimizer, expected):
     pytest.importorskip("prodigyopt")
-    models = load_models(config.pretrained_model_name_or_path)
+    model = load_model(config.pretrained_model_name_or_path)
     config = replace(config, learning_rate=1.0, text_encoder_lr=given, optimizer=optimizer)
-    config = with_model_defaults(config, models)
-    adapter = inject(config.adapter, models.unet, [models.text_encoder])
+    config = with_model_defaults(config, model)
+    adapter = inject(config.adapter, model.unet, [model.text_encoder])
     made = make_optimizer(config, adapter)
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
     for name, parameter in adapter.named_parameters():
@@ -1042,12 +1042,12 @@ def test_what_is_printed(config, capfd):
 
 
 def test_steps_and_learning_rate_follow_from_the_size_of_the_base(base, config, monkeypatch):
-    models = load_models(str(base))
+    model = load_model(str(base))
     open_ = replace(config, max_train_steps=None, learning_rate=None).resolved()
-    miniature = with_model_defaults(open_, models)
-    monkeypatch.setattr(preparation_module, "MINIATURE_BELOW", models.resolution)
-    full_size = with_model_defaults(open_, models)
+    miniature = with_model_defaults(open_, model)
+    monkeypatch.setattr(preparation_module, "MINIATURE_BELOW", model.resolution)
+    full_size = with_model_defaults(open_, model)
     assert (full_size.max_train_steps, full_size.learning_rate) == (3000, 2e-5)
     assert miniature.max_train_steps < full_size.max_train_steps
     assert miniature.learning_rate > full_size.learning_rate
-    assert with_model_defaults(config.resolved(), models).max_train_steps == config.max_train_steps
+    assert with_model_defaults(config.resolved(), model).max_train_steps == config.max_train_steps

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families.base import Conditioning, Models, whole_view
+from gsoft_diffusion.models.families.base import BaseModel, Conditioning, whole_view
 from gsoft_diffusion.models.families.flux import Flux
 from gsoft_diffusion.models.families.flux2_klein import Flux2Klein
 from gsoft_diffusion.models.families.stable_diffusion import StableDiffusion
 from gsoft_diffusion.models.families.stable_diffusion_3 import StableDiffusion3
 from gsoft_diffusion.models.families.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[type[Models], ...] = (
+FAMILIES: tuple[type[BaseModel], ...] = (
     StableDiffusion,
     StableDiffusionXL,
     StableDiffusion3,
@@ -26,7 +26,7 @@ __all__ = [
     "Conditioning",
     "Flux",
     "Flux2Klein",
-    "Models",
+    "BaseModel",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
@@ -38,7 +38,7 @@ __all__ = [
 UNDECISIVE = ("scheduler", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
 
 
-def find_family(name: str, index: Mapping[str, Any]) -> type[Models]:
+def find_family(name: str, index: Mapping[str, Any]) -> type[BaseModel]:
     """The family of a diffusers model by the classes of its parts in `model_index.json`, which are only compared.
 
     Raises UserError with the families that there are if it is of none.

@@ -24,30 +24,30 @@ Conditioning = dict[str, Tensor]  # all that prompts say to the denoiser; the fi
 
 
 @dataclass(kw_only=True)
-class Models(ABC):
+class BaseModel(ABC):
     """A text-to-image latent diffusion model of one family, taken apart.
 
     A family is a subclass. Its fields are the parts of the diffusers folder, under their names there, and their types
     are the classes that the parts must have. Text encoders and denoiser have the dtype they were loaded with. The VAE
     is always float32: half precision overflows in some, and it runs once for each picture.
 
-    options: the plain values in the folder's index, which are arguments of the diffusers pipeline.
+    index_values: the plain values in the folder's index, which are arguments of the diffusers pipeline.
     """
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    index_values: dict[str, Any] = field(default_factory=dict)
     scheduler: SchedulerMixin
     vae: AutoencoderKL
 
     title: ClassVar[str]  # the family's name for people
     pipeline: ClassVar[str]  # diffusers' class for it
-    index: ClassVar[dict[str, Any]] = {}  # what the index of a merged folder says beside parts and options
+    index: ClassVar[dict[str, Any]] = {}  # what the index of a merged folder says beside parts and index_values
 
     @classmethod
     def parts(cls) -> dict[str, type]:
         """Every part's class, by the name of its folder."""
         hints = get_type_hints(cls)
-        return {part.name: hints[part.name] for part in fields(cls) if part.name not in ("name", "options")}
+        return {part.name: hints[part.name] for part in fields(cls) if part.name not in ("name", "index_values")}
 
     # What the family is
 
@@ -182,7 +182,7 @@ class Models(ABC):
             text_encoder.activation_checkpointing_enable()
 
     @contextmanager
-    def brought(self, *parts: nn.Module) -> Iterator[None]:
+    def on_device(self, *parts: nn.Module) -> Iterator[None]:
         """Inside the block these parts are where the denoiser is, and afterwards where they were before."""
         homes = [next(part.parameters()).device for part in parts]
         for part in parts:
@@ -193,19 +193,19 @@ class Models(ABC):
             for part, home in zip(parts, homes, strict=True):
                 part.to(home)
 
-    def readers(self) -> list[nn.Module]:
+    def all_text_encoders(self) -> list[nn.Module]:
         """All text encoders, those that no adapter may be in as well."""
         return [getattr(self, name) for name in self.parts() if name.startswith("text_encoder")]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts as the denoiser wants them."""
-        with self.brought(*self.readers()):
+        with self.on_device(*self.all_text_encoders()):
             return self.encode(self.prepare(prompts))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance, stacked on dim 1, of the latents of pictures (N, 3, H, W) in [-1, 1]."""
-        with self.brought(self.vae):
+        with self.on_device(self.vae):
             return self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class Models(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (N, 3, H, W), about in [-1, 1], of latents as the denoiser sees them."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        with self.brought(self.vae):
+        with self.on_device(self.vae):
             return self.vae.decode(latents).sample
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from gsoft_diffusion.models.families.base import Models, tokenized
+from gsoft_diffusion.models.families.base import BaseModel, tokenized
 from gsoft_diffusion.models.flow_matching import FlowMatching
 
 
-class FlowModels(Models):
+class FlowModel(BaseModel):
     """A model whose scheduler is diffusers' `FlowMatchEulerDiscreteScheduler`, with its denoiser a transformer."""
 
     transformer: Any
@@ -75,7 +75,7 @@ ORIGINAL_ATTENTION = {
 }
 
 
-class FluxModels(FlowModels):
+class FluxModel(FlowModel):
     """What FLUX.1 and FLUX.2 have in common, and no checkpoint says: it is as in diffusers' pipelines."""
 
     @property

@@ -13,14 +13,14 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, T5Encode
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import Conditioning
-from gsoft_diffusion.models.families.flow import FluxModels, t5_embeddings
+from gsoft_diffusion.models.families.flow import FluxModel, t5_embeddings
 from gsoft_diffusion.models.families.stable_diffusion import clip_tokens
 
 T5_LENGTH = 512  # as diffusers' pipeline has it
 
 
 @dataclass(kw_only=True)
-class Flux(FluxModels):
+class Flux(FluxModel):
     """FLUX.1 dev, which was distilled to guide itself and is told how much, and schnell, which is not told.
 
     Training tells dev a guidance of 1: there its prediction is the velocity that flow matching asks for.

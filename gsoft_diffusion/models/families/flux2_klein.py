@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import Conditioning, tokenized
-from gsoft_diffusion.models.families.flow import FluxModels
+from gsoft_diffusion.models.families.flow import FluxModel
 
 TEXT_LENGTH = 512  # as diffusers' pipeline has it
 TEXT_LAYERS = (9, 18, 27)  # whose hidden states are the prompt's embeddings, side by side
 
 
 @dataclass(kw_only=True)
-class Flux2Klein(FluxModels):
+class Flux2Klein(FluxModel):
     """The base models and the distilled ones, which guide themselves and are told nothing.
 
     The adapter is in the joint attention of the double-stream blocks. In the single-stream blocks, query, key and value
@@ -44,7 +44,7 @@ class Flux2Klein(FluxModels):
 
     @property
     def guides_itself(self) -> bool:
-        return bool(self.options.get("is_distilled", False))
+        return bool(self.index_values.get("is_distilled", False))
 
     def check(self) -> None:
         transformer, text = self.transformer.config, self.text_encoder.config
@@ -98,7 +98,7 @@ class Flux2Klein(FluxModels):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents.device)
-        with self.brought(self.vae):
+        with self.on_device(self.vae):
             return self.vae.decode(F.pixel_shuffle(latents.float() * std + mean, 2)).sample
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families.base import Conditioning, Models, tokenized
+from gsoft_diffusion.models.families.base import BaseModel, Conditioning, tokenized
 from gsoft_diffusion.models.original_layout import is_open_clip, original_layout
 
 
 @dataclass(kw_only=True)
-class StableDiffusion(Models):
+class StableDiffusion(BaseModel):
     """Epsilon, v or sample prediction, by the scheduler's configuration."""
 
     tokenizer: CLIPTokenizer
@@ -84,11 +84,11 @@ class StableDiffusion(Models):
         return "lora_" + module.replace("text_encoder.", "te.").replace(".", "_"), 0
 
 
-def clip_tokens(models: Models, prompts: Sequence[str]) -> dict[str, Tensor]:
+def clip_tokens(model: BaseModel, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Token numbers (prompts, length), `tokens` and `tokens_2`, for the CLIP text encoders of a model."""
     tokens = {}
-    for end, text_encoder in zip(("", "_2"), models.text_encoders, strict=False):
-        tokenizer: CLIPTokenizer = getattr(models, f"tokenizer{end}")
+    for end, text_encoder in zip(("", "_2"), model.text_encoders, strict=False):
+        tokenizer: CLIPTokenizer = getattr(model, f"tokenizer{end}")
         length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        tokens[f"tokens{end}"] = tokenized(tokenizer, prompts, length).input_ids.to(models.device)
+        tokens[f"tokens{end}"] = tokenized(tokenizer, prompts, length).input_ids.to(model.device)
     return tokens

@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedM
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import Conditioning
-from gsoft_diffusion.models.families.flow import FlowModels, t5_embeddings
+from gsoft_diffusion.models.families.flow import FlowModel, t5_embeddings
 from gsoft_diffusion.models.families.stable_diffusion import clip_tokens
 from gsoft_diffusion.models.original_layout import original_layout_3
 
@@ -22,7 +22,7 @@ T5_LENGTH = 256  # as diffusers' pipeline has it
 
 
 @dataclass(kw_only=True)
-class StableDiffusion3(FlowModels):
+class StableDiffusion3(FlowModel):
     """Medium and large, with or without dual attention and normalised queries.
 
     Source: Esser et al., *Scaling Rectified Flow Transformers for High-Resolution Image Synthesis*.

@@ -60,7 +60,7 @@ class StableDiffusionXL(StableDiffusion):
     def encode_negative(self, prompt: str) -> Conditioning:
         """Zeros for an empty prompt, as in diffusers where none is given, unless the checkpoint says otherwise."""
         conditioning = self.encode_prompts([prompt])
-        if prompt or not self.options.get("force_zeros_for_empty_prompt", True):
+        if prompt or not self.index_values.get("force_zeros_for_empty_prompt", True):
             return conditioning
         return {name: torch.zeros_like(tensor) for name, tensor in conditioning.items()}
 
