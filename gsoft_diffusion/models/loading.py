@@ -134,7 +134,7 @@ def _weight_files(
 
 
 def _find_config(name: str, base_config: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
-    """For a single file: the folder with the configuration that it goes with, its family and the plain values of its index."""
+    """For a single file: the folder with its configuration, its family, and the plain values of its index."""
     wanted = base_config or usual_config(name)
     folder = next((path for path in (Path(wanted).expanduser(), REPOSITORY / wanted) if path.is_dir()), None)
     if folder is None:

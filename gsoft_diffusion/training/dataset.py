@@ -92,7 +92,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         self._cache: dict[tuple[Photo, Variant], dict[str, Tensor]] = {}
 
     def cache(self, encode_images: Callable[[Tensor], Tensor], positions: Iterable[int]) -> None:
-        """Encode the photos as the samples at these positions show them; `encode_images` is `BaseModel.encode_images`."""
+        """Encode the photos as the samples at these positions show them, by `encode_images` of the base model."""
         shown = self._shown(positions)
         for photo, variant in tqdm(shown, desc="encoding photos", unit="picture", disable=len(shown) < 50):
             picture = self._picture(photo, variant)

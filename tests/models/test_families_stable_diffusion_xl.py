@@ -58,7 +58,7 @@ def test_embeddings_are_those_of_the_pipeline(model):
 @pytest.mark.parametrize("negative", ["", "a cat"])
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_same_pictures_as_diffusers_pipeline(model, negative, force_zeros):
-    model.options["force_zeros_for_empty_prompt"] = force_zeros
+    model.index_values["force_zeros_for_empty_prompt"] = force_zeros
     pipeline = pipeline_of(model, force_zeros_for_empty_prompt=force_zeros)
     expected = pipeline(
         "a dog",
@@ -73,7 +73,7 @@ def test_same_pictures_as_diffusers_pipeline(model, negative, force_zeros):
 
 def test_an_empty_negative_prompt_is_zeros_if_the_checkpoint_says_so(model):
     assert all(not tensor.any() for tensor in model.encode_negative("").values())
-    model.options["force_zeros_for_empty_prompt"] = False
+    model.index_values["force_zeros_for_empty_prompt"] = False
     assert all(tensor.any() for tensor in model.encode_negative("").values())
 
 

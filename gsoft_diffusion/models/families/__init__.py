@@ -23,10 +23,10 @@ FAMILIES: tuple[type[BaseModel], ...] = (
 
 __all__ = [
     "FAMILIES",
+    "BaseModel",
     "Conditioning",
     "Flux",
     "Flux2Klein",
-    "BaseModel",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
