@@ -37,7 +37,7 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings to start from; flags override them")
-    add_options(parser, config_class)
+    add_flags(parser, config_class)
     flags = vars(parser.parse_args(arguments))
     path = flags.pop("config")
     values = read_yaml(path) if path else {}
@@ -59,13 +59,13 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
     return config
 
 
-def add_options(parser: argparse._ActionsContainer, config_class: Any, group: str = "") -> None:
+def add_flags(parser: argparse._ActionsContainer, config_class: Any, group: str = "") -> None:
     """Add an option for every field, and those of nested settings; what is not given stays out of the namespace."""
     hints, help_texts = get_type_hints(config_class), field_help(config_class)
     for field in fields(config_class):
         hint, name = hints[field.name], RENAMED.get(field.name, field.name)
         if is_dataclass(hint):
-            add_options(parser.add_argument_group(help_texts[field.name]), hint, f"{field.name}.")
+            add_flags(parser.add_argument_group(help_texts[field.name]), hint, f"{field.name}.")
             continue
         text = help_texts[field.name].replace("%", "%%")
         if field.default not in (MISSING, None, (), ""):
