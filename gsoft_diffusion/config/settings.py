@@ -21,7 +21,7 @@ from gsoft_diffusion.foundation.text_files import read_text
 
 
 class Settings:
-    """Base of the frozen dataclasses in config.py.
+    """Base of the frozen dataclasses in this package.
 
     Each documents its fields once, in its docstring, as lines `name: text`, where `field_help` finds them for the
     command line.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class FlowMatching:
-    """Adds noise; what `losses.prediction_target` asks it for is in `config`."""
+    """Adds noise; what `prediction_target` asks it for is in `config`."""
 
     def __init__(self, scheduler: Any) -> None:
         """scheduler: diffusers' for the model; its shift of the timesteps is kept."""
