@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from gsoft_diffusion.config.prompts import has_words, token_in, with_article
-from gsoft_diffusion.config.settings import Settings, expand_home, require
+from gsoft_diffusion.config.settings import Mark, Rule, Settings, check_rules, expand_home
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import composed
 
 UNIQUE_TOKEN = "sks"  # the subject's name where nothing else says it
 VALIDATION_SCENES = ("on the beach", "in the snow", "with a city in the background")
+
+
+WORDS = Rule(lambda text: text.strip() != "", "more than blanks")
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,12 @@ class Concept(Settings):
     class_data_dir: folder of class images.
     """
 
-    instance_data_dir: str
+    instance_data_dir: Annotated[str, Mark.PATH]
     class_word: str | None = None
     unique_token: str | None = None
-    instance_prompt: str | None = None
-    class_prompt: str | None = None
-    class_data_dir: str | None = None
+    instance_prompt: Annotated[str | None, WORDS] = None
+    class_prompt: Annotated[str | None, WORDS] = None
+    class_data_dir: Annotated[str | None, Mark.PATH] = None
 
     def __post_init__(self) -> None:
         if not self.instance_data_dir:
@@ -39,8 +43,8 @@ class Concept(Settings):
         if not (self.class_word or self.instance_prompt):
             folder = self.instance_data_dir
             raise UserError(f"--class_word: say what is on the photos in {folder}, for example --class_word dog")
-        require(self, lambda text: text.strip() != "", "more than blanks", "instance_prompt", "class_prompt")
-        expand_home(self, "instance_data_dir", "class_data_dir")
+        check_rules(self)
+        expand_home(self)
 
     @property
     def name(self) -> str:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from gsoft_diffusion.config.settings import OnlyWith, Settings, expand_home, positive, refuse_without_effect, require
+from gsoft_diffusion.config.settings import (
+    POSITIVE,
+    Mark,
+    OnlyWith,
+    Settings,
+    check_rules,
+    expand_home,
+    refuse_without_effect,
+)
 from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -26,19 +34,19 @@ class ExportConfig(Settings):
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     """
 
-    adapter: tuple[str, ...]
+    adapter: Annotated[tuple[str, ...], Mark.PATH]
     format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
     strength: tuple[float, ...] = ()
-    output: str | None = None
-    rank: int | None = None
+    output: Annotated[str | None, Mark.PATH] = None
+    rank: Annotated[int | None, POSITIVE] = None
     precision: Literal["float16", "float32"] = "float16"
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
 
     def __post_init__(self) -> None:
-        expand_home(self, "adapter", "output", "pretrained_model_name_or_path")
+        expand_home(self)
         if not any(strength_by_adapter(self.adapter, self.strength).values()):
             raise UserError("--strength 0: is the base model as it was; there is nothing to export")
-        require(self, positive, "more than 0", "rank")
+        check_rules(self)
         refuse_without_effect(self, [_RANK])
         if self.output and (self.format == "diffusers") == self.output.endswith(".safetensors"):
             wanted = "is a folder" if self.format == "diffusers" else "must end in .safetensors"

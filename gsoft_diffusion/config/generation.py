@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from gsoft_diffusion.config.sampler import NEGATIVE_PROMPT_RULE
 from gsoft_diffusion.config.settings import (
+    BELOW_2_TO_63,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Mark,
     OnlyWith,
     Settings,
+    check_rules,
     expand_home,
-    not_negative,
-    positive,
     refuse_without_effect,
-    require,
 )
 from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
@@ -49,36 +51,33 @@ class GenerationConfig(Settings):
     device: cpu, cuda, cuda:1, mps; by default the fastest there is.
     """
 
-    adapter: tuple[str, ...]
+    adapter: Annotated[tuple[str, ...], Mark.PATH]
     strength: tuple[float, ...] = ()
     prompts: tuple[str, ...] = ()
-    prompts_file: str | None = None
-    num_images: int = 4
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    prompts_file: Annotated[str | None, Mark.PATH] = None
+    num_images: Annotated[int, POSITIVE] = 4
+    seed: Annotated[int, NOT_NEGATIVE, BELOW_2_TO_63] = 0
+    num_inference_steps: Annotated[int | None, POSITIVE] = None
+    guidance_scale: Annotated[float | None, NOT_NEGATIVE] = None
     negative_prompt: str | None = None
     scheduler: str | None = None
-    resolution: int | None = None
-    width: int | None = None
-    height: int | None = None
-    batch_size: int = 4
-    output_dir: str | None = None
+    resolution: Annotated[int | None, POSITIVE] = None
+    width: Annotated[int | None, POSITIVE] = None
+    height: Annotated[int | None, POSITIVE] = None
+    batch_size: Annotated[int, POSITIVE] = 4
+    output_dir: Annotated[str | None, Mark.PATH] = None
     compare: bool = False
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     cpu_offload: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
-        expand_home(self, "adapter", "prompts_file", "output_dir", "pretrained_model_name_or_path")
+        expand_home(self)
         strength_by_adapter(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give one of them")
-        sizes = ("num_images", "batch_size", "resolution", "width", "height", "num_inference_steps")
-        require(self, positive, "more than 0", *sizes)
-        require(self, not_negative, "0 or more", "seed", "guidance_scale")
-        require(self, lambda seed: seed < 2**63, "less than 2⁶³", "seed")
+        check_rules(self)
         refuse_without_effect(self, [NEGATIVE_PROMPT_RULE, *_REFUSED])
 
     @property

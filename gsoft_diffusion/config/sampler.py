@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
+from gsoft_diffusion.config.settings import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    OnlyWith,
+    Settings,
+    check_rules,
+    refuse_without_effect,
+)
 
 
 def guides(guidance_scale: float) -> bool:
@@ -29,12 +37,11 @@ class SamplerConfig(Settings):
     scheduler: a diffusers scheduler class such as DDIMScheduler; by default the one the base model names.
     """
 
-    num_inference_steps: int = 30
-    guidance_scale: float | None = None
+    num_inference_steps: Annotated[int, POSITIVE] = 30
+    guidance_scale: Annotated[float | None, NOT_NEGATIVE] = None
     negative_prompt: str = ""
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        require(self, positive, "more than 0", "num_inference_steps")
-        require(self, not_negative, "0 or more", "guidance_scale")
+        check_rules(self)
         refuse_without_effect(self, [NEGATIVE_PROMPT_RULE])

@@ -10,14 +10,44 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import read_text
+
+
+def positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+class Rule(NamedTuple):
+    """What a setting's value must be, unless it is None: it stands in the field's annotation."""
+
+    test: Callable[[Any], bool]
+    text: str  # "must be" goes before it
+
+
+POSITIVE = Rule(positive, "more than 0")
+NOT_NEGATIVE = Rule(not_negative, "0 or more")
+BELOW_2_TO_63 = Rule(lambda seed: seed < 2**63, "less than 2⁶³")
+
+
+class Mark(Enum):
+    """What else is said of a setting in the field's annotation."""
+
+    PATH = "a folder or a file, or in some cases a name on the hub: `~` stands for the home folder"
+    PRIVATE = "not in adapters, which are shared: it says more of the user's disk than of the result"
+    FREE_TO_CHANGE = "may change when a run is resumed: it decides how long, or what is reported, not how it learns"
 
 
 class Settings:
@@ -56,6 +86,19 @@ class Settings:
 
     def to_yaml(self) -> str:
         return yaml.dump(self.to_dict(), Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
+
+
+@cache
+def said_of(cls: Any) -> dict[str, tuple[Any, ...]]:
+    """The rules and marks of each field."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = {field.name: hints[field.name] for field in fields(cls)}
+    return {name: get_args(hint)[1:] if get_origin(hint) is Annotated else () for name, hint in found.items()}
+
+
+def marked(cls: Any, mark: Mark) -> list[str]:
+    """The names of the fields with this mark."""
+    return [name for name, said in said_of(cls).items() if mark in said]
 
 
 def overlay(group: Any, values: Any) -> Any:
@@ -193,12 +236,20 @@ def require(settings: Any, test: Callable[[Any], bool], rule: str, *names: str) 
             raise UserError(f"--{name} {value}: must be {rule}")
 
 
-def expand_home(settings: Any, *names: str) -> None:
-    """Let the named fields of settings in the making, paths or tuples of paths, have the home folder for `~`.
+def check_rules(settings: Any) -> None:
+    """Raise UserError for the first field that is set and does not obey its annotation's rules."""
+    for name, said in said_of(type(settings)).items():
+        for rule in said:
+            if isinstance(rule, Rule):
+                require(settings, *rule, name)
+
+
+def expand_home(settings: Any) -> None:
+    """Let the paths among settings in the making, and tuples of paths, have the home folder for `~`.
 
     A shell does so only where a word begins: not in `--output_dir=~/out`, and nobody does in a file of settings.
     """
-    for name in names:
+    for name in marked(type(settings), Mark.PATH):
         value = getattr(settings, name)
         if isinstance(value, tuple):
             expanded: Any = tuple(map(os.path.expanduser, value))
@@ -235,11 +286,3 @@ def refuse_without_effect(settings: Any, rules: Iterable[OnlyWith]) -> None:
     """Raise UserError for the first setting that does nothing by the rules."""
     for line in without_effect(settings, rules):
         raise UserError(line)
-
-
-def positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from gsoft_diffusion.config.adapter import AdapterConfig
 from gsoft_diffusion.config.concept import Concept
 from gsoft_diffusion.config.prompts import with_names
 from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.config.settings import (
+    BELOW_2_TO_63,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Mark,
     OnlyWith,
+    Rule,
     Settings,
+    check_rules,
     expand_home,
-    not_negative,
-    positive,
     refuse_without_effect,
-    require,
     without_effect,
 )
 from gsoft_diffusion.foundation.errors import UserError
@@ -27,6 +30,10 @@ from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.text_files import composed
 
 POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at, whatever it starts from
+
+
+BETWEEN_0_AND_1 = Rule(lambda weight: 0 <= weight <= 1, "between 0 and 1")
+DECAY = Rule(lambda beta: 0 <= beta < 1, "at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
@@ -100,75 +107,75 @@ class TrainingConfig(Settings):
     sampler: how validation and class images are drawn; kept in the adapter for inference.
     """
 
-    instance_data_dir: str = ""
+    instance_data_dir: Annotated[str, Mark.PATH, Mark.PRIVATE] = ""
     class_word: str | None = None
-    unique_token: str | None = None
+    unique_token: Annotated[str | None, Mark.FREE_TO_CHANGE] = None  # what is learned is in the prompts
     instance_prompt: str | None = None
     class_prompt: str | None = None
-    class_data_dir: str | None = None
-    concepts_list: tuple[Concept, ...] = ()
-    output_dir: str | None = None
+    class_data_dir: Annotated[str | None, Mark.PATH, Mark.PRIVATE] = None
+    concepts_list: Annotated[tuple[Concept, ...], Mark.PRIVATE] = ()
+    output_dir: Annotated[str | None, Mark.PATH, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = None
 
-    pretrained_model_name_or_path: str = BUNDLED_BASE
-    base_config: str | None = None
+    pretrained_model_name_or_path: Annotated[str, Mark.PATH] = BUNDLED_BASE
+    base_config: Annotated[str | None, Mark.PATH] = None
     revision: str | None = None
     variant: str | None = None
     adapter: AdapterConfig = AdapterConfig(nblocks=32)
 
-    resolution: int | None = None
+    resolution: Annotated[int | None, POSITIVE] = None
     aspect_buckets: bool = False
     center_crop: bool = False
     random_flip: bool = False
-    unmasked_weight: float = 1.0
+    unmasked_weight: Annotated[float, BETWEEN_0_AND_1] = 1.0
     cache_latents: bool = True
 
     with_prior_preservation: bool = False
-    prior_loss_weight: float = 1.0
-    num_class_images: int = 100
+    prior_loss_weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    num_class_images: Annotated[int, POSITIVE] = 100
 
-    max_train_steps: int | None = None
-    train_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
+    max_train_steps: Annotated[int | None, POSITIVE, Mark.FREE_TO_CHANGE] = None
+    train_batch_size: Annotated[int, POSITIVE] = 4
+    gradient_accumulation_steps: Annotated[int, POSITIVE] = 1
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
     quantize_base: Literal["nf4"] | None = None
-    learning_rate: float | None = None
-    text_encoder_lr: float | None = None
+    learning_rate: Annotated[float | None, POSITIVE] = None
+    text_encoder_lr: Annotated[float | None, POSITIVE] = None
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
-    lr_warmup_steps: int = 0
-    lr_num_cycles: int = 1
-    lr_power: float = 1.0
+    lr_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    lr_num_cycles: Annotated[int, POSITIVE] = 1
+    lr_power: Annotated[float, NOT_NEGATIVE] = 1.0
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree"] = "adamw"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    snr_gamma: float | None = None
-    offset_noise: float = 0.0
+    adam_beta1: Annotated[float, DECAY] = 0.9
+    adam_beta2: Annotated[float, DECAY] = 0.999
+    adam_weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-2
+    adam_epsilon: Annotated[float, POSITIVE] = 1e-8
+    max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
+    snr_gamma: Annotated[float | None, POSITIVE] = None
+    offset_noise: Annotated[float, NOT_NEGATIVE] = 0.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     attention_backend: str | None = None
-    dataloader_num_workers: int = 0
-    seed: int = 0
+    dataloader_num_workers: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 0
+    seed: Annotated[int, NOT_NEGATIVE, BELOW_2_TO_63] = 0
 
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = None
-    resume_from_checkpoint: str | None = None
-    accept_changes: bool = False
-    report_to: str = "tensorboard"
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_token: str | None = None
-    validation_prompts: tuple[str, ...] | None = None
-    num_validation_images: int = 2
-    validation_steps: int = 250
-    sample_batch_size: int = 4
+    checkpointing_steps: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 500
+    checkpoints_total_limit: Annotated[int | None, POSITIVE, Mark.FREE_TO_CHANGE] = None
+    resume_from_checkpoint: Annotated[str | None, Mark.PATH, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = None
+    accept_changes: Annotated[bool, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = False
+    report_to: Annotated[str, Mark.FREE_TO_CHANGE] = "tensorboard"
+    push_to_hub: Annotated[bool, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = False
+    hub_model_id: Annotated[str | None, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = None
+    hub_token: Annotated[str | None, Mark.PRIVATE] = None
+    validation_prompts: Annotated[tuple[str, ...] | None, Mark.FREE_TO_CHANGE] = None
+    num_validation_images: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 2
+    validation_steps: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 250
+    sample_batch_size: Annotated[int, POSITIVE, Mark.FREE_TO_CHANGE] = 4
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
-        expand_home(self, *PATHS, "resume_from_checkpoint")
+        expand_home(self)
         concepts = self.concepts
         if self.concepts_list:
             _check_concepts(concepts)
@@ -177,11 +184,7 @@ class TrainingConfig(Settings):
                 raise UserError(f"--{given[0]}: belongs into the --concepts_list, which says all of every subject")
         if self.with_prior_preservation and not all(one.class_word or one.class_prompt for one in concepts):
             raise UserError("--with_prior_preservation needs --class_word or --class_prompt")
-        require(self, lambda weight: 0 <= weight <= 1, "between 0 and 1", "unmasked_weight")
-        require(self, positive, "more than 0", *_POSITIVE)
-        require(self, not_negative, "0 or more", *_NOT_NEGATIVE)
-        require(self, lambda seed: seed < 2**63, "less than 2⁶³", "seed")
-        require(self, lambda beta: 0 <= beta < 1, "at least 0 and less than 1", "adam_beta1", "adam_beta2")
+        check_rules(self)
         if self.optimizer == "prodigy" and (self.learning_rate or 0) < 0.1:
             raise UserError("--optimizer prodigy finds the step size itself: give --learning_rate 1")
         if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
@@ -256,10 +259,6 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
                     f"--concepts_list: class_data_dir {one.class_data_dir} comes with two class prompts, {both}; "
                     "give each class its own"
                 )
-
-
-# Folders and files, or in some cases names on the hub.
-PATHS = ("instance_data_dir", "class_data_dir", "output_dir", "pretrained_model_name_or_path", "base_config")
 
 
 def _is_file(settings: Any) -> bool:
@@ -359,31 +358,4 @@ _NOTED = (
         lambda settings: not settings.cache_latents,
         "photos are encoded once, before training; with --no_cache_latents workers prepare them on the way",
     ),
-)
-_POSITIVE = (
-    "resolution",
-    "num_class_images",
-    "max_train_steps",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "text_encoder_lr",
-    "lr_num_cycles",
-    "adam_epsilon",
-    "snr_gamma",
-    "checkpoints_total_limit",
-    "sample_batch_size",
-)
-_NOT_NEGATIVE = (
-    "prior_loss_weight",
-    "lr_warmup_steps",
-    "lr_power",
-    "adam_weight_decay",
-    "max_grad_norm",
-    "offset_noise",
-    "dataloader_num_workers",
-    "seed",
-    "checkpointing_steps",
-    "num_validation_images",
-    "validation_steps",
 )

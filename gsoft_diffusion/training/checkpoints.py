@@ -28,6 +28,7 @@ import torch
 
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.settings import Mark, marked
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.files import locked, sync_folder, whole_file
 from gsoft_diffusion.foundation.model_names import lasting_name
@@ -35,24 +36,6 @@ from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, SETTINGS, sheet
 
 STATE, SUMS = "state.pt", "SHA256SUMS"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")  # on which a run's numbers depend
-# May change when a run is resumed: they decide how long it goes on and what it reports, not how it learns.
-FREE_TO_CHANGE = {
-    "resume_from_checkpoint",
-    "accept_changes",
-    "output_dir",
-    "unique_token",  # what is learned is in the prompts
-    "max_train_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "report_to",
-    "push_to_hub",
-    "hub_model_id",
-    "validation_prompts",
-    "num_validation_images",
-    "validation_steps",
-    "sample_batch_size",
-    "dataloader_num_workers",
-}
 STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do not depend on how long the run is
 
 
@@ -153,7 +136,9 @@ def check_unchanged(
     """
     if config.accept_changes:
         return
-    free = FREE_TO_CHANGE - ({"max_train_steps"} if config.lr_scheduler not in STEADY else set())
+    free = set(marked(TrainingConfig, Mark.FREE_TO_CHANGE)) - (
+        {"max_train_steps"} if config.lr_scheduler not in STEADY else set()
+    )
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
     both = [name for name in now if name in before and name not in free and before[name] != now[name]]

@@ -13,6 +13,7 @@ from gsoft.fingerprint import BaseModelIdentity
 from gsoft.whole_file import whole_file
 from gsoft_diffusion.adapters.file import read_adapter, save_adapter
 from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.settings import Mark, marked
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.model_names import public_name
 from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, latest_sheet
@@ -20,19 +21,6 @@ from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.publish.model_card import may_write, model_card
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.state import TrainingState
-
-# Not in adapters, which are shared: what says more of the user's disk than of the result.
-PRIVATE = (
-    "instance_data_dir",
-    "class_data_dir",
-    "concepts_list",
-    "output_dir",
-    "resume_from_checkpoint",
-    "accept_changes",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_token",
-)
 
 
 class RunOutputs:
@@ -66,8 +54,8 @@ class RunOutputs:
 
     def save_adapter(self, path: Path, state: TrainingState) -> None:
         """Write the adapter as of now, with settings and prompts inside; nothing that is the user's own business."""
-        config = self.config
-        training = {name: value for name, value in config.to_dict().items() if name not in (*PRIVATE, "adapter")}
+        config, private = self.config, marked(TrainingConfig, Mark.PRIVATE)
+        training = {name: value for name, value in config.to_dict().items() if name not in (*private, "adapter")}
         training |= {"pretrained_model_name_or_path": self.public_base.name, "base_config": self.public_config}
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]

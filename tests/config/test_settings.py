@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.config.settings import (
+    POSITIVE,
+    Mark,
     OnlyWith,
     Settings,
+    check_rules,
     field_help,
+    marked,
     read_yaml,
     refuse_without_effect,
     without_effect,
@@ -157,3 +161,18 @@ def test_files_of_settings_are_found_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "settings.yaml").write_text("seed: 3")
     assert read_yaml("~/settings.yaml") == {"seed": 3}
+
+
+def test_rules_and_marks_stand_with_the_fields():
+    @dataclass(frozen=True)
+    class Some(Settings):
+        """a: one. b: another."""
+
+        a: Annotated[int | None, POSITIVE] = None
+        b: Annotated[str, Mark.PATH, Mark.PRIVATE] = ""
+
+    assert (marked(Some, Mark.PATH), marked(Some, Mark.FREE_TO_CHANGE)) == (["b"], [])
+    check_rules(Some())
+    check_rules(Some(a=1))
+    with pytest.raises(UserError, match="^--a 0: must be more than 0$"):
+        check_rules(Some(a=0))
