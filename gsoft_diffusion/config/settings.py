@@ -238,7 +238,8 @@ def require(settings: Any, test: Callable[[Any], bool], rule: str, *names: str) 
 
 def check_rules(settings: Any) -> None:
     """Raise UserError for the first field that is set and does not obey its annotation's rules."""
-    for name, said in said_of(type(settings)).items():
+    kind: Any = type(settings)
+    for name, said in said_of(kind).items():
         for rule in said:
             if isinstance(rule, Rule):
                 require(settings, *rule, name)

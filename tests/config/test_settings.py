@@ -174,5 +174,5 @@ def test_rules_and_marks_stand_with_the_fields():
     assert (marked(Some, Mark.PATH), marked(Some, Mark.FREE_TO_CHANGE)) == (["b"], [])
     check_rules(Some())
     check_rules(Some(a=1))
-    with pytest.raises(UserError, match="^--a 0: must be more than 0$"):
+    with pytest.raises(UserError, match=r"^--a 0: must be more than 0$"):
         check_rules(Some(a=0))
