@@ -4,12 +4,12 @@ python export.py --adapter outputs/my_dog/adapter.safetensors --format checkpoin
 """
 
 from gsoft_diffusion.config import ExportConfig
-from gsoft_diffusion.options import parse, run
+from gsoft_diffusion.config.command_line import parse, run
 
 
 def main() -> int:
     config = parse(ExportConfig, __doc__)
-    from gsoft_diffusion.export import export  # after mistakes in flags are found: it takes seconds
+    from gsoft_diffusion.publish.export import export  # after mistakes in flags are found: it takes seconds
 
     export(config)
     return 0

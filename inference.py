@@ -4,12 +4,12 @@ python inference.py --adapter outputs/my_dog/adapter.safetensors --prompt "a sks
 """
 
 from gsoft_diffusion.config import GenerationConfig
-from gsoft_diffusion.options import parse, run
+from gsoft_diffusion.config.command_line import parse, run
 
 
 def main() -> int:
     config = parse(GenerationConfig, __doc__)
-    from gsoft_diffusion.generation import draw  # after mistakes in flags are found: it takes seconds
+    from gsoft_diffusion.sampling.generation import draw  # after mistakes in flags are found: it takes seconds
 
     draw(config)
     return 0

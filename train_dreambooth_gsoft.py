@@ -4,12 +4,12 @@ python train_dreambooth_gsoft.py --instance_data_dir photos_of_my_dog --class_wo
 """
 
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.options import parse, run
+from gsoft_diffusion.config.command_line import parse, run
 
 
 def main() -> int:
     config = parse(TrainingConfig, __doc__)
-    from gsoft_diffusion.training import train  # after mistakes in flags are found: it takes seconds
+    from gsoft_diffusion.training.train import train  # after mistakes in flags are found: it takes seconds
 
     result = train(config)
     return 130 if result.interrupted else 0

@@ -9,11 +9,12 @@ from typing import Any
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
 from eval.subjects import REPOSITORY, Subject, read_subjects
-from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.models import DTYPES
-from gsoft_diffusion.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
-from gsoft_diffusion.text_files import on_disk
+from gsoft_diffusion.config import SamplerConfig, TrainingConfig
+from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
+from gsoft_diffusion.foundation.text_files import on_disk
+from gsoft_diffusion.models.loading import DTYPES
 
 
 @dataclass(frozen=True)

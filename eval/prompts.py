@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from eval.subjects import REPOSITORY, Subject
-from gsoft_diffusion.config import with_article
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.text_files import read_prompts
+from gsoft_diffusion.config.prompts import with_article
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.text_files import read_prompts
 
 DREAMBOOTH = "dreambooth"  # both of its lists: which one, the subject decides
 LISTS = REPOSITORY / "data" / "prompts"
