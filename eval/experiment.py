@@ -152,6 +152,10 @@ class Experiment(Settings):
             )
         return [found[name] for name in self.subjects or found]
 
+    def subject_names(self) -> list[str]:
+        """The names of the subjects to compare on. Their photos need not be there if the settings name them."""
+        return list(self.subjects) or [subject.name for subject in self.chosen_subjects()]
+
     def training(
         self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
     ) -> TrainingConfig:
@@ -231,7 +235,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Names its folder."""
+        """Names its folder, and its row on a sheet."""
         parts = [self.method, self.budget, self.learning_rate and f"lr{self.learning_rate:g}", self.subject]
         return "--".join([str(part) for part in parts if part is not None] + [f"seed{self.seed}"])
 
@@ -248,9 +252,9 @@ def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
 
 def sweep_cells(experiment: Experiment) -> list[Cell]:
     """The cells that choose every method's learning rate; none for a method that has only one."""
-    subjects = experiment.chosen_subjects()[: experiment.sweep_subjects]
+    subjects = experiment.subject_names()[: experiment.sweep_subjects]
     return [
-        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject.name, 0)
+        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject, 0)
         for method in experiment.methods
         if len(getattr(experiment.learning_rates, method)) > 1
         for rate in getattr(experiment.learning_rates, method)
@@ -261,8 +265,8 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
 def base_cells(experiment: Experiment) -> list[Cell]:
     """The base model's own answers, the reference that the trade-off is measured from."""
     return [
-        Cell("base", None, None, subject.name, seed)
-        for subject in experiment.chosen_subjects()
+        Cell("base", None, None, subject, seed)
+        for subject in experiment.subject_names()
         for seed in range(experiment.seeds)
     ]
 
@@ -270,9 +274,9 @@ def base_cells(experiment: Experiment) -> list[Cell]:
 def main_cells(experiment: Experiment, rates: dict[str, float]) -> list[Cell]:
     """The comparison itself, each method with its chosen learning rate. Cells of the sweep come again, and are done."""
     return [
-        Cell(method, budget, rates[method], subject.name, seed)
+        Cell(method, budget, rates[method], subject, seed)
         for seed in range(experiment.seeds)
-        for subject in experiment.chosen_subjects()
+        for subject in experiment.subject_names()
         for method in experiment.methods
         for budget in budgets_of(method, experiment)
     ]
