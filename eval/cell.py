@@ -1,7 +1,7 @@
 """One cell of a comparison, from photos to scores, in a folder of its own that appears whole or not at all.
 
-cells/<id>/result.json   settings, versions, times, the score of every picture
-cells/<id>/*.png         the pictures
+work/cells/<id>/result.json   settings, versions, times, the score of every picture
+work/cells/<id>/*.png         the pictures
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from eval.baselines import BaselineAdapter, BaselineConfig, baseline_maker, load
 from eval.experiment import Cell, Experiment
 from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
+from eval.results import CELL_RESULT, cell_folder, is_done, work_folder
 from eval.score import Embedded, embed, picture_scores, reference_scores
 from eval.subjects import Subject
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.adapters.loading import load_adapter
-from gsoft_diffusion.config import AdapterConfig, TrainingConfig
+from gsoft_diffusion.config.adapter import AdapterConfig
+from gsoft_diffusion.config.training import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import whole_file
 from gsoft_diffusion.foundation.run_folder import step_of
@@ -50,7 +52,6 @@ from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.preparation import with_model_defaults
 from gsoft_diffusion.training.train import train
 
-RESULT = "result.json"
 SEEDS_A_CELL = 1000  # picture seeds of cell seed `s` are 1000·s, 1000·s + 1, …: the same for every method
 UNSHARED = ("adapter", "instance_data_dir", "output_dir", "class_data_dir", "pretrained_model_name_or_path")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -70,36 +71,22 @@ class Picture:
         return f"{self.prompt.kind}-{self.index:02d}-seed{self.seed}.png"
 
 
-def is_done(cell: Cell, out: Path) -> bool:
-    return (out / "cells" / cell.id / RESULT).is_file()
-
-
-def read_result(cell: Cell, out: Path) -> dict[str, Any]:
-    return json.loads((out / "cells" / cell.id / RESULT).read_text(encoding="utf-8"))
-
-
-def read_results(out: Path) -> list[dict[str, Any]]:
-    """All that is done in a comparison's folder, in order of the cells' names."""
-    paths = sorted((out / "cells").glob(f"*/{RESULT}"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
-
 def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
-    """Train, draw, score and write the cell's folder; nothing if it is there already.
+    """Train, draw, score and write the cell's folder; nothing if it is done already.
 
     A training that diverges is a result too, without scores. Raises UserError for what concerns all cells, and
     KeyboardInterrupt if a signal ended the training: nothing is written then.
     """
     if is_done(cell, out):
         return
-    scratch = out / "work" / f"{cell.id}.{socket.gethostname()}.{os.getpid()}"
+    scratch = work_folder(out) / "scratch" / f"{cell.id}.{socket.gethostname()}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "cell").mkdir(parents=True)
     try:
         result = (_base if cell.method == "base" else _tuned)(experiment, cell, out, scratch)
-        with whole_file(scratch / "cell" / RESULT) as file:
+        with whole_file(scratch / "cell" / CELL_RESULT) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
-        target = out / "cells" / cell.id
+        target = cell_folder(cell, out)
         target.parent.mkdir(exist_ok=True)
         try:
             (scratch / "cell").rename(target)
@@ -191,7 +178,7 @@ def _training(
 ) -> TrainingConfig:
     """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
     digest = hashlib.sha256(subject.class_word.encode()).hexdigest()[:12]  # other words may have the same slug
-    class_images = out / "class_images" / f"{slug(subject.class_word)}-{digest}"
+    class_images = work_folder(out) / "class_images" / f"{slug(subject.class_word)}-{digest}"
     config = experiment.training(subject, cell.seed, cell.learning_rate or 1, scratch / "run", class_images)
     return with_model_defaults(config.resolved(), models)
 

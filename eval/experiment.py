@@ -9,8 +9,9 @@ from typing import Any
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
 from eval.subjects import REPOSITORY, Subject, read_subjects
-from gsoft_diffusion.config import SamplerConfig, TrainingConfig
+from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
+from gsoft_diffusion.config.training import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.text_files import on_disk
@@ -117,7 +118,7 @@ class Experiment(Settings):
     class_images: int = 8
     unrelated_images: int = 2
     curve_every: int = 0
-    sampler: SamplerConfig = SamplerConfig()  # noqa: RUF009 - frozen
+    sampler: SamplerConfig = SamplerConfig()
     sample_batch_size: int = 8
     clip: str = "auto"
     dino: str = "auto"
@@ -152,6 +153,10 @@ class Experiment(Settings):
                 f"subjects: {', '.join(missing)} is not in {self.subjects_dir}; there are {', '.join(found)}"
             )
         return [found[name] for name in self.subjects or found]
+
+    def subject_names(self) -> list[str]:
+        """The names of the subjects to compare on. Their photos need not be there if the settings name them."""
+        return list(self.subjects) or [subject.name for subject in self.chosen_subjects()]
 
     def training(
         self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
@@ -232,7 +237,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Names its folder."""
+        """Names its folder, and its row on a sheet."""
         parts = [self.method, self.budget, self.learning_rate and f"lr{self.learning_rate:g}", self.subject]
         return "--".join([str(part) for part in parts if part is not None] + [f"seed{self.seed}"])
 
@@ -249,9 +254,9 @@ def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
 
 def sweep_cells(experiment: Experiment) -> list[Cell]:
     """The cells that choose every method's learning rate; none for a method that has only one."""
-    subjects = experiment.chosen_subjects()[: experiment.sweep_subjects]
+    subjects = experiment.subject_names()[: experiment.sweep_subjects]
     return [
-        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject.name, 0)
+        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject, 0)
         for method in experiment.methods
         if len(getattr(experiment.learning_rates, method)) > 1
         for rate in getattr(experiment.learning_rates, method)
@@ -262,8 +267,8 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
 def base_cells(experiment: Experiment) -> list[Cell]:
     """The base model's own answers, the reference that the trade-off is measured from."""
     return [
-        Cell("base", None, None, subject.name, seed)
-        for subject in experiment.chosen_subjects()
+        Cell("base", None, None, subject, seed)
+        for subject in experiment.subject_names()
         for seed in range(experiment.seeds)
     ]
 
@@ -271,9 +276,9 @@ def base_cells(experiment: Experiment) -> list[Cell]:
 def main_cells(experiment: Experiment, rates: dict[str, float]) -> list[Cell]:
     """The comparison itself, each method with its chosen learning rate. Cells of the sweep come again, and are done."""
     return [
-        Cell(method, budget, rates[method], subject.name, seed)
+        Cell(method, budget, rates[method], subject, seed)
         for seed in range(experiment.seeds)
-        for subject in experiment.chosen_subjects()
+        for subject in experiment.subject_names()
         for method in experiment.methods
         for budget in budgets_of(method, experiment)
     ]

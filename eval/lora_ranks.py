@@ -28,8 +28,8 @@ from eval.sheets import save_sheets
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapter
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
-from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.publish.export import lora_layers

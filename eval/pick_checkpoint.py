@@ -25,9 +25,9 @@ from eval.sheets import save_sheets
 from eval.subjects import LIVE_CLASSES, Subject
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.adapters.loading import load_adapter
-from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.config.training import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS, step_of

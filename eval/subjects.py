@@ -13,6 +13,7 @@ from gsoft_diffusion.photos.folder import list_images, scan
 TABLE, DREAMBOOTH = "subjects.csv", "prompts_and_classes.txt"
 LIVE_CLASSES = {"dog", "cat"}  # of the public data set: its other subjects take the prompts for objects
 REPOSITORY = Path(__file__).resolve().parent.parent
+BUNDLED = REPOSITORY / "data" / "subjects"  # drawn for the miniature, no photos of anyone
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Subject:
     class_word: str
     live: bool
     folder: Path
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the subject comes with this repository, so that its photos may be passed on."""
+        return self.folder.resolve().parent == BUNDLED
 
     def photos(self) -> list[Path]:
         """The photos' paths, in order. Raises UserError if there are none."""

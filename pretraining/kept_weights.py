@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from gsoft_diffusion.files import whole_file
+from gsoft_diffusion.foundation.files import whole_file
 
 
 def keep(path: Path, model: nn.Module, images: int) -> None:

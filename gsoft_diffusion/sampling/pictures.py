@@ -101,10 +101,10 @@ class _Layout:
         factor = min(enlarged, most / max(largest))
         cell = (max(1, round(largest[0] * factor)), max(1, round(largest[1] * factor)))
         width = MARGIN + columns * (cell[0] + MARGIN)
-        return cls(cell, factor, width, _lines(title, width - 2 * MARGIN) if title else [])
+        return cls(cell, factor, width, text_lines(title, width - 2 * MARGIN) if title else [])
 
     def label(self, row: Row) -> list[tuple[str, Any]]:
-        return _lines(row.label, self.width - 2 * MARGIN)
+        return text_lines(row.label, self.width - 2 * MARGIN)
 
     def height(self, row: Row) -> int:
         return LINE * len(self.label(row)) + self.cell[1] + LINE + MARGIN
@@ -142,7 +142,7 @@ def _draw_sheet(rows: Sequence[Row], layout: _Layout) -> Image.Image:
             size = (max(1, round(image.width * layout.factor)), max(1, round(image.height * layout.factor)))
             kind = Image.Resampling.NEAREST if layout.factor >= 1 else Image.Resampling.LANCZOS
             sheet.paste(image.resize(size, kind), (x, top))
-            text, font = _lines(caption, cell_width)[0]
+            text, font = text_lines(caption, cell_width)[0]
             draw.text((x, top + cell_height + 2), text, fill=FAINT, font=font)
         top += cell_height + LINE + MARGIN
     return sheet
@@ -151,7 +151,7 @@ def _draw_sheet(rows: Sequence[Row], layout: _Layout) -> Image.Image:
 # Text on them
 
 
-def _lines(text: str, width: int) -> list[tuple[str, Any]]:
+def text_lines(text: str, width: int) -> list[tuple[str, Any]]:
     """`text` in at most three lines that fit the width, each with its font; the rest is cut with an ellipsis."""
     font = _font(_font_for(text))
     lines = [""]

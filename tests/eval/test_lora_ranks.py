@@ -17,7 +17,8 @@ from eval.lora_ranks import added, study, validation_prompts
 from gsoft_diffusion.adapters.file import read_adapter, save_adapter
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import inject
-from gsoft_diffusion.config import AdapterConfig, ExportConfig
+from gsoft_diffusion.config.adapter import AdapterConfig
+from gsoft_diffusion.config.export import ExportConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export

@@ -14,7 +14,10 @@ from eval import pick_checkpoint, score
 from eval.pick_checkpoint import pick
 from eval.score import score_folder, table
 from gsoft_diffusion import UserError
-from gsoft_diffusion.config import AdapterConfig, Concept, SamplerConfig, TrainingConfig
+from gsoft_diffusion.config.adapter import AdapterConfig
+from gsoft_diffusion.config.concept import Concept
+from gsoft_diffusion.config.sampler import SamplerConfig
+from gsoft_diffusion.config.training import TrainingConfig
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import save_png
 from gsoft_diffusion.scoring.encoders import load_encoders
