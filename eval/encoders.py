@@ -26,10 +26,10 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
 
 from eval.open_clip_layout import CONFIG, is_original_clip, read_open_clip
+from gsoft_diffusion.bundled import places
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.hub_access import why_unreachable
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FIELD_CLIP, FIELD_DINO = "ViT-B-32-quickgelu/openai", "facebook/dino-vits16"
 MINI_CLIP, MINI_DINO = "data/mini_clip", "data/mini_dino"
 DINO_MODELS = ("vit", "dinov2", "dinov3_vit")
@@ -292,8 +292,8 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _local(name: str) -> Path | None:
-    """The folder that is meant, here or in this repository; None if there is none and it may be a name."""
-    for folder in (Path(name).expanduser(), REPOSITORY / name):
+    """The folder that is meant, as named or bundled with this project; None if there is none and it may be a name."""
+    for folder in places(name):
         if folder.is_dir():
             return folder
     if name.startswith((".", "/", "~", "data/")):

@@ -8,7 +8,8 @@ from typing import Any
 
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
-from eval.subjects import REPOSITORY, Subject, read_subjects
+from eval.subjects import Subject, read_subjects
+from gsoft_diffusion.bundled import lasting_path
 from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.models import DTYPES
@@ -139,7 +140,7 @@ class Experiment(Settings):
         refuse_without_effect(self, _ONLY_WITH)
 
     def anchored(self) -> Experiment:
-        """The same with paths that hold in any working directory: within this repository, or absolute."""
+        """The same with paths that hold in any working directory: absolute ones, and names of bundled files."""
         places: Any = {name: _anchored(getattr(self, name)) for name in _PLACES}
         return replace(self, **places)
 
@@ -182,9 +183,8 @@ _PLACES = ("subjects_dir", "pretrained_model_name_or_path", "prompts", "clip", "
 def _anchored(name: str) -> str:
     place = on_disk(Path(name).expanduser())
     if name in (DREAMBOOTH, "auto") or not place.exists():
-        return name  # not a path, or one in the repository, or a name on the hub
-    place = place.resolve()
-    return str(place.relative_to(REPOSITORY) if place.is_relative_to(REPOSITORY) else place)
+        return name  # not a path, or a bundled file, or a name on the hub
+    return lasting_path(place.resolve())
 
 
 _ONLY_WITH = (

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gsoft_diffusion.bundled import places
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.photos import list_images, scan
 from gsoft_diffusion.text_files import composed, on_disk, read_csv, read_text
 
 TABLE, DREAMBOOTH = "subjects.csv", "prompts_and_classes.txt"
 LIVE_CLASSES = {"dog", "cat"}  # of the public data set: its other subjects take the prompts for objects
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
 
 
 def _find(folder: str | Path) -> Path:
-    for place in (on_disk(Path(folder).expanduser()), REPOSITORY / folder):
+    for place in map(on_disk, places(folder)):
         if place.is_dir():
             return place
     raise UserError(f"{folder}: no such folder of subjects")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from gsoft_diffusion.adapter_file import AdapterFile, read_adapters
 from gsoft_diffusion.adapter_stack import AdapterStack
+from gsoft_diffusion.bundled import found
 from gsoft_diffusion.checkpoints import checkpoint_name, run_folder
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig, guides, with_names
 from gsoft_diffusion.errors import UserError
@@ -218,7 +219,7 @@ def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> lis
 def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file:
-        prompts = read_prompts(config.prompts_file, f"--prompts_file {config.prompts_file}")
+        prompts = read_prompts(found(config.prompts_file), f"--prompts_file {config.prompts_file}")
     prompts = [with_names(composed(prompt).strip(), subjects) for prompt in prompts if prompt.strip()]
     if not prompts:
         trained = subjects[0].get("instance_prompt")

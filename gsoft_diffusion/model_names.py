@@ -6,16 +6,15 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from gsoft_diffusion.config import BUNDLED_BASE
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from gsoft_diffusion.bundled import lasting_path, places
 
 
 def local_model(name: str) -> Path | None:
-    """The absolute path of a model's folder or file on this disk, as named or inside this repository; None if there is
-    none, and the name may be one on the hub.
+    """The absolute path of a model's folder or file on this disk, as named or bundled; else None.
+
+    A name without a path may be one on the hub.
     """
-    for place in (Path(name).expanduser(), REPOSITORY / name):
+    for place in places(name):
         with suppress(OSError):  # of a folder around it that may not be entered
             if place.exists():
                 return Path(os.path.abspath(place))  # noqa: PTH100 - keeps links
@@ -25,9 +24,7 @@ def local_model(name: str) -> Path | None:
 def lasting_name(name: str) -> str:
     """A name that means the same model from every directory: its path, its name on the hub, or the bundled one's."""
     place = local_model(name)
-    if place is None:
-        return name
-    return BUNDLED_BASE if place == REPOSITORY / BUNDLED_BASE else str(place)
+    return name if place is None else lasting_path(place)
 
 
 def public_name(name: str) -> str:

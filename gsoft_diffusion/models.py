@@ -15,12 +15,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 
 from gsoft_diffusion.adapter_file import AdapterFile
+from gsoft_diffusion.bundled import places
 from gsoft_diffusion.checkpoints import SETTINGS, run_folder
 from gsoft_diffusion.errors import UserError, first_line
 from gsoft_diffusion.families import Models, find_family
 from gsoft_diffusion.hub_access import why_unreachable
 from gsoft_diffusion.memory import check_weights
-from gsoft_diffusion.model_names import REPOSITORY, local_model
+from gsoft_diffusion.model_names import local_model
 from gsoft_diffusion.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.schedulers import scheduler_class
 from gsoft_diffusion.settings import read_yaml
@@ -146,10 +147,10 @@ def _settings_beside(file: AdapterFile) -> tuple[Mapping[str, Any], Path]:
 
 
 def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
-    """A model's local folder (as named, inside this repository, or fetched from the hub into its cache), its family
+    """A model's local folder (as named, bundled with this project, or fetched from the hub into its cache), its family
     and its options.
     """
-    for folder in (Path(name).expanduser(), REPOSITORY / name):
+    for folder in places(name):
         if folder.is_dir():
             if revision:
                 raise UserError(
@@ -187,7 +188,7 @@ def _weight_files(
 def _find_config(name: str, base_config: str | None) -> tuple[Path, type[Models], dict[str, Any]]:
     """For a single file: the folder with the configuration that it goes with, its family and its options."""
     wanted = base_config or usual_config(name)
-    folder = next((path for path in (Path(wanted).expanduser(), REPOSITORY / wanted) if path.is_dir()), None)
+    folder = next((path for path in places(wanted) if path.is_dir()), None)
     if folder is None:
         try:
             folder = _fetch(wanted, None, [INDEX, "*/*.json", "*/*.txt", "*/*.model"])

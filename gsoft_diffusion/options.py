@@ -12,14 +12,17 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gsoft_diffusion.bundled import CHECKOUT
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.launcher import check_launched, launched_settings, process_count
-from gsoft_diffusion.model_names import REPOSITORY
 from gsoft_diffusion.settings import described, field_help, overlay, read_list, read_yaml
 
 RENAMED = {"text_encoder": "train_text_encoder"}  # a field whose name needs its group around it
 OPPOSITES = {"double": ("--one_sided",)}  # further names for switching a boolean off, beside --no_<name>
+
+# The scripts at the root of a checkout, by what an installation calls the same command.
+SCRIPTS = {"gsoft-train": "train_dreambooth_gsoft.py", "gsoft-draw": "inference.py", "gsoft-export": "export.py"}
 
 AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
 
@@ -117,10 +120,15 @@ def _reader(hint: Any) -> Callable[[str], Any]:
     return read
 
 
-def script(name: str) -> str:
-    """One of this repository's scripts as it is called from the working directory, quoted for a shell."""
-    path = REPOSITORY / name
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+def command(name: str) -> str:
+    """How a console script, such as gsoft-train, is called from the working directory: its name, once installed.
+
+    In a checkout it is the script at its root, with python before it and quoted for a shell.
+    """
+    if CHECKOUT is None:
+        return name
+    path = CHECKOUT / SCRIPTS[name]
+    return f"python {shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))}"
 
 
 def expanded_path(text: str) -> Path:

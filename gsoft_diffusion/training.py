@@ -53,7 +53,7 @@ from gsoft_diffusion.memory import keep_freed_memory, running_out_explained
 from gsoft_diffusion.model_card import CARD, latest_sheet, may_write, model_card, sheet_of
 from gsoft_diffusion.model_names import public_name
 from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.options import script
+from gsoft_diffusion.options import command
 from gsoft_diffusion.photos import KOHYA, Folder, Photo, copies, read_folder
 from gsoft_diffusion.pictures import contact_sheets
 from gsoft_diffusion.preflight import check_step
@@ -416,10 +416,10 @@ class Run:
         if interrupted:
             settings = shlex.quote(str(self.folder / checkpoints.SETTINGS))
             count = accelerator.num_processes
-            starter = "python" if count == 1 else f"by the same launcher, with {count} processes,"
+            launched = f"by the same launcher, with {count} processes, " if count > 1 else ""
             accelerator.print(
                 f"stopped at step {self.step}; to go on: "
-                f"{starter} {script('train_dreambooth_gsoft.py')} --config {settings} --resume_from_checkpoint latest"
+                f"{launched}{command('gsoft-train')} --config {settings} --resume_from_checkpoint latest"
             )
         if accelerator.is_main_process and isinstance(self.adapter, Adapter):
             self._write_card(result)
@@ -431,7 +431,7 @@ class Run:
         error = self.adapter.orthogonality_error()
         accelerator.print(
             f"adapter: {result}{f' (largest deviation from orthogonality {error:.1e})' if error is not None else ''}\n"
-            f"try it: python {script('inference.py')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
+            f"try it: {command('gsoft-draw')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
         )
         return TrainingResult(result, self.step, interrupted, seconds)
 

@@ -10,7 +10,7 @@ import pytest
 
 from gsoft_diffusion.config import AdapterConfig, Concept, GenerationConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.options import parse, run, script
+from gsoft_diffusion.options import command, parse, run
 
 BASIC = ["--instance_data_dir", "photos", "--class_word", "dog"]
 
@@ -191,8 +191,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("script", ["train_dreambooth_gsoft.py", "inference.py", "export.py"])
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--nothing"], 2), (["--config", "nowhere"], 2)])
 def test_help_and_mistakes_need_no_library_that_takes_seconds(script, arguments, status):
-    command = [sys.executable, "-X", "importtime", REPOSITORY / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    process = [sys.executable, "-X", "importtime", REPOSITORY / script, *arguments]
+    done = subprocess.run(process, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert done.returncode == status
     assert "gsoft_diffusion.config" in imported
@@ -244,8 +244,12 @@ def test_one_of_several_processes_ends_without_waiting_for_the_others():
 
 
 def test_scripts_are_called_from_where_one_stands(tmp_path, monkeypatch):
-    repository = Path(__file__).resolve().parent.parent
-    monkeypatch.chdir(repository)
-    assert script("inference.py") == "inference.py"
+    monkeypatch.chdir(REPOSITORY)
+    assert command("gsoft-draw") == "python inference.py"
     monkeypatch.chdir(tmp_path)
-    assert script("inference.py") == str(repository / "inference.py")
+    assert command("gsoft-draw") == f"python {REPOSITORY / 'inference.py'}"
+
+
+def test_an_installation_has_console_scripts(monkeypatch):
+    monkeypatch.setattr("gsoft_diffusion.options.CHECKOUT", None)
+    assert command("gsoft-draw") == "gsoft-draw"
