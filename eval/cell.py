@@ -1,4 +1,4 @@
-"""One cell of a comparison, from photos to scores, in a folder of its own that appears whole or not at all.
+"""One cell of a comparison, from photos to scores, in its own folder that appears complete or not at all.
 
 cells/<id>/result.json   settings, versions, times, the score of every picture
 cells/<id>/*.png         the pictures
@@ -288,7 +288,7 @@ def score(
 
 
 def _facts(experiment: Experiment, cell: Cell, subject: Subject, models: Models, encoders: Encoders) -> dict[str, Any]:
-    """What a result says of where it comes from."""
+    """The origin of a result: devices, versions, base model, encoders and photos."""
     return {
         "cell": asdict(cell),
         "base_model": asdict(models.identity()) | {"name": _public(models.name)},

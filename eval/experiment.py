@@ -145,7 +145,7 @@ class Experiment(Settings):
         return replace(self, **places)
 
     def chosen_subjects(self) -> list[Subject]:
-        """The subjects to compare on. UserError if one that is asked for is not there."""
+        """The subjects to compare on. Raises UserError if one that is asked for is not there."""
         found = {subject.name: subject for subject in read_subjects(self.subjects_dir, self.class_word)}
         if missing := [name for name in self.subjects if name not in found]:
             raise UserError(
@@ -259,7 +259,7 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
 
 
 def base_cells(experiment: Experiment) -> list[Cell]:
-    """The base model's own answers, the reference that the trade-off is measured from."""
+    """The base model's own pictures, the reference for the trade-off."""
     return [
         Cell("base", None, None, subject.name, seed)
         for subject in experiment.chosen_subjects()

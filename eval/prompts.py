@@ -1,4 +1,4 @@
-"""What is drawn to be scored, and which words each picture is compared with."""
+"""The prompts that are drawn and scored, and the text with which each picture is compared."""
 
 from __future__ import annotations
 

@@ -523,7 +523,7 @@ def _introduction(
 
 
 def _intervals(lines: Sequence[Line], subjects: int) -> str:
-    """What stands in the brackets of the tables."""
+    """How the intervals in the brackets of the tables were made."""
     found = [interval for line in lines if (interval := line.interval("dino"))]
     none = [interval for interval in found if interval.low is None]
     if len(none) == len(found):
@@ -551,7 +551,7 @@ def page(
 
 
 def _html(text: str) -> str:
-    """The little Markdown that the sections use."""
+    """HTML for the subset of Markdown that the sections use."""
     blocks = []
     for block in text.split("\n\n"):
         if block.startswith("|"):

@@ -40,7 +40,7 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
     """
     folder = _find(folder)
     if class_word and ((folder / TABLE).is_file() or (folder / DREAMBOOTH).is_file()):
-        raise UserError(f"{folder}: says itself what its subjects are; leave out the class word {class_word}")
+        raise UserError(f"{folder}: names its own subjects; leave out the class word {class_word}")
     if (folder / TABLE).is_file():
         subjects = _from_table(folder)
     elif (folder / DREAMBOOTH).is_file():
@@ -52,7 +52,7 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
     else:
         raise UserError(f"{folder}: holds neither photos nor {TABLE} nor {DREAMBOOTH} beside folders of photos")
     if not subjects:
-        raise UserError(f"{folder}: none of the subjects it names has a folder there")
+        raise UserError(f"{folder}: has a folder for none of the subjects that it names")
     return subjects
 
 

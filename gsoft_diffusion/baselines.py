@@ -146,7 +146,7 @@ class BaselineAdapter(nn.Module):
                 assert layer.scaling[PEFT_NAME] == 1, f"{name}: scaled by {layer.scaling[PEFT_NAME]}"
 
     def remove(self) -> None:
-        """Give the models back exactly as they were: weights, layers and what required gradients."""
+        """Restore the models exactly: weights, layers and `requires_grad`."""
         self.unmerge()
         for name, place in self._places.items():
             setattr(*place, self._linears[name])
@@ -178,7 +178,7 @@ class BaselineAdapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the models are the untouched base models, merged or not."""
+        """Switch the adapter off: the models are the untouched base models, merged or not."""
         was_merged = self.merged
         self.unmerge()
         for layer in self._layers.values():
@@ -311,7 +311,7 @@ def baseline_count(config: BaselineConfig, in_features: int, out_features: int) 
 
 
 def load_baseline(path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> BaselineAdapter:
-    """Put a baseline that `save_adapter` wrote into its base model. UserError if the file does not fit."""
+    """Put a baseline that `save_adapter` wrote into its base model. Raises UserError if the file does not fit."""
     try:
         with safe_open(path, framework="pt") as file:
             config = BaselineConfig.from_dict(json.loads((file.metadata() or {})["config"]))

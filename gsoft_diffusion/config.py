@@ -25,7 +25,7 @@ from gsoft_diffusion.settings import (
 )
 from gsoft_diffusion.text_files import composed
 
-BUNDLED_BASE = "data/mini_base"  # found in the repository whatever the working directory
+BUNDLED_BASE = "data/mini_base"  # found from every working directory; see bundled.py
 # What a run needs follows from the base: angles of a small model's few, narrow layers have further to go.
 # The paper trains no text encoder; there a tenth of the denoiser's rate is a guess.
 FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5, "text_encoder_lr": 2e-6}
@@ -48,11 +48,11 @@ class AdapterConfig(RotationConfig, Settings):
 
     nblocks: number of diagonal blocks `r` of every GS factor; give this or `block_size`, not both.
     block_size: side `b` of every block, `r·b = width`.
-    nfactors: block-diagonal factors in each `Q`; "dense" takes the fewest that fill `Q` (paper, Theorem 2).
+    nfactors: block-diagonal factors in each `Q`; "dense" takes the fewest without zeros in `Q` (paper, Theorem 2).
     double: True for `W' = s·Q_out W Q_in` (§6.2), False for `W' = s·W Q_in` (§6.1).
     parametrization: map from skew-symmetric to orthogonal blocks.
     output_scale: learn one factor per output feature, 1 at the start.
-    text_encoder: adapt the text encoder's attention as well as the UNet's.
+    text_encoder: adapt the text encoder's attention as well as the denoiser's.
     """
 
     text_encoder: bool = True
@@ -72,7 +72,7 @@ def guides(guidance_scale: float) -> bool:
 _NEGATIVE_PROMPT = OnlyWith(
     ("negative_prompt",),
     lambda settings: not settings.negative_prompt or settings.guidance_scale is None or guides(settings.guidance_scale),
-    "it is what guidance leads away from; give a --guidance_scale above 1, or leave it out",
+    "guidance is off; give a --guidance_scale above 1, or leave it out",
 )
 
 
@@ -81,9 +81,9 @@ class SamplerConfig(Settings):
     """How a picture is drawn, apart from its prompt, its seed and the model.
 
     num_inference_steps: denoising steps.
-    guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default 5, with miniature bases 3.
-    negative_prompt: what guidance leads away from.
-    scheduler: a diffusers scheduler class such as DDIMScheduler; by default the one the base model names.
+    guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default 5, 3 on a miniature base.
+    negative_prompt: what guidance steers pictures away from.
+    scheduler: a diffusers scheduler class such as DDIMScheduler; by default the base model's own.
     """
 
     num_inference_steps: int = 30
@@ -99,11 +99,11 @@ class SamplerConfig(Settings):
 
 @dataclass(frozen=True)
 class Concept(Settings):
-    """One subject: an item of `concepts_list`, with the names of diffusers' concepts lists, or the only one.
+    """One subject: an item of `concepts_list`, named as in diffusers' concepts lists, or a run's only subject.
 
     instance_data_dir: folder with the photos of the subject.
     class_word: what the subject is, in a word or two.
-    unique_token: rare word that becomes the subject's name; by default sks, or what stands before the class word in
+    unique_token: rare word that becomes the subject's name; by default sks, or the words before the class word in
       instance_prompt.
     instance_prompt: prompt of the photos that have no caption.
     class_prompt: prompt of the class images.
@@ -122,7 +122,7 @@ class Concept(Settings):
             raise UserError("--instance_data_dir: name the folder with the subject's photos")
         if not (self.class_word or self.instance_prompt):
             folder = self.instance_data_dir
-            raise UserError(f"--class_word: say what is on the photos in {folder}, for example --class_word dog")
+            raise UserError(f"--class_word: name what the photos in {folder} show, for example --class_word dog")
         require(self, lambda text: text.strip() != "", "more than blanks", "instance_prompt", "class_prompt")
         expand_home(self, "instance_data_dir", "class_data_dir")
 
@@ -139,10 +139,10 @@ class Concept(Settings):
         return f"a photo of {with_article(composed(self.class_word))}" if self.class_word else None
 
     def resolved(self) -> Concept:
-        """With what follows filled in: prompts from names, or the token from the prompt; None if it is not plain there.
+        """The same subject with missing values derived: prompts from the names, or the token from the prompt.
 
-        All in one Unicode normal form. Raises UserError for a token that the prompt does not have: the subject would be
-        learned by another name.
+        The token stays None if the prompt does not make it clear. All texts get one Unicode normal form. Raises
+        UserError for a token that the prompt does not have: the subject would be learned by another name.
         """
         names = ("class_word", "unique_token", "instance_prompt", "class_prompt")
         word, token, prompt, class_prompt = (
@@ -167,7 +167,7 @@ class Concept(Settings):
         return bool(self.class_data_dir) or self.class_prompt not in (None, self.usual_class_prompt)
 
     def scenes(self) -> tuple[str, ...]:
-        """Prompts that show what has been learned; only the photos' own if the subject's name is not known."""
+        """Prompts that show what has been learned; only the photos' prompt if the subject's name is not known."""
         subject = self.resolved()
         known = subject.unique_token and subject.class_word
         scenes = tuple(f"{self.name} {scene}" for scene in VALIDATION_SCENES) if known else ()
@@ -176,43 +176,44 @@ class Concept(Settings):
 
 @dataclass(frozen=True)
 class TrainingConfig(Settings):
-    """Everything `train_dreambooth_gsoft.py` can be told; names follow diffusers' train_dreambooth.py.
+    """All settings of the training; their names follow diffusers' train_dreambooth.py.
 
-    instance_data_dir: folder with the photos of the subject (three to five are enough); a photo may have its caption in
-      a .txt or .caption file beside it or in metadata.jsonl or .csv, and its mask beside it or in its transparency.
-    class_word: what the subject is, in a word or two: dog, toy car. Makes the prompts that are not given.
-    unique_token: rare word that becomes the subject's name; by default sks, or what stands before the class word in
+    instance_data_dir: folder with the photos of the subject; three to five are enough. Captions may be in .txt or
+      .caption files or in metadata.jsonl or .csv, masks in files or in the photos' transparency.
+    class_word: what the subject is, in a word or two: dog, toy car. Prompts that are not given are made with it.
+    unique_token: rare word that becomes the subject's name; by default sks, or the words before the class word in
       instance_prompt.
     instance_prompt: prompt of photos that have no caption; by default "a photo of a <unique_token> <class_word>".
     class_prompt: prompt of the class images; by default "a photo of a <class_word>".
     class_data_dir: folder of class images; by default beside output_dir, one for each model, prompt and sampler.
-    concepts_list: JSON or YAML file with several subjects to learn in one run, instead of the settings above: a list
-      of instance_data_dir, class_word, unique_token and, if wanted, instance_prompt, class_prompt, class_data_dir.
+    concepts_list: JSON or YAML file with several subjects to learn in one run, instead of the settings above. Each item
+      has instance_data_dir, class_word and unique_token; it may have instance_prompt, class_prompt and class_data_dir.
     output_dir: folder for everything the run writes; by default outputs/<name of instance_data_dir>.
     pretrained_model_name_or_path: base model: a diffusers folder, a name on the hub, or a .safetensors file.
-    base_config: for a file, the diffusers folder or name on the hub whose configuration it has; by default by its kind.
+    base_config: for a .safetensors file, the diffusers folder or model on the hub that has its configuration; by
+      default the usual one of its kind.
     revision: revision of the base model on the hub.
     variant: variant of the base model's weight files, such as fp16.
     adapter: shape of the adapter.
     resolution: side of the square pictures in pixels; by default what the base model was made for.
-    aspect_buckets: keep the photos' shapes: sizes of about resolution² pixels instead of squares, one in each batch.
-    center_crop: crop photos in the middle; otherwise at one of five places along the side that is cropped, at random.
+    aspect_buckets: keep the photos' shapes: crop to sizes of about resolution² pixels; each batch has one size.
+    center_crop: crop photos in the middle; otherwise at one of five places along the cropped side, at random.
     random_flip: mirror half of the photos.
-    unmasked_weight: weight of the loss outside of the subject's mask (0.1 is usual); 1 makes no use of masks.
+    unmasked_weight: weight of the loss outside of the subject's mask (0.1 is usual); 1 ignores masks.
     cache_latents: encode every photo (and each of its crops and flips) once, before training.
     with_prior_preservation: train on pictures of the class as well, so that the class is not forgotten.
     prior_loss_weight: weight of the class images' loss.
-    num_class_images: class images to train on; those that are missing are generated by the base model, more not used.
+    num_class_images: class images to train on; the base model draws missing ones, and surplus ones are not used.
     max_train_steps: optimizer steps; by default 3000 as in the paper, 500 on a miniature base.
     train_batch_size: photos in a batch, on each device (and as many class images with prior preservation).
     gradient_accumulation_steps: batches in one optimizer step; by default what accelerate's launcher says.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
-    cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they have nothing to do.
-    quantize_base: keep what no adapter can be on, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
+    cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they are not in use.
+    quantize_base: store layers that no adapter uses, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
     learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 1e-3 on a miniature base.
-    text_encoder_lr: step size for the text encoders; by default 2e-6, 2e-5 on a miniature base; prodigy has only one.
+    text_encoder_lr: step size for the text encoders; by default 2e-6, 2e-5 on a miniature base; none with prodigy.
     lr_scheduler: how the learning rate changes over the run.
-    lr_warmup_steps: steps of linear rise at the start, for schedules other than constant, and for schedulefree.
+    lr_warmup_steps: steps of linear warm-up at the start, for schedules other than constant, and for schedulefree.
     lr_num_cycles: restarts of cosine_with_restarts.
     lr_power: power of polynomial.
     optimizer: adamw; adamw8bit (pip install bitsandbytes), prodigy (prodigyopt) or schedulefree (schedulefree).
@@ -227,22 +228,22 @@ class TrainingConfig(Settings):
       accelerate's launcher says.
     attention_backend: diffusers' attention backend for the UNet: native, xformers, flash and others.
     dataloader_num_workers: processes that prepare photos when latents are not cached.
-    seed: the run's random numbers: same seed, settings and machine, same result.
+    seed: seed of all random numbers; the same seed, settings and machine give the same result.
     checkpointing_steps: write a checkpoint every so many steps, 0 for never; a run that is stopped writes one anyway.
     checkpoints_total_limit: checkpoints to keep; by default all.
-    resume_from_checkpoint: checkpoint to go on from: a folder, its name in output_dir, or latest; of a run's folder the
-      latest.
+    resume_from_checkpoint: checkpoint to continue from: its folder, its name in output_dir, or latest; a run's folder
+      stands for its latest.
     accept_changes: resume although settings, photos or the number of processes are not those of the checkpoint.
     report_to: tracker that accelerate knows (tensorboard, wandb), several with commas between them, all, or none.
     push_to_hub: publish adapter, model card and last validation sheet on the Hugging Face hub at the end.
-    hub_model_id: name there, with or without an owner; by default that of output_dir.
-    hub_token: access token, kept nowhere; by default the one of `hf auth login` or of HF_TOKEN.
+    hub_model_id: name on the hub, with or without an owner; by default that of output_dir.
+    hub_token: access token, never written to a file; by default that of `hf auth login` or of HF_TOKEN.
     validation_prompts: prompts drawn during training and at its end, with `{0} {1}` for the subject's name as in
       inference.py; by default the subject in a few scenes.
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
     validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
     sample_batch_size: pictures drawn at a time.
-    sampler: how validation and class images are drawn; kept in the adapter for inference.
+    sampler: how validation and class images are drawn; saved in the adapter for inference.
     """
 
     instance_data_dir: str = ""
@@ -319,7 +320,7 @@ class TrainingConfig(Settings):
             _check_concepts(concepts)
             defaults = {field.name: field.default for field in fields(self)}
             if given := [field.name for field in fields(Concept) if getattr(self, field.name) != defaults[field.name]]:
-                raise UserError(f"--{given[0]}: belongs into the --concepts_list, which says all of every subject")
+                raise UserError(f"--{given[0]}: describes one subject; with --concepts_list, write it into that file")
         if self.with_prior_preservation and not all(one.class_word or one.class_prompt for one in concepts):
             raise UserError("--with_prior_preservation needs --class_word or --class_prompt")
         require(self, lambda weight: 0 <= weight <= 1, "between 0 and 1", "unmasked_weight")
@@ -332,7 +333,7 @@ class TrainingConfig(Settings):
         if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
             raise UserError("--text_encoder_lr: --optimizer prodigy finds one step size for all; leave it out")
         if self.optimizer == "schedulefree" and self.adam_beta1 == 0:
-            raise UserError("--adam_beta1 0: --optimizer schedulefree averages by it; give more than 0")
+            raise UserError("--adam_beta1 0: --optimizer schedulefree averages weights with it; give more than 0")
         if self.lr_scheduler == "polynomial" and self.learning_rate and self.learning_rate <= POLYNOMIAL_END:
             raise UserError(
                 f"--learning_rate {self.learning_rate:g}: --lr_scheduler polynomial falls to {POLYNOMIAL_END:g}; "
@@ -346,7 +347,7 @@ class TrainingConfig(Settings):
         refuse_without_effect(self, _REFUSED)
 
     def notes(self) -> list[str]:
-        """What has no effect among the settings but is no reason to refuse them. To be asked once they are complete."""
+        """A line for each setting that has no effect but is no reason to refuse the run. Ask only complete settings."""
         notes = list(without_effect(self, _NOTED))
         if not self.with_prior_preservation and any(one.asks_for_class_images for one in self.concepts_list):
             notes.append("--concepts_list names class images, which are only used with --with_prior_preservation")
@@ -358,7 +359,7 @@ class TrainingConfig(Settings):
         return self.concepts_list or (Concept(**{field.name: getattr(self, field.name) for field in fields(Concept)}),)
 
     def resolved(self) -> TrainingConfig:
-        """The same settings with the prompts and folders that follow from others filled in."""
+        """The same settings with missing prompts and folders derived from the others."""
         concepts = tuple(concept.resolved() for concept in self.concepts)
         prompts: dict[str, Any] = {"concepts_list": concepts} if self.concepts_list else concepts[0].to_dict()
         name = "_and_".join(Path(concept.instance_data_dir).resolve().name for concept in concepts)
@@ -373,13 +374,13 @@ class TrainingConfig(Settings):
 
     @property
     def usual_scenes(self) -> tuple[str, ...]:
-        """The validation prompts that are taken where none are given."""
+        """The validation prompts if none are given."""
         shown = [concept.scenes()[: 2 if self.concepts_list else None] for concept in self.concepts]
         return tuple(chain.from_iterable(shown))
 
 
 def _check_concepts(concepts: Sequence[Concept]) -> None:
-    """Raise UserError if two of the subjects cannot be told apart, or if what they share means different things."""
+    """Raise UserError if two subjects share a name, photos or a prompt, or a class folder with different prompts."""
     resolved = [concept.resolved() for concept in concepts]
     prompts = [concept.instance_prompt or "" for concept in resolved]
     own: dict[str, list[tuple[str, object]]] = {
@@ -430,7 +431,7 @@ _REFUSED = (
     OnlyWith(
         ("lr_warmup_steps",),
         lambda settings: settings.lr_scheduler != "constant" or settings.optimizer == "schedulefree",
-        "a constant rate does not rise; give --lr_scheduler constant_with_warmup, or another, or leave it out",
+        "a constant rate has no warm-up; give --lr_scheduler constant_with_warmup or another, or leave it out",
     ),
     OnlyWith(
         ("lr_num_cycles",),
@@ -460,7 +461,7 @@ _REFUSED = (
     OnlyWith(
         ("base_config",),
         _is_file,
-        "only a .safetensors file needs to be told its configuration; leave it out",
+        "it is for base models in a single .safetensors file; leave it out",
     ),
     OnlyWith(
         ("revision", "variant"),
@@ -487,22 +488,22 @@ _NOTED = (
     OnlyWith(
         ("validation_steps",),
         lambda settings: not settings.num_validation_images or settings.validation_steps < settings.max_train_steps,
-        "the run is not longer; what is drawn is drawn at its end",
+        "the run is not longer; pictures are drawn only at its end",
     ),
     OnlyWith(
         ("checkpointing_steps",),
         lambda settings: settings.checkpointing_steps <= settings.max_train_steps,
-        "the run is shorter; it leaves its result, and a checkpoint only if it is stopped",
+        "the run is shorter; it writes a checkpoint only if it is stopped",
     ),
     OnlyWith(
         ("checkpoints_total_limit",),
         lambda settings: settings.checkpointing_steps,
-        "--checkpointing_steps is 0, so no checkpoints are written but by a run that is stopped",
+        "--checkpointing_steps is 0, so only a run that is stopped writes a checkpoint",
     ),
     OnlyWith(
         ("dataloader_num_workers",),
         lambda settings: not settings.cache_latents,
-        "photos are encoded once, before training; with --no_cache_latents workers prepare them on the way",
+        "photos are encoded once, before training; only with --no_cache_latents do workers prepare them",
     ),
 )
 _POSITIVE = (
@@ -536,12 +537,12 @@ _NOT_NEGATIVE = (
 
 @dataclass(frozen=True)
 class GenerationConfig(Settings):
-    """Everything `inference.py` can be told.
+    """All settings of drawing.
 
-    adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
-      model, which then act in this order.
-    strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
-    prompts: prompts to draw; the subject goes by the name it was trained with, such as "a sks dog" or "a {0} {1}".
+    adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
+      model act in this order.
+    strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
+    prompts: prompts to draw, with the subject's name from the training, such as "a sks dog" or "a {0} {1}".
     prompts_file: text file with one prompt a line, instead of prompts; a line that starts with # is a comment;
       `{0} {1}` stands for the subject's name, and `{2} {3}` for that of a second one.
     num_images: pictures for each prompt.
@@ -549,19 +550,19 @@ class GenerationConfig(Settings):
     num_inference_steps: denoising steps; by default as in the adapter's training.
     guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default as in the adapter's
       training.
-    negative_prompt: what guidance leads away from; by default as in the adapter's training.
+    negative_prompt: what guidance steers pictures away from; by default as in the adapter's training.
     scheduler: a diffusers scheduler class such as DDIMScheduler; by default as in the adapter's training.
     resolution: side in pixels of square pictures; by default as in the adapter's training.
-    width: of pictures that are not square, in pixels; by default the resolution.
-    height: of pictures that are not square, in pixels; by default the resolution.
+    width: width in pixels of pictures that are not square; by default the resolution.
+    height: height in pixels of pictures that are not square; by default the resolution.
     batch_size: pictures drawn at a time; changes speed and memory, not the pictures.
-    output_dir: folder for the pictures; by default `images` in the run's folder, and there `images/checkpoint-<step>`
-      for those of a checkpoint.
+    output_dir: folder for the pictures; by default `images` in the run's folder, or `images/checkpoint-<step>` there
+      for a checkpoint's adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
-    cpu_offload: keep VAE and text encoders in main memory while they have nothing to do; the pictures stay the same.
-    device: cpu, cuda, cuda:1, mps; by default the fastest there is.
+    cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
+    device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
     """
 
     adapter: tuple[str, ...]
@@ -589,7 +590,7 @@ class GenerationConfig(Settings):
         expand_home(self, "adapter", "prompts_file", "output_dir", "pretrained_model_name_or_path")
         weighed(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
-            raise UserError("--prompt and --prompts_file: give one of them")
+            raise UserError("--prompt and --prompts_file: give only one of them")
         sizes = ("num_images", "batch_size", "resolution", "width", "height", "num_inference_steps")
         require(self, positive, "more than 0", *sizes)
         require(self, not_negative, "0 or more", "seed", "guidance_scale")
@@ -618,16 +619,16 @@ _REFUSED_IN_GENERATION = (
 
 @dataclass(frozen=True)
 class ExportConfig(Settings):
-    """Everything `export.py` can be told.
+    """All settings of an export.
 
     adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
       model, which then act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
-      with the adapter merged in; diffusers_lora and kohya_lora are small files that only come near it.
+      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it.
     strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
-    output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format,
-      and after the checkpoint if it is one's.
-    rank: rank of a LoRA, 64 by default; the higher, the nearer to the adapter.
+    output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
+      and, if there is one, the checkpoint.
+    rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     """
@@ -643,7 +644,7 @@ class ExportConfig(Settings):
     def __post_init__(self) -> None:
         expand_home(self, "adapter", "output", "pretrained_model_name_or_path")
         if not any(weighed(self.adapter, self.strength).values()):
-            raise UserError("--strength 0: is the base model as it was; there is nothing to export")
+            raise UserError("--strength 0: would give the base model itself; there is nothing to export")
         require(self, positive, "more than 0", "rank")
         refuse_without_effect(self, [_RANK])
         if self.output and (self.format == "diffusers") == self.output.endswith(".safetensors"):
@@ -663,12 +664,12 @@ class ExportConfig(Settings):
 _RANK = OnlyWith(
     ("rank",),
     lambda settings: settings.is_lora,
-    "it is for LoRAs, and --format diffusers and checkpoint hold all of the adapter; leave it out",
+    "it is for LoRAs; give a --format that is one, or leave it out",
 )
 
 
 def weighed(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
-    """Each adapter's strength, 1 if none is given. UserError unless adapters differ and strengths fit them."""
+    """Each adapter's strength, 1 if none is given. Raises UserError for an adapter given twice, or wrong strengths."""
     if not adapters:
         raise UserError("--adapter: name the adapter file that training wrote")
     if twice := [adapter for adapter in adapters if list(adapters).count(adapter) > 1]:
@@ -681,9 +682,9 @@ def weighed(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, fl
 
 
 def token_in(prompt: str, class_word: str | None) -> str | None:
-    """What stands before the class word in a prompt, back to an article or the like; None if nothing does.
+    """The words before the class word in a prompt, back to an article, a preposition or the like; None without any.
 
-    "zwx" in "a photo of a zwx teddy bear on a bed".
+    For example "zwx" in "a photo of a zwx teddy bear on a bed".
     """
     words, wanted = prompt.split(), (class_word or "").split()
     at = _place(words, wanted)
@@ -697,12 +698,12 @@ def token_in(prompt: str, class_word: str | None) -> str | None:
 
 
 def has_words(text: str, words: str) -> bool:
-    """Whether these words are in the text, one after the other."""
+    """Whether the text contains these words, one after the other."""
     return _place(text.split(), words.split()) >= 0
 
 
 def _place(words: Sequence[str], wanted: Sequence[str]) -> int:
-    """Where the wanted words begin among others, without regard to capitals and to what punctuation follows; or -1."""
+    """The index at which the wanted words begin, ignoring case and trailing punctuation; -1 if they do not occur."""
 
     def plain(some: Sequence[str]) -> list[str]:
         return [(re.sub(r"('s|[^\w>])*$", "", word) or word).casefold() for word in some]
@@ -712,21 +713,23 @@ def _place(words: Sequence[str], wanted: Sequence[str]) -> int:
 
 
 def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str:
-    """The prompt with the first subject's unique token for `{0}` and its class word for `{1}`, as in DreamBooth's
-    prompt lists; `{2}` and `{3}` are the second subject's, and so on. UserError for a name that is not known.
+    """The prompt with names filled in, as in DreamBooth's prompt lists.
+
+    `{0}` is the first subject's unique token and `{1}` its class word; `{2}` and `{3}` are the second subject's, and so
+    on. Raises UserError for a name that is not known.
     """
 
     def word(found: re.Match[str]) -> str:
         subject, part = divmod(int(found[1]), 2)
         name = ("unique_token", "class_word")[part]
         if subject >= len(subjects):
-            raise UserError(f"{prompt!r}: {found[0]} is of subject {subject + 1}, and there are {len(subjects)}")
+            raise UserError(f"{prompt!r}: {found[0]} stands for subject {subject + 1}, but there are {len(subjects)}")
         if not (known := subjects[subject].get(name)):
             trained = subjects[subject].get("instance_prompt")
-            how = f', only of its prompt "{trained}"' if trained else ""
+            how = f', only its prompt "{trained}"' if trained else ""
             raise UserError(
-                f"{prompt!r}: {found[0]} cannot be filled in: nothing is known of the subject's {name}{how}; "
-                "write out what it is called"
+                f"{prompt!r}: {found[0]} cannot be filled in: the subject's {name} is not known{how}; "
+                "write out its name"
             )
         return known
 

@@ -229,7 +229,7 @@ def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) ->
 
 
 def _run_name(adapter: Path) -> str:
-    """What pictures call the run of an adapter, with its checkpoint if it is one's; without the folders around it."""
+    """The name of an adapter's run in pictures, with its checkpoint if it has one, without other folders."""
     return "/".join(filter(None, [run_folder(adapter).resolve().name, checkpoint_name(adapter)]))
 
 

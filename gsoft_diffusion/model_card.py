@@ -136,7 +136,7 @@ def public_base(name: str) -> tuple[str | None, str]:
 
 
 def sheet_of(folder: Path, step: int, number: int = 1) -> Path:
-    """Where a run's contact sheet of a step is, or one of several."""
+    """The path of a run's contact sheet of a step, or of one of several."""
     return folder / "validation" / numbered(f"step-{step:06d}.png", number)
 
 
@@ -148,7 +148,7 @@ def latest_sheet(folder: Path, step: int | None = None) -> Path | None:
 
 
 def may_write(path: Path) -> bool:
-    """Whether there is no card at this path, or one that nobody has made their own."""
+    """Whether there is no card at this path, or one that the user has not claimed."""
     try:
         return MARK in path.read_text(encoding="utf-8")
     except FileNotFoundError:

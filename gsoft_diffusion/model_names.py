@@ -1,4 +1,4 @@
-"""What base models are called: by an absolute path among the run's own files, without any folder before others."""
+"""Names of base models: absolute paths in the run's own files, and no folders in what others read."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def local_model(name: str) -> Path | None:
 
 
 def lasting_name(name: str) -> str:
-    """A name that means the same model from every directory: its path, its name on the hub, or the bundled one's."""
+    """A name that means the same model in every directory: a path, a name on the hub, or a bundled name."""
     place = local_model(name)
     return name if place is None else lasting_path(place)
 
 
 def public_name(name: str) -> str:
-    """A name that tells nothing of this disk: without the folders around a local model."""
+    """A name that others may read: a local model's without its folders."""
     lasting = lasting_name(name)
     return Path(lasting).name if Path(lasting).is_absolute() else lasting

@@ -45,8 +45,8 @@ def load_models(
 ) -> Models:
     """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
 
-    cpu_offload: put only the denoiser on `device`; the other parts are brought there when they have something to do.
-    quantize_base: bitsandbytes' name of a 4-bit type, for what no adapter can be on; see `quantization`.
+    cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
+    quantize_base: bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `quantization`.
     base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
 
     Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train.
@@ -86,7 +86,7 @@ def load_models(
 
 
 def fetch_model(name: str) -> None:
-    """Have all files that `load_models` reads of a model on this machine, and load none. UserError as there."""
+    """Fetch all files that `load_models` reads, and load none. Raises UserError as it does."""
     if is_single_file(name):
         _find_config(name, None)
     else:
@@ -118,7 +118,7 @@ def load_base(
     if not moved_to:
         if local_model(name) is None and (Path(name).is_absolute() or "/" not in name):
             raise UserError(
-                f"{file.path}: its base model is {name}, as {source} says, which is not there; say where it is with "
+                f"{file.path}: its base model is {name}, as {source} says, which is not there; give its place with "
                 "--pretrained_model_name_or_path"
             )
         print(f"base model: {name}, as {source} says")
@@ -154,8 +154,8 @@ def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, t
         if folder.is_dir():
             if revision:
                 raise UserError(
-                    f"revision {revision}: {name} is a folder here, and folders have none; leave --revision out, or "
-                    "start where there is no such folder"
+                    f"revision {revision}: {name} is a folder here, and folders have no revisions; leave --revision "
+                    "out, or start where there is no such folder"
                 )
             family, options = _read_index(name, folder)
             if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
@@ -194,8 +194,8 @@ def _find_config(name: str, base_config: str | None) -> tuple[Path, type[Models]
             folder = _fetch(wanted, None, [INDEX, "*/*.json", "*/*.txt", "*/*.model"])
         except UserError as error:
             raise UserError(
-                f"{name} goes with the configuration of {wanted}, which could not be had ({error}); "
-                "give a diffusers folder of the same make with --base_config"
+                f"{name} needs the configuration of {wanted}, which could not be fetched ({error}); "
+                "give a diffusers folder of the same kind with --base_config"
             ) from error
     family, options = _read_index(wanted, folder)
     return folder, family, options

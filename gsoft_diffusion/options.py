@@ -1,4 +1,4 @@
-"""Command lines from the settings' dataclasses: one option a field, its help from the class docstring."""
+"""Command lines from the settings' dataclasses: one option for each field, with help from the class docstring."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
     config = config_class.from_dict({name: launched[name] for name in names} | values)
     check_launched(config.to_dict())
     if process_count() > 1 and config_class is not TrainingConfig:
-        raise UserError(f"{parser.prog} runs in one process, and {process_count()} were launched; start it by python")
+        raise UserError(f"{parser.prog} runs in one process, and {process_count()} were launched; start it with python")
     return config
 
 
 def add_options(parser: argparse._ActionsContainer, config_class: Any, group: str = "") -> None:
-    """Add an option for every field, and those of nested settings; what is not given stays out of the namespace."""
+    """Add an option for every field, nested ones included; an option that is not given is not in the namespace."""
     hints, help_texts = get_type_hints(config_class), field_help(config_class)
     for field in fields(config_class):
         hint, name = hints[field.name], RENAMED.get(field.name, field.name)
@@ -101,7 +101,7 @@ class Switch(argparse.Action):
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
-    """What turns an option's text into the type of its field; `none` where the field may be None."""
+    """The parser of an option's text into its field's type; it takes `none` if the field may be None."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
     def read(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""diffusers' schedulers: which can draw with a model, and from noise to latents with one of them.
+"""diffusers' schedulers: which of them fit a model, and drawing latents with one.
 
 A scheduler fits if it has the model's noise schedule and, told what a perfect model would predict, arrives at the
 picture. That is tried out: diffusers' own lists name some that leave noise or diverge, and not all that work.
@@ -30,7 +30,7 @@ TRIAL_ERROR = 0.1  # mean; pictures have a standard deviation of 1
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler of that name, such as DDIMScheduler; UserError if there is none."""
+    """The diffusers scheduler of that name, such as DDIMScheduler. Raises UserError if there is none."""
     found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if found and hasattr(found, "_backends"):  # what diffusers has instead of a class that it cannot import
         raise UserError(f"{name} needs {' and '.join(found._backends)}: install what is missing")

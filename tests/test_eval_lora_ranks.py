@@ -93,7 +93,7 @@ def test_the_command_writes_figures_a_plot_and_pictures(world, adapter, tmp_path
     assert (out / "contact_sheet.png").is_file()
     assert "rank    2: loses" in capsys.readouterr().out
     monkeypatch.setattr(lora_ranks, "study", lambda *arguments: pytest.fail("worked in vain"))
-    with pytest.raises(UserError, match="exists and is not written over: choose another name with --out"):
+    with pytest.raises(UserError, match="exists and is not overwritten: choose another name with --out"):
         lora_ranks.main()
 
 
@@ -109,5 +109,5 @@ def test_an_adapter_that_changes_nothing_has_nothing_to_lose(world, tmp_path):
 
 def test_prompts_must_come_from_somewhere(adapter):
     assert validation_prompts(read_adapter(adapter)) == PROMPTS
-    with pytest.raises(UserError, match=r"adapter\.safetensors: says nothing of .* give --prompts"):
+    with pytest.raises(UserError, match=r"adapter\.safetensors: names no .* give --prompts"):
         validation_prompts(replace(read_adapter(adapter), training={}))

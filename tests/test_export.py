@@ -470,7 +470,7 @@ def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path
         ExportConfig((str(path),), "kohya_lora"),
         ExportConfig((str(path), str(adapter)), "kohya_lora", strength=(1.0, 0.0)),
     ):
-        with pytest.raises(UserError, match="changes nothing of the base model; nothing is exported"):
+        with pytest.raises(UserError, match="does not change the base model; nothing is exported"):
             export(config)
     assert list(tmp_path.iterdir()) == [path]
 

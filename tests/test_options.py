@@ -153,7 +153,7 @@ def test_several_subjects_from_a_file(tmp_path, name, text):
         ("- dogs", "'dogs' is not settings of Concept"),
         ("- {instance_data_dir: dogs, class_word: dog, class_word: cat}", "class_word comes twice"),
         ("- {class_word: dog}", "instance_data_dir must be given"),
-        ("- {instance_data_dir: dogs}", "--class_word: say what is on the photos in dogs"),
+        ("- {instance_data_dir: dogs}", "--class_word: name what the photos in dogs"),
         ("- {instance_data_dir: dogs, class_wrd: dog}", "unknown setting class_wrd; known: class_word"),
         ("- {instance_data_dir: dogs, class_word: 5}", "class_word: 5 is not a text"),
     ],

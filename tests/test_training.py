@@ -220,8 +220,13 @@ def test_captions_that_do_not_name_the_subject_are_said(config, capfd):
         (Path(config.instance_data_dir) / f"{name}.txt").write_text(caption)
     train(replace(config, max_train_steps=1))
     printed = capfd.readouterr().out
-    assert 'note: the unique token "sks" is not in the captions of 1.png; the subject is not named there' in printed
-    assert 'note: the class word "dog" is not in the captions of 2.png; the subject is not named there' in printed
+    assert (
+        'note: the unique token "sks" is not in the captions of 1.png; these captions do not name the subject'
+        in printed
+    )
+    assert (
+        'note: the class word "dog" is not in the captions of 2.png; these captions do not name the subject' in printed
+    )
 
 
 def test_the_adapter_records_the_name_that_was_trained(config):
@@ -276,7 +281,7 @@ def test_copies_of_photos_are_said(config, tmp_path, capsys):
     mugs.mkdir()
     (mugs / "x.png").write_bytes((Path(config.instance_data_dir) / "0.png").read_bytes())
     instance_photos(in_folders(config, config.instance_data_dir, str(mugs)), print)
-    said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, which counts twice by that"
+    said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, so it counts twice"
     assert said in capsys.readouterr().out
 
 
@@ -289,7 +294,7 @@ def test_other_words_of_kohyas_folders_are_said(config, capsys):
     )
     inside.rename(inside.with_name("10_Sks dog"))
     instance_photos(config.resolved(), print)
-    assert "all the same" not in capsys.readouterr().out
+    assert "nevertheless" not in capsys.readouterr().out
 
 
 def test_a_subjects_photo_among_the_class_images_is_refused(config, tmp_path):
@@ -313,7 +318,7 @@ def test_class_images_that_are_not_used_are_said(config, tmp_path, capfd):
     config = replace(config, with_prior_preservation=True, class_data_dir=str(own), num_class_images=7)
     train(replace(config, max_train_steps=1))
     printed = capfd.readouterr().out
-    assert "class: 7 pictures; 2 more than asked for are not used" in printed  # nor is there a word of masks
+    assert "class: 7 pictures; 2 more than are asked for, which are not used" in printed  # nor is there a word of masks
     assert "note: this run is too short for 5 of its class images" in printed
 
 
@@ -890,7 +895,7 @@ def test_the_result_is_published_and_the_token_kept_nowhere(config, hub, capfd):
 
 
 def test_what_keeps_from_publishing_is_said_before_the_training(config, hub):
-    with pytest.raises(UserError, match="--hub_model_id dog: cannot be made"):
+    with pytest.raises(UserError, match="--hub_model_id dog: cannot be created"):
         train(replace(config, push_to_hub=True, hub_token="hf_wrong"))
     assert not Path(config.output_dir or "").exists()
 
@@ -1003,7 +1008,7 @@ def test_a_service_that_refuses_does_not_end_the_run(config, monkeypatch, capfd)
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refused)
     assert train(replace(config, report_to="tensorboard")).steps == 4
-    assert "note: tensorboard cannot write (no API key); no more is reported to it" in capfd.readouterr().out
+    assert "note: tensorboard cannot write (no API key); nothing more is reported to it" in capfd.readouterr().out
 
 
 def test_what_is_printed(config, capfd):

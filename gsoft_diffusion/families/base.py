@@ -1,4 +1,4 @@
-"""What training, drawing and exporting ask of a base model, whatever its family."""
+"""The interface of base models of all families, for training, drawing and exporting."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ class Models(ABC):
 
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What can be computed of the prompts once, whatever the adapter learns: the first half of encoding them."""
+        """The first half of encoding prompts: what does not depend on the adapter and is cached."""
 
     @abstractmethod
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
-        """The second half: what the text encoders that an adapter may be in make of it."""
+        """The second half: the output of the text encoders that may have an adapter."""
 
     @abstractmethod
     def predict(
@@ -178,7 +178,7 @@ class Models(ABC):
                 raise UserError(f"--{name} {side}: must be a multiple of {self.size_step} for {self.name}")
 
     def identity(self) -> BaseModelIdentity:
-        """What an adapter remembers of its base. Ask before an adapter is injected."""
+        """The base model's identity, which an adapter's file keeps. Ask before an adapter is injected."""
         return BaseModelIdentity(lasting_name(self.name), fingerprint=fingerprint(self.denoiser, self.text_encoders))
 
     def checkpoint_gradients(self) -> None:
@@ -189,7 +189,7 @@ class Models(ABC):
 
     @contextmanager
     def brought(self, *parts: nn.Module) -> Iterator[None]:
-        """Inside the block these parts are where the denoiser is, and afterwards where they were before."""
+        """Move these parts to the denoiser's device, and back after the block."""
         homes = [next(part.parameters()).device for part in parts]
         for part in parts:
             part.to(self.device)
