@@ -16,19 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.baselines import BaselineConfig
 from eval.cell import is_done, pictures_of, read_results
-from eval.encoders import load_encoders
 from eval.engines import ENGINES
 from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
 from eval.prompts import prompts_for
 from eval.report import PAGE_NAME, SETTINGS, choose_learning_rates, write_report
-from gsoft_diffusion.baselines import BaselineConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.models import Models, fetch_model, load_models
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import fetch_model, load_model
+from gsoft_diffusion.scoring.encoders import load_encoders
 
 FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
     *("seeds", "subjects", "methods", "budgets", "learning_rates", "sweep_subjects", "sweep_budget"),
@@ -147,7 +148,7 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
     lines = [f"{len(subjects)} subjects: {', '.join(f'{s.name} ({s.class_word})' for s in subjects)}"]
     resolution = experiment.resolution
     try:
-        models = load_models(experiment.pretrained_model_name_or_path)
+        models = load_model(experiment.pretrained_model_name_or_path)
     except UserError as error:  # a plan can be made where the model is not
         lines.append(f"sizes are listed where the base model is: {error}")
     else:
@@ -177,7 +178,7 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
     return "\n".join(lines)
 
 
-def _sizes(experiment: Experiment, models: Models) -> list[str]:
+def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
     """Every method at every budget, and what it trains."""
     layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
     full = count_parameters(BaselineConfig("full"), layers) or 0

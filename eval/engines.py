@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from eval.cell import run_cell
 from eval.experiment import Cell, Experiment
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.hub_access import stay_offline
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.hub_access import stay_offline
 
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
 from eval.subjects import Subject, read_subjects
-from gsoft_diffusion.bundled import lasting_path
-from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.models import DTYPES
-from gsoft_diffusion.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
-from gsoft_diffusion.text_files import on_disk
+from gsoft_diffusion.config import SamplerConfig, TrainingConfig
+from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
+from gsoft_diffusion.foundation.bundled import lasting_path
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
+from gsoft_diffusion.foundation.text_files import on_disk
+from gsoft_diffusion.models.loading import DTYPES
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Experiment(Settings):
     sweep_budget: the size they are tried at.
     pretrained_model_name_or_path: base model.
     unique_token: the subject's name in prompts.
-    text_encoder: adapt the text encoder's attention as well as the UNet's.
+    text_encoder: adapt the text encoder's attention as well as the denoiser's.
     output_scale: whether GSOFT and Double GSOFT learn a scale for each output, as BOFT always does.
     resolution: side of the square pictures; by default what the base model was made for.
     max_train_steps: optimizer steps.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eval.subjects import Subject
-from gsoft_diffusion.bundled import found
-from gsoft_diffusion.config import with_article
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.text_files import read_prompts
+from gsoft_diffusion.config.prompts import with_article
+from gsoft_diffusion.foundation.bundled import found
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.text_files import read_prompts
 
 DREAMBOOTH = "dreambooth"  # both of its lists: which one, the subject decides
 # Things that no subject is: what they look like should not change when a subject is learned.

@@ -25,16 +25,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import metrics
 from eval.cell import read_results
 from eval.experiment import Cell, Experiment, budgets_of, sweep_cells
 from eval.methods import METHODS
-from eval.metrics import Interval
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.image_files import open_image
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.metrics import Interval
 
 SETTINGS, PAGE_NAME = "experiment.yaml", "report.html"
 SCORES = {  # what tables show, with the direction that is better

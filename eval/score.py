@@ -18,15 +18,15 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from eval import metrics
-from eval.encoders import Encoders, load_encoders
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import new_places
-from gsoft_diffusion.image_files import open_image, opened
-from gsoft_diffusion.models import best_device
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.photos import list_images
-from gsoft_diffusion.pictures import METADATA_KEY
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.models.loading import best_device
+from gsoft_diffusion.photos.folder import list_images
+from gsoft_diffusion.photos.image_files import open_image, opened
+from gsoft_diffusion.sampling.pictures import METADATA_KEY
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gsoft_diffusion.bundled import places
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.photos import list_images, scan
-from gsoft_diffusion.text_files import composed, on_disk, read_csv, read_text
+from gsoft_diffusion.foundation.bundled import places
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.text_files import composed, on_disk, read_csv, read_text
+from gsoft_diffusion.photos.folder import list_images, scan
 
 TABLE, DREAMBOOTH = "subjects.csv", "prompts_and_classes.txt"
 LIVE_CLASSES = {"dog", "cat"}  # of the public data set: its other subjects take the prompts for objects

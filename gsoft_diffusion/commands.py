@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
-from gsoft_diffusion.options import command, parse, run
+from gsoft_diffusion.config.command_line import command, parse, run
 
 
 def train() -> NoReturn:
@@ -32,7 +32,7 @@ def _train() -> int:
         "Teach a text-to-image model a subject from a few photos, by orthogonal Group-and-Shuffle adapters (GSOFT).\n\n"
         f"{command('gsoft-train')} --instance_data_dir photos_of_my_dog --class_word dog",
     )
-    from gsoft_diffusion.training import train
+    from gsoft_diffusion.training.train import train
 
     return 130 if train(config).interrupted else 0
 
@@ -43,7 +43,7 @@ def _draw() -> int:
         "Draw pictures with a trained adapter.\n\n"
         f'{command("gsoft-draw")} --adapter outputs/my_dog/adapter.safetensors --prompt "a sks dog on the beach"',
     )
-    from gsoft_diffusion.generation import draw
+    from gsoft_diffusion.sampling.generation import draw
 
     draw(config)
     return 0
@@ -55,7 +55,7 @@ def _export() -> int:
         "Take an adapter to other tools: merged into a whole model, or approximated by a LoRA.\n\n"
         f"{command('gsoft-export')} --adapter outputs/my_dog/adapter.safetensors --format checkpoint",
     )
-    from gsoft_diffusion.export import export
+    from gsoft_diffusion.publish.export import export
 
     export(config)
     return 0

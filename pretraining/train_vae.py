@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
+from gsoft_diffusion.foundation.memory import keep_freed_memory
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 

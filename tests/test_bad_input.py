@@ -20,10 +20,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from gsoft_diffusion import memory, preflight
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.options import parse, run
-from gsoft_diffusion.training import train
+from gsoft_diffusion.config.command_line import parse, run
+from gsoft_diffusion.foundation import memory
+from gsoft_diffusion.training import preflight
+from gsoft_diffusion.training.train import train
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "reliability" / "bad_input.md"
 HEAD = """# Bad input

@@ -62,7 +62,8 @@ def test_installed_commands_find_the_bundled_files(wheel, tmp_path):
     """The unpacked wheel before everything else on the path, as in site-packages, and no checkout around it."""
     wheel.extractall(tmp_path / "site")
     code = (
-        "from gsoft_diffusion.bundled import found, lasting_path; from gsoft_diffusion.options import command;"
+        "from gsoft_diffusion.foundation.bundled import found, lasting_path;"
+        "from gsoft_diffusion.config.command_line import command;"
         "from eval.prompts import read_templates; names = ['data/mini_base', 'eval/experiments/mini_prompts.txt'];"
         "print([lasting_path(found(name)) for name in names] == names, command('gsoft-train'),"
         " len(read_templates('dreambooth', True)))"

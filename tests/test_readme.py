@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
-from gsoft_diffusion.options import parse
+from gsoft_diffusion.config.command_line import parse
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {

@@ -11,7 +11,7 @@ from conftest import write_base, write_tokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from eval.open_clip_layout import save_open_clip
+from gsoft_diffusion.scoring.open_clip_layout import save_open_clip
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
