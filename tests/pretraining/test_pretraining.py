@@ -19,6 +19,7 @@ from pretraining import unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, sharpness
 from pretraining.check_subjects import drawn, figures, right
 from pretraining.checkpoint import Average, Checkpoint
+from pretraining.kept_weights import keep, start_from
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
@@ -184,6 +185,17 @@ def test_checkpoint_goes_on_where_it_stopped(tmp_path):
     assert torch.equal(other.weight, model.weight)
     assert all(torch.equal(a, b) for a, b in zip(other_average.values, average.values, strict=True))
     assert Checkpoint(tmp_path / "none.pt", model=other).restore() == 0
+
+
+def test_kept_weights_are_half_as_large_and_say_how_far_they_are(tmp_path):
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(40, 50), torch.nn.Linear(40, 50)
+    keep(tmp_path / "kept.safetensors", first, 4800)
+    assert start_from(tmp_path / "kept.safetensors", second) == 4800
+    assert torch.equal(second.weight, first.weight.half().float())
+    assert (tmp_path / "kept.safetensors").stat().st_size < 2 * (40 * 50 + 50) + 300
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        start_from(tmp_path / "kept.safetensors", torch.nn.Linear(40, 51))
 
 
 def tiny_clip(seed: int):
