@@ -28,9 +28,9 @@ AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
 
 
 def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[str] | None = None) -> AnyConfig:
-    """The settings from the command line; where `--config FILE.yaml` is given, from the file with the flags on top.
+    """The settings from the command line. With `--config FILE.yaml` they come from the file, and flags override them.
 
-    What is in neither, and accelerate's launcher has a value for, is the launcher's. Raises UserError for a setting
+    A setting in neither takes the value of accelerate's launcher, if there is one. Raises UserError for a setting
     that is unknown, of a wrong type, not valid, or otherwise than the launcher's.
     """
     parser = argparse.ArgumentParser(

@@ -22,11 +22,11 @@ from gsoft_diffusion.foundation.errors import UserError
 class ExportConfig(Settings):
     """All settings of an export.
 
-    adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
-      model, which then act in this order.
+    adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
+      model act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
       with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it.
-    strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
+    strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
     output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
       and, if there is one, the checkpoint.
     rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.

@@ -1,4 +1,4 @@
-"""Everything `train_dreambooth_gsoft.py` can be told."""
+"""All settings of the training."""
 
 from __future__ import annotations
 

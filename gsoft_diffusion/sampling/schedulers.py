@@ -34,8 +34,8 @@ TRIAL_ERROR = 0.1  # mean; pictures have a standard deviation of 1
 def with_model_sampler(model: BaseModel, sampler: SamplerConfig) -> SamplerConfig:
     """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`.
 
-    Warns of what has no effect on the model, and leaves it out: a model that guides itself leads away from nothing,
-    and some were distilled to one guidance.
+    Warns of settings without effect on the model, and leaves them out: a model that guides itself has no negative
+    prompt, and some were distilled to one guidance.
     """
     guidance = sampler.guidance_scale
     if model.guides_itself and sampler.negative_prompt:

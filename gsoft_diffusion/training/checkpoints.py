@@ -186,7 +186,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    """What a checkpoint consists of; the sums, which make it sound, come last."""
+    """The files of a checkpoint; the checksums, which make it sound, come last."""
     return [checkpoint / name for name in (ADAPTER, STATE, SUMS)]
 
 

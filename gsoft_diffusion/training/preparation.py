@@ -1,4 +1,4 @@
-"""What is settled before the first step: settings that only the model decides, attention, and the data set."""
+"""Preparation before the first step: settings that only the model decides, attention, and the data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run: everything made ready, the loop, and what is said at its end."""
+"""A training run: preparation, the loop, and the closing messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMOOTHING = 50  # steps over which the progress bar averages the loss
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of a run: the adapter's file, the steps done, whether a signal ended it early, seconds of training."""
+    """The result of a run: the adapter's file, the steps done, whether a signal ended it early, seconds of training."""
 
     adapter: Path
     steps: int
@@ -95,7 +95,7 @@ class Run:
         )
 
     def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
+        """Load a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
         checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
         self.state.load(checkpoint, state, self.config)
         self.accelerator.print(f"going on from step {self.state.step}")

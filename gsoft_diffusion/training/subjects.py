@@ -77,7 +77,7 @@ def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> Non
 
 
 def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which photos have captions that do not name the subject: what they show is learned as something else."""
+    """Say which photos have captions that do not name the subject; it is not learned from them."""
     for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
         captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
         if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):

@@ -27,7 +27,7 @@ def wanted_trackers(config: TrainingConfig) -> list[str]:
 
 
 class Tracking:
-    """What is reported to the trackers. They are a convenience: where they cannot write, the run goes on without."""
+    """What is reported to the trackers. A tracker that cannot write does not end the run."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator

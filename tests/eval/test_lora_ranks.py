@@ -104,7 +104,7 @@ def test_an_adapter_that_changes_nothing_has_nothing_to_lose(world, tmp_path):
     adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
     save_adapter(tmp_path / "adapter.safetensors", adapter, base_model=identity, training={}, prompts={})
     encoders = load_encoders(str(world / "mini_clip"), str(world / "mini_dino"))
-    with pytest.raises(UserError, match="changes nothing of the base model"):
+    with pytest.raises(UserError, match="does not change the base model"):
         study(tmp_path / "adapter.safetensors", [1], PROMPTS, 1, encoders)
 
 

@@ -146,7 +146,7 @@ class BaseModel(ABC):
         raise NotImplementedError
 
     def encode_negative(self, prompt: str) -> Conditioning:
-        """What guidance leads away from; like any prompt, unless the family says otherwise."""
+        """The embedding of the negative prompt: that of any prompt, unless the family overrides this."""
         return self.encode_prompts([prompt])
 
     # What follows from that
