@@ -49,7 +49,7 @@ class BaselineConfig(Settings):
     nblocks: diagonal blocks of OFT's matrix and of each of BOFT's factors; give this or `block_size`.
     block_size: side of every block.
     nfactors: BOFT's butterfly factors.
-    text_encoder: adapt the text encoder's attention as well as the UNet's.
+    text_encoder: adapt the text encoder's attention as well as the denoiser's.
     """
 
     method: Literal["lora", "boft", "oft", "full"]
@@ -152,7 +152,7 @@ class BaselineAdapter(nn.Module):
                 assert layer.scaling[PEFT_NAME] == 1, f"{name}: scaled by {layer.scaling[PEFT_NAME]}"
 
     def remove(self) -> None:
-        """Give the models back exactly as they were: weights, layers and what required gradients."""
+        """Restore the models exactly: weights, layers and `requires_grad`."""
         self.unmerge()
         for name, place in self._places.items():
             setattr(*place, self._linears[name])
@@ -184,7 +184,7 @@ class BaselineAdapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the models are the untouched base models, merged or not."""
+        """Switch the adapter off: the models are the untouched base models, merged or not."""
         was_merged = self.merged
         self.unmerge()
         for layer in self._layers.values():
@@ -317,7 +317,7 @@ def baseline_count(config: BaselineConfig, in_features: int, out_features: int) 
 
 
 def load_baseline(path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> BaselineAdapter:
-    """Put a baseline that `save_adapter` wrote into its base model. UserError if the file does not fit."""
+    """Put a baseline that `save_adapter` wrote into its base model. Raises UserError if the file does not fit."""
     try:
         with safe_open(path, framework="pt") as file:
             config = BaselineConfig.from_dict(json.loads((file.metadata() or {})["config"]))

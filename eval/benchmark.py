@@ -77,7 +77,7 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     subjects = experiment.chosen_subjects()
     for subject in subjects:
         if len(subject.photos()) < 2:
-            raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
+            raise UserError(f"{subject.folder}: the balance needs at least two photos, to compare them with each other")
     experiment = replace(experiment.anchored(), subjects=tuple(subject.name for subject in subjects))
     if not (out / SETTINGS).exists():
         return experiment
@@ -130,7 +130,7 @@ def write_sheets(experiment: Experiment, results: Results, rates: Mapping[str, f
 
 
 def left_out(before: Experiment, now: Experiment) -> list[str]:
-    """What the comparison `before` has and the one `now` has not, in words."""
+    """What the comparison `before` has and `now` lacks, in words."""
     lost = [
         f"{title} {name}"
         for title, field in (("subject", "subjects"), ("method", "methods"), ("budget", "budgets"))

@@ -1,4 +1,4 @@
-"""One cell of a comparison, from photos to scores, in a folder of its own that appears whole or not at all.
+"""One cell of a comparison, from photos to scores, in its own folder that appears complete or not at all.
 
 work/cells/<id>/result.json   settings, versions, times, the score of every picture
 work/cells/<id>/*.png         the pictures
@@ -280,7 +280,7 @@ def score(
 def _facts(
     experiment: Experiment, cell: Cell, subject: Subject, models: BaseModel, encoders: Encoders
 ) -> dict[str, Any]:
-    """What a result says of where it comes from."""
+    """The origin of a result: devices, versions, base model, encoders and photos."""
     return {
         "cell": asdict(cell),
         "base_model": asdict(identity_of(models)) | {"name": _public(models.name)},

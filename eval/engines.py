@@ -1,4 +1,4 @@
-"""Where cells run: processes here, or several machines through an engine that exists for that.
+"""Engines that run cells: processes on this machine, Slurm, or Ray.
 
 Every engine takes the same three things and returns when all cells are done. A cell runs in a process of its own, so
 that its peak memory is its own and nothing is left behind.

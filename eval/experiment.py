@@ -8,10 +8,11 @@ from typing import Any
 
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
-from eval.subjects import REPOSITORY, Subject, read_subjects
+from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
 from gsoft_diffusion.config.training import TrainingConfig
+from gsoft_diffusion.foundation.bundled import lasting_path
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.text_files import on_disk
@@ -59,7 +60,7 @@ class Experiment(Settings):
     sweep_budget: the size they are tried at.
     pretrained_model_name_or_path: base model.
     unique_token: the subject's name in prompts.
-    text_encoder: adapt the text encoder's attention as well as the UNet's.
+    text_encoder: adapt the text encoder's attention as well as the denoiser's.
     output_scale: whether GSOFT and Double GSOFT learn a scale for each output, as BOFT always does.
     resolution: side of the square pictures; by default what the base model was made for.
     max_train_steps: optimizer steps.
@@ -141,12 +142,12 @@ class Experiment(Settings):
         refuse_without_effect(self, _ONLY_WITH)
 
     def anchored(self) -> Experiment:
-        """The same with paths that hold in any working directory: within this repository, or absolute."""
+        """The same with paths that hold in any working directory: absolute ones, and names of bundled files."""
         places: Any = {name: _anchored(getattr(self, name)) for name in _PLACES}
         return replace(self, **places)
 
     def chosen_subjects(self) -> list[Subject]:
-        """The subjects to compare on. UserError if one that is asked for is not there."""
+        """The subjects to compare on. Raises UserError if one that is asked for is not there."""
         found = {subject.name: subject for subject in read_subjects(self.subjects_dir, self.class_word)}
         if missing := [name for name in self.subjects if name not in found]:
             raise UserError(
@@ -188,9 +189,8 @@ _PLACES = ("subjects_dir", "pretrained_model_name_or_path", "prompts", "clip", "
 def _anchored(name: str) -> str:
     place = on_disk(Path(name).expanduser())
     if name in (DREAMBOOTH, "auto") or not place.exists():
-        return name  # not a path, or one in the repository, or a name on the hub
-    place = place.resolve()
-    return str(place.relative_to(REPOSITORY) if place.is_relative_to(REPOSITORY) else place)
+        return name  # not a path, or a bundled file, or a name on the hub
+    return lasting_path(place.resolve())
 
 
 _ONLY_WITH = (
@@ -265,7 +265,7 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
 
 
 def base_cells(experiment: Experiment) -> list[Cell]:
-    """The base model's own answers, the reference that the trade-off is measured from."""
+    """The base model's own pictures, the reference for the trade-off."""
     return [
         Cell("base", None, None, subject, seed)
         for subject in experiment.subject_names()

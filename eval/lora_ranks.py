@@ -71,7 +71,7 @@ def study(
     """
     file = read_adapter(path)
     if file.changes_nothing:
-        raise UserError(f"{path}: changes nothing of the base model, so a LoRA has nothing to lose")
+        raise UserError(f"{path}: does not change the base model, so a LoRA has nothing to approximate")
     prompts = prompts or validation_prompts(file)
     model = load_base(file, moved_to, device=encoders.clip.device)
     stack = AdapterStack(model.denoiser, model.text_encoders)
@@ -127,10 +127,10 @@ def study(
 
 
 def validation_prompts(file: AdapterFile) -> list[str]:
-    """The prompts that training drew. UserError if the adapter names none."""
+    """The prompts that training drew. Raises UserError if the adapter names none."""
     prompts = file.training.get("validation_prompts")
     if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)):
-        raise UserError(f"{file.path}: says nothing of validation prompts; give --prompts")
+        raise UserError(f"{file.path}: names no validation prompts; give --prompts")
     return prompts
 
 

@@ -92,7 +92,7 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
         scored = [score(step, path, model, judges) for step, path in sorted(adapters.items())]
         best = max(scored, key=lambda each: each.mean["balance"])
         if max(best.mean["balance"] - each.mean["balance"] for each in scored) < CLOSE:
-            print("note: all have the same balance, so nothing speaks for one of them; the earliest is named")
+            print("note: all checkpoints have the same balance; the earliest is named")
         _write(place, scored, judges, encoders, best)
     return best.adapter
 
@@ -109,13 +109,13 @@ def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str
         word, token = named.class_word, named.unique_token
         if not (word and token):
             missing = "unique_token" if word else "class_word"
-            raise UserError(f"{source}: has no {missing} for {folder}, which the prompts are made with")
+            raise UserError(f"{source}: has no {missing} for {folder}, which the prompts need")
         subjects.append((Subject(name, word, word in LIVE_CLASSES, folder), token))
     return subjects
 
 
 def adapters_of(folder: Path) -> dict[int, Path]:
-    """The run's adapters by their steps, all of them readable. UserError if there are fewer than two."""
+    """The run's adapters by their steps, all of them readable. Raises UserError if there are fewer than two."""
     adapters = {step_of(checkpoint): checkpoint / ADAPTER for checkpoint in checkpoints(folder)}
     for path in adapters.values():
         read_adapter(path)
@@ -147,7 +147,7 @@ class Judge:
         self.config, self.model, self.encoders = config, model, encoders
         self.photos = embed(encoders, (open_image(path) for path in subject.photos()))
         if len(self.photos.clip) < 2:
-            raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
+            raise UserError(f"{subject.folder}: the balance needs at least two photos, to compare them with each other")
         self.jobs = [(prompt, seed) for prompt in prompts for seed in range(images_per_prompt)]
         self.captions = encoders.clip.embed_texts([prompt.plain for prompt, _ in self.jobs])
         base, real = self._means(self._draw(plain=True)), reference_scores(self.photos, self.captions)

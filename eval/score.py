@@ -63,7 +63,7 @@ def picture_scores(pictures: Embedded, photos: Embedded, captions: Tensor | None
 
 
 def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
-    """What the real photos score: among each other, and with captions of scenes that they do not show."""
+    """Scores of the real photos: with each other, and with captions of scenes that they do not show."""
     return {
         "clip_i": metrics.real_photo_ceiling(photos.clip),
         "dino": metrics.real_photo_ceiling(photos.dino),
@@ -180,7 +180,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_encoders(args: argparse.Namespace) -> Encoders:
-    """The encoders that these options ask for, which are said. UserError if they cannot be had."""
+    """The encoders that these options ask for, which are said. Raises UserError if they cannot be had."""
     encoders = load_encoders(args.clip, args.dino, args.device)
     print(f"encoders: {encoders}", flush=True)
     return encoders

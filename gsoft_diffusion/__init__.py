@@ -2,7 +2,14 @@
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+if missing := [name for name in ("accelerate", "diffusers", "transformers", "yaml") if find_spec(name) is None]:
+    raise ImportError(
+        f"gsoft_diffusion needs {', '.join(missing)}, which the library gsoft alone does not; "
+        'install them with: pip install "gsoft-diffusion[diffusion]"'
+    )
 
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.foundation import torchvision_builds  # noqa: F401 - makes torchvision importable

@@ -119,7 +119,7 @@ class GSOFTAttnProcessor:
 
 
 class GuardedAttention(Attention):
-    """The class of an `Attention` that carries a GSOFT processor: it does not let go of it by accident.
+    """The class of an `Attention` with a GSOFT processor, which it protects from accidental replacement.
 
     diffusers' switches for memory-efficient and sliced attention replace the processor, and with it would go what was
     trained. Here they choose the backend inside the processor instead, or are declined with a warning. A class, not a
@@ -148,7 +148,7 @@ class GuardedAttention(Attention):
     def set_use_memory_efficient_attention_xformers(
         self, use_memory_efficient_attention_xformers: bool, attention_op: Callable | None = None
     ) -> None:
-        """Switch the backend inside the GSOFT processor. UserError where xformers cannot run."""
+        """Switch the backend inside the GSOFT processor. Raises UserError where xformers cannot run."""
         if attention_op is not None:
             warnings.warn("attention_op was ignored: xformers chooses its operator itself", stacklevel=2)
         backend = AttentionBackendName.XFORMERS if use_memory_efficient_attention_xformers else None
@@ -156,7 +156,7 @@ class GuardedAttention(Attention):
 
 
 def require_xformers() -> None:
-    """UserError unless xformers can run here: it must be installed and needs a GPU."""
+    """Raise UserError unless xformers can run here: it must be installed and needs a GPU."""
     if not torch.cuda.is_available():
         raise UserError(
             "xformers has no CPU kernels and no GPU was found; leave it out: PyTorch's fused attention is used"
@@ -181,7 +181,7 @@ def detach(attention: Attention, processor: Any) -> None:
 
 
 def check_supported(attention: Attention, path: str) -> None:
-    """UserError for attentions that the processor would not run as the model means them."""
+    """Raise UserError for attentions that the processor cannot compute correctly."""
     if isinstance(attention, GuardedAttention):
         raise UserError(f"{path}: the UNet carries a GSOFT adapter already; remove it first (adapter.remove())")
     if attention.added_kv_proj_dim is not None or attention.to_k is None or attention.to_out is None:

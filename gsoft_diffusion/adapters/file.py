@@ -1,4 +1,4 @@
-"""The adapter as one safetensors file that says everything needed to use it, and is trusted with nothing.
+"""The adapter as one safetensors file: it has everything needed to use it, and is checked before use.
 
 Tensors: the adapter's parameters, float32, under their names in `Adapter.state_dict()`. Metadata: the key
 `gsoft_diffusion_adapter` holds the version of the format; `config`, `base_model`, `training` and `prompts` hold JSON.
@@ -41,7 +41,7 @@ class AdapterFile:
 
     @property
     def subjects(self) -> list[dict[str, str]]:
-        """What each subject is called: instance_prompt, class_prompt, unique_token, class_word, as far as known."""
+        """Each subject's known names: instance_prompt, class_prompt, unique_token, class_word."""
         several = self.prompts.get("subjects")
         subjects = several if isinstance(several, list) and several else [self.prompts]
         return [
@@ -68,7 +68,7 @@ def save_adapter(
     training: Mapping[str, Any],
     prompts: Mapping[str, Any],
 ) -> None:
-    """Write the adapter, whole or not at all: beside the target first, then renamed over it.
+    """Write the adapter completely or not at all: to a temporary file, which is then renamed.
 
     training, prompts: JSON values, kept for `read_adapter`. Raises UserError if a parameter is not finite or the file
     cannot be written.
@@ -104,7 +104,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 
 def _adapter_in(path: Path) -> Path:
-    """The adapter file that is named, by itself or by its folder."""
+    """The path of the adapter file, given by itself or by its folder."""
     try:
         if path.is_dir():
             if not (path / ADAPTER).is_file():
@@ -118,7 +118,7 @@ def _adapter_in(path: Path) -> Path:
 
 
 def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:
-    """Read several adapters that are to act together. UserError as in `read_adapter`, or if one comes twice."""
+    """Read several adapters for use together. Raises UserError as `read_adapter`, or if one is given twice."""
     files: list[AdapterFile] = []
     for path in paths:
         file = read_adapter(path)

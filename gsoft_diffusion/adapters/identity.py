@@ -17,7 +17,7 @@ from gsoft_diffusion.models.quantization import numbers_in
 
 
 def identity_of(model: BaseModel) -> BaseModelIdentity:
-    """What an adapter remembers of its base. Ask before an adapter is injected."""
+    """The base model's identity, which an adapter's file keeps. Ask before an adapter is injected."""
     return BaseModelIdentity(lasting_name(model.name), fingerprint=fingerprint(model.denoiser, model.text_encoders))
 
 

@@ -61,20 +61,20 @@ class Adapter(gsoft.Adapter):
         return [name for name, _, _ in self.layers() if name not in computed]
 
     def attach(self) -> None:
-        """Freeze the models and have their layers rotated."""
+        """Freeze the models and rotate their layers."""
         super().attach()
         for path, attention in self._attentions.items():
             self._original_processors[path] = attention.processor
             attach(attention, {name: self.rotated(f"{path}.{name}") for name in PROJECTIONS})
 
     def remove(self) -> None:
-        """Give the models back exactly as they were: weights, layers, processors and what required gradients."""
+        """Restore the models exactly: weights, layers, processors and `requires_grad`."""
         super().remove()
         for path, processor in self._original_processors.items():
             detach(self._attentions[path], processor)
 
     def merge(self) -> None:
-        """As `gsoft.Adapter.merge`; UserError if models and adapter are on different devices."""
+        """As `gsoft.Adapter.merge`. Raises UserError if models and adapter are on different devices."""
         with user_errors():
             super().merge()
 
@@ -110,7 +110,7 @@ def root_of(denoiser: nn.Module) -> str:
 
 
 def find_attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The denoiser's attentions as `unet.<path>` or `transformer.<path>`. UserError if one cannot be adapted.
+    """The denoiser's attentions as `unet.<path>` or `transformer.<path>`. Raises UserError if one cannot be adapted.
 
     Attentions whose projections share a matrix with the feed-forward layer (FLUX.2's single-stream blocks) are not
     among them.

@@ -74,7 +74,7 @@ def load_base(
     if not moved_to:
         if local_model(name) is None and (Path(name).is_absolute() or "/" not in name):
             raise UserError(
-                f"{file.path}: its base model is {name}, as {source} says, which is not there; say where it is with "
+                f"{file.path}: its base model is {name}, as {source} says, which is not there; give its place with "
                 "--pretrained_model_name_or_path"
             )
         print(f"base model: {name}, as {source} says")

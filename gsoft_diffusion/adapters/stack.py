@@ -1,4 +1,4 @@
-"""Several adapters on one diffusion model: each as strong as wanted, one after the other."""
+"""Several adapters on one diffusion model, each at its own strength, one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdapterStack(Stack):
 
     @user_errors()
     def load(self, name: str, path: str | Path) -> AdapterFile:
-        """Read an adapter, to be used by this name. UserError as in `load_adapter`, or if the name is taken."""
+        """Read an adapter under this name. Raises UserError as `load_adapter`, or if the name is taken."""
         self.check_new(name)
         file = read_adapter(path)
         with self.disabled():

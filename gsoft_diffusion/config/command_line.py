@@ -1,4 +1,4 @@
-"""Command lines from the settings' dataclasses: one option a field, its help from the class docstring."""
+"""Command lines from the settings' dataclasses: one option for each field, with help from the class docstring."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.launcher import check_launched, launched_settings, process_count
 from gsoft_diffusion.config.settings import described, field_help, overlay, read_list, read_yaml
+from gsoft_diffusion.foundation.bundled import CHECKOUT
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.model_names import REPOSITORY
 
 RENAMED = {"text_encoder": "train_text_encoder"}  # a field whose name needs its group around it
 OPPOSITES = {"double": ("--one_sided",)}  # further names for switching a boolean off, beside --no_<name>
+
+# The scripts at the root of a checkout, by what an installation calls the same command.
+SCRIPTS = {"gsoft-train": "train_dreambooth_gsoft.py", "gsoft-draw": "inference.py", "gsoft-export": "export.py"}
 
 AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
 
 
 def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[str] | None = None) -> AnyConfig:
-    """The settings from the command line; where `--config FILE.yaml` is given, from the file with the flags on top.
+    """The settings from the command line. With `--config FILE.yaml` they come from the file, and flags override them.
 
-    What is in neither, and accelerate's launcher has a value for, is the launcher's. Raises UserError for a setting
+    A setting in neither takes the value of accelerate's launcher, if there is one. Raises UserError for a setting
     that is unknown, of a wrong type, not valid, or otherwise than the launcher's.
     """
     parser = argparse.ArgumentParser(
@@ -55,12 +58,12 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
     config = config_class.from_dict({name: launched[name] for name in names} | values)
     check_launched(config.to_dict())
     if process_count() > 1 and config_class is not TrainingConfig:
-        raise UserError(f"{parser.prog} runs in one process, and {process_count()} were launched; start it by python")
+        raise UserError(f"{parser.prog} runs in one process, and {process_count()} were launched; start it with python")
     return config
 
 
 def add_flags(parser: argparse._ActionsContainer, config_class: Any, group: str = "") -> None:
-    """Add an option for every field, and those of nested settings; what is not given stays out of the namespace."""
+    """Add an option for every field, nested ones included; an option that is not given is not in the namespace."""
     hints, help_texts = get_type_hints(config_class), field_help(config_class)
     for field in fields(config_class):
         hint, name = hints[field.name], RENAMED.get(field.name, field.name)
@@ -98,7 +101,7 @@ class Switch(argparse.Action):
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
-    """What turns an option's text into the type of its field; `none` where the field may be None."""
+    """The parser of an option's text into its field's type; it takes `none` if the field may be None."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
     def read(text: str) -> Any:
@@ -117,10 +120,15 @@ def _reader(hint: Any) -> Callable[[str], Any]:
     return read
 
 
-def script(name: str) -> str:
-    """One of this repository's scripts as it is called from the working directory, quoted for a shell."""
-    path = REPOSITORY / name
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+def command(name: str) -> str:
+    """How a console script, such as gsoft-train, is called from the working directory: its name, once installed.
+
+    In a checkout it is the script at its root, with python before it and quoted for a shell.
+    """
+    if CHECKOUT is None:
+        return name
+    path = CHECKOUT / SCRIPTS[name]
+    return f"python {shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))}"
 
 
 def expanded_path(text: str) -> Path:

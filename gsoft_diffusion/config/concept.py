@@ -19,11 +19,11 @@ WORDS = Rule(lambda text: text.strip() != "", "more than blanks")
 
 @dataclass(frozen=True)
 class Concept(Settings):
-    """One subject: an item of `concepts_list`, with the names of diffusers' concepts lists, or the only one.
+    """One subject: an item of `concepts_list`, named as in diffusers' concepts lists, or a run's only subject.
 
     instance_data_dir: folder with the photos of the subject.
     class_word: what the subject is, in a word or two.
-    unique_token: rare word that becomes the subject's name; by default sks, or what stands before the class word in
+    unique_token: rare word that becomes the subject's name; by default sks, or the words before the class word in
       instance_prompt.
     instance_prompt: prompt of the photos that have no caption.
     class_prompt: prompt of the class images.
@@ -42,7 +42,7 @@ class Concept(Settings):
             raise UserError("--instance_data_dir: name the folder with the subject's photos")
         if not (self.class_word or self.instance_prompt):
             folder = self.instance_data_dir
-            raise UserError(f"--class_word: say what is on the photos in {folder}, for example --class_word dog")
+            raise UserError(f"--class_word: name what the photos in {folder} show, for example --class_word dog")
         check_rules(self)
         expand_home(self)
 
@@ -59,10 +59,10 @@ class Concept(Settings):
         return f"a photo of {with_article(composed(self.class_word))}" if self.class_word else None
 
     def resolved(self) -> Concept:
-        """With what follows filled in: prompts from names, or the token from the prompt; None if it is not plain there.
+        """The same subject with missing values derived: prompts from the names, or the token from the prompt.
 
-        All in one Unicode normal form. Raises UserError for a token that the prompt does not have: the subject would be
-        learned by another name.
+        The token stays None if the prompt does not make it clear. All texts get one Unicode normal form. Raises
+        UserError for a token that the prompt does not have: the subject would be learned by another name.
         """
         names = ("class_word", "unique_token", "instance_prompt", "class_prompt")
         word, token, prompt, class_prompt = (
@@ -87,7 +87,7 @@ class Concept(Settings):
         return bool(self.class_data_dir) or self.class_prompt not in (None, self.usual_class_prompt)
 
     def scenes(self) -> tuple[str, ...]:
-        """Prompts that show what has been learned; only the photos' own if the subject's name is not known."""
+        """Prompts that show what has been learned; only the photos' prompt if the subject's name is not known."""
         subject = self.resolved()
         known = subject.unique_token and subject.class_word
         scenes = tuple(f"{self.name} {scene}" for scene in VALIDATION_SCENES) if known else ()

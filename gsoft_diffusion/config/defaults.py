@@ -1,4 +1,4 @@
-"""What a setting is where it is left open and only the base model decides."""
+"""Defaults of settings that depend on the base model."""
 
 from __future__ import annotations
 

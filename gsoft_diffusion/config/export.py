@@ -1,4 +1,4 @@
-"""Everything `export.py` can be told."""
+"""All settings of an export."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gsoft_diffusion.foundation.errors import UserError
 
 @dataclass(frozen=True)
 class ExportConfig(Settings):
-    """Everything `export.py` can be told.
+    """All settings of an export.
 
-    adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
-      model, which then act in this order.
+    adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
+      model act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
-      with the adapter merged in; diffusers_lora and kohya_lora are small files that only come near it.
-    strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
-    output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format,
-      and after the checkpoint if it is one's.
-    rank: rank of a LoRA, 64 by default; the higher, the nearer to the adapter.
+      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it.
+    strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
+    output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
+      and, if there is one, the checkpoint.
+    rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     """
@@ -45,7 +45,7 @@ class ExportConfig(Settings):
     def __post_init__(self) -> None:
         expand_home(self)
         if not any(strength_by_adapter(self.adapter, self.strength).values()):
-            raise UserError("--strength 0: is the base model as it was; there is nothing to export")
+            raise UserError("--strength 0: would give the base model itself; there is nothing to export")
         check_rules(self)
         refuse_without_effect(self, [_RANK])
         if self.output and (self.format == "diffusers") == self.output.endswith(".safetensors"):
@@ -65,5 +65,5 @@ class ExportConfig(Settings):
 _RANK = OnlyWith(
     ("rank",),
     lambda settings: settings.is_lora,
-    "it is for LoRAs, and --format diffusers and checkpoint hold all of the adapter; leave it out",
+    "it is for LoRAs; give a --format that is one, or leave it out",
 )

@@ -1,4 +1,4 @@
-"""Everything `inference.py` can be told."""
+"""All settings of drawing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from gsoft_diffusion.foundation.errors import UserError
 
 @dataclass(frozen=True)
 class GenerationConfig(Settings):
-    """Everything `inference.py` can be told.
+    """All settings of drawing.
 
-    adapter: the adapter file that training wrote, or its folder, or that of a checkpoint; or several for the same base
-      model, which then act in this order.
-    strength: of each adapter, from 0 for the base model to 1 for what was trained; by default 1.
-    prompts: prompts to draw; the subject goes by the name it was trained with, such as "a sks dog" or "a {0} {1}".
+    adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
+      model act in this order.
+    strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
+    prompts: prompts to draw, with the subject's name from the training, such as "a sks dog" or "a {0} {1}".
     prompts_file: text file with one prompt a line, instead of prompts; a line that starts with # is a comment;
       `{0} {1}` stands for the subject's name, and `{2} {3}` for that of a second one.
     num_images: pictures for each prompt.
@@ -36,19 +36,19 @@ class GenerationConfig(Settings):
     num_inference_steps: denoising steps; by default as in the adapter's training.
     guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default as in the adapter's
       training.
-    negative_prompt: what guidance leads away from; by default as in the adapter's training.
+    negative_prompt: what guidance steers pictures away from; by default as in the adapter's training.
     scheduler: a diffusers scheduler class such as DDIMScheduler; by default as in the adapter's training.
     resolution: side in pixels of square pictures; by default as in the adapter's training.
-    width: of pictures that are not square, in pixels; by default the resolution.
-    height: of pictures that are not square, in pixels; by default the resolution.
+    width: width in pixels of pictures that are not square; by default the resolution.
+    height: height in pixels of pictures that are not square; by default the resolution.
     batch_size: pictures drawn at a time; changes speed and memory, not the pictures.
-    output_dir: folder for the pictures; by default `images` in the run's folder, and there `images/checkpoint-<step>`
-      for those of a checkpoint.
+    output_dir: folder for the pictures; by default `images` in the run's folder, or `images/checkpoint-<step>` there
+      for a checkpoint's adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
-    cpu_offload: keep VAE and text encoders in main memory while they have nothing to do; the pictures stay the same.
-    device: cpu, cuda, cuda:1, mps; by default the fastest there is.
+    cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
+    device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
     """
 
     adapter: Annotated[tuple[str, ...], Mark.PATH]
@@ -76,7 +76,7 @@ class GenerationConfig(Settings):
         expand_home(self)
         strength_by_adapter(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
-            raise UserError("--prompt and --prompts_file: give one of them")
+            raise UserError("--prompt and --prompts_file: give only one of them")
         check_rules(self)
         refuse_without_effect(self, [NEGATIVE_PROMPT_RULE, *_REFUSED])
 

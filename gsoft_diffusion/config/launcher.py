@@ -1,4 +1,4 @@
-"""What accelerate's launcher says by environment variables, where that is a setting of ours as well.
+"""Settings that accelerate's launcher passes by environment variables.
 
 A setting that is not given takes the launcher's value; one that is given otherwise is refused, because either of the
 two could be the mistake.
@@ -29,7 +29,7 @@ RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WOR
 
 
 def launched_settings() -> dict[str, Any]:
-    """The settings that the launcher has a value for. Raises UserError for values that cannot be had."""
+    """The settings for which the launcher has a value. Raises UserError for values that are not supported."""
     found: dict[str, Any] = {name: value for name, variable in VARIABLES.items() if (value := os.environ.get(variable))}
     precision = found.pop("mixed_precision", "no").lower()
     if precision not in PRECISIONS:
@@ -46,14 +46,14 @@ def launched_settings() -> dict[str, Any]:
 
 
 def check_launched(settings: Mapping[str, Any]) -> None:
-    """Raise UserError if the launcher asks for something else than the settings, or for what is not done here."""
+    """Raise UserError if the launcher contradicts the settings, or asks for something that is not supported."""
     for variable, name in NOT_SUPPORTED.items():
         if _is_on(variable):
             raise UserError(f"{variable}: {name} is not supported, as adapters are small; launch without it")
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         raise UserError(
-            f"ACCELERATE_DYNAMO_BACKEND={compiler}: nothing is compiled here; launch without --dynamo_backend"
+            f"ACCELERATE_DYNAMO_BACKEND={compiler}: compilation is not supported; launch without --dynamo_backend"
         )
     if os.environ.get("ACCELERATE_GRADIENT_CLIPPING"):
         raise UserError("ACCELERATE_GRADIENT_CLIPPING is DeepSpeed's; unset it, and give --max_grad_norm")

@@ -15,9 +15,9 @@ NOT_NAMES = re.compile(
 
 
 def token_in(prompt: str, class_word: str | None) -> str | None:
-    """What stands before the class word in a prompt, back to an article or the like; None if nothing does.
+    """The words before the class word in a prompt, back to an article, a preposition or the like; None without any.
 
-    "zwx" in "a photo of a zwx teddy bear on a bed".
+    For example "zwx" in "a photo of a zwx teddy bear on a bed".
     """
     words, wanted = prompt.split(), (class_word or "").split()
     at = _place(words, wanted)
@@ -31,12 +31,12 @@ def token_in(prompt: str, class_word: str | None) -> str | None:
 
 
 def has_words(text: str, words: str) -> bool:
-    """Whether these words are in the text, one after the other."""
+    """Whether the text contains these words, one after the other."""
     return _place(text.split(), words.split()) >= 0
 
 
 def _place(words: Sequence[str], wanted: Sequence[str]) -> int:
-    """Where the wanted words begin among others, without regard to capitals and to what punctuation follows; or -1."""
+    """The index at which the wanted words begin, ignoring case and trailing punctuation; -1 if they do not occur."""
 
     def plain(some: Sequence[str]) -> list[str]:
         return [(re.sub(r"('s|[^\w>])*$", "", word) or word).casefold() for word in some]
@@ -46,21 +46,23 @@ def _place(words: Sequence[str], wanted: Sequence[str]) -> int:
 
 
 def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str:
-    """The prompt with the first subject's unique token for `{0}` and its class word for `{1}`, as in DreamBooth's
-    prompt lists; `{2}` and `{3}` are the second subject's, and so on. UserError for a name that is not known.
+    """The prompt with names filled in, as in DreamBooth's prompt lists.
+
+    `{0}` is the first subject's unique token and `{1}` its class word; `{2}` and `{3}` are the second subject's, and so
+    on. Raises UserError for a name that is not known.
     """
 
     def word(found: re.Match[str]) -> str:
         subject, part = divmod(int(found[1]), 2)
         name = ("unique_token", "class_word")[part]
         if subject >= len(subjects):
-            raise UserError(f"{prompt!r}: {found[0]} is of subject {subject + 1}, and there are {len(subjects)}")
+            raise UserError(f"{prompt!r}: {found[0]} stands for subject {subject + 1}, but there are {len(subjects)}")
         if not (known := subjects[subject].get(name)):
             trained = subjects[subject].get("instance_prompt")
-            how = f', only of its prompt "{trained}"' if trained else ""
+            how = f', only its prompt "{trained}"' if trained else ""
             raise UserError(
-                f"{prompt!r}: {found[0]} cannot be filled in: nothing is known of the subject's {name}{how}; "
-                "write out what it is called"
+                f"{prompt!r}: {found[0]} cannot be filled in: the subject's {name} is not known{how}; "
+                "write out its name"
             )
         return known
 

@@ -23,7 +23,7 @@ def guides(guidance_scale: float) -> bool:
 NEGATIVE_PROMPT_RULE = OnlyWith(
     ("negative_prompt",),
     lambda settings: not settings.negative_prompt or settings.guidance_scale is None or guides(settings.guidance_scale),
-    "it is what guidance leads away from; give a --guidance_scale above 1, or leave it out",
+    "guidance is off; give a --guidance_scale above 1, or leave it out",
 )
 
 
@@ -32,9 +32,9 @@ class SamplerConfig(Settings):
     """How a picture is drawn, apart from its prompt, its seed and the model.
 
     num_inference_steps: denoising steps.
-    guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default 5, with miniature bases 3.
-    negative_prompt: what guidance leads away from.
-    scheduler: a diffusers scheduler class such as DDIMScheduler; by default the one the base model names.
+    guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default 5, 3 on a miniature base.
+    negative_prompt: what guidance steers pictures away from.
+    scheduler: a diffusers scheduler class such as DDIMScheduler; by default the base model's own.
     """
 
     num_inference_steps: Annotated[int, POSITIVE] = 30

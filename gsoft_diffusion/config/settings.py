@@ -149,7 +149,7 @@ for _class in (_YamlLoader, _YamlDumper):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file; UserError if it cannot be read or is not a mapping."""
+    """The settings in a YAML file. Raises UserError if it cannot be read or is not a mapping."""
     values = _read(Path(path).expanduser())
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of `name: value`")
@@ -157,7 +157,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_list(path: str | Path) -> list[Any]:
-    """The list in a JSON or YAML file; UserError if it cannot be read or is something else."""
+    """The list in a JSON or YAML file. Raises UserError if it cannot be read or is something else."""
     values = _read(Path(path).expanduser())
     if not (isinstance(values, list) and values):
         raise UserError(f"{path}: expected a list")

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exception for mistakes that the user can correct."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Files and folders that appear whole or not at all, with the modes that the user asked for; and folders that one
-process has to itself.
-"""
+"""Files and folders that appear complete or not at all, with the user's permissions; and exclusive locks on folders."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ LOCK = ".lock"
 def check_writable(folder: Path, what: str) -> None:
     """Raise UserError if no file can be made in the folder, or the folder not be made; leaves no trace.
 
-    To be asked before what is to be written there takes its time. what: the flag that named it, or the like.
+    Call it before the slow work whose result goes there. what: the flag that named it, or the like.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -53,7 +51,7 @@ def check_writable(folder: Path, what: str) -> None:
 
 @contextmanager
 def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
-    """A place beside each target for a file or folder. All get their names at the end of the block, or leave no trace.
+    """A temporary path for each target, a file or folder. All are renamed at the end of the block, or removed.
 
     Before the block it is seen to that something can be written there. Raises UserError, naming the option `flag`, if
     it cannot, or if there is something at one of the targets already.
@@ -85,9 +83,9 @@ def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
 
 
 def refuse_existing(path: Path, flag: str) -> None:
-    """UserError if there is something at this path already."""
+    """Raise UserError if there is something at this path already."""
     if os.path.lexists(path):
-        raise UserError(f"{path} exists and is not written over: choose another name with {flag}")
+        raise UserError(f"{path} exists and is not overwritten: choose another name with {flag}")
 
 
 def give_usual_modes(place: Path) -> None:
@@ -101,7 +99,7 @@ def give_usual_modes(place: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Inside the block this process has the folder, which is made if need be, to itself among all that ask.
+    """Hold an exclusive lock on the folder, which is created if it does not exist.
 
     The lock ends with the process, however that ends. Folders that were made go again if they are still empty then.
 

@@ -27,7 +27,7 @@ def why_unreachable() -> str | None:
 
 @cache
 def attempt() -> str | None:
-    """The one attempt: why there was no answer. A refusal is an answer, unless the hub is out of order."""
+    """Ask the hub once: the reason if it did not answer. A refusal is an answer, unless it is a server error."""
     if is_offline_mode():
         return None
     try:

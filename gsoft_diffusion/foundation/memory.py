@@ -1,4 +1,4 @@
-"""How much memory is free: whether the weights will fit, and a message where it did not do."""
+"""Free memory: whether the weights will fit, and a message if memory runs out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_weights(name: str, files: Iterable[tuple[Path, torch.dtype]], device: 
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: giving large tensors back to the system at every step costs page faults."""
+    """Make glibc keep freed memory: returning large tensors to the system at every step costs page faults."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping

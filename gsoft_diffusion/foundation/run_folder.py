@@ -41,7 +41,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def sheet_of(folder: Path, step: int, number: int = 1) -> Path:
-    """Where a run's contact sheet of a step is, or one of several."""
+    """The path of a run's contact sheet of a step, or of one of several."""
     return folder / "validation" / numbered(f"step-{step:06d}.png", number)
 
 

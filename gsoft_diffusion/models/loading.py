@@ -14,10 +14,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
+from gsoft_diffusion.foundation.bundled import places
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
 from gsoft_diffusion.foundation.memory import check_weights
-from gsoft_diffusion.foundation.model_names import REPOSITORY
 from gsoft_diffusion.models.families import BaseModel, find_family
 from gsoft_diffusion.models.noise import scheduler_class
 from gsoft_diffusion.models.quantization import quantize, require_bitsandbytes
@@ -41,8 +41,8 @@ def load_model(
 ) -> BaseModel:
     """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
 
-    cpu_offload: put only the denoiser on `device`; the other parts are brought there when they have something to do.
-    quantize_base: bitsandbytes' name of a 4-bit type, for what no adapter can be on; see `quantization`.
+    cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
+    quantize_base: bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `quantization`.
     base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
 
     Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train.
@@ -82,7 +82,7 @@ def load_model(
 
 
 def fetch_model(name: str) -> None:
-    """Have all files that `load_model` reads of a model on this machine, and load none. UserError as there."""
+    """Have all files that `load_model` reads of a model on this machine, and load none. Raises UserError as there."""
     if is_single_file(name):
         _find_config(name, None)
     else:
@@ -95,15 +95,15 @@ def best_device() -> torch.device | str:
 
 
 def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
-    """A model's local folder (as named, inside this repository, or fetched from the hub into its cache), its family
+    """A model's local folder (as named, bundled with this project, or fetched from the hub into its cache), its family
     and the plain values of its index.
     """
-    for folder in (Path(name).expanduser(), REPOSITORY / name):
+    for folder in places(name):
         if folder.is_dir():
             if revision:
                 raise UserError(
-                    f"revision {revision}: {name} is a folder here, and folders have none; leave --revision out, or "
-                    "start where there is no such folder"
+                    f"revision {revision}: {name} is a folder here, and folders have no revisions; leave --revision "
+                    "out, or start where there is no such folder"
                 )
             family, index_values = _read_index(name, folder)
             if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
@@ -136,14 +136,14 @@ def _weight_files(
 def _find_config(name: str, base_config: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
     """For a single file: the folder with its configuration, its family, and the plain values of its index."""
     wanted = base_config or usual_config(name)
-    folder = next((path for path in (Path(wanted).expanduser(), REPOSITORY / wanted) if path.is_dir()), None)
+    folder = next((path for path in places(wanted) if path.is_dir()), None)
     if folder is None:
         try:
             folder = _fetch(wanted, None, [INDEX, "*/*.json", "*/*.txt", "*/*.model"])
         except UserError as error:
             raise UserError(
-                f"{name} goes with the configuration of {wanted}, which could not be had ({error}); "
-                "give a diffusers folder of the same make with --base_config"
+                f"{name} needs the configuration of {wanted}, which could not be fetched ({error}); "
+                "give a diffusers folder of the same kind with --base_config"
             ) from error
     family, index_values = _read_index(wanted, folder)
     return folder, family, index_values

@@ -12,7 +12,7 @@ from gsoft_diffusion.foundation.errors import UserError
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler of that name, such as DDIMScheduler; UserError if there is none."""
+    """The diffusers scheduler of that name, such as DDIMScheduler. Raises UserError if there is none."""
     found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if found and hasattr(found, "_backends"):  # what diffusers has instead of a class that it cannot import
         raise UserError(f"{name} needs {' and '.join(found._backends)}: install what is missing")

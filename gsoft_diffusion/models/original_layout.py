@@ -71,7 +71,7 @@ JOINT_ATTENTION = {  # query, key and value, in one matrix in the original
 
 
 def original_layout(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> dict[str, Tensor]:
-    """All weights under their original names; dtypes stay. UserError if one has no place in that layout."""
+    """All weights under their original names; dtypes stay. Raises UserError if one has no place in that layout."""
     text = open_clip_tensors(text_encoder) if is_open_clip(text_encoder) else clip_tensors(text_encoder)
     return (
         {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}

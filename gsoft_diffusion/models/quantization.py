@@ -1,7 +1,7 @@
 """A frozen base in four bits, by bitsandbytes' NormalFloat (Dettmers et al., *QLoRA*, 2023).
 
-Only what no adapter can be on: adapted layers keep the dtype they were loaded in, so that what is learned is learned on
-the weights that it will be used with, and an adapter does not know whether its base was quantised.
+Only layers that no adapter uses are quantised. Adapted layers keep the dtype they were loaded in, so an adapter is
+trained on the weights with which it is used later, and does not know whether its base was quantised.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gsoft_diffusion.models.attention_layers import ATTENTIONS, attention_layers
 
 
 def require_bitsandbytes() -> None:
-    """UserError unless bitsandbytes is there."""
+    """Raise UserError unless bitsandbytes is there."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

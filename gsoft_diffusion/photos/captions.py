@@ -41,7 +41,7 @@ def _found(images: Sequence[Path], others: Sequence[Path]) -> Iterator[tuple[Pat
 
 
 def _from_table(table: Path, images: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """What a table says of pictures in its folder and below."""
+    """The captions that a table has for pictures in its folder and below."""
     named = {
         composed(image.relative_to(table.parent).as_posix()): image
         for image in images

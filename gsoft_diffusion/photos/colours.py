@@ -40,7 +40,7 @@ def _colours(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, st
     if image.mode == "LAB":
         return _applied(_from_lab(), image), "converted to sRGB from CIELAB"
     if image.mode == "CMYK":
-        mode, without = "CMYK", "converted from CMYK without a colour profile (colours come only near)"
+        mode, without = "CMYK", "converted from CMYK without a colour profile (colours are approximate)"
     else:
         mode, without = ("L" if image.mode in GREYS else "RGB"), ""
     if not profile:
@@ -68,7 +68,7 @@ def _described(profile: bytes) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What converts pictures of this mode to sRGB; None if that changes nothing to speak of."""
+    """The transform from pictures of this mode to sRGB; None if it would hardly change them."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)),
         ImageCms.createProfile("sRGB"),

@@ -1,4 +1,4 @@
-"""Photos as people have them: pictures in a folder, with captions and masks beside them.
+"""Photos: pictures in a folder, with captions and masks beside them.
 
 dog1.jpg
 dog1.txt               its caption, used as its prompt; or a line of metadata.jsonl or metadata.csv:
@@ -90,7 +90,7 @@ class Folder:
                 f"from {', '.join(map(printable, self.subfolders))} (repeats are not used, all photos count the same)"
             )
         if self.surplus:
-            said.append(f"{self.surplus} more than asked for are not used")
+            said.append(f"{self.surplus} more than are asked for, which are not used")
         if self.left_out:
             named, more = self.left_out[:NAMED], len(self.left_out) - NAMED
             said.append(f"left out: {', '.join(map(printable, named))}{f' and {more} more' if more > 0 else ''}")
@@ -138,7 +138,7 @@ def list_images(folder: str | Path, flag: str) -> list[Path]:
 
 
 def list_folder(folder: str | Path, flag: str) -> Listing:
-    """What is in the folder. Raises UserError, naming `flag`, if there is no such folder or no picture in it."""
+    """The folder's files. Raises UserError, naming `flag`, if there is no such folder or no picture in it."""
     try:
         listing = scan(on_disk(Path(folder)))
     except OSError as error:
@@ -202,21 +202,21 @@ def _notes(picture: Picture) -> list[str]:
 
 
 def _checked_mask(path: Path, picture: Picture, file: Path | None) -> tuple[Path | None, str]:
-    """What is the photo's mask, if anything, and a note if what might be one is none. UserError for a bad file."""
+    """The photo's mask file, if any, and a note if a candidate is not used. Raises UserError for a bad file."""
     if file is None:
         if picture.opacity is None:
             return None, ""
         if picture.opacity.getextrema() == (0, 0):
             raise UserError(f"{path}: transparent everywhere")
         if trouble(picture.opacity):
-            return None, "about equally transparent everywhere and thus without a mask"
+            return None, "about equally transparent everywhere, so without a mask"
         return path, ""
     mask = read_mask(file)
     if mask.size != picture.image.size:
         found, wanted = ("×".join(map(str, size)) for size in (mask.size, picture.image.size))
         raise UserError(f"{file}: the mask has {found} pixels, but {path.name} has {wanted}; make them equal")
     if is_white(mask):
-        return None, "with a mask that is white everywhere and thus none"
+        return None, "with a mask that is white everywhere, which has no effect"
     if why := trouble(mask):
         raise UserError(f"{file}: {why}")
     return file, ""

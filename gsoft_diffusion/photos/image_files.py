@@ -1,4 +1,4 @@
-"""Reading picture files: whole, upright and in sRGB, or one line that says what is wrong with them."""
+"""Reading picture files, upright and in sRGB; a damaged one is a UserError."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_picture(path: Path) -> Picture:
     """The picture in a file, upright and in sRGB. Raises UserError naming the file as `opened` does."""
     with opened(path) as image:
         if image.mode in ("I", "F"):
-            raise UserError(f"{path}: has 32 bits a channel, and nothing tells which of them is white; save it with 8")
+            raise UserError(f"{path}: has 32 bits a channel, so its white is not known; save it with 8")
         turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
         upright, colours = to_srgb(ImageOps.exif_transpose(image))
     if upright.mode == "RGBA" and upright.getchannel("A").getextrema() == (255, 255):
@@ -70,7 +70,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, and enough
             with Image.open(path) as image:
                 if (count := getattr(image, "n_frames", 1)) > 1 and image.format in SEQUENCES:
-                    raise UserError(f"{path}: a sequence of {count} pictures; save the one you want by itself")
+                    raise UserError(
+                        f"{path}: a sequence of {count} pictures; save the one you want as a single picture"
+                    )
                 yield image
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large a picture, make it smaller ({error})") from error

@@ -29,7 +29,9 @@ def find_masks(images: Sequence[Path], others: Sequence[Path]) -> dict[Path, Pat
     for path in others:
         if is_mask(path) and path not in masks.values():
             picture = path.stem[: -len(MASK_END)]
-            raise UserError(f"{path}: is the mask of no picture; one called {picture} takes {picture}{MASK_END}.png")
+            raise UserError(
+                f"{path}: is the mask of no picture; the mask of {picture} is called {picture}{MASK_END}.png"
+            )
     return masks
 
 
@@ -74,12 +76,12 @@ def read_opacity(path: Path) -> Image.Image:
     """The mask that a photo with transparency is itself."""
     opacity = read_picture(path).opacity
     if opacity is None:
-        raise UserError(f"{path}: was transparent when the run began, and is no more")
+        raise UserError(f"{path}: was transparent when the run began, and no longer is")
     return opacity
 
 
 def trouble(mask: Image.Image) -> str:
-    """Why this mask does not tell the subject from the rest, "" if it does."""
+    """Why this mask does not separate the subject from the rest; "" if it does."""
     darkest, brightest = _range(mask)
     if brightest == 0:
         return "black everywhere: white marks the subject"
@@ -110,7 +112,7 @@ def _from_opacity(image: Image.Image, path: Path) -> Image.Image | None:
         return None
     seen = np.asarray(image)[np.asarray(opacity) >= MIDDLE][:, :3].astype(int)
     if len(seen) and np.ptp(seen, axis=1).max() == 0 and seen.min() == 0:
-        raise UserError(f"{path}: black on transparent can mean both; paint the subject white, and the rest black")
+        raise UserError(f"{path}: black on transparent is ambiguous; paint the subject white, and the rest black")
     return opacity
 
 
@@ -125,7 +127,9 @@ def _from_colours(image: Image.Image, path: Path) -> Image.Image:
     different = rgb.getcolors(2) or []
     black = [colour for _, colour in different if max(colour) <= NEARLY_GREY]  # type: ignore[arg-type]
     if len(different) != 2 or not black:
-        raise UserError(f"{path}: is in several colours, and none says what it marks; paint the subject white on black")
+        raise UserError(
+            f"{path}: has several colours, and it is unclear which marks the subject; paint the subject white on black"
+        )
     return Image.fromarray(np.where((colours == black[0]).all(axis=2), 0, 255).astype(np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Adapters for other tools: a whole model with the adapter merged in, or a LoRA that comes near it."""
+"""Adapters for other tools: a whole model with the adapter merged in, or a LoRA that approximates it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PREVIEW = "preview.png"  # in a merged folder
 
 
 def export(config: ExportConfig) -> Path:
-    """Write what the settings ask for, whole or not at all, and say how it went. Returns its path.
+    """Write the export that the settings describe, completely or not at all, and print a summary. Returns its path.
 
     Weights are rotated and decomposed in float32 and rounded to `config.precision` at the end. Raises UserError if the
     adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
@@ -43,9 +43,7 @@ def export(config: ExportConfig) -> Path:
     files = read_adapters(config.adapter)
     strengths = list(config.strengths.values())
     if all(file.changes_nothing or not strength for file, strength in zip(files, strengths, strict=True)):
-        raise UserError(
-            f"--adapter {', '.join(config.adapter)}: changes nothing of the base model; nothing is exported"
-        )
+        raise UserError(f"--adapter {', '.join(config.adapter)}: does not change the base model; nothing is exported")
     rank = config.rank or DEFAULT_RANK
     target = Path(config.output or _default_target(files[0].path, config.format, rank))
     sheet = _sheet(files[0]) if strengths == [1.0] else None
@@ -69,12 +67,12 @@ def export(config: ExportConfig) -> Path:
             shutil.copyfile(sheet, picture)
     print(f"{target}: {said}")
     if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
-        print("note: of this format ComfyUI and Forge read the text encoders' part only; for them choose kohya_lora")
+        print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them")
     return target
 
 
 def _default_target(adapter: Path, layout: str, rank: int) -> Path:
-    """In the run's folder, named after the format; that of a checkpoint's after it too."""
+    """The default output: in the run's folder, named after the format and, if there is one, the checkpoint."""
     checkpoint = checkpoint_name(adapter)
     stem = f"{layout}_rank{rank}" if layout.endswith("_lora") else "merged"
     end = "" if layout == "diffusers" else ".safetensors"
@@ -165,7 +163,7 @@ def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
 
 
 def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, dtype: torch.dtype) -> list[LoraLayer]:
-    """The nearest LoRA, layer by layer, to what adapters do together to their base model."""
+    """The nearest LoRA, layer by layer, to the combined change by the adapters."""
     total = len(stack.layers(strengths))
     layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
     return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]

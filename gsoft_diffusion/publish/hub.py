@@ -18,13 +18,13 @@ class HubRepository:
     """A model's repository on the hub, which exists once this is made."""
 
     def __init__(self, model_id: str, token: str | None = None) -> None:
-        """Makes the repository if there is none, so that what may fail fails before the training.
+        """Creates the repository if there is none, so that a mistake is found before the training.
 
         model_id: name, with or without an owner. token: by default the one `hf auth login` has kept, or HF_TOKEN.
         """
         if silent := why_unreachable():  # its client would wait for an answer without end
             raise UserError(
-                f"--hub_model_id {model_id}: cannot be made or written to on the hub ({silent}); check the network, or "
+                f"--hub_model_id {model_id}: cannot be created or written on the hub ({silent}); check the network, or "
                 "leave --push_to_hub out"
             )
         self._api = HfApi(token=token)
@@ -32,7 +32,7 @@ class HubRepository:
             self.id = self._api.create_repo(model_id, exist_ok=True).repo_id
         except Exception as error:  # of the network, of the hub, of their libraries
             raise UserError(
-                f"--hub_model_id {model_id}: cannot be made or written to on the hub ({first_line(error)}); "
+                f"--hub_model_id {model_id}: cannot be created or written on the hub ({first_line(error)}); "
                 "log in with `hf auth login`, or give --hub_token"
             ) from error
 
@@ -55,7 +55,7 @@ class HubRepository:
 
 
 def make_package(run: Path, adapter: str) -> tuple[Path, list[str]]:
-    """Gather in `<run>/hub` what is published; returns that folder, and its files that are.
+    """Collect the files to publish in `<run>/hub`; returns that folder and the files.
 
     The sheets of earlier packages are deleted; whatever else someone has put there stays, and stays here.
     """

@@ -1,4 +1,4 @@
-"""What an adapter does to the weights as a LoRA: the nearest change of low rank, under the names that tools expect."""
+"""An adapter's change of the weights as a LoRA: the nearest of its rank, under the names that tools expect."""
 
 from __future__ import annotations
 

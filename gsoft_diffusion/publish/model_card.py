@@ -135,7 +135,7 @@ def public_base(name: str) -> tuple[str | None, str]:
 
 
 def may_write(path: Path) -> bool:
-    """Whether there is no card at this path, or one that nobody has made their own."""
+    """Whether there is no card at this path, or one that the user has not claimed."""
     try:
         return MARK in path.read_text(encoding="utf-8")
     except FileNotFoundError:

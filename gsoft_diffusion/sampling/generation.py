@@ -18,6 +18,7 @@ from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.config.prompts import with_names
 from gsoft_diffusion.config.sampler import guides
+from gsoft_diffusion.foundation.bundled import found
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import check_writable
 from gsoft_diffusion.foundation.memory import running_out_explained
@@ -221,7 +222,7 @@ def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> lis
 def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file:
-        prompts = read_prompts(config.prompts_file, f"--prompts_file {config.prompts_file}")
+        prompts = read_prompts(found(config.prompts_file), f"--prompts_file {config.prompts_file}")
     prompts = [with_names(composed(prompt).strip(), subjects) for prompt in prompts if prompt.strip()]
     if not prompts:
         trained = subjects[0].get("instance_prompt")
@@ -231,7 +232,7 @@ def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) ->
 
 
 def _run_name(adapter: Path) -> str:
-    """What pictures call the run of an adapter, with its checkpoint if it is one's; without the folders around it."""
+    """The name of an adapter's run in pictures, with its checkpoint if it has one, without other folders."""
     return "/".join(filter(None, [run_folder(adapter).resolve().name, checkpoint_name(adapter)]))
 
 

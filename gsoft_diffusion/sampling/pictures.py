@@ -39,7 +39,7 @@ def slug(text: str, length: int = 60) -> str:
 
 
 def save_png(image: Image.Image, folder: Path, name: str, number: int, metadata: Mapping[str, Any]) -> Path:
-    """Write a new PNG with `metadata` inside; returns its path. UserError if it cannot be written.
+    """Write a new PNG with `metadata` inside; returns its path. Raises UserError if it cannot be written.
 
     name: of the file, with `{}` for the number, which is counted up where another command was faster with that name.
     """

@@ -1,4 +1,4 @@
-"""diffusers' schedulers: which can draw with a model, and from noise to latents with one of them.
+"""diffusers' schedulers: which of them fit a model, and drawing latents with one.
 
 A scheduler fits if it has the model's noise schedule and, told what a perfect model would predict, arrives at the
 picture. That is tried out: diffusers' own lists name some that leave noise or diverge, and not all that work.
@@ -34,8 +34,8 @@ TRIAL_ERROR = 0.1  # mean; pictures have a standard deviation of 1
 def with_model_sampler(model: BaseModel, sampler: SamplerConfig) -> SamplerConfig:
     """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`.
 
-    Warns of what has no effect on the model, and leaves it out: a model that guides itself leads away from nothing,
-    and some were distilled to one guidance.
+    Warns of settings without effect on the model, and leaves them out: a model that guides itself has no negative
+    prompt, and some were distilled to one guidance.
     """
     guidance = sampler.guidance_scale
     if model.guides_itself and sampler.negative_prompt:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
 
+from gsoft_diffusion.foundation.bundled import places
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
-from gsoft_diffusion.foundation.model_names import REPOSITORY
 from gsoft_diffusion.scoring.open_clip_layout import CONFIG, is_original_clip, read_open_clip
 
 FIELD_CLIP, FIELD_DINO = "ViT-B-32-quickgelu/openai", "facebook/dino-vits16"
@@ -76,7 +76,7 @@ class Identity:
 
     @property
     def miniature(self) -> bool:
-        """Too small to mean outside its own little world what the field's encoders mean."""
+        """Whether the encoder is a miniature, whose scores do not compare with the field's encoders."""
         return self.preprocessing.size < 128
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _because(error: Exception, silent: str | None) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside the block nothing is logged: errors are raised as well, and said once."""
+    """Switch logging off: errors are raised as well, so they appear once."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -283,7 +283,7 @@ def _quiet() -> Iterator[None]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """The same for the same weights, in whichever precision they were stored."""
+    """A hash of the weights that does not depend on their precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -293,7 +293,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def _local(name: str) -> Path | None:
     """The folder that is meant, here or in this repository; None if there is none and it may be a name."""
-    for folder in (Path(name).expanduser(), REPOSITORY / name):
+    for folder in places(name):
         if folder.is_dir():
             return folder
     if name.startswith((".", "/", "~", "data/")):

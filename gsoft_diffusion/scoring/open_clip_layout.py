@@ -97,7 +97,7 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     if {text.hidden_act, vision.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(f"open_clip has no CLIP with {text.hidden_act} and {vision.hidden_act}")
     if text.eos_token_id != text.vocab_size - 1:
-        raise ValueError("open_clip takes the text's summary at the token of the largest number, which must be its end")
+        raise ValueError("open_clip pools the text at the token with the largest number, which must be the end token")
     if text.intermediate_size != 4 * text.hidden_size or vision.intermediate_size != 4 * vision.hidden_size:
         raise ValueError("the original CLIP's MLPs are four times as wide as the model")
     return {

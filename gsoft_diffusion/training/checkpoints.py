@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder to be resumed from, and how it is found again.
+"""Checkpoints in a run's output folder, and how a resumed run finds them.
 
     settings.yaml            the run's resolved settings
     checkpoint-<step>/
@@ -41,7 +41,7 @@ STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do
 
 @contextmanager
 def output_folder(config: TrainingConfig) -> Iterator[None]:
-    """Inside the block the output folder is this run's alone. Raises UserError if it is another's or not writable."""
+    """Hold an exclusive lock on the output folder. Raises UserError if another run has it, or it is not writable."""
     folder = Path(config.output_dir or ".")
     with ExitStack() as stack:
         try:
@@ -53,7 +53,7 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
                     path.unlink()
         except BlockingIOError as error:
             raise UserError(
-                f"--output_dir {folder}: another run is writing to it ({error}); wait for it or choose another folder"
+                f"--output_dir {folder}: another run is writing to it ({error}); wait for it, or choose another folder"
             ) from error
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output_dir {folder}: is a file, or inside one") from error
@@ -63,7 +63,7 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
 
 
 def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that the settings ask to go on from, None for a new run. To be asked before anything is computed.
+    """The checkpoint from which the settings resume, None for a new run. Call it before anything is computed.
 
     `latest` is the newest that is sound; `say` is told of newer ones that are not. Raises UserError if there is nothing
     to resume, or if the output folder holds what would be written over.
@@ -89,7 +89,7 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
         _check_no_run(folder)
     elif later := [path.name for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: going on from here would write over {', '.join(later)}; "
+            f"--resume_from_checkpoint {checkpoint}: resuming here would overwrite {', '.join(later)}; "
             "choose a new --output_dir, or delete them"
         )
     return checkpoint
@@ -102,20 +102,21 @@ def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path
         damage = damage_of(checkpoint)
         if damage is None:
             for line in damaged:
-                say(f"note: {line}; going on from {checkpoint.name}, the newest that is sound")
+                say(f"note: {line}; continuing from {checkpoint.name}, the newest sound one")
             return checkpoint
         damaged.append(f"{checkpoint} is damaged ({damage})")
     if damaged:
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is sound; {'; '.join(damaged)}")
     raise UserError(
-        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; leave the option out to start afresh"
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; leave the option out to start from "
+        "the beginning"
     )
 
 
 def _check_no_run(folder: Path) -> None:
     if checkpoints(folder):
         raise UserError(
-            f"--output_dir {folder}: holds another run; go on with it by --config {folder / SETTINGS} "
+            f"--output_dir {folder}: holds another run; to continue it, give --config {folder / SETTINGS} "
             "--resume_from_checkpoint latest, or choose another folder"
         )
     if (folder / ADAPTER).exists():
@@ -130,7 +131,7 @@ def _check_no_run(folder: Path) -> None:
 def check_unchanged(
     config: TrainingConfig, checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> None:
-    """Raise UserError if what decides how a run learns is not as it was when the checkpoint was written.
+    """Raise UserError if a fact that decides the training has changed since the checkpoint was written.
 
     before, now: settings as `recorded`, or other facts by their names. Nothing is checked with `accept_changes`.
     """
@@ -185,12 +186,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    """What a checkpoint consists of; the sums, which make it sound, come last."""
+    """The files of a checkpoint; the checksums, which make it sound, come last."""
     return [checkpoint / name for name in (ADAPTER, STATE, SUMS)]
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with the checkpoint's files, None if they are as they were written."""
+    """The damage of the checkpoint's files in words, None if they are as they were written."""
     try:
         lines = [line.split(maxsplit=1) for line in (checkpoint / SUMS).read_text(encoding="ascii").splitlines()]
         sums = {name: digest for digest, name in lines}
@@ -212,7 +213,7 @@ def _sha256(path: Path) -> str:
 def write_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], save_adapter: Callable[[Path], None], limit: int | None
 ) -> Path:
-    """Write `checkpoint-<step>` beside and rename it, then delete what is older than the newest `limit` sound ones."""
+    """Write `checkpoint-<step>` under a temporary name, rename it, and keep only the newest `limit` sound ones."""
     target, unfinished = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     try:
         unfinished.mkdir(parents=True)
@@ -263,14 +264,16 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 
 
 def _rotate(folder: Path, limit: int) -> None:
-    """Whatever is damaged does not count, so that a sound one is always kept."""
+    """Damaged checkpoints do not count, so that a sound one is always kept."""
     sound = 0
     for checkpoint in reversed(checkpoints(folder)):
         if sound == limit:
             try:
                 _delete(checkpoint)
             except OSError as error:
-                raise UserError(f"cannot delete {checkpoint}, which is one too many: {error.strerror}") from error
+                raise UserError(
+                    f"cannot delete {checkpoint}, the oldest beyond --checkpoints_total_limit: {error.strerror}"
+                ) from error
         elif damage_of(checkpoint) is None:
             sound += 1
 
@@ -289,7 +292,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state in a sound checkpoint; tensors and plain values only are loaded. UserError if that fails."""
+    """The state in a sound checkpoint; tensors and plain values only are loaded. Raises UserError if that fails."""
     try:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the reader stumbles over
@@ -297,7 +300,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def recorded(config: TrainingConfig) -> TrainingConfig:
-    """The settings as the run keeps them for itself: with paths that mean the same from every directory."""
+    """The settings as the run saves them: with absolute paths."""
 
     def absolute(path: str | None) -> str | None:
         return os.path.abspath(path) if path else path  # noqa: PTH100 - without `..`, with links

@@ -1,4 +1,4 @@
-"""What decides how a run learns besides its settings: a checkpoint remembers it."""
+"""Facts besides the settings that decide the training; a checkpoint records them."""
 
 from __future__ import annotations
 

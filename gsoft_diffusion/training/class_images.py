@@ -64,7 +64,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _check_origins(folder: Path, concept: Concept, identity: BaseModelIdentity) -> None:
-    """Raise UserError if a picture that was drawn here shows something else. Of others nothing is known."""
+    """Raise UserError if a picture was drawn for another prompt or base model. The user's own are not checked."""
     for path in _pictures(folder):
         with opened(path) as image:
             told = image.info.get(METADATA_KEY, "{}")
@@ -88,7 +88,7 @@ def _missing(folder: Path, config: TrainingConfig) -> int:
 
 @contextmanager
 def _to_ourselves(folder: Path) -> Iterator[None]:
-    """Inside the block no other run draws class images into the folder."""
+    """Hold a lock: no other run draws class images into the folder."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))

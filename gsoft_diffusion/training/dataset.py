@@ -1,4 +1,4 @@
-"""Which photo, shown how and with what noise, each sample of a run is made of.
+"""The photo, its crop and the noise of each sample of a run.
 
 Nothing here depends on what was drawn before: sample number `p` of a run is a pure function of (seed, p), and of the
 batch size where photos come in several sizes. So a resumed run continues exactly, and the number of processes changes
@@ -25,7 +25,7 @@ ORDER, DRAWS, DROPOUT, SIZES = range(4)  # what random numbers are for, so that 
 
 
 def derived_seed(*key: int) -> int:
-    """A seed of 64 bits that depends on nothing but the key, and is unrelated for keys that differ."""
+    """A seed of 64 bits that depends only on the key, and is unrelated for different keys."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -36,7 +36,7 @@ def generator_for(*key: int) -> torch.Generator:
 
 @lru_cache(maxsize=64)
 def shuffled(count: int, *key: int) -> list[int]:
-    """The numbers below `count` in an order that depends on nothing but the key."""
+    """The numbers below `count` in an order that depends only on the key."""
     return torch.randperm(count, generator=generator_for(*key)).tolist()
 
 
@@ -101,7 +101,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def crops(self) -> bool:
-        """Whether any photo loses something at its sides."""
+        """Whether any photo is cropped."""
         return any(
             len(variants(photo.size, size, center_crop=False, random_flip=False)) > 1
             for size, own in self.by_size.items()

@@ -1,4 +1,4 @@
-"""What the model must predict and how wrong it is: pure functions, all per sample until the last."""
+"""The model's targets and its loss: pure functions, all per sample except the last."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class RunOutputs:
             self.save_adapter(self.adapter, state)
 
     def save_adapter(self, path: Path, state: TrainingState) -> None:
-        """Write the adapter as of now, with settings and prompts inside; nothing that is the user's own business."""
+        """Write the adapter as of now, with settings and prompts inside; nothing private."""
         config, private = self.config, marked(TrainingConfig, Mark.PRIVATE)
         training = {name: value for name, value in config.to_dict().items() if name not in (*private, "adapter")}
         training |= {"pretrained_model_name_or_path": self.public_base.name, "base_config": self.public_config}

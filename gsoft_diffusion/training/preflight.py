@@ -1,4 +1,4 @@
-"""Before a run starts: whether its training step fits into memory, and which switches would make it fit."""
+"""Whether a training step fits into memory, before the run starts, and which switches would make it fit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapt
     elif plans:
         advice = f"no switch is enough: with {_flags(plans[-1])} it still takes {_gigabytes(needed(plans[-1]))}"
     else:
-        advice = "no switch is left that would save some; use a smaller --resolution"
+        advice = "no other switch saves memory; use a smaller --resolution"
     raise UserError(
         f"not enough memory for training: model and training step take at least {_gigabytes(needs)}, and there are "
         f"{_gigabytes(available)} on {device}; {advice}"

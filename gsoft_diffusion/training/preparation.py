@@ -1,4 +1,4 @@
-"""What is settled before the first step: settings that only the model decides, attention, and the data set."""
+"""Preparation before the first step: settings that only the model decides, attention, and the data set."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
 def check_snr_gamma(config: TrainingConfig, model: BaseModel) -> None:
     """Raise UserError if min-SNR weights are asked for of a model that learns by flow matching."""
     if config.snr_gamma is not None and model.noise_scheduler().config.prediction_type == "flow_prediction":
-        raise UserError(f"--snr_gamma: {model.name} learns by flow matching, which weighs by drawing timesteps")
+        raise UserError(
+            f"--snr_gamma: {model.name} learns by flow matching, which weights timesteps by drawing them; leave it out"
+        )
 
 
 def make_dataset(

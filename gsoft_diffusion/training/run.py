@@ -1,4 +1,4 @@
-"""A training run: everything made ready, the loop, and what is said at its end."""
+"""A training run: preparation, the loop, and the closing messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.config.command_line import script
+from gsoft_diffusion.config.command_line import command
 from gsoft_diffusion.foundation.run_folder import SETTINGS
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
@@ -44,7 +44,7 @@ SMOOTHING = 50  # steps over which the progress bar averages the loss
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of a run: the adapter's file, the steps done, whether a signal ended it early, seconds of training."""
+    """The result of a run: the adapter's file, the steps done, whether a signal ended it early, seconds of training."""
 
     adapter: Path
     steps: int
@@ -95,7 +95,7 @@ class Run:
         )
 
     def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
+        """Load a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
         checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
         self.state.load(checkpoint, state, self.config)
         self.accelerator.print(f"going on from step {self.state.step}")
@@ -187,10 +187,10 @@ class Run:
     def _how_to_go_on(self) -> str:
         settings = shlex.quote(str(self.outputs.folder / SETTINGS))
         count = self.accelerator.num_processes
-        starter = "python" if count == 1 else f"by the same launcher, with {count} processes,"
+        launched = f"by the same launcher, with {count} processes, " if count > 1 else ""
         return (
             f"stopped at step {self.state.step}; to go on: "
-            f"{starter} {script('train_dreambooth_gsoft.py')} --config {settings} --resume_from_checkpoint latest"
+            f"{launched}{command('gsoft-train')} --config {settings} --resume_from_checkpoint latest"
         )
 
     def _closing_lines(self) -> Iterator[str]:
@@ -201,7 +201,7 @@ class Run:
         prompt = shlex.quote((self.config.validation_prompts or ("",))[-1])
         error = state.adapter.orthogonality_error()
         yield f"adapter: {result}{f' (largest deviation from orthogonality {error:.1e})' if error is not None else ''}"
-        yield f"try it: python {script('inference.py')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
+        yield f"try it: {command('gsoft-draw')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
 
 
 def _due(step: int, interval: int) -> bool:

@@ -1,4 +1,4 @@
-"""What reaches a run from outside: requests to stop, terminals that go away, disks that trackers find full."""
+"""Events from outside of a run: requests to stop, closed terminals, trackers that cannot write."""
 
 from __future__ import annotations
 

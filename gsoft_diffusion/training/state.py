@@ -1,4 +1,4 @@
-"""What a run changes while it learns: all of it is in a checkpoint."""
+"""The state that a run changes while it learns; a checkpoint holds all of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "warmup_steps")
 
 
 class TrainingState:
-    """The adapter, and what the optimizer, its schedule and fp16's scaler know of the steps so far.
+    """The adapter, and the state of the optimizer, its schedule and fp16's scaler.
 
     predictor: the prepared module that the adapter is in. optimizer: prepared by accelerate; lr_scheduler: not, as it
     counts optimizer steps, however many processes take them together. scaler: fp16's, or None.

@@ -68,7 +68,7 @@ class TrainingStep:
         return told[:, :-1].mean().item(), bool(told[:, -1].any())
 
     def update(self, loss: float) -> None:
-        """The optimizer's step. UserError if loss or gradient went wrong, which all processes find out alike."""
+        """The optimizer's step. Raises UserError if loss or gradient went wrong, which all processes find out alike."""
         config, accelerator, state = self.config, self.accelerator, self.state
         if not math.isfinite(loss):
             self._stop_at_bad_numbers("loss")

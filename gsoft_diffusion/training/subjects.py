@@ -27,20 +27,20 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
         folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
         say(f"subject{'' if len(config.concepts) == 1 else ' ' + concept.name}: {folder}")
         if len(folder.photos) == 1:
-            say(f"note: {concept.instance_data_dir} holds a single photo, which is easily copied; 3 to 5 are better")
+            say(f"note: {concept.instance_data_dir} holds a single photo, which the model may copy; 3 to 5 are better")
         note_other_names(concept, folder, say)
         for photo in folder.photos:
             if (owner := owners.setdefault(photo.path.resolve(), concept)) is not concept:
                 given = f"{owner.instance_data_dir} and {concept.instance_data_dir}"
                 raise UserError(
-                    f"{photo.path}: is in the folders of two subjects, {given}; give each photos of its own"
+                    f"{photo.path}: is in the folders of two subjects, {given}; give each subject its own photos"
                 )
         say_unnamed(concept, folder.photos, say)
         photos += folder.photos
     note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
     if masks and config.unmasked_weight == 1:
-        say("note: masks are not used; to weigh the subject more than its surroundings, give --unmasked_weight 0.1")
+        say("note: masks are not used; --unmasked_weight 0.1 gives the subject more weight than its surroundings")
     if config.unmasked_weight != 1 and not masks:
         raise UserError(
             f"--unmasked_weight {config.unmasked_weight:g}: no photo has a mask; give them transparent backgrounds, "
@@ -50,20 +50,20 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
 
 
 def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None]) -> None:
-    """Say so if subfolders call the subject something else than its prompt does, which is what it is trained by."""
+    """Say so if a subfolder's name is not in the prompt, by which the subject is trained."""
     prompt = composed(concept.instance_prompt or "").casefold()
     words = dict.fromkeys(composed(found[2]).strip() for name in folder.subfolders if (found := KOHYA.fullmatch(name)))
     if others := [word for word in words if word.casefold() not in prompt]:
         say(
             f'note: the subfolders of {concept.instance_data_dir} say "{printable(", ".join(others))}"; '
-            f'photos there without a caption are trained as "{printable(concept.instance_prompt or "")}" all the same'
+            f'photos there without a caption are trained as "{printable(concept.instance_prompt or "")}" nevertheless'
         )
 
 
 def note_copies(photos: Sequence[Photo], say: Callable[[str], None]) -> None:
     """Say which photos are the same picture."""
     for first, copy in copies(photos):
-        say(f"note: {copy.path} is the same picture as {first.path}, which counts twice by that")
+        say(f"note: {copy.path} is the same picture as {first.path}, so it counts twice")
 
 
 def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> None:
@@ -77,12 +77,12 @@ def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> Non
 
 
 def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which photos have captions that do not name the subject: what they show is learned as something else."""
+    """Say which photos have captions that do not name the subject; it is not learned from them."""
     for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
         captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
         if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):
             named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
-            say(f'note: the {what} "{words}" is not in the captions of {named}; the subject is not named there')
+            say(f'note: the {what} "{words}" is not in the captions of {named}; these captions do not name the subject')
 
 
 def class_photos(

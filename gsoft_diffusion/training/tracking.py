@@ -15,10 +15,10 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 
 
 def wanted_trackers(config: TrainingConfig) -> list[str]:
-    """The names in `report_to`, none for "none". UserError for one that accelerate does not know."""
+    """The names in `report_to`, none for "none". Raises UserError for one that accelerate does not know."""
     names = [name.strip().lower() for name in config.report_to.split(",") if name.strip()]
     if "none" in names and len(names) > 1:
-        raise UserError(f"--report_to {config.report_to}: none, and others; give one or the other")
+        raise UserError(f"--report_to {config.report_to}: names none and trackers; give one or the other")
     known = LoggerType.list()
     for name in names or [config.report_to]:
         if name not in (*known, "none"):
@@ -27,7 +27,7 @@ def wanted_trackers(config: TrainingConfig) -> list[str]:
 
 
 class Tracking:
-    """What is reported to the trackers. They are a convenience: where they cannot write, the run goes on without."""
+    """What is reported to the trackers. A tracker that cannot write does not end the run."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -58,7 +58,9 @@ class Tracking:
         except Exception as error:  # of a disk, of a service, of a login that was not made
             self.accelerator.trackers = []
             why = first_line(error)
-            self.accelerator.print(f"note: {self.config.report_to} cannot write ({why}); no more is reported to it")
+            self.accelerator.print(
+                f"note: {self.config.report_to} cannot write ({why}); nothing more is reported to it"
+            )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:

@@ -1,4 +1,4 @@
-"""What `train_dreambooth_gsoft.py` does."""
+"""Training an adapter from settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training asks of an adapter: GSOFT's has it, and so may those of other methods."""
+"""The interface that training needs of an adapter, of GSOFT or of another method."""
 
 from __future__ import annotations
 

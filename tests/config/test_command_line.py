@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gsoft_diffusion.config import AdapterConfig, Concept, GenerationConfig, SamplerConfig, TrainingConfig
-from gsoft_diffusion.config.command_line import parse, run, script
+from gsoft_diffusion.config.command_line import command, parse, run
 from gsoft_diffusion.foundation.errors import UserError
 
 BASIC = ["--instance_data_dir", "photos", "--class_word", "dog"]
@@ -153,7 +153,7 @@ def test_several_subjects_from_a_file(tmp_path, name, text):
         ("- dogs", "'dogs' is not settings of Concept"),
         ("- {instance_data_dir: dogs, class_word: dog, class_word: cat}", "class_word comes twice"),
         ("- {class_word: dog}", "instance_data_dir must be given"),
-        ("- {instance_data_dir: dogs}", "--class_word: say what is on the photos in dogs"),
+        ("- {instance_data_dir: dogs}", "--class_word: name what the photos in dogs"),
         ("- {instance_data_dir: dogs, class_wrd: dog}", "unknown setting class_wrd; known: class_word"),
         ("- {instance_data_dir: dogs, class_word: 5}", "class_word: 5 is not a text"),
     ],
@@ -191,8 +191,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("script", ["train_dreambooth_gsoft.py", "inference.py", "export.py"])
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--nothing"], 2), (["--config", "nowhere"], 2)])
 def test_help_and_mistakes_need_no_library_that_takes_seconds(script, arguments, status):
-    command = [sys.executable, "-X", "importtime", REPOSITORY / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    process = [sys.executable, "-X", "importtime", REPOSITORY / script, *arguments]
+    done = subprocess.run(process, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert done.returncode == status
     assert "gsoft_diffusion.config.training" in imported
@@ -244,8 +244,12 @@ def test_one_of_several_processes_ends_without_waiting_for_the_others():
 
 
 def test_scripts_are_called_from_where_one_stands(tmp_path, monkeypatch):
-    repository = Path(__file__).resolve().parents[2]
-    monkeypatch.chdir(repository)
-    assert script("inference.py") == "inference.py"
+    monkeypatch.chdir(REPOSITORY)
+    assert command("gsoft-draw") == "python inference.py"
     monkeypatch.chdir(tmp_path)
-    assert script("inference.py") == str(repository / "inference.py")
+    assert command("gsoft-draw") == f"python {REPOSITORY / 'inference.py'}"
+
+
+def test_an_installation_has_console_scripts(monkeypatch):
+    monkeypatch.setattr("gsoft_diffusion.config.command_line.CHECKOUT", None)
+    assert command("gsoft-draw") == "gsoft-draw"

@@ -86,7 +86,7 @@ def test_a_token_that_is_not_in_the_prompt_is_refused():
 def test_validation_prompts_have_the_subjects_name_filled_in():
     config = TrainingConfig("photos", class_word="mug", unique_token="zwx", validation_prompts=("a {0} {1} in snow",))
     assert config.resolved().validation_prompts == ("a zwx mug in snow",)
-    with pytest.raises(UserError, match=r"\{0\} cannot be filled in: nothing is known of the subject's unique_token"):
+    with pytest.raises(UserError, match=r"\{0\} cannot be filled in: the subject's unique_token is not known"):
         replace(config, unique_token=None, instance_prompt="my mug").resolved()
 
 
@@ -115,7 +115,7 @@ def test_the_home_folder_is_filled_in_wherever_a_path_may_stand(monkeypatch):
 
 
 def test_an_export_of_nothing_is_refused():
-    with pytest.raises(UserError, match="--strength 0: is the base model as it was"):
+    with pytest.raises(UserError, match="--strength 0: would give the base model itself"):
         ExportConfig(("a", "b"), "diffusers", (0.0, 0.0))
 
 
@@ -172,8 +172,8 @@ DOG, CAT = Concept("dog", "dog"), Concept("cat", "cat", "zwx")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"concepts_list": (DOG, CAT), "instance_data_dir": "dog"}, "--instance_data_dir: belongs into"),
-        ({"concepts_list": (DOG, CAT), "unique_token": "zwx"}, "--unique_token: belongs into"),
+        ({"concepts_list": (DOG, CAT), "instance_data_dir": "dog"}, "--instance_data_dir: describes one subject"),
+        ({"concepts_list": (DOG, CAT), "unique_token": "zwx"}, "--unique_token: describes one subject"),
         ({"concepts_list": (DOG, Concept("dog", "cat", "zwx"))}, "instance_data_dir dog comes twice"),
         (
             {"concepts_list": (DOG, Concept("./x/../dog/", "cat", "zwx"))},
@@ -297,7 +297,7 @@ def test_generation_settings_that_cannot_work_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strength": (0.0,)}, "--strength 0: is the base"),
+        ({"strength": (0.0,)}, "--strength 0: would give the base"),
         ({"format": "checkpoint", "rank": 8}, "--rank would have no effect"),
     ],
 )

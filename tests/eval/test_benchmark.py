@@ -354,7 +354,7 @@ def test_a_single_photo_is_refused(world, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     shutil.copy(world / "subjects" / "rex" / "0.png", folder)
-    with pytest.raises(UserError, match="photos: the balance needs two photos or more"):
+    with pytest.raises(UserError, match="photos: the balance needs at least two photos"):
         run_benchmark(experiment(world, subjects_dir=str(folder), class_word="dog"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

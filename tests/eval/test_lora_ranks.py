@@ -95,7 +95,7 @@ def test_the_command_writes_figures_a_plot_and_pictures(world, adapter, tmp_path
     assert (out / "contact_sheet.png").is_file()
     assert "rank    2: loses" in capsys.readouterr().out
     monkeypatch.setattr(lora_ranks, "study", lambda *arguments: pytest.fail("worked in vain"))
-    with pytest.raises(UserError, match="exists and is not written over: choose another name with --out"):
+    with pytest.raises(UserError, match="exists and is not overwritten: choose another name with --out"):
         lora_ranks.main()
 
 
@@ -105,11 +105,11 @@ def test_an_adapter_that_changes_nothing_has_nothing_to_lose(world, tmp_path):
     adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
     save_adapter(tmp_path / "adapter.safetensors", adapter, base_model=identity, training={}, prompts={})
     encoders = load_encoders(str(world / "mini_clip"), str(world / "mini_dino"))
-    with pytest.raises(UserError, match="changes nothing of the base model"):
+    with pytest.raises(UserError, match="does not change the base model"):
         study(tmp_path / "adapter.safetensors", [1], PROMPTS, 1, encoders)
 
 
 def test_prompts_must_come_from_somewhere(adapter):
     assert validation_prompts(read_adapter(adapter)) == PROMPTS
-    with pytest.raises(UserError, match=r"adapter\.safetensors: says nothing of .* give --prompts"):
+    with pytest.raises(UserError, match=r"adapter\.safetensors: names no .* give --prompts"):
         validation_prompts(replace(read_adapter(adapter), training={}))

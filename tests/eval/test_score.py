@@ -94,7 +94,7 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
     assert "miniature CLIP mini_clip" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "scores.json").read_text())["pictures"]) == 3
     monkeypatch.setattr(score, "load_encoders", lambda *arguments: pytest.fail("worked in vain"))
-    with pytest.raises(UserError, match="exists and is not written over: choose another name with --out"):
+    with pytest.raises(UserError, match="exists and is not overwritten: choose another name with --out"):
         score.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "scores.json" / "below.json")])
     with pytest.raises(UserError, match=r"--out: cannot write .*below\.json"):
@@ -224,7 +224,7 @@ def test_picker_says_where_nothing_speaks_for_one(finished_run, encoders, tmp_pa
     folder = shutil.copytree(finished_run, tmp_path / "run")
     monkeypatch.setattr("gsoft_diffusion.scoring.metrics.balance", lambda *arguments: 0.0)
     assert "checkpoint-1" in str(pick(folder, encoders, "dreambooth", max_prompts=1, images_per_prompt=1))
-    assert "note: all have the same balance" in capsys.readouterr().out
+    assert "note: all checkpoints have the same balance" in capsys.readouterr().out
 
 
 def test_picker_that_fails_leaves_nothing(finished_run, encoders, tmp_path, monkeypatch):
@@ -243,9 +243,7 @@ def test_picker_asks_by_the_name_that_was_trained(finished_run, encoders, tmp_pa
         "unique_token: sks", "unique_token: null"
     )
     (folder / "settings.yaml").write_text(unnamed)
-    with pytest.raises(
-        UserError, match=r"settings\.yaml: has no unique_token for .*rex, which the prompts are made with"
-    ):
+    with pytest.raises(UserError, match=r"settings\.yaml: has no unique_token for .*rex, which the prompts need"):
         pick(folder, encoders, "dreambooth", max_prompts=2, images_per_prompt=1)
 
 

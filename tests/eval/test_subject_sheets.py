@@ -14,6 +14,7 @@ from eval.results import cell_folder
 from eval.subject_sheets import DESCRIPTION, LARGEST, read_subject_sheet, sheet_path, write_subject_sheet
 from eval.subjects import Subject
 from gsoft_diffusion import UserError
+from gsoft_diffusion.foundation.bundled import found
 from gsoft_diffusion.sampling.pictures import SHEET_PIXELS
 
 PROMPTS = {f"context-{number:02d}-seed0.png": f"a dog {place}" for number, place in enumerate(("here", "там"))}
@@ -77,7 +78,7 @@ def test_photos_of_others_are_not_on_it(subject, tmp_path, monkeypatch):
     assert not has_red(path)
     height = Image.open(path).height
     path.unlink()
-    monkeypatch.setattr(subjects, "BUNDLED", subject.folder.parent)
+    monkeypatch.setattr(subjects, "BUNDLED", str(subject.folder.resolve().parent))
     write_subject_sheet(subject, cells, tmp_path)
     (photo,) = read_subject_sheet(path).photos
     assert photo.size == (20, 40)  # upright
@@ -88,8 +89,8 @@ def test_photos_of_others_are_not_on_it(subject, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["dreambooth/dataset/dog", "data/subjects/dog/more", "data/dog", "data/subjects"])
 def test_only_subjects_of_the_repository_are_bundled(place):
-    assert not Subject("dog", "dog", True, subjects.REPOSITORY / place).is_bundled
-    assert Subject("poodle", "dog", True, subjects.REPOSITORY / "data" / "subjects" / "poodle").is_bundled
+    assert not Subject("dog", "dog", True, found(place)).is_bundled
+    assert Subject("poodle", "dog", True, found("data/subjects/poodle")).is_bundled
 
 
 def test_a_sheet_only_gains(subject, tmp_path):

@@ -10,7 +10,7 @@ from conftest import PIXELS, TEXT_LENGTH, write_base
 from diffusers import DDIMScheduler
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from gsoft_diffusion.foundation import memory
+from gsoft_diffusion.foundation import bundled, memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
 from gsoft_diffusion.models.loading import load_model
@@ -90,7 +90,7 @@ def test_resolution_that_does_not_fit(base, resolution):
 
 def test_the_bundled_base_is_found_from_anywhere(tmp_path, monkeypatch):
     write_base(tmp_path / "repository" / "data" / "mini")
-    monkeypatch.setattr(models_module, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setitem(bundled._PARENTS, "data", tmp_path / "repository")
     monkeypatch.chdir(tmp_path)
     assert load_model("data/mini").resolution == PIXELS
 

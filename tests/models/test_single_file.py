@@ -57,7 +57,7 @@ def test_without_a_network_one_line_says_what_to_give(checkpoint, monkeypatch):
         raise OSError("no network\nand many more lines")
 
     monkeypatch.setattr(models_module, "snapshot_download", unreachable)
-    with pytest.raises(UserError, match=r"model\.safetensors goes with the configuration of .*--base_config") as caught:
+    with pytest.raises(UserError, match=r"model\.safetensors needs the configuration of .*--base_config") as caught:
         load_model(str(checkpoint[1]))
     assert "\n" not in str(caught.value)
 

@@ -114,7 +114,7 @@ def test_cmyk(tmp_path, suffix):
     Image.new("CMYK", (8, 8), (255, 255, 255, 255)).save(path, quality=100)
     picture = read_picture(path)
     assert near(picture.image.getpixel((4, 4)), (0, 0, 0))
-    assert picture.colours == "converted from CMYK without a colour profile (colours come only near)"
+    assert picture.colours == "converted from CMYK without a colour profile (colours are approximate)"
 
 
 def test_lab(tmp_path):

@@ -116,8 +116,8 @@ def test_what_was_converted_is_said(tmp_path):
     said = str(read_folder(tmp_path, "--instance_data_dir", "a photo"))
     assert "3 pictures" in said
     assert (
-        "1 converted from 16 bits of grey to 8, 1 converted from CMYK without a colour profile (colours come only near)"
-        in said
+        "1 converted from 16 bits of grey to 8, "
+        "1 converted from CMYK without a colour profile (colours are approximate)" in said
     )
 
 
@@ -130,7 +130,7 @@ def test_photos_count(photos):
 def test_the_surplus_is_said(photos):
     folder = read_folder(photos, "--flag", "a", limit=3)
     assert (len(folder.photos), folder.surplus) == (3, 1)
-    assert "3 pictures; 1 more than asked for are not used; left out" in str(folder)
+    assert "3 pictures; 1 more than are asked for, which are not used; left out" in str(folder)
 
 
 def test_pictures_of_one_colour_are_said(photos):

@@ -127,7 +127,7 @@ def test_a_white_mask_is_none_and_said(photos, mask):
     mask.save(photos / "1-masklabel.png")
     found = read_folder(photos, "--flag", "a")
     assert found.photos[1].mask is None
-    assert "4 pictures, 1 with a mask that is white everywhere and thus none;" in str(found)
+    assert "4 pictures, 1 with a mask that is white everywhere, which has no effect;" in str(found)
 
 
 @pytest.mark.parametrize("alphas", [(200, 200), (250, 255), (10, 60)])
@@ -137,7 +137,7 @@ def test_an_even_transparency_is_no_mask(photos, alphas):
     image.save(photos / "1.png")
     found = read_folder(photos, "--flag", "a")
     assert found.photos[1].mask is None
-    assert "1 about equally transparent everywhere and thus without a mask" in str(found)
+    assert "1 about equally transparent everywhere, so without a mask" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +146,15 @@ def test_an_even_transparency_is_no_mask(photos, alphas):
         ("1-masklabel.png", half(40, 64), r"1-masklabel\.png: the mask has 40×64 pixels, but 1\.png has 64×40"),
         ("1-masklabel.png", Image.new("L", (64, 40)), r"1-masklabel\.png: black everywhere"),
         ("7-masklabel.png", half(64, 40), r"7-masklabel\.png: is the mask of no picture"),
-        ("1-masklabel.jpg", half(64, 40), r"1-masklabel\.jpg: .* takes 1-masklabel\.png"),
+        ("1-masklabel.jpg", half(64, 40), r"1-masklabel\.jpg: .* is called 1-masklabel\.png"),
         ("1.png", Image.new("RGBA", (4, 4)), r"1\.png: transparent everywhere"),
         ("1-masklabel.png", Image.new("L", (64, 40), 128), r"1-masklabel\.png: goes only from grey 128 to grey 128"),
         ("1-masklabel.png", in_grey(20, 0), r"1-masklabel\.png: goes only from grey 0 to grey 20 of 255"),
         ("1-masklabel.png", in_grey(255, 240), r"1-masklabel\.png: goes only from grey 240 to grey 255"),
-        ("1-masklabel.png", opaque_left((0, 0, 0)), r"1-masklabel\.png: black on transparent can mean both"),
+        ("1-masklabel.png", opaque_left((0, 0, 0)), r"1-masklabel\.png: black on transparent is ambiguous"),
         ("1-masklabel.png", Image.new("RGBA", (64, 40)), r"1-masklabel\.png: transparent everywhere"),
-        ("1-masklabel.png", colours((255, 0, 0), (0, 0, 255)), r"1-masklabel\.png: is in several colours"),
-        ("1-masklabel.png", Image.new("RGB", (64, 40), "red"), r"1-masklabel\.png: is in several colours"),
+        ("1-masklabel.png", colours((255, 0, 0), (0, 0, 255)), r"1-masklabel\.png: has several colours"),
+        ("1-masklabel.png", Image.new("RGB", (64, 40), "red"), r"1-masklabel\.png: has several colours"),
         (
             "1-masklabel.png",
             Image.fromarray(np.tile(np.uint8([0, 1, 1, 255]), (40, 16))),

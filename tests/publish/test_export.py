@@ -475,7 +475,7 @@ def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path
         ExportConfig((str(path),), "kohya_lora"),
         ExportConfig((str(path), str(adapter)), "kohya_lora", strength=(1.0, 0.0)),
     ):
-        with pytest.raises(UserError, match="changes nothing of the base model; nothing is exported"):
+        with pytest.raises(UserError, match="does not change the base model; nothing is exported"):
             export(config)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -483,7 +483,7 @@ def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
 def test_a_format_that_other_programs_read_in_part_is_said_to_be(adapter, tmp_path, capsys, layout):
     export(ExportConfig((str(adapter),), layout, output=str(tmp_path / "dog.safetensors")))
-    note = "of this format ComfyUI and Forge read the text encoders' part only; for them choose kohya_lora"
+    note = "ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them"
     assert (note in capsys.readouterr().out) == (layout == "diffusers_lora")
 
 

@@ -86,13 +86,13 @@ def test_again_into_the_same_repository(hub, run):
 )
 def test_a_repository_that_cannot_be_made(hub, name, token, broken):
     hub.broken = {broken} if broken else set()
-    with pytest.raises(UserError, match=f"--hub_model_id {name}: cannot be made .*--hub_token"):
+    with pytest.raises(UserError, match=f"--hub_model_id {name}: cannot be created .*--hub_token"):
         HubRepository(name, token)
 
 
 def test_no_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="--hub_model_id dog: cannot be made"):
+    with pytest.raises(UserError, match="--hub_model_id dog: cannot be created"):
         HubRepository("dog", TOKEN)
 
 

@@ -370,14 +370,14 @@ def test_prompts_with_places_for_the_subjects_name(adapter_file):
     draw(GenerationConfig((str(adapter_file),), prompts=("a {0} dog {0.__class__}",), num_images=1))
     ((_, metadata),) = pictures_in(adapter_file.parent / "images").values()
     assert metadata["prompt"] == "a sks dog {0.__class__}"
-    with pytest.raises(UserError, match=r"\{1\} cannot be filled in: nothing is known of the subject's class_word"):
+    with pytest.raises(UserError, match=r"\{1\} cannot be filled in: the subject's class_word is not known"):
         draw(GenerationConfig((str(adapter_file),), prompts=("a {0} {1}",)))
 
 
 def test_names_of_several_subjects():
     dog, mug = {"unique_token": "{2}", "class_word": "dog"}, {"unique_token": "zwx", "class_word": "mug"}
     assert with_names("a {0} {1} and a {2} {3}, {}, {4.x}", [dog, mug]) == "a {2} dog and a zwx mug, {}, {4.x}"
-    with pytest.raises(UserError, match=r"\{4\} is of subject 3, and there are 2"):
+    with pytest.raises(UserError, match=r"\{4\} stands for subject 3, but there are 2"):
         with_names("a {4} {5}", [dog, mug])
 
 

@@ -147,7 +147,7 @@ def test_latest_is_the_newest_that_is_sound_and_says_so(config, tmp_path, name, 
     assert checkpoint_to_resume(replace(config, resume_from_checkpoint="latest"), said.append).name == "checkpoint-9"
     assert len(said) == 1
     assert "checkpoint-10 is damaged (" in said[0]
-    assert "going on from checkpoint-9" in said[0]
+    assert "continuing from checkpoint-9" in said[0]
     with pytest.raises(UserError, match="checkpoint-10: damaged"):
         checkpoint_to_resume(replace(config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10")))
 
@@ -327,7 +327,7 @@ def test_a_folder_that_is_a_file(config, tmp_path, name):
 
 def test_a_second_run_in_the_folder_is_refused(config, tmp_path):
     with held(tmp_path / "run", 60) as number:
-        message = rf"another run is writing to it \(process {number} on .*\); wait for it or choose another folder"
+        message = rf"another run is writing to it \(process {number} on .*\); wait for it, or choose another folder"
         with pytest.raises(UserError, match=message), output_folder(config):
             pass
 
@@ -353,7 +353,9 @@ def test_one_too_many_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("gsoft_diffusion.training.checkpoints._delete", refuse)
-    with pytest.raises(UserError, match=r"cannot delete .*checkpoint-1, which is one too many: Permission denied"):
+    with pytest.raises(
+        UserError, match=r"cannot delete .*checkpoint-1, the oldest beyond --checkpoints_total_limit: Permission denied"
+    ):
         save(tmp_path, 2, limit=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
@@ -391,7 +393,7 @@ def test_resume_finds_the_latest_or_the_named_one(config, tmp_path):
         save(tmp_path / "run", step)
     assert checkpoint_to_resume(replace(config, resume_from_checkpoint="latest")) == tmp_path / "run" / "checkpoint-10"
     named = replace(config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
-    with pytest.raises(UserError, match=r"would write over checkpoint-10; choose a new --output_dir"):
+    with pytest.raises(UserError, match=r"would overwrite checkpoint-10; choose a new --output_dir"):
         checkpoint_to_resume(named)
     elsewhere = replace(named, output_dir=str(tmp_path / "elsewhere"))
     assert checkpoint_to_resume(elsewhere) == tmp_path / "run" / "checkpoint-9"

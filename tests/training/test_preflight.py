@@ -73,7 +73,7 @@ def test_it_says_if_nothing_is_enough(adapted, monkeypatch):
     with pytest.raises(UserError, match=r"no switch is enough: with --train_batch_size 1 .* it still takes 0\.\d\d GB"):
         check_step(CONFIG, *adapted, CPU)
     least = replace(CONFIG, train_batch_size=1, gradient_checkpointing=True, mixed_precision="bf16")
-    with pytest.raises(UserError, match="no switch is left that would save some; use a smaller --resolution"):
+    with pytest.raises(UserError, match="no other switch saves memory; use a smaller --resolution"):
         check_step(least, *adapted, CPU)
 
 

@@ -61,8 +61,13 @@ def test_captions_that_do_not_name_the_subject_are_said(config, capfd):
         (Path(config.instance_data_dir) / f"{name}.txt").write_text(caption)
     train(replace(config, max_train_steps=1))
     printed = capfd.readouterr().out
-    assert 'note: the unique token "sks" is not in the captions of 1.png; the subject is not named there' in printed
-    assert 'note: the class word "dog" is not in the captions of 2.png; the subject is not named there' in printed
+    assert (
+        'note: the unique token "sks" is not in the captions of 1.png; these captions do not name the subject'
+        in printed
+    )
+    assert (
+        'note: the class word "dog" is not in the captions of 2.png; these captions do not name the subject' in printed
+    )
 
 
 def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
@@ -106,7 +111,7 @@ def test_copies_of_photos_are_said(config, tmp_path, capsys):
     mugs.mkdir()
     (mugs / "x.png").write_bytes((Path(config.instance_data_dir) / "0.png").read_bytes())
     instance_photos(in_folders(config, config.instance_data_dir, str(mugs)), print)
-    said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, which counts twice by that"
+    said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, so it counts twice"
     assert said in capsys.readouterr().out
 
 
@@ -143,5 +148,5 @@ def test_class_images_that_are_not_used_are_said(config, tmp_path, capfd):
     config = replace(config, with_prior_preservation=True, class_data_dir=str(own), num_class_images=7)
     train(replace(config, max_train_steps=1))
     printed = capfd.readouterr().out
-    assert "class: 7 pictures; 2 more than asked for are not used" in printed  # nor is there a word of masks
+    assert "class: 7 pictures; 2 more than are asked for, which are not used" in printed  # nor is there a word of masks
     assert "note: this run is too short for 5 of its class images" in printed

@@ -66,4 +66,4 @@ def test_a_service_that_refuses_does_not_end_the_run(config, monkeypatch, capfd)
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refused)
     assert train(replace(config, report_to="tensorboard")).steps == 4
-    assert "note: tensorboard cannot write (no API key); no more is reported to it" in capfd.readouterr().out
+    assert "note: tensorboard cannot write (no API key); nothing more is reported to it" in capfd.readouterr().out

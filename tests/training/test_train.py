@@ -31,7 +31,7 @@ def test_the_result_is_published_and_the_token_kept_nowhere(config, hub, capfd):
 
 
 def test_what_keeps_from_publishing_is_said_before_the_training(config, hub):
-    with pytest.raises(UserError, match="--hub_model_id dog: cannot be made"):
+    with pytest.raises(UserError, match="--hub_model_id dog: cannot be created"):
         train(replace(config, push_to_hub=True, hub_token="hf_wrong"))
     assert not Path(config.output_dir or "").exists()
 

@@ -1,4 +1,4 @@
-"""The families of base models. Each is one file: what lies between a kind of model and the trainer."""
+"""The families of base models, one file each: the interface between a kind of model and the trainer."""
 
 from __future__ import annotations
 

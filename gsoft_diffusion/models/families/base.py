@@ -1,4 +1,4 @@
-"""What training, drawing and exporting ask of a base model, whatever its family."""
+"""The interface of base models of all families, for training, drawing and exporting."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ class BaseModel(ABC):
 
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What can be computed of the prompts once, whatever the adapter learns: the first half of encoding them."""
+        """The first half of encoding prompts: what does not depend on the adapter and is cached."""
 
     @abstractmethod
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
-        """The second half: what the text encoders that an adapter may be in make of it."""
+        """The second half: the output of the text encoders that may have an adapter."""
 
     @abstractmethod
     def predict(
@@ -146,7 +146,7 @@ class BaseModel(ABC):
         raise NotImplementedError
 
     def encode_negative(self, prompt: str) -> Conditioning:
-        """What guidance leads away from; like any prompt, unless the family says otherwise."""
+        """The embedding of the negative prompt: that of any prompt, unless the family overrides this."""
         return self.encode_prompts([prompt])
 
     # What follows from that
@@ -183,7 +183,7 @@ class BaseModel(ABC):
 
     @contextmanager
     def on_device(self, *parts: nn.Module) -> Iterator[None]:
-        """Inside the block these parts are where the denoiser is, and afterwards where they were before."""
+        """Move these parts to the denoiser's device, and back after the block."""
         homes = [next(part.parameters()).device for part in parts]
         for part in parts:
             part.to(self.device)

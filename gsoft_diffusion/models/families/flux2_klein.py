@@ -56,7 +56,7 @@ class Flux2Klein(FluxModel):
                 f"but the transformer takes {transformer.joint_attention_dim}"
             )
         if transformer.guidance_embeds:
-            raise UserError(f"{self.name}: a FLUX.2 that is told its guidance is not supported; klein is")
+            raise UserError(f"{self.name}: of FLUX.2 only klein is supported, which has no guidance input")
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The embeddings themselves: no adapter changes them."""
