@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,7 @@ def base_cells(experiment: Experiment) -> list[Cell]:
     ]
 
 
-def main_cells(experiment: Experiment, rates: dict[str, float]) -> list[Cell]:
+def main_cells(experiment: Experiment, rates: Mapping[str, float]) -> list[Cell]:
     """The comparison itself, each method with its chosen learning rate. Cells of the sweep come again, and are done."""
     return [
         Cell(method, budget, rates[method], subject, seed)

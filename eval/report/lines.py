@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.experiment import Experiment, budgets_of, sweep_cells
+from eval.experiment import Cell, Experiment, base_cells, budgets_of, main_cells, sweep_cells
 from eval.methods import METHODS
 from eval.results import RESULTS, Results
 from gsoft_diffusion.foundation.errors import UserError
@@ -103,13 +103,24 @@ def line_of(
     return Line(method, budget, rate, results, scores)
 
 
+def check_complete(cells: Iterable[Cell], results: Results) -> None:
+    """UserError naming the cells that have no result."""
+    if missing := [cell.id for cell in cells if cell not in results]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{RESULTS} lacks {missing[0]}{more}; run eval.benchmark again to complete it")
+
+
 def sweep_lines(experiment: Experiment, results: Results) -> dict[str, dict[float, Line]]:
-    """By method and learning rate, the cells of the sweep. A rate at which any of them diverged has no scores."""
+    """By method and learning rate, the cells of the sweep. A rate at which any of them diverged has no scores.
+
+    Raises UserError if cells are missing.
+    """
+    cells = sweep_cells(experiment)
+    check_complete([*base_cells(experiment), *cells], results)
     ends = references(results.values())
     lines: dict[str, dict[float, Line]] = {method: {} for method in experiment.methods}
-    cells = sweep_cells(experiment)
     for method, budget, rate in dict.fromkeys(cell.row for cell in cells):
-        found = [results[cell] for cell in cells if cell.row == (method, budget, rate) and cell in results]
+        found = [results[cell] for cell in cells if cell.row == (method, budget, rate)]
         lines[method][rate or 0] = line_of(method, budget, rate, found, ends)
     return lines
 
@@ -119,16 +130,12 @@ def table_lines(experiment: Experiment, results: Results, rates: Mapping[str, fl
 
     Raises UserError if cells are missing.
     """
+    cells = [*base_cells(experiment), *main_cells(experiment, rates)]
+    check_complete(cells, results)
     ends = references(results.values())
-    subjects = set(experiment.subject_names())
 
     def found(method: str, budget: str | None, rate: float | None) -> list[dict[str, Any]]:
-        row = (method, budget, rate)
-        chosen = [r for c, r in results.items() if c.row == row and c.subject in subjects and c.seed < experiment.seeds]
-        if len(chosen) != len(subjects) * experiment.seeds:
-            what = f"{method} {budget or ''}".strip()
-            raise UserError(f"{RESULTS} lacks cells of {what}; run eval.benchmark again to complete it")
-        return chosen
+        return [results[cell] for cell in cells if cell.row == (method, budget, rate)]
 
     base = found("base", None, None)
     photos: dict[str, dict[str, list[float]]] = {

@@ -31,9 +31,17 @@ def test_a_line_has_the_results_of_all_subjects(settings, finished):
 def test_incomplete_results_make_no_table(settings, finished):
     results = read_results(finished)
     rates = choose_learning_rates(settings, results)
-    gone = next(cell for cell in results if cell.method == "boft")
-    with pytest.raises(UserError, match=r"results\.jsonl lacks cells of boft medium; run eval.benchmark again"):
-        table_lines(settings, {cell: result for cell, result in results.items() if cell != gone}, rates)
+    with pytest.raises(UserError, match=r"results\.jsonl lacks boft--medium\S* and 1 more; run eval.benchmark again"):
+        table_lines(settings, {cell: result for cell, result in results.items() if cell.method != "boft"}, rates)
+
+
+@pytest.mark.parametrize("gone", ["base--cup--seed0", "double_gsoft--medium--lr0.01--cup--seed0"])
+def test_incomplete_results_choose_no_rates(settings, finished, gone):
+    results = {cell: result for cell, result in read_results(finished).items() if cell.id != gone}
+    with pytest.raises(UserError, match=f"lacks {gone}; run"):
+        choose_learning_rates(settings, results)
+    with pytest.raises(UserError, match=r"lacks base--\S* and \d more; run"):
+        choose_learning_rates(settings, {})
 
 
 def test_a_rate_with_one_divergence_has_no_scores(settings, finished):
