@@ -256,7 +256,7 @@ WRONG = {  # a part's setting that does not go with the other parts
     "flux text": (Flux, "transformer", {"joint_attention_dim": 7}, "but the transformer takes 7"),
     "klein latents": (Flux2Klein, "transformer", {"in_channels": 7}, "does not take the VAE's latents"),
     "klein text": (Flux2Klein, "transformer", {"joint_attention_dim": 7}, "but the transformer takes 7"),
-    "klein guidance": (Flux2Klein, "transformer", {"guidance_embeds": True}, "told its guidance is not supported"),
+    "klein guidance": (Flux2Klein, "transformer", {"guidance_embeds": True}, "of FLUX.2 only klein is supported"),
 }
 
 

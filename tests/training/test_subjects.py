@@ -124,7 +124,7 @@ def test_other_words_of_kohyas_folders_are_said(config, capsys):
     )
     inside.rename(inside.with_name("10_Sks dog"))
     instance_photos(config.resolved(), print)
-    assert "all the same" not in capsys.readouterr().out
+    assert "nevertheless" not in capsys.readouterr().out
 
 
 def test_a_subjects_photo_among_the_class_images_is_refused(config, tmp_path):

@@ -51,7 +51,7 @@ def test_a_tracker_that_is_not_installed_is_said(config, capfd, monkeypatch):
 def test_several_trackers(config, capfd, report_to, missing):
     pytest.importorskip("tensorboard")
     if missing is None:
-        with pytest.raises(UserError, match="--report_to comet_ml,none: none, and others"):
+        with pytest.raises(UserError, match="--report_to comet_ml,none: names none and trackers"):
             train(replace(config, report_to=report_to))
         return
     folder = train(replace(config, report_to=report_to)).adapter.parent
