@@ -40,7 +40,7 @@ def test_incomplete_results_choose_no_rates(settings, finished, gone):
     results = {cell: result for cell, result in read_results(finished).items() if cell.id != gone}
     with pytest.raises(UserError, match=f"lacks {gone}; run"):
         choose_learning_rates(settings, results)
-    with pytest.raises(UserError, match=r"lacks base--\S* and \d more; run"):
+    with pytest.raises(UserError, match=r"lacks base--\S* and \d+ more; run"):
         choose_learning_rates(settings, {})
 
 
