@@ -197,6 +197,8 @@ def main() -> int:
     parser.add_argument("--out", type=expanded_path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()
+    for folder, flag in ((args.images, "--images"), (args.photos, "--photos")):
+        list_images(folder, flag)  # before encoders are fetched, which takes long
     with new_places("--out", *([args.out] if args.out else [])) as places:
         result = score_folder(args.images, args.photos, chosen_encoders(args), args.prompt, args.unique_token)
         for place in places:

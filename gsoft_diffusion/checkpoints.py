@@ -61,6 +61,13 @@ STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do
 def output_folder(config: TrainingConfig) -> Iterator[None]:
     """Inside the block the output folder is this run's alone. Raises UserError if it is another's or not writable."""
     folder = Path(config.output_dir or ".")
+    for concept in config.concepts:
+        for given, what in (
+            (concept.instance_data_dir, "a subject's photos"),
+            (concept.class_data_dir, "class images"),
+        ):
+            if given and Path(given).resolve() == folder.resolve():
+                raise UserError(f"--output_dir {folder}: is the folder of {what}; choose another")
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
@@ -126,7 +133,8 @@ def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path
     if damaged:
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is sound; {'; '.join(damaged)}")
     raise UserError(
-        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; leave the option out to start afresh"
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; if the run was moved, give "
+        "--output_dir as well; to start afresh, leave the option out"
     )
 
 

@@ -44,8 +44,10 @@ def ensure_class_images(concept: Concept, config: TrainingConfig, models: Models
     holds pictures that were drawn for another prompt or by another base model.
     """
     folder = class_images_folder(concept, config, identity)
-    if any(folder.resolve() == Path(other.instance_data_dir).resolve() for other in config.concepts):
-        raise UserError(f"--class_data_dir {folder}: is the folder of a subject's photos; name another")
+    for photos in (Path(other.instance_data_dir).resolve() for other in config.concepts):
+        if concept.class_data_dir and folder.resolve().is_relative_to(photos):
+            what = "is" if folder.resolve() == photos else "is in"
+            raise UserError(f"--class_data_dir {folder}: {what} the folder of a subject's photos; name another")
     try:
         _check_origins(folder, concept, identity)
         if _missing(folder, config):

@@ -16,11 +16,11 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.settings import (
     OnlyWith,
     Settings,
-    expand_home,
     not_negative,
     positive,
     refuse_without_effect,
     require,
+    settle_paths,
     without_effect,
 )
 from gsoft_diffusion.text_files import composed
@@ -123,8 +123,9 @@ class Concept(Settings):
         if not (self.class_word or self.instance_prompt):
             folder = self.instance_data_dir
             raise UserError(f"--class_word: say what is on the photos in {folder}, for example --class_word dog")
-        require(self, lambda text: text.strip() != "", "more than blanks", "instance_prompt", "class_prompt")
-        expand_home(self, "instance_data_dir", "class_data_dir")
+        texts = ("class_word", "unique_token", "instance_prompt", "class_prompt")
+        require(self, lambda text: text.strip() != "", "more than blanks", *texts)
+        settle_paths(self, "instance_data_dir", "class_data_dir")
 
     @property
     def name(self) -> str:
@@ -136,18 +137,24 @@ class Concept(Settings):
 
     @property
     def usual_class_prompt(self) -> str | None:
-        return f"a photo of {with_article(composed(self.class_word))}" if self.class_word else None
+        return f"a photo of {with_article(_plain_noun(self.class_word))}" if self.class_word else None
 
     def resolved(self) -> Concept:
         """With what follows filled in: prompts from names, or the token from the prompt; None if it is not plain there.
 
-        All in one Unicode normal form. Raises UserError for a token that the prompt does not have: the subject would be
-        learned by another name.
+        All in one Unicode normal form; `{0} {1}` in the prompts as in `with_names`. Raises UserError for a token that
+        the prompt does not have, or that is the class word: the subject would be learned by another name.
         """
-        names = ("class_word", "unique_token", "instance_prompt", "class_prompt")
-        word, token, prompt, class_prompt = (
-            text and composed(text) for text in (getattr(self, name) for name in names)
-        )
+        word = self.class_word and _plain_noun(self.class_word)
+        token = self.unique_token and " ".join(composed(self.unique_token).split())
+        prompt, class_prompt = (text and composed(text) for text in (self.instance_prompt, self.class_prompt))
+        if token and word and token.casefold() == word.casefold():
+            raise UserError(f"--unique_token {token}: is the class word; give a rare word that is the subject's alone")
+        if prompt:
+            token = token or (UNIQUE_TOKEN if "{0}" in prompt else None)
+            prompt = with_names(prompt, [{"unique_token": token, "class_word": word}])
+        if class_prompt:
+            class_prompt = with_names(class_prompt, [{"class_word": word}])
         if prompt is None:
             token = token or UNIQUE_TOKEN
             prompt = f"a photo of {with_article(f'{token} {word}')}"
@@ -313,7 +320,7 @@ class TrainingConfig(Settings):
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
-        expand_home(self, *PATHS, "resume_from_checkpoint")
+        settle_paths(self, *PATHS, "resume_from_checkpoint")
         concepts = self.concepts
         if self.concepts_list:
             _check_concepts(concepts)
@@ -391,6 +398,13 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
         keys = [key for _, key in values]
         if twice := [value for value, key in values if keys.count(key) > 1]:
             raise UserError(f"--concepts_list: {name} {twice[-1]} comes twice; give each subject its own")
+    words = {one.class_word.casefold() for one in resolved if one.class_word}
+    for one in resolved:
+        if one.unique_token and one.unique_token.casefold() in words:
+            raise UserError(
+                f"--concepts_list: unique_token {one.unique_token} is another subject's class_word; give a rare word "
+                "that is one subject's alone"
+            )
     meanings: dict[Path, str | None] = {}
     for one in resolved:
         if one.class_data_dir:
@@ -586,7 +600,7 @@ class GenerationConfig(Settings):
     device: str | None = None
 
     def __post_init__(self) -> None:
-        expand_home(self, "adapter", "prompts_file", "output_dir", "pretrained_model_name_or_path")
+        settle_paths(self, "adapter", "prompts_file", "output_dir", "pretrained_model_name_or_path")
         weighed(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give one of them")
@@ -641,7 +655,7 @@ class ExportConfig(Settings):
     pretrained_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        expand_home(self, "adapter", "output", "pretrained_model_name_or_path")
+        settle_paths(self, "adapter", "output", "pretrained_model_name_or_path")
         if not any(weighed(self.adapter, self.strength).values()):
             raise UserError("--strength 0: is the base model as it was; there is nothing to export")
         require(self, positive, "more than 0", "rank")
@@ -669,7 +683,7 @@ _RANK = OnlyWith(
 
 def weighed(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
     """Each adapter's strength, 1 if none is given. UserError unless adapters differ and strengths fit them."""
-    if not adapters:
+    if not all(adapters or [""]):
         raise UserError("--adapter: name the adapter file that training wrote")
     if twice := [adapter for adapter in adapters if list(adapters).count(adapter) > 1]:
         raise UserError(f"--adapter {twice[0]}: comes twice; give it once, with a --strength")
@@ -731,6 +745,11 @@ def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str
         return known
 
     return re.sub(r"\{(\d{1,2})\}", word, prompt)
+
+
+def _plain_noun(text: str) -> str:
+    """A class word without an article before it, which prompts add themselves, and without surplus blanks."""
+    return re.sub(r"^(a|an|the) (?=.)", "", " ".join(composed(text).split()), flags=re.IGNORECASE)
 
 
 def with_article(noun: str) -> str:

@@ -172,9 +172,10 @@ def test_class_images_may_be_in_a_folder_as_kohya_names_them(config, models, tmp
     assert list((tmp_path / "own").iterdir()) == [inside]
 
 
-def test_the_subjects_folder_is_refused(config, models):
-    given = replace(config, class_data_dir=config.instance_data_dir)
-    with pytest.raises(UserError, match=r"--class_data_dir .*a subject's photos"):
+@pytest.mark.parametrize("inside", ["", "/", "/1_dog"])
+def test_the_subjects_folder_is_refused(config, models, inside):
+    given = replace(config, class_data_dir=config.instance_data_dir + inside)
+    with pytest.raises(UserError, match=r"--class_data_dir .*the folder of a subject's photos"):
         ensure_class_images(given.concepts[0], given, models, models.identity())
 
 
