@@ -23,7 +23,7 @@ from eval.encoders import Encoders, load_encoders
 from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.files import new_places
 from gsoft_diffusion.image_files import open_image, opened
-from gsoft_diffusion.models import best_device
+from gsoft_diffusion.models import best_device, known_device
 from gsoft_diffusion.options import expanded_path, run
 from gsoft_diffusion.photos import list_images
 from gsoft_diffusion.pictures import METADATA_KEY
@@ -181,7 +181,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_encoders(args: argparse.Namespace) -> Encoders:
     """The encoders that these options ask for, which are said. UserError if they cannot be had."""
-    encoders = load_encoders(args.clip, args.dino, args.device)
+    encoders = load_encoders(args.clip, args.dino, known_device(args.device))
     print(f"encoders: {encoders}", flush=True)
     return encoders
 

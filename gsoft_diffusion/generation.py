@@ -20,7 +20,7 @@ from gsoft_diffusion.errors import UserError
 from gsoft_diffusion.families import Conditioning, whole_view
 from gsoft_diffusion.files import check_writable
 from gsoft_diffusion.memory import running_out_explained
-from gsoft_diffusion.models import DTYPES, Models, best_device, load_base
+from gsoft_diffusion.models import DTYPES, Models, best_device, known_device, load_base
 from gsoft_diffusion.pictures import Row, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.schedulers import denoise, make_scheduler, with_model_sampler
 from gsoft_diffusion.text_files import composed, read_prompts
@@ -134,7 +134,7 @@ def draw(config: GenerationConfig) -> list[Path]:
         file,
         config.pretrained_model_name_or_path,
         dtype=DTYPES[_precision(config, file)],
-        device=config.device or best_device(),
+        device=known_device(config.device or best_device()),
         cpu_offload=config.cpu_offload,
     )
     stack = AdapterStack(models.denoiser, models.text_encoders)
@@ -248,5 +248,6 @@ def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig
         if isinstance(scale, int | float) and not guides(scale) and not config.negative_prompt:
             trained["negative_prompt"] = ""  # the training's goes with the training's guidance
     sampler = SamplerConfig.from_dict(trained)
-    resolution = config.resolution or file.training.get("resolution")
-    return sampler, resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
+    resolution = file.training.get("resolution")
+    trained_at = resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
+    return sampler, config.resolution or trained_at

@@ -177,5 +177,17 @@ SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 def test_chunks_of_other_colours_are_said(tmp_path, chunk, numbers, other):
     png_with(tmp_path / "red.png", chunk, struct.pack(f">{len(numbers)}I", *numbers))
     picture = read_picture(tmp_path / "red.png")
-    assert picture.colours == ("taken as sRGB although its gAMA or cHRM chunk says otherwise" if other else "")
+    assert picture.colours == ("taken as sRGB although its gAMA, cHRM or nclx entry says otherwise" if other else "")
     assert picture.image.getpixel((8, 8)) == RED
+
+
+@pytest.mark.parametrize(
+    ("primaries", "curve", "other"), [(1, 13, False), (12, 13, True), (9, 16, True), (9, 18, True)]
+)
+def test_codes_of_other_colours_in_heic_are_said(tmp_path, monkeypatch, primaries, curve, other):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    monkeypatch.setattr(pillow_heif.options, "SAVE_NCLX_PROFILE", True)
+    heif = pillow_heif.from_pillow(Image.new("RGB", (64, 64), RED))
+    codes = {"color_primaries": primaries, "transfer_characteristics": curve, "matrix_coefficients": 6}
+    heif.save(tmp_path / "red.heic", quality=100, **codes)
+    assert bool(read_picture(tmp_path / "red.heic").colours) is other
