@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from gsoft_diffusion.files import whole_file
+from gsoft_diffusion.foundation.files import whole_file
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
