@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from gsoft_diffusion.foundation.files import whole_file
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
+
+from gsoft_diffusion.foundation.files import whole_file
 
 
 def keep(path: Path, model: nn.Module, images: int) -> None:
