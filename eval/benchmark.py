@@ -249,7 +249,7 @@ def main() -> int:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
     settings = read_yaml(args.experiment)
     settings |= {name: vars(args)[name] for name in ("subjects_dir", "class_word") if vars(args)[name]}
-    experiment = Experiment.from_dict(settings)
+    experiment = Experiment.from_dict(settings, args.experiment)
     if args.dry_run:
         print(plan(experiment, args.out, args.workers))
     else:

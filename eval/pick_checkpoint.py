@@ -70,10 +70,7 @@ class Scored:
 
 def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, images_per_prompt: int) -> Path:
     """Score every checkpoint of the run and write the results; returns the adapter to keep. Raises UserError."""
-    out = folder / FOLDER
-    if out.exists():
-        raise UserError(f"{out}: exists; remove or rename it to score again")
-    config = TrainingConfig.from_dict(read_yaml(folder / SETTINGS))
+    out, config = folder / FOLDER, settings_of(folder)
     subjects = subjects_of(config, folder / SETTINGS)
     adapters = adapters_of(folder)
     with new_places("run", out) as (place,):
@@ -95,6 +92,15 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
             print("note: all checkpoints have the same balance; the earliest is named")
         _write(place, scored, judges, encoders, best)
     return best.adapter
+
+
+def settings_of(folder: Path) -> TrainingConfig:
+    """The settings of a run that has not been scored yet. UserError for another folder."""
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder}: holds no {SETTINGS}; name the output folder of train_dreambooth_gsoft.py")
+    if (folder / FOLDER).exists():
+        raise UserError(f"{folder / FOLDER}: exists; remove or rename it to score again")
+    return TrainingConfig.from_dict(read_yaml(folder / SETTINGS))
 
 
 def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str]]:
@@ -263,6 +269,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.max_prompts < 1 or args.images_per_prompt < 1:
         raise UserError("--max_prompts, --images_per_prompt: must be 1 or more")
+    settings_of(args.run)  # before encoders are fetched, which takes long
     adapter = pick(args.run, chosen_encoders(args), args.prompts, args.max_prompts, args.images_per_prompt)
     print(f"keep {adapter}\nplot and pictures in {args.run / FOLDER}")
     return 0

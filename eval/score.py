@@ -21,10 +21,9 @@ from torch import Tensor
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
-from gsoft_diffusion.models.loading import best_device
+from gsoft_diffusion.models.loading import best_device, known_device
 from gsoft_diffusion.photos.folder import list_images
-from gsoft_diffusion.photos.image_files import open_image, opened
-from gsoft_diffusion.sampling.pictures import METADATA_KEY
+from gsoft_diffusion.photos.image_files import METADATA_KEY, open_image, opened
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
 
@@ -181,7 +180,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_encoders(args: argparse.Namespace) -> Encoders:
     """The encoders that these options ask for, which are said. Raises UserError if they cannot be had."""
-    encoders = load_encoders(args.clip, args.dino, args.device)
+    encoders = load_encoders(args.clip, args.dino, known_device(args.device))
     print(f"encoders: {encoders}", flush=True)
     return encoders
 
@@ -197,6 +196,8 @@ def main() -> int:
     parser.add_argument("--out", type=expanded_path, help="JSON file for the scores of every picture")
     add_encoder_options(parser)
     args = parser.parse_args()
+    for folder, flag in ((args.images, "--images"), (args.photos, "--photos")):
+        list_images(folder, flag)  # before encoders are fetched, which takes long
     with new_places("--out", *([args.out] if args.out else [])) as places:
         result = score_folder(args.images, args.photos, chosen_encoders(args), args.prompt, args.unique_token)
         for place in places:

@@ -79,7 +79,7 @@ class Format:
 
     def _read_sections(self, path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         if self.key not in metadata:
-            refuse(path, f"its metadata has no {self.key}; it was not written by this project")
+            refuse(path, f"its metadata has no {self.key}; it is something else, such as a LoRA or a whole model")
         if metadata[self.key] != self.version:
             refuse(
                 path,
@@ -144,6 +144,8 @@ def check_header(path: Path) -> None:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length == 0 or length > path.stat().st_size - 8:
+            refuse(path, "it is cut short, or no safetensors file at all")
         if length > MAX_HEADER:
             refuse(path, f"its header claims {length} bytes, more than the {MAX_HEADER} that any adapter needs")
         header = file.read(length)

@@ -16,9 +16,11 @@ from pathlib import Path
 import icc_profiles
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.command_line import parse, run
@@ -193,12 +195,48 @@ def another_run(*names: str) -> Callable[[], object]:
     return prepare
 
 
+def black_and_white_on_transparent(path: Path) -> None:
+    image = Image.new("RGBA", (40, 40))
+    image.paste("black", (0, 0, 40, 30))
+    image.paste("white", (10, 10, 30, 20))
+    image.save(path)
+
+
+def mask_as_it_lies() -> None:
+    exif(Path("photos/5.jpg"))
+    Image.new("L", (40, 30), 255).save("photos/5-masklabel.png")
+
+
+def only_folders() -> None:
+    Path("photos").rename("dog")
+    Path("photos").mkdir()
+    Path("dog").rename("photos/dog")
+
+
+def two_subjects(write: Callable[[Path], object], word: str = "mug", token: str = "zwx") -> Callable[[], object]:
+    def prepare() -> None:
+        Path("mugs").mkdir()
+        noise(21, 20).save("mugs/mug.png")
+        write(Path("mugs"))
+        concepts(
+            {"instance_data_dir": "photos", "class_word": "dog"},
+            {"instance_data_dir": "mugs", "class_word": word, "unique_token": token},
+        )()
+
+    return prepare
+
+
+def lora() -> None:
+    save_file({"lora_unet_a.lora_up.weight": torch.zeros(2, 2)}, "lora.safetensors")
+
+
 LISTED = ("--concepts_list", "concepts.json")
 PRIOR = ("--with_prior_preservation", "--class_data_dir", "class", "--num_class_images", "1")
 
 ERRORS = [
     Case("no such folder", lambda: shutil.rmtree("photos")),
     Case("an empty folder", lambda: empty("photos")),
+    Case("a folder of folders", only_folders),
     Case("a truncated picture", photo("5.png", truncated)),
     Case("a file of no bytes", photo("5.jpg", Path.touch)),
     Case("another file with a picture's name", photo("5.jpg", lambda path: path.write_text("Dear diary"))),
@@ -214,11 +252,26 @@ ERRORS = [
     Case("32 bits a channel", photo("5.tiff", Image.new("F", (40, 40)).save)),
     Case("a mask of one shade", photo("0-masklabel.png", Image.new("L", (40, 40), 128).save)),
     Case("a mask that is black on transparent", photo("0-masklabel.png", transparent_black)),
+    Case(
+        "a mask that is black and white on transparent",
+        photo("0-masklabel.png", black_and_white_on_transparent),
+    ),
+    Case("a mask that is not turned as its photo is", mask_as_it_lies),
     Case("a mask in colours", photo("0-masklabel.png", noise(40, 40).save)),
     Case("a caption in two files", lambda: (Path("photos/0.txt").write_text("a"), Path("photos/0.caption").touch())),
     Case("captions in no encoding of Unicode", photo("0.txt", lambda path: path.write_bytes(b"gr\xfc\xdfe"))),
     Case("a table with semicolons", photo("metadata.csv", lambda path: path.write_text("file_name;text\n0.png;a\n"))),
+    Case(
+        "a table of texts with commas and no quotes",
+        photo("metadata.csv", lambda path: path.write_text("file_name,text\n0.png,a sks dog, asleep\n")),
+    ),
     Case("one photo of two subjects", one_photo_of_two, LISTED),
+    Case(
+        "a caption that names another subject",
+        two_subjects(lambda to: (to / "mug.txt").write_text("a sks dog")),
+        LISTED,
+    ),
+    Case("a token that is another subject's class word", two_subjects(Path.exists, token="dog"), LISTED),
     Case(
         "one folder for two classes",
         concepts(
@@ -233,8 +286,13 @@ ERRORS = [
         "the photos as class images",
         options=("--with_prior_preservation", "--class_data_dir", "photos", "--num_class_images", "2"),
     ),
+    Case(
+        "class images among the photos",
+        options=("--with_prior_preservation", "--class_data_dir", "photos/1_dog", "--num_class_images", "2"),
+    ),
     Case("an empty prompt", options=("--instance_prompt", " ")),
     Case("no class word and no prompt", options=("--class_word", "")),
+    Case("a unique token that is the class word", options=("--unique_token", "Dog")),
     Case(
         "a unique token that the prompt does not have",
         options=("--unique_token", "zwx", "--instance_prompt", "a photo of a sks dog"),
@@ -271,11 +329,19 @@ ERRORS = [
     Case("a text encoder of another width", own_base(other_text_encoder)),
     Case("a model of another architecture", set_config("unet", in_channels=9)),
     Case("a folder that is not a model's", options=("--pretrained_model_name_or_path", "photos")),
+    Case("a LoRA as a base model", lora, ("--pretrained_model_name_or_path", "lora.safetensors")),
     Case("no network for a model on the hub", options=("--pretrained_model_name_or_path", "someone/some-model")),
     Case("not enough memory for the model"),
     Case("not enough memory for a training step"),
     Case("an output folder with a finished run", another_run("settings.yaml", "adapter.safetensors")),
     Case("an output folder with an unfinished run", another_run("settings.yaml", "checkpoint-5/state.pt")),
+    Case("the photos' folder as output folder", options=("--output_dir", "photos")),
+    Case("an output folder of a user that there is not", options=("--output_dir", "~nobody-here/out")),
+    Case(
+        "a misspelt setting in a file",
+        lambda: Path("mine.yaml").write_text("learning_rte: 1e-4\n"),
+        ("--config", "mine.yaml"),
+    ),
     Case("an output folder that is a file", lambda: Path("out").touch()),
     Case("resuming where there is nothing", options=("--resume_from_checkpoint", "latest")),
     Case("resuming from a folder that is no checkpoint", options=("--resume_from_checkpoint", "photos")),
@@ -339,6 +405,18 @@ def more_than_photos() -> None:
         Path("photos", name).touch()
 
 
+def drawn() -> PngInfo:
+    told = PngInfo()
+    told.add_text("gsoft_diffusion", "{}")
+    return told
+
+
+def linear() -> PngInfo:
+    told = PngInfo()
+    told.add(b"gAMA", (100_000).to_bytes(4, "big"))
+    return told
+
+
 GOES_ON = [
     Case("a single photo", only_one),
     Case("a picture in Display P3", photo("5.png", lambda path: noise(40, 40).save(path, icc_profile=P3))),
@@ -348,6 +426,10 @@ GOES_ON = [
     Case("a white mask", photo("0-masklabel.png", Image.new("L", (40, 40), 255).save)),
     Case("photos in a folder as kohya names it", in_kohyas_folder),
     Case("a caption that does not name the subject", photo("1.txt", lambda path: path.write_text("a dog asleep"))),
+    Case("a prompt without the class word", options=("--instance_prompt", "a photo of a zwx cat")),
+    Case("a picture that was drawn", photo("5.png", lambda path: noise(40, 40).save(path, pnginfo=drawn()))),
+    Case("a mask by another name", photo("0_mask.png", noise(41, 40).save)),
+    Case("a PNG with another gamma", photo("5.png", lambda path: noise(40, 40).save(path, pnginfo=linear()))),
     Case("CMYK", photo("5.jpg", noise(40, 40, "CMYK").save)),
     Case("16 bits of grey", photo("5.png", Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save)),
     Case("transparent parts", photo("5.png", translucent)),

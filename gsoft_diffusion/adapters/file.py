@@ -6,6 +6,7 @@ Tensors: the adapter's parameters, float32, under their names in `Adapter.state_
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,5 +125,7 @@ def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:
         file = read_adapter(path)
         if same := next((other for other in files if other.path.samefile(file.path)), None):
             raise UserError(f"--adapter {path}: is the same file as {same.path}; give it once, with a --strength")
+        if same := next((other for other in files if filecmp.cmp(other.path, file.path, shallow=False)), None):
+            raise UserError(f"--adapter {path}: holds the same as {same.path}; give one of them, with a --strength")
         files.append(file)
     return files

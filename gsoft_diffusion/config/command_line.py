@@ -55,7 +55,7 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
         parser.error(f"give {' and '.join(missing)}")
     launched = launched_settings()
     names = {field.name for field in fields(config_class)} & launched.keys()
-    config = config_class.from_dict({name: launched[name] for name in names} | values)
+    config = config_class.from_dict({name: launched[name] for name in names} | values, path)
     check_launched(config.to_dict())
     if process_count() > 1 and config_class is not TrainingConfig:
         raise UserError(f"{parser.prog} runs in one process, and {process_count()} were launched; start it with python")

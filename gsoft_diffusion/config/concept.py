@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from gsoft_diffusion.config.prompts import has_words, token_in, with_article
-from gsoft_diffusion.config.settings import Mark, Rule, Settings, check_rules, expand_home
+from gsoft_diffusion.config.prompts import has_words, plain_noun, token_in, with_article, with_names
+from gsoft_diffusion.config.settings import Mark, Rule, Settings, check_rules, settle_paths
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import composed
 
@@ -31,8 +31,8 @@ class Concept(Settings):
     """
 
     instance_data_dir: Annotated[str, Mark.PATH]
-    class_word: str | None = None
-    unique_token: str | None = None
+    class_word: Annotated[str | None, WORDS] = None
+    unique_token: Annotated[str | None, WORDS] = None
     instance_prompt: Annotated[str | None, WORDS] = None
     class_prompt: Annotated[str | None, WORDS] = None
     class_data_dir: Annotated[str | None, Mark.PATH] = None
@@ -44,7 +44,7 @@ class Concept(Settings):
             folder = self.instance_data_dir
             raise UserError(f"--class_word: name what the photos in {folder} show, for example --class_word dog")
         check_rules(self)
-        expand_home(self)
+        settle_paths(self)
 
     @property
     def name(self) -> str:
@@ -56,18 +56,25 @@ class Concept(Settings):
 
     @property
     def usual_class_prompt(self) -> str | None:
-        return f"a photo of {with_article(composed(self.class_word))}" if self.class_word else None
+        return f"a photo of {with_article(plain_noun(self.class_word))}" if self.class_word else None
 
     def resolved(self) -> Concept:
         """The same subject with missing values derived: prompts from the names, or the token from the prompt.
 
-        The token stays None if the prompt does not make it clear. All texts get one Unicode normal form. Raises
-        UserError for a token that the prompt does not have: the subject would be learned by another name.
+        The token stays None if the prompt does not make it clear. All texts get one Unicode normal form; `{0} {1}` in
+        the prompts is as in `with_names`. Raises UserError for a token that the prompt does not have, or that is the
+        class word: the subject would be learned by another name.
         """
-        names = ("class_word", "unique_token", "instance_prompt", "class_prompt")
-        word, token, prompt, class_prompt = (
-            text and composed(text) for text in (getattr(self, name) for name in names)
-        )
+        word = self.class_word and plain_noun(self.class_word)
+        token = self.unique_token and " ".join(composed(self.unique_token).split())
+        prompt, class_prompt = (text and composed(text) for text in (self.instance_prompt, self.class_prompt))
+        if token and word and token.casefold() == word.casefold():
+            raise UserError(f"--unique_token {token}: is the class word; give a rare word that is the subject's alone")
+        if prompt:
+            token = token or (UNIQUE_TOKEN if "{0}" in prompt else None)
+            prompt = with_names(prompt, [{"unique_token": token, "class_word": word}])
+        if class_prompt:
+            class_prompt = with_names(class_prompt, [{"class_word": word}])
         if prompt is None:
             token = token or UNIQUE_TOKEN
             prompt = f"a photo of {with_article(f'{token} {word}')}"

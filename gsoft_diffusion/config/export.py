@@ -11,8 +11,8 @@ from gsoft_diffusion.config.settings import (
     OnlyWith,
     Settings,
     check_rules,
-    expand_home,
     refuse_without_effect,
+    settle_paths,
 )
 from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
@@ -43,7 +43,7 @@ class ExportConfig(Settings):
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
 
     def __post_init__(self) -> None:
-        expand_home(self)
+        settle_paths(self)
         if not any(strength_by_adapter(self.adapter, self.strength).values()):
             raise UserError("--strength 0: would give the base model itself; there is nothing to export")
         check_rules(self)

@@ -14,8 +14,8 @@ from gsoft_diffusion.config.settings import (
     OnlyWith,
     Settings,
     check_rules,
-    expand_home,
     refuse_without_effect,
+    settle_paths,
 )
 from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
@@ -73,7 +73,7 @@ class GenerationConfig(Settings):
     device: str | None = None
 
     def __post_init__(self) -> None:
-        expand_home(self)
+        settle_paths(self)
         strength_by_adapter(self.adapter, self.strength)
         if self.prompts and self.prompts_file:
             raise UserError("--prompt and --prompts_file: give only one of them")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.text_files import composed
 
 # What may stand before the subject's name in a prompt, and is none of it.
 NOT_NAMES = re.compile(
@@ -67,6 +68,11 @@ def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str
         return known
 
     return re.sub(r"\{(\d{1,2})\}", word, prompt)
+
+
+def plain_noun(text: str) -> str:
+    """A class word without an article before it, which prompts add themselves, and without surplus blanks."""
+    return re.sub(r"^(a|an|the) (?=.)", "", " ".join(composed(text).split()), flags=re.IGNORECASE)
 
 
 def with_article(noun: str) -> str:

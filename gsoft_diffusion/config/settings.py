@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, g
 import yaml
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.text_files import read_text
+from gsoft_diffusion.foundation.text_files import on_disk, read_text
 
 
 def positive(value: float) -> bool:
@@ -58,22 +58,25 @@ class Settings:
     """
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], source: object = None) -> Self:
         """Build from plain values. Names that are unknown or missing and wrong types raise UserError.
+
+        source: the file or option that they are from, for messages; by default the class is named.
 
         A group of settings (a field that is a dataclass itself) may be given in part; the rest has the field's default.
         """
+        source = source or cls.__name__
         hints = get_type_hints(cls)
         defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
         names = list(defaults)
         if not isinstance(values, Mapping):
-            raise UserError(f"{cls.__name__}: expected settings as `name: value`, got {values!r}")
+            raise UserError(f"{source}: expected settings as `name: value`, got {values!r}")
         for name in values:
             if name not in names:
                 known = difflib.get_close_matches(str(name), names, n=1) or names
-                raise UserError(f"{cls.__name__}: unknown setting {name}; known: {', '.join(known)}")
+                raise UserError(f"{source}: unknown setting {name}; known: {', '.join(known)}")
         if missing := [name for name in names if defaults[name] is MISSING and name not in values]:
-            raise UserError(f"{cls.__name__}: {', '.join(missing)} must be given")
+            raise UserError(f"{source}: {', '.join(missing)} must be given")
         values = {
             name: overlay(defaults[name].to_dict(), value) if _is_group(hints[name]) else value
             for name, value in values.items()
@@ -204,7 +207,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
                 return tuple(_typed(item, item_hint, name) for item in value)
     elif _is_group(hint):
         if isinstance(value, hint | Mapping):
-            return value if isinstance(value, hint) else hint.from_dict(value)
+            return value if isinstance(value, hint) else hint.from_dict(value, name)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -245,18 +248,29 @@ def check_rules(settings: Any) -> None:
                 require(settings, *rule, name)
 
 
-def expand_home(settings: Any) -> None:
-    """Let the paths among settings in the making, and tuples of paths, have the home folder for `~`.
+def settle_paths(settings: Any) -> None:
+    """Let the paths among settings in the making, and tuples of paths, have the home folder for `~`, and names as they
+    are spelt on disk.
 
-    A shell does so only where a word begins: not in `--output_dir=~/out`, and nobody does in a file of settings.
+    A shell expands `~` only where a word begins: not in `--output_dir=~/out`, and nobody does in a file of settings.
     """
     for name in marked(type(settings), Mark.PATH):
         value = getattr(settings, name)
         if isinstance(value, tuple):
-            expanded: Any = tuple(map(os.path.expanduser, value))
+            settled: Any = tuple(_settled(path, name) for path in value)
         else:
-            expanded = os.path.expanduser(value) if value else value  # noqa: PTH111 - it leaves `~nobody` as it is
-        object.__setattr__(settings, name, expanded)  # they are frozen from then on
+            settled = _settled(value, name) if value else value
+        object.__setattr__(settings, name, settled)  # they are frozen from then on
+
+
+def _settled(text: str, name: str) -> str:
+    path = os.path.expanduser(text)  # noqa: PTH111 - it leaves `~nobody` as it is
+    if path.startswith("~"):
+        raise UserError(
+            f"--{name} {text}: there is no user {text.split('/')[0]}; for a folder of that name give ./{text}"
+        )
+    found = on_disk(Path(path))
+    return path if found == Path(path) else str(found)
 
 
 @dataclass(frozen=True)

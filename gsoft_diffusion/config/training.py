@@ -21,8 +21,8 @@ from gsoft_diffusion.config.settings import (
     Rule,
     Settings,
     check_rules,
-    expand_home,
     refuse_without_effect,
+    settle_paths,
     without_effect,
 )
 from gsoft_diffusion.foundation.errors import UserError
@@ -176,7 +176,7 @@ class TrainingConfig(Settings):
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
-        expand_home(self)
+        settle_paths(self)
         concepts = self.concepts
         if self.concepts_list:
             _check_concepts(concepts)
@@ -250,6 +250,13 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
         keys = [key for _, key in values]
         if twice := [value for value, key in values if keys.count(key) > 1]:
             raise UserError(f"--concepts_list: {name} {twice[-1]} comes twice; give each subject its own")
+    words = {one.class_word.casefold() for one in resolved if one.class_word}
+    for one in resolved:
+        if one.unique_token and one.unique_token.casefold() in words:
+            raise UserError(
+                f"--concepts_list: unique_token {one.unique_token} is another subject's class_word; give a rare word "
+                "that is one subject's alone"
+            )
     meanings: dict[Path, str | None] = {}
     for one in resolved:
         if one.class_data_dir:

@@ -56,11 +56,12 @@ def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
     Before the block it is seen to that something can be written there. Raises UserError, naming the option `flag`, if
     it cannot, or if there is something at one of the targets already.
     """
+    for target in targets:
+        refuse_existing(target, flag)  # before the name is asked for, which `.` has not
     unfinished = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
     made = [folder for target in targets for folder in target.parents if not folder.exists()]
     try:
         for target, place in zip(targets, unfinished, strict=True):
-            refuse_existing(target, flag)
             target.parent.mkdir(parents=True, exist_ok=True)
             place.touch(exist_ok=False)
             place.unlink()

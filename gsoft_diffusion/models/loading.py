@@ -89,6 +89,16 @@ def fetch_model(name: str) -> None:
         _find(name, None, None)
 
 
+def known_device(name: torch.device | str) -> torch.device:
+    """The device of that name. UserError if it is none's, or if this machine or this build of torch has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used ({first_line(error)}); give cpu, or leave it out") from error
+    return device
+
+
 def best_device() -> torch.device | str:
     """A GPU if there is one."""
     return torch.accelerator.current_accelerator(check_available=True) or "cpu"

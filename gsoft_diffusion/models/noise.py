@@ -17,7 +17,9 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     if found and hasattr(found, "_backends"):  # what diffusers has instead of a class that it cannot import
         raise UserError(f"{name} needs {' and '.join(found._backends)}: install what is missing")
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise UserError(f"diffusers has no scheduler {name}; try DDIMScheduler or DPMSolverMultistepScheduler")
+        raise UserError(
+            f"diffusers has no scheduler {name}; try --scheduler DDIMScheduler or DPMSolverMultistepScheduler"
+        )
     return found
 
 

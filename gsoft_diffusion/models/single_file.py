@@ -19,6 +19,7 @@ from torch import nn
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.models.families import BaseModel
 
+DENOISER = "model.diffusion_model."  # before its weights, in files of whole models
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -35,9 +36,12 @@ def is_single_file(name: str) -> bool:
 def usual_config(name: str) -> str:
     """The name on the hub of the model whose configuration diffusers takes for such a file, by the weights in it."""
     try:
-        return fetch_diffusers_config(load_file(Path(name).expanduser()))["pretrained_model_name_or_path"]
+        tensors = load_file(Path(name).expanduser())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{name}: not a readable safetensors file ({first_line(error)})") from error
+    if not any(key.startswith(DENOISER) for key in tensors):
+        raise UserError(f"{name}: holds no whole model; name a checkpoint, and no adapter, LoRA or part of a model")
+    return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
 
 
 def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from gsoft.file import strict_json
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.text_files import composed, read_csv, read_text
 from gsoft_diffusion.photos.masks import beside
@@ -26,8 +26,10 @@ def read_captions(images: Sequence[Path], others: Sequence[Path]) -> tuple[dict[
             raise UserError(f"{source}: {image.name} has a caption in {sources[image].name} already; remove one")
         captions[image], sources[image] = " ".join(composed(caption).split()), source
         if not captions[image]:
-            raise UserError(f"{image}: its caption is empty; write one, or remove it to use the instance prompt")
-    return captions, {*sources.values(), *(path for path in others if path.name.lower() in (JSONL, CSV))}
+            raise UserError(
+                f"{image}: its caption is empty in {source.name}; write one, or remove it to use the instance prompt"
+            )
+    return captions, set(sources.values())
 
 
 def _found(images: Sequence[Path], others: Sequence[Path]) -> Iterator[tuple[Path, str, Path]]:
@@ -49,7 +51,8 @@ def _from_table(table: Path, images: Sequence[Path]) -> Iterator[tuple[Path, str
     }
     seen = set()
     for number, name, text in (_csv_rows if table.suffix.lower() == ".csv" else _json_rows)(table):
-        image = named.get(composed(name))
+        image = named.get(composed(PurePosixPath(name).as_posix()))  # without `./`
+        image = image or named.get(composed(PureWindowsPath(name).as_posix()))
         if image is None:
             raise UserError(f"{table}, line {number}: there is no picture {name} in the folder")
         if image in seen:
@@ -63,7 +66,7 @@ def _json_rows(table: Path) -> Iterator[tuple[int, str, str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = strict_json(line)
             name, text = row["file_name"], row["text"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             wanted = '{"file_name": "dog.jpg", "text": "a photo of a sks dog"}'

@@ -12,6 +12,10 @@ from gsoft_diffusion.foundation.errors import printable
 
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # ICC's names of what a profile is for, and Pillow's modes
 GREYS = ("1", "L", "LA", "La")
+# gAMA, and cHRM: white, red, green and blue; and by how much rounding may change them.
+SRGB_CHUNKS, NEAR = (1 / 2.2, 0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06), 0.02
+# In HEIC, by ITU-T H.273: BT.709's primaries, and curves like sRGB's; 2 means that nothing is known.
+SRGB_CODES = {"color_primaries": (1, 2), "transfer_characteristics": (13, 1, 2, 6)}
 ROUNDING = 2  # levels of 255 by which profiles that mean sRGB differ
 LONGEST = 40  # characters of a profile's name
 
@@ -44,7 +48,7 @@ def _colours(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, st
     else:
         mode, without = ("L" if image.mode in GREYS else "RGB"), ""
     if not profile:
-        return image.convert("RGB"), without
+        return image.convert("RGB"), without or _said_otherwise(image)
     try:
         space, name = _described(profile)
         if mode == "L" and space == "RGB":
@@ -57,6 +61,17 @@ def _colours(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, st
         return _applied(transform, image.convert(mode)), f"converted to sRGB from {name}"
     except (OSError, ValueError, ImageCms.PyCMSError):
         return image.convert("RGB"), without or "taken as sRGB because of a colour profile that is broken or misplaced"
+
+
+def _said_otherwise(image: Image.Image) -> str:
+    """What to say of a file without a profile that tells of other colours than sRGB's in another way."""
+    info = image.info
+    said = (info.get("gamma"), *info.get("chromaticity", ()))
+    png = all(value is None or abs(value - srgb) < NEAR for value, srgb in zip(said, SRGB_CHUNKS, strict=False))
+    nclx = info.get("nclx_profile") or {}
+    heic = all(nclx.get(name, codes[0]) in codes for name, codes in SRGB_CODES.items())
+    same = ("srgb" in info or png) and heic
+    return "" if same else "taken as sRGB although its gAMA, cHRM or nclx entry says otherwise"
 
 
 def _described(profile: bytes) -> tuple[str, str]:

@@ -27,6 +27,8 @@ from gsoft_diffusion.photos.masks import find_masks, is_mask, is_white, read_mas
 
 SMALLEST = 2  # pixels along the shorter side
 NAMED = 5  # files that are left out by name; of more only how many
+FOLDER = "/ (a folder)"  # after the name of one that is left out
+LIKE_A_MASK = re.compile(r"(.+?)[-_. ]?masks?", re.IGNORECASE)
 KOHYA = re.compile(r"(\d+)_(.*\S.*)")  # repeats and words
 
 Size = tuple[int, int]  # width and height in pixels, as in Pillow
@@ -109,10 +111,15 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
     listing = list_folder(folder, flag)
     captions, caption_files = read_captions(listing.images, listing.others)
     mask_files = find_masks(listing.images, listing.others) if masks else {}
+    stems = {path.stem for path in listing.images}
     photos = []
     for path in listing.images[:limit]:
         picture = read_picture(path)
         size, notes, mask = picture.image.size, _notes(picture), None
+        if masks and picture.drawn:
+            notes.append("drawn by this program and not photographed")
+        if masks and (named := LIKE_A_MASK.fullmatch(path.stem)) and named[1] in stems:
+            notes.append("used as a photo although named like a mask (which is called like dog1-masklabel.png)")
         if min(size) < SMALLEST:
             found = "×".join(map(str, size))
             raise UserError(f"{path}: only {found} pixels, too small to show anything; use a larger picture")
@@ -144,7 +151,10 @@ def list_folder(folder: str | Path, flag: str) -> Listing:
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be read as a folder ({error.strerror})") from error
     if not listing.images:
-        raise UserError(f"{flag} {folder}: holds no picture (known are {', '.join(sorted(IMAGE_SUFFIXES))})")
+        below = "; only those of its folders are looked into that are named like `10_sks dog`"
+        folders = any(name.endswith(FOLDER) for name in listing.left_out)
+        known = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{flag} {folder}: holds no picture (known are {known}){below if folders else ''}")
     return listing
 
 
@@ -159,7 +169,7 @@ def scan(folder: Path, *, below: bool = True) -> Listing:
         elif path.is_dir():
             inside = scan(path, below=False) if below and KOHYA.fullmatch(path.name) else None
             if inside is None or not inside.images:
-                left_out.append(f"{path.name}/ (a folder)")
+                left_out.append(f"{path.name}{FOLDER}")
                 continue
             subfolders.append(path)
             images += inside.images
@@ -214,7 +224,13 @@ def _checked_mask(path: Path, picture: Picture, file: Path | None) -> tuple[Path
     mask = read_mask(file)
     if mask.size != picture.image.size:
         found, wanted = ("×".join(map(str, size)) for size in (mask.size, picture.image.size))
-        raise UserError(f"{file}: the mask has {found} pixels, but {path.name} has {wanted}; make them equal")
+        turned = picture.turned and mask.size == picture.image.size[::-1]
+        do = (
+            "is turned by EXIF data to have {wanted}; turn the mask as well"
+            if turned
+            else "has {wanted}; make them equal"
+        )
+        raise UserError(f"{file}: the mask has {found} pixels, but {path.name} {do.format(wanted=wanted)}")
     if is_white(mask):
         return None, "with a mask that is white everywhere, which has no effect"
     if why := trouble(mask):

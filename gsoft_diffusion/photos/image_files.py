@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos.colours import to_srgb
 
+METADATA_KEY = "gsoft_diffusion"  # the PNG text field that holds the settings of a drawn picture, as JSON
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff"}
 EXIF_ORIENTATION = 0x0112
 SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP")  # whose further pictures are others, not previews as in photos of telephones
@@ -23,12 +24,13 @@ class Picture:
     """A picture as it is seen.
 
     image: RGB, or RGBA if it has transparency. turned: whether EXIF data asked to turn it. colours: what was done to
-    its colours, in words; "" if nothing.
+    its colours, in words; "" if nothing. drawn: whether this program drew it.
     """
 
     image: Image.Image
     turned: bool
     colours: str
+    drawn: bool
 
     @property
     def opacity(self) -> Image.Image | None:
@@ -41,11 +43,12 @@ def read_picture(path: Path) -> Picture:
     with opened(path) as image:
         if image.mode in ("I", "F"):
             raise UserError(f"{path}: has 32 bits a channel, so its white is not known; save it with 8")
+        drawn = METADATA_KEY in image.info
         turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
         upright, colours = to_srgb(ImageOps.exif_transpose(image))
     if upright.mode == "RGBA" and upright.getchannel("A").getextrema() == (255, 255):
         upright = upright.convert("RGB")
-    return Picture(upright, turned, colours)
+    return Picture(upright, turned, colours, drawn)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -108,11 +108,17 @@ def _from_opacity(image: Image.Image, path: Path) -> Image.Image | None:
     faintest, strongest = _range(opacity)
     if strongest == 0:
         raise UserError(f"{path}: transparent everywhere")
-    if faintest == strongest:  # says nothing, so the colours must
+    if strongest - faintest < CONTRAST and strongest >= MIDDLE:  # says nothing, so the colours must
         return None
     seen = np.asarray(image)[np.asarray(opacity) >= MIDDLE][:, :3].astype(int)
-    if len(seen) and np.ptp(seen, axis=1).max() == 0 and seen.min() == 0:
-        raise UserError(f"{path}: black on transparent is ambiguous; paint the subject white, and the rest black")
+    if len(seen) and np.ptp(seen, axis=1).max() <= NEARLY_GREY and seen.min() <= NEARLY_GREY:
+        if seen.max() <= NEARLY_GREY:
+            raise UserError(f"{path}: black on transparent is ambiguous; paint the subject white, and the rest black")
+        if ((seen.max(axis=1) <= NEARLY_GREY) | (seen.min(axis=1) >= 255 - NEARLY_GREY)).all():
+            raise UserError(
+                f"{path}: black and white and transparent, of which two could mean the rest; save it without "
+                "transparency, the subject white, and the rest black"
+            )
     return opacity
 
 

@@ -25,7 +25,7 @@ from gsoft_diffusion.foundation.memory import running_out_explained
 from gsoft_diffusion.foundation.run_folder import checkpoint_name, run_folder
 from gsoft_diffusion.foundation.text_files import composed, read_prompts
 from gsoft_diffusion.models.families import BaseModel, Conditioning, whole_view
-from gsoft_diffusion.models.loading import DTYPES, best_device
+from gsoft_diffusion.models.loading import DTYPES, best_device, known_device
 from gsoft_diffusion.sampling.pictures import Row, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.sampling.schedulers import denoise, make_scheduler, with_model_sampler
 
@@ -138,7 +138,7 @@ def draw(config: GenerationConfig) -> list[Path]:
         file,
         config.pretrained_model_name_or_path,
         dtype=DTYPES[_precision(config, file)],
-        device=config.device or best_device(),
+        device=known_device(config.device or best_device()),
         cpu_offload=config.cpu_offload,
     )
     stack = AdapterStack(model.denoiser, model.text_encoders)
@@ -252,5 +252,6 @@ def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig
         if isinstance(scale, int | float) and not guides(scale) and not config.negative_prompt:
             trained["negative_prompt"] = ""  # the training's goes with the training's guidance
     sampler = SamplerConfig.from_dict(trained)
-    resolution = config.resolution or file.training.get("resolution")
-    return sampler, resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
+    resolution = file.training.get("resolution")
+    trained_at = resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
+    return sampler, config.resolution or trained_at

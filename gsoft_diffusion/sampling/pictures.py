@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.photos.image_files import METADATA_KEY
 
 logger = logging.getLogger(__name__)
 
-METADATA_KEY = "gsoft_diffusion"  # the PNG text field that holds the settings, as JSON
 SHEET_PIXELS = 40_000_000  # of a sheet; Pillow warns of pictures above 89 million and refuses twice as many
 CELL, LARGEST_CELL = (
     192,

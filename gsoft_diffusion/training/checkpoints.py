@@ -43,6 +43,13 @@ STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do
 def output_folder(config: TrainingConfig) -> Iterator[None]:
     """Hold an exclusive lock on the output folder. Raises UserError if another run has it, or it is not writable."""
     folder = Path(config.output_dir or ".")
+    for concept in config.concepts:
+        for given, what in (
+            (concept.instance_data_dir, "a subject's photos"),
+            (concept.class_data_dir, "class images"),
+        ):
+            if given and Path(given).resolve() == folder.resolve():
+                raise UserError(f"--output_dir {folder}: is the folder of {what}; choose another")
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
@@ -108,8 +115,8 @@ def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path
     if damaged:
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is sound; {'; '.join(damaged)}")
     raise UserError(
-        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; leave the option out to start from "
-        "the beginning"
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}; if the run was moved, give "
+        "--output_dir as well; to start from the beginning, leave the option out"
     )
 
 

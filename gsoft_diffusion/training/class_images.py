@@ -19,9 +19,9 @@ from gsoft_diffusion.foundation.files import locked, whole_file
 from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import is_blank, scan
-from gsoft_diffusion.photos.image_files import opened
+from gsoft_diffusion.photos.image_files import METADATA_KEY, opened
 from gsoft_diffusion.sampling.generation import generate
-from gsoft_diffusion.sampling.pictures import METADATA_KEY, slug
+from gsoft_diffusion.sampling.pictures import slug
 
 ATTEMPTS = 3  # pictures drawn for each that is wanted, before broken ones become an error
 
@@ -46,8 +46,10 @@ def ensure_class_images(
     holds pictures that were drawn for another prompt or by another base model.
     """
     folder = class_images_folder(concept, config, identity)
-    if any(folder.resolve() == Path(other.instance_data_dir).resolve() for other in config.concepts):
-        raise UserError(f"--class_data_dir {folder}: is the folder of a subject's photos; name another")
+    for photos in (Path(other.instance_data_dir).resolve() for other in config.concepts):
+        if concept.class_data_dir and folder.resolve().is_relative_to(photos):
+            what = "is" if folder.resolve() == photos else "is in"
+            raise UserError(f"--class_data_dir {folder}: {what} the folder of a subject's photos; name another")
     try:
         _check_origins(folder, concept, identity)
         if _missing(folder, config):

@@ -35,6 +35,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
                 raise UserError(
                     f"{photo.path}: is in the folders of two subjects, {given}; give each subject its own photos"
                 )
+        check_names(concept, folder.photos, config.concepts)
         say_unnamed(concept, folder.photos, say)
         photos += folder.photos
     note_copies(photos, say)
@@ -76,8 +77,24 @@ def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> Non
             )
 
 
+def check_names(concept: Concept, photos: Sequence[Photo], concepts: Sequence[Concept]) -> None:
+    """Raise UserError if a caption names another subject than the one whose folder the photo is in."""
+    for other in concepts:
+        if not (concept.unique_token and other.unique_token and other is not concept):
+            continue
+        for photo in photos:
+            if has_words(photo.prompt, other.unique_token) and not has_words(photo.prompt, concept.unique_token):
+                raise UserError(
+                    f'{photo.path}: its caption names "{other.unique_token}", the subject in '
+                    f'{other.instance_data_dir}, and not "{concept.unique_token}"; correct it, or move the photo'
+                )
+
+
 def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which photos have captions that do not name the subject; it is not learned from them."""
+    """Say which prompts and captions do not name the subject; it is not learned from them."""
+    word, prompt = concept.class_word, concept.instance_prompt or ""
+    if word and not has_words(prompt, word) and any(photo.prompt == prompt for photo in photos):
+        say(f'note: the class word "{word}" is not in the instance prompt; {{1}} in prompts stands for it all the same')
     for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
         captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
         if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):

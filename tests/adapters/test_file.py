@@ -23,6 +23,7 @@ from gsoft_diffusion import (
     read_adapter,
     save_adapter,
 )
+from gsoft_diffusion.adapters.file import read_adapters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = AdapterConfig(nblocks=4, nfactors="dense", parametrization="exp")
@@ -185,7 +186,7 @@ HOSTILE = {
     "integers": ({"tensors": {SCALE: torch.ones(64, dtype=torch.int32)}}, "output_scale is I32, not F32"),
     "nan": ({"tensors": {SCALE: torch.full((64,), torch.nan)}}, "output_scale has values that are not finite"),
     "infinity": ({"tensors": {SCALE: torch.full((64,), torch.inf)}}, "output_scale has values that are not finite"),
-    "no format": ({"metadata": {"gsoft_diffusion_adapter": None}}, "was not written by this project"),
+    "no format": ({"metadata": {"gsoft_diffusion_adapter": None}}, "it is something else"),
     "new format": ({"metadata": {"gsoft_diffusion_adapter": "99"}}, "format version '99' is unknown"),
     "no config": ({"metadata": {"config": None}}, "metadata has no config"),
     "no JSON": ({"metadata": {"training": "{'a': 1"}}, "training is not valid JSON"),
@@ -260,7 +261,7 @@ BROKEN = {
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_broken_file_is_refused(saved, damage):
     saved.write_bytes(BROKEN[damage](saved.read_bytes()))
-    with pytest.raises(UserError, match=r"not a readable safetensors file|header") as error:
+    with pytest.raises(UserError, match=r"not a readable safetensors file|header|cut short") as error:
         read_adapter(saved)
     assert str(saved) in str(error.value)
 
@@ -279,8 +280,22 @@ def test_a_tensor_that_is_there_twice_is_refused(saved):
 
 def test_other_safetensors_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="was not written by this project"):
+    with pytest.raises(UserError, match="it is something else"):
         read_adapter(tmp_path / "lora.safetensors")
+
+
+def test_the_same_adapter_by_two_names_is_refused(saved, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(saved.read_bytes())
+    with pytest.raises(UserError, match=r"--adapter .*copy\.safetensors: holds the same as .*; give one of them"):
+        read_adapters([saved, copy])
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x89PNG\r\n\x1a\n and so on", b"settings: of a run"])
+def test_files_of_other_kinds_are_refused_as_such(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.safetensors is not a valid adapter: .* no safetensors file at all"):
+        read_adapter(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("place", ["missing.safetensors", "."])

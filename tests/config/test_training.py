@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +85,13 @@ def test_a_token_that_is_not_in_the_prompt_is_refused():
     assert replace(config, instance_prompt="a photo of sks, a dog").resolved().unique_token == "sks"
 
 
+def test_a_token_that_says_nothing_is_refused():
+    with pytest.raises(UserError, match="--unique_token dog: is the class word"):
+        TrainingConfig("photos", "dog", "dog").resolved()
+    with pytest.raises(UserError, match="--unique_token : must be more than blanks"):
+        TrainingConfig("photos", "dog", " ").resolved()
+
+
 def test_validation_prompts_have_the_subjects_name_filled_in():
     config = TrainingConfig("photos", class_word="mug", unique_token="zwx", validation_prompts=("a {0} {1} in snow",))
     assert config.resolved().validation_prompts == ("a zwx mug in snow",)
@@ -109,9 +118,40 @@ def test_the_home_folder_is_filled_in_wherever_a_path_may_stand(monkeypatch):
     drawing = GenerationConfig(("~/a", "b"), **dict.fromkeys(paths, "~/x"))
     assert {getattr(drawing, name) for name in paths} == {"/home/ann/x"}
     assert drawing.adapter == ("/home/ann/a", "b")
-    export = ExportConfig(("~/a",), "diffusers", output="~/x", pretrained_model_name_or_path="~nobody-here/x")
+    export = ExportConfig(("~/a",), "diffusers", output="~/x")
     assert (export.adapter, export.output) == (("/home/ann/a",), "/home/ann/x")
-    assert export.pretrained_model_name_or_path == "~nobody-here/x"
+
+
+def test_the_home_folder_of_nobody_is_refused():
+    with pytest.raises(UserError, match=r"--output ~nobody-here/x: there is no user ~nobody-here; .* give \./~nobody"):
+        ExportConfig(("a",), "diffusers", output="~nobody-here/x")
+
+
+def test_paths_are_found_in_another_normal_form(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept, given = (unicodedata.normalize(form, "Hündin") for form in ("NFD", "NFC"))
+    Path(kept).mkdir()
+    drawing = GenerationConfig((f"{given}/checkpoint-2", "b"), output_dir=f"{given}/new")
+    assert drawing.adapter == (f"{kept}/checkpoint-2", "b")
+    assert drawing.output_dir == f"{kept}/new"
+
+
+@pytest.mark.parametrize("given", ["a teddy bear", "The  teddy bear ", "teddy bear", " teddy\nbear"])
+def test_class_words_without_articles(given):
+    concept = TrainingConfig("photos", class_word=given).resolved().concepts[0]
+    assert concept.class_word.casefold() == "teddy bear"
+    assert concept.instance_prompt.casefold() == "a photo of a sks teddy bear"
+    assert concept.class_prompt.casefold() == "a photo of a teddy bear"
+    assert concept.resolved() == concept
+
+
+def test_the_subjects_name_is_filled_in_into_its_prompts():
+    config = TrainingConfig("p", "dog", None, "a {0} {1}", "one {1}", with_prior_preservation=True).resolved()
+    assert (config.instance_prompt, config.class_prompt, config.unique_token) == ("a sks dog", "one dog", "sks")
+    config = TrainingConfig("p", unique_token="zwx", instance_prompt="my {0}").resolved()
+    assert (config.instance_prompt, config.unique_token) == ("my zwx", "zwx")
+    with pytest.raises(UserError, match=r"\{1\} cannot be filled in"):
+        TrainingConfig("p", instance_prompt="a {1}").resolved()
 
 
 def test_an_export_of_nothing_is_refused():
@@ -123,7 +163,7 @@ def test_several_subjects():
     concepts = (
         Concept("my/dog", "dog"),
         Concept("my/mug", "mug", "zwx", class_prompt="mugs"),
-        Concept("c", None, "", "y"),
+        Concept("c", None, None, "y"),
     )
     config = TrainingConfig(concepts_list=concepts).resolved()
     assert [concept.instance_prompt for concept in config.concepts] == [
@@ -196,6 +236,10 @@ DOG, CAT = Concept("dog", "dog"), Concept("cat", "cat", "zwx")
         (
             {"concepts_list": tuple(Concept(name, instance_prompt="x") for name in "ab")},
             "instance_prompt x comes twice",
+        ),
+        (
+            {"concepts_list": (DOG, Concept("cat", "cat", "Dog"))},
+            "unique_token Dog is another subject's class_word",
         ),
         (
             {"concepts_list": (DOG, Concept("b", instance_prompt="x")), "with_prior_preservation": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -99,6 +100,22 @@ def test_command_line(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "scores.json" / "below.json")])
     with pytest.raises(UserError, match=r"--out: cannot write .*below\.json"):
         score.main()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("eval.score", "--images nowhere --photos .", "--images nowhere: cannot be read as a folder"),
+        ("eval.score", "--images {photos} --photos nowhere", "--photos nowhere: cannot be read as a folder"),
+        ("eval.pick_checkpoint", "nowhere", r"nowhere: holds no settings\.yaml; name the output folder"),
+    ],
+)
+def test_folders_are_looked_at_before_encoders_are_fetched(photos, monkeypatch, module, arguments, message):
+    main = importlib.import_module(module).main
+    monkeypatch.setattr("eval.score.load_encoders", lambda *_: pytest.fail("encoders were fetched"))
+    monkeypatch.setattr("sys.argv", [module, *arguments.format(photos=photos).split()])
+    with pytest.raises(UserError, match=message):
+        main()
 
 
 def test_paths_of_the_command_line_may_start_at_home(world, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gsoft_diffusion.foundation.files import locked, whole_file
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import locked, new_places, whole_file
 
 fork = multiprocessing.get_context("fork")
 
@@ -30,6 +31,13 @@ def test_a_block_that_fails_leaves_the_one_before(tmp_path):
         file.write("text")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_folders_without_a_name_are_not_overwritten(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="exists and is not overwritten"), new_places("--output", Path(place)):
+        pass
 
 
 def hold(folder: Path, pipe, wait: bool = False) -> None:

@@ -41,7 +41,7 @@ def test_prompts_without_comments(tmp_path):
 
 def test_tables(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text('\ufeffa,b\r\n1,"x, ""y""\r\nz"\r\n2\r\n3,4,5\r\n', encoding="utf-8", newline="")
+    path.write_text('\ufeffa, b\r\n1,"x, ""y""\r\nz"\r\n2\r\n3, 4,\r\n', encoding="utf-8", newline="")
     assert list(read_csv(path)) == [(3, {"a": "1", "b": 'x, "y"\nz'}), (4, {"a": "2"}), (5, {"a": "3", "b": "4"})]
     path.write_text(f"a\n{'x' * 200_000}\n")
     with pytest.raises(UserError, match=r"table\.csv, line 2: cannot be read as a table"):
@@ -66,6 +66,25 @@ def test_paths_that_are_not_there_stay(tmp_path):
         (tmp_path / unicodedata.normalize(form, "üé")).touch()
     neither = tmp_path / "u\u0308é"
     assert on_disk(neither) == neither  # could be either
+
+
+def test_tables_with_cells_beyond_the_named_columns_are_refused(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("file_name,text\n1.png,a dog, asleep\n")
+    with pytest.raises(UserError, match=r"table\.csv, line 2: has more cells .* between quotes"):
+        list(read_csv(path))
+
+
+def test_joined_files_leave_no_marks(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(2 * "a dog\n# a comment\n".encode("utf-8-sig"))
+    assert read_prompts(path) == ["a dog", "a dog"]
+
+
+def test_what_is_new_in_a_folder_is_beside_what_is_there(tmp_path):
+    kept, given = (unicodedata.normalize(form, "Hündin") for form in ("NFD", "NFC"))
+    (tmp_path / kept).mkdir()
+    assert on_disk(tmp_path / given / "new" / "x") == tmp_path / kept / "new" / "x"
 
 
 def test_composed():

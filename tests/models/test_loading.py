@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from gsoft_diffusion.foundation import bundled, memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
-from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.models.loading import known_device, load_model
 
 
 @pytest.fixture
@@ -214,6 +214,13 @@ class Elsewhere(torch.nn.Module):
     """A denoiser on a device that this machine does not have, or so it says."""
 
     device, dtype = torch.device("cuda:7"), torch.float32
+
+
+@pytest.mark.parametrize("name", ["nope", "cpu:x", "xla:99"])
+def test_devices_that_cannot_be_used_are_named(name):
+    with pytest.raises(UserError, match=rf"--device {name}: cannot be used"):
+        known_device(name)
+    assert known_device("cpu") == torch.device("cpu")
 
 
 def test_with_offload_only_the_denoiser_must_fit_on_the_device(base, monkeypatch):

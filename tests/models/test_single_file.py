@@ -106,6 +106,13 @@ def test_a_file_of_other_sizes_is_refused(checkpoint, tmp_path):
         load_model(str(tmp_path / "odd.safetensors"), base_config=str(folder))
 
 
+@pytest.mark.parametrize("name", ["unet.a.q_in", "lora_unet_a.lora_up.weight", "conv_in.weight"])
+def test_a_file_of_something_else_is_refused(tmp_path, name):
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=r"lora\.safetensors: holds no whole model; name a checkpoint, and no adapter"):
+        load_model(str(tmp_path / "lora.safetensors"))
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"bad\.safetensors: not a readable safetensors file"):

@@ -66,6 +66,19 @@ def test_a_table_names_pictures_in_subfolders(photos, table):
     assert prompts(photos)["x.png"] == 'it, "asleep"'
 
 
+@pytest.mark.parametrize("name", ["./3_it/x.png", "3_it\\x.png", ".\\3_it\\x.png"])
+def test_names_in_tables_may_be_written_as_other_systems_do(photos, name):
+    (photos / "3_it").mkdir()
+    picture().save(photos / "3_it" / "x.png")
+    (photos / "metadata.csv").write_text(f"file_name, text\n{name}, a dog\n")
+    assert prompts(photos)["x.png"] == "a dog"
+
+
+def test_a_table_without_captions_is_left_out(photos):
+    (photos / "metadata.csv").write_text("file_name,text\n")
+    assert "metadata.csv" in read_folder(photos, "--flag", "a").left_out
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 @pytest.mark.parametrize("table", [None, "metadata.csv", "metadata.jsonl"])
 def test_names_in_another_normal_form_match(photos, forms, table):
@@ -83,7 +96,7 @@ def test_names_in_another_normal_form_match(photos, forms, table):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"0.txt": "  \n"}, r"0\.png: its caption is empty"),
+        ({"0.txt": "  \n"}, r"0\.png: its caption is empty in 0\.txt"),
         ({"0.txt": b"\xff\xfe\x00"}, r"0\.txt: cannot be read as text"),
         ({"metadata.jsonl": b"\xff\xfe\x00"}, r"metadata\.jsonl: cannot be read as text"),
         ({"metadata.jsonl": lines({"file_name": "0.png", "text": ""})}, r"0\.png: its caption is empty"),
@@ -103,6 +116,8 @@ def test_names_in_another_normal_form_match(photos, forms, table):
         ({"0.TXT": "a", "0.txt": "a"}, r"0\.txt: 0\.png has 0\.TXT already"),
         ({"metadata.csv": "file_name;text\n0.png;a\n"}, r"csv, line 2: has no file_name; the first line must be"),
         ({"metadata.csv": "file_name,text\n0.png\n"}, r"csv, line 2: has no text"),
+        ({"metadata.csv": "file_name,text\n0.png,a dog, asleep\n"}, r"csv, line 2: has more cells"),
+        ({"metadata.jsonl": '{"file_name": "0.png", "text": "a", "text": "b"}'}, r"jsonl, line 1: .*comes twice"),
         ({"metadata.csv": "file_name,text\n9.png,a\n"}, r"csv, line 2: there is no picture 9\.png"),
         ({"0.txt": b"a\0b"}, r"0\.txt: cannot be read as text \(it holds zero bytes\)"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import icc_profiles
@@ -149,3 +151,43 @@ def test_32_bits_a_channel_are_refused(tmp_path, mode):
     Image.new(mode, (4, 4)).save(path)
     with pytest.raises(UserError, match=r"deep\.tif: has 32 bits a channel"):
         open_image(path)
+
+
+def png_with(path: Path, chunk: bytes, content: bytes) -> None:
+    """A red PNG with a chunk after its header."""
+    Image.new("RGB", (16, 16), RED).save(path)
+    data = path.read_bytes()
+    whole = struct.pack(">I", len(content)) + chunk + content + struct.pack(">I", zlib.crc32(chunk + content))
+    path.write_bytes(data[:33] + whole + data[33:])
+
+
+P3_PRIMARIES = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "numbers", "other"),
+    [
+        (b"gAMA", (45455,), False),
+        (b"gAMA", (100000,), True),
+        (b"cHRM", SRGB_PRIMARIES, False),
+        (b"cHRM", P3_PRIMARIES, True),
+    ],
+)
+def test_chunks_of_other_colours_are_said(tmp_path, chunk, numbers, other):
+    png_with(tmp_path / "red.png", chunk, struct.pack(f">{len(numbers)}I", *numbers))
+    picture = read_picture(tmp_path / "red.png")
+    assert picture.colours == ("taken as sRGB although its gAMA, cHRM or nclx entry says otherwise" if other else "")
+    assert picture.image.getpixel((8, 8)) == RED
+
+
+@pytest.mark.parametrize(
+    ("primaries", "curve", "other"), [(1, 13, False), (12, 13, True), (9, 16, True), (9, 18, True)]
+)
+def test_codes_of_other_colours_in_heic_are_said(tmp_path, monkeypatch, primaries, curve, other):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    monkeypatch.setattr(pillow_heif.options, "SAVE_NCLX_PROFILE", True)
+    heif = pillow_heif.from_pillow(Image.new("RGB", (64, 64), RED))
+    codes = {"color_primaries": primaries, "transfer_characteristics": curve, "matrix_coefficients": 6}
+    heif.save(tmp_path / "red.heic", quality=100, **codes)
+    assert bool(read_picture(tmp_path / "red.heic").colours) is other

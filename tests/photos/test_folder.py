@@ -148,3 +148,12 @@ def test_a_damaged_photo_is_found_at_once(photos):
     (photos / "broken.jpg").write_text("no")
     with pytest.raises(UserError, match=r"broken\.jpg"):
         read_folder(photos, "--flag", "a")
+
+
+def test_a_folder_with_other_folders_only_says_which_are_looked_into(tmp_path):
+    (tmp_path / "dog").mkdir()
+    picture().save(tmp_path / "dog" / "1.png")
+    with pytest.raises(
+        UserError, match=r"holds no picture .*; only those of its folders are looked into .* `10_sks dog`"
+    ):
+        read_folder(tmp_path, "--flag", "a")

@@ -176,3 +176,35 @@ def test_a_mask_is_turned_like_its_photo(tmp_path):
     half(40, 64).save(tmp_path / "0-masklabel.png")
     (photo,) = read_folder(tmp_path, "--flag", "a").photos
     assert photo.size == open_mask(photo).size == (40, 64)
+
+
+def test_a_mask_that_is_hardly_transparent_is_read_by_its_shades(photos):
+    mask = half(64, 40).convert("RGBA")
+    mask.putpixel((0, 0), (255, 255, 255, 250))
+    mask.save(photos / "1-masklabel.png")
+    assert np.array_equal(np.asarray(open_mask(read_folder(photos, "--flag", "a").photos[1])), np.asarray(half(64, 40)))
+
+
+def test_a_mask_with_shades_and_transparency_is_refused(photos):
+    mask = half(64, 40).convert("RGBA")
+    mask.paste((0, 0, 0, 0), (60, 0, 64, 40))
+    mask.save(photos / "1-masklabel.png")
+    with pytest.raises(UserError, match=r"1-masklabel\.png: black and white and transparent"):
+        read_folder(photos, "--flag", "a")
+
+
+def test_a_mask_that_is_not_turned_as_its_photo_is(photos):
+    orientation = Image.Exif()
+    orientation[EXIF_ORIENTATION] = 6
+    picture(40, 24).save(photos / "x.jpg", exif=orientation)
+    half(40, 24).save(photos / "x-masklabel.png")
+    with pytest.raises(
+        UserError, match=r"x-masklabel\.png: .* 40×24 .* turned by EXIF data to have 24×40; turn the mask"
+    ):
+        read_folder(photos, "--flag", "a")
+
+
+@pytest.mark.parametrize("name", ["1_mask.png", "1-Mask.png", "1mask.png"])
+def test_masks_by_other_names_are_told_from_photos(photos, name):
+    half(64, 40).save(photos / name)
+    assert "1 used as a photo although named like a mask" in str(read_folder(photos, "--flag", "a"))

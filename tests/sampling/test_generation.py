@@ -257,6 +257,11 @@ def test_a_file_may_not_ask_for_pictures_of_any_size():
     assert [asked(side) for side in (64, 4096, 100_000, -8, "64")] == [64, 4096, None, None, None]
 
 
+def test_its_user_may():
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",), resolution=8192)
+    assert _sampler(config, SimpleNamespace(training={"resolution": 64}))[1] == 8192
+
+
 def test_draw_in_the_shape_that_is_asked_for(adapter_file):
     """Sides that are left out are the adapter's."""
     draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1, width=64))

@@ -173,9 +173,10 @@ def test_class_images_may_be_in_a_folder_as_kohya_names_them(config, model, tmp_
     assert list((tmp_path / "own").iterdir()) == [inside]
 
 
-def test_the_subjects_folder_is_refused(config, model):
-    given = replace(config, class_data_dir=config.instance_data_dir)
-    with pytest.raises(UserError, match=r"--class_data_dir .*a subject's photos"):
+@pytest.mark.parametrize("inside", ["", "/", "/1_dog"])
+def test_the_subjects_folder_is_refused(config, model, inside):
+    given = replace(config, class_data_dir=config.instance_data_dir + inside)
+    with pytest.raises(UserError, match=r"--class_data_dir .*the folder of a subject's photos"):
         ensure_class_images(given.concepts[0], given, model, identity_of(model))
 
 

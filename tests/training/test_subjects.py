@@ -13,6 +13,7 @@ from training_runs import batches
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.sampling.pictures import save_png
 from gsoft_diffusion.training.subjects import instance_photos
 from gsoft_diffusion.training.train import train
 
@@ -113,6 +114,38 @@ def test_copies_of_photos_are_said(config, tmp_path, capsys):
     instance_photos(in_folders(config, config.instance_data_dir, str(mugs)), print)
     said = f"note: {mugs}/x.png is the same picture as {config.instance_data_dir}/0.png, so it counts twice"
     assert said in capsys.readouterr().out
+
+
+def test_a_caption_that_names_another_subject_only_is_refused(config, tmp_path):
+    mugs = tmp_path / "mugs"
+    mugs.mkdir()
+    Image.effect_noise((40, 40), 50).save(mugs / "mug.png")
+    given = in_folders(config, config.instance_data_dir, str(mugs))
+    (mugs / "mug.txt").write_text("a sks dog and a zwx mug")
+    assert len(instance_photos(given, print)) == 5
+    (mugs / "mug.txt").write_text("a sks dog")
+    with pytest.raises(
+        UserError, match=r'mug\.png: its caption names "sks", the subject in .*, and not "zwx"; correct'
+    ):
+        instance_photos(given, print)
+
+
+def test_a_class_word_that_the_prompt_does_not_have_is_said(config, capsys):
+    instance_photos(replace(config, instance_prompt="a photo of a zwx cat").resolved(), print)
+    assert 'note: the class word "dog" is not in the instance prompt' in capsys.readouterr().out
+
+
+def test_drawn_pictures_among_the_photos_are_said(config, capsys):
+    save_png(Image.effect_noise((40, 40), 50), Path(config.instance_data_dir), "{}.png", 7, {"prompt": "a dog"})
+    instance_photos(config.resolved(), print)
+    assert "subject: 5 pictures, 1 drawn by this program and not photographed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["instance_data_dir", "class_data_dir"])
+def test_a_folder_of_pictures_is_no_output_folder(config, tmp_path, name):
+    given = replace(config, with_prior_preservation=True, class_data_dir=str(tmp_path / "class"))
+    with pytest.raises(UserError, match=r"--output_dir .*: is the folder of (a subject's photos|class images)"):
+        train(replace(given, output_dir=f"{getattr(given, name)}/"))
 
 
 def test_other_words_of_kohyas_folders_are_said(config, capsys):
