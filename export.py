@@ -1,19 +1,6 @@
-"""Take an adapter to other tools: merged into a whole model, or approximated by a LoRA.
+"""Take an adapter to other tools: gsoft-export, from a checkout."""
 
-python export.py --adapter outputs/my_dog/adapter.safetensors --format checkpoint
-"""
-
-from gsoft_diffusion.config import ExportConfig
-from gsoft_diffusion.options import parse, run
-
-
-def main() -> int:
-    config = parse(ExportConfig, __doc__)
-    from gsoft_diffusion.export import export  # after mistakes in flags are found: it takes seconds
-
-    export(config)
-    return 0
-
+from gsoft_diffusion.commands import export
 
 if __name__ == "__main__":
-    run(main)
+    export()

@@ -1,19 +1,6 @@
-"""Draw pictures with an adapter that train_dreambooth_gsoft.py wrote.
+"""Draw pictures with a trained adapter: gsoft-draw, from a checkout."""
 
-python inference.py --adapter outputs/my_dog/adapter.safetensors --prompt "a sks dog on the beach"
-"""
-
-from gsoft_diffusion.config import GenerationConfig
-from gsoft_diffusion.options import parse, run
-
-
-def main() -> int:
-    config = parse(GenerationConfig, __doc__)
-    from gsoft_diffusion.generation import draw  # after mistakes in flags are found: it takes seconds
-
-    draw(config)
-    return 0
-
+from gsoft_diffusion.commands import draw
 
 if __name__ == "__main__":
-    run(main)
+    draw()

@@ -1,19 +1,6 @@
-"""Teach a text-to-image model a subject from a few photos, with orthogonal Group-and-Shuffle adapters (GSOFT).
+"""Teach a text-to-image model a subject from a few photos: gsoft-train, from a checkout."""
 
-python train_dreambooth_gsoft.py --instance_data_dir photos_of_my_dog --class_word dog
-"""
-
-from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.options import parse, run
-
-
-def main() -> int:
-    config = parse(TrainingConfig, __doc__)
-    from gsoft_diffusion.training import train  # after mistakes in flags are found: it takes seconds
-
-    result = train(config)
-    return 130 if result.interrupted else 0
-
+from gsoft_diffusion.commands import train
 
 if __name__ == "__main__":
-    run(main)
+    train()

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gsoft_diffusion.models import load_models
+from gsoft_diffusion.models.loading import load_model
 
 BASES = ("sd15", "mini")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,8 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any, int]:
     """UNet and text encoder, frozen, and the text's length in tokens."""
     if name == "mini":
-        models: Any = load_models("data/mini_base", dtype=dtype)
-        return models.unet, models.text_encoder, models.text_encoder.config.max_position_embeddings
+        model: Any = load_model("data/mini_base", dtype=dtype)
+        return model.unet, model.text_encoder, model.text_encoder.config.max_position_embeddings
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # never in float32 first: it would take twice the memory
     try:

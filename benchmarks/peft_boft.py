@@ -1,4 +1,4 @@
-"""BOFT as PEFT computes it, with all its factors: what `gsoft_diffusion.baselines` replaces, for comparison.
+"""BOFT as PEFT computes it, with all its factors: what `eval.baselines` replaces, for comparison.
 
 PEFT's own forward pass makes an `n × n` matrix of every factor, multiplies it by permutation matrices from both sides
 and all of them with each other. Its CUDA extension only puts the blocks on the diagonal; here PyTorch does.
@@ -13,7 +13,7 @@ import torch
 from peft.tuners.boft import layer as boft
 from torch import Tensor, nn
 
-from gsoft_diffusion.baselines import PEFT_NAME, ButterflyLinear
+from eval.baselines import PEFT_NAME, ButterflyLinear
 
 
 class PeftButterflyLinear(ButterflyLinear):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gsoft.group_and_shuffle import permutation_matrix
 from gsoft.rotation import factor_shape
+from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
 
 
 class PublishedLinear(nn.Module):

@@ -21,8 +21,8 @@ from benchmarks.measure import CLOCKS, Records, median, table
 from benchmarks.published import PublishedAdapter
 from benchmarks.step import turned
 from eval.methods import matched
-from gsoft_diffusion.injection import find_attentions, find_linears, inject
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.adapters.injection import find_attentions, find_linears, inject
+from gsoft_diffusion.config.command_line import expanded_path
 
 STATES = {
     "base": "base model",

@@ -28,7 +28,7 @@ from gsoft.products import RotationBlocks, rotate_activations, rotate_weights, w
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
 
 WIDTHS = (320, 640, 1280)
 BLOCK_SIZES = (5, 10, 20, 40)

@@ -23,11 +23,11 @@ from benchmarks.bases import BASES, DTYPES, load_base
 from benchmarks.measure import CLOCKS, Records, bytes_in_use, median, peak_bytes, reset_peak, table
 from benchmarks.peft_boft import compute_as_peft
 from benchmarks.published import PublishedAdapter
+from eval.baselines import inject_baseline
 from eval.methods import matched
-from gsoft_diffusion.baselines import inject_baseline
-from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears, inject
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears, inject
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.memory import keep_freed_memory
 
 METHODS = {
     "floor": "frozen, only the attentions' output biases train",

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from benchmarks.bases import DTYPES, load_base
 from benchmarks.measure import Records, bytes_in_use, peak_bytes, reset_peak, table
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.injection import inject
-from gsoft_diffusion.models import load_models
-from gsoft_diffusion.options import expanded_path
-from gsoft_diffusion.step_memory import step_bytes
-from gsoft_diffusion.training import Denoiser
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training.predictor import Predictor
+from gsoft_diffusion.training.step_memory import step_bytes
 
 CASES = [
     {"base": base, "dtype": dtype, "latents": side, "batch": batch, "gradient_checkpointing": checkpointing}
@@ -52,25 +52,25 @@ def main() -> None:
 
 def measure(base: str, dtype: str, latents: int, batch: int, gradient_checkpointing: bool) -> dict[str, Any]:
     """Bytes as estimated and as measured, and the seconds of the processor that the estimate took."""
-    models: Any = load_models("data/mini_base")
-    models.unet, models.text_encoder, _ = load_base(base, DTYPES[dtype])
+    model: Any = load_model("data/mini_base")
+    model.unet, model.text_encoder, _ = load_base(base, DTYPES[dtype])
     shape = (4, latents, latents)
 
-    def loss(denoiser: Denoiser) -> Tensor:
+    def loss(denoiser: Predictor) -> Tensor:
         zeros = torch.zeros(batch, dtype=torch.long)
         return denoiser(torch.zeros(batch, *shape), zeros, zeros, torch.zeros(batch, 6)).square().mean()
 
-    adapter = inject(AdapterConfig(nblocks=32), models.denoiser, models.text_encoders)
+    adapter = inject(AdapterConfig(nblocks=32), model.denoiser, model.text_encoders)
     started = time.process_time()
     options: dict[str, Any] = {"trains_text": True, "gradient_checkpointing": gradient_checkpointing}
-    estimated = step_bytes(models, adapter, batch, shape, **options)
+    estimated = step_bytes(model, adapter, batch, shape, **options)
     seconds = time.process_time() - started
     if gradient_checkpointing:
-        models.checkpoint_gradients()
-    loss(Denoiser(models, adapter, [""]).train()).backward()
+        model.checkpoint_gradients()
+    loss(Predictor(model, adapter, [""]).train()).backward()
     adapter.remove()
-    adapter = inject(AdapterConfig(nblocks=32), models.denoiser, models.text_encoders)
-    denoiser = Denoiser(models, adapter, [""]).train()
+    adapter = inject(AdapterConfig(nblocks=32), model.denoiser, model.text_encoders)
+    denoiser = Predictor(model, adapter, [""]).train()
     gc.collect()
     reset_peak()
     before, resident = bytes_in_use(), peak_bytes()

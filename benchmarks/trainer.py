@@ -17,12 +17,15 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Records, median, table
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.injection import inject
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.models import load_models
-from gsoft_diffusion.options import expanded_path
-from gsoft_diffusion.training import Denoiser, make_optimizer, train, with_model_defaults
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.memory import keep_freed_memory
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training.optimizer import make_optimizer
+from gsoft_diffusion.training.predictor import Predictor
+from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.train import train
 
 
 def main() -> None:
@@ -54,14 +57,14 @@ def measure(steps: int) -> dict[str, float]:
 
 def bare_step(config: TrainingConfig, steps: int) -> float:
     """Mean seconds of as many steps of what `train` would train with these settings."""
-    models: Any = load_models(config.pretrained_model_name_or_path)
-    config = with_model_defaults(config.resolved(), models)
-    adapter = inject(config.adapter, models.denoiser, models.text_encoders)
-    denoiser = Denoiser(models, adapter, [config.concepts[0].instance_prompt or ""]).train()
+    model: Any = load_model(config.pretrained_model_name_or_path)
+    config = with_model_defaults(config.resolved(), model)
+    adapter = inject(config.adapter, model.denoiser, model.text_encoders)
+    denoiser = Predictor(model, adapter, [config.concepts[0].instance_prompt or ""]).train()
     optimizer = make_optimizer(config, adapter)
     keep_freed_memory()
     size = config.train_batch_size
-    latents = torch.randn(size, *models.latent_shape(models.resolution))
+    latents = torch.randn(size, *model.latent_shape(model.resolution))
     timesteps, prompts = torch.randint(1000, (size,)), torch.zeros(size, dtype=torch.long)
 
     def step() -> None:

@@ -2,8 +2,9 @@
 
     python -m eval.benchmark eval/experiments/mini.yaml --out results/mini
 
-First every method's learning rate is chosen on a few subjects, then all run on all, then `report` writes tables, plots
-and a page with the pictures. Killed at any point, the same command goes on where it stopped.
+First every method's learning rate is chosen on a few subjects, then all run on all. Then all results go into one
+file, pictures onto a sheet for each subject, and `eval.report` makes tables, plots and a page from these. Killed at any
+point, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.cell import is_done, pictures_of, read_results
-from eval.encoders import load_encoders
+from eval.baselines import BaselineConfig
+from eval.cell import pictures_of
 from eval.engines import ENGINES
 from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
 from eval.prompts import prompts_for
-from eval.report import PAGE_NAME, SETTINGS, choose_learning_rates, write_report
-from gsoft_diffusion.baselines import BaselineConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.models import Models, fetch_model, load_models
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.settings import read_yaml
+from eval.report.lines import table_lines
+from eval.report.rates import choose_learning_rates
+from eval.report.write import write_report
+from eval.results import PAGE_NAME, SETTINGS, Results, all_results, collect_results
+from eval.subject_sheets import write_subject_sheet
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import fetch_model, load_model
+from gsoft_diffusion.scoring.encoders import load_encoders
 
 FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
     *("seeds", "subjects", "methods", "budgets", "learning_rates", "sweep_subjects", "sweep_budget"),
@@ -43,21 +49,23 @@ def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", work
     write_settings(experiment, out)
     run_cells = ENGINES[engine]
 
-    def run_missing(what: str, cells: Sequence[Cell]) -> None:
-        missing = [cell for cell in dict.fromkeys(cells) if not is_done(cell, out)]
+    def run_missing(what: str, cells: Sequence[Cell]) -> Results:
+        done = all_results(out)
+        missing = [cell for cell in dict.fromkeys(cells) if cell not in done]
         print(f"{what}: {len(cells)} cells, {len(missing)} of them to do")
         if missing:
             run_cells(experiment, missing, out, workers)
+        return collect_results(out)
 
     run_missing("base model and photos", base_cells(experiment))
-    run_missing("learning rates", sweep_cells(experiment))
-    rates = choose_learning_rates(experiment, out)
+    results = run_missing("learning rates", sweep_cells(experiment))
+    rates = choose_learning_rates(experiment, results)
     print("chosen: " + ", ".join(f"{METHODS[method]} {rate:g}" for method, rate in rates.items()))
-    run_missing("comparison", main_cells(experiment, rates))
+    results = run_missing("comparison", main_cells(experiment, rates))
+    write_sheets(experiment, results, rates, out)
     for path in write_report(experiment, out):
         print(path)
-    tuned = [result for result in read_results(out) if result["cell"]["method"] != "base"]
-    if all("diverged" in result for result in tuned):
+    if all("diverged" in result for cell, result in results.items() if cell.method != "base"):
         raise UserError(f"--out {out}: every training diverged; give lower learning_rates")
 
 
@@ -69,7 +77,7 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     subjects = experiment.chosen_subjects()
     for subject in subjects:
         if len(subject.photos()) < 2:
-            raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
+            raise UserError(f"{subject.folder}: the balance needs at least two photos, to compare them with each other")
     experiment = replace(experiment.anchored(), subjects=tuple(subject.name for subject in subjects))
     if not (out / SETTINGS).exists():
         return experiment
@@ -83,7 +91,7 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     if (out / PAGE_NAME).exists() and (lost := left_out(before, experiment)):
         raise UserError(
             f"--out {out}: its report has {', '.join(lost)} as well, which these settings leave out; put them back, "
-            "or choose another folder (with a copy of its cells, these need not run again)"
+            "or choose another folder (with a copy of results.jsonl and sheets, these need not run again)"
         )
     return experiment
 
@@ -98,7 +106,7 @@ def with_encoders(experiment: Experiment, out: Path) -> Experiment:
     encoders = load_encoders(experiment.clip, experiment.dino)
     print(f"encoders: {encoders}", flush=True)
     now = json.loads(json.dumps(encoders.to_dict()))
-    if others := [result["encoders"] for result in read_results(out) if result["encoders"] != now]:
+    if others := [result["encoders"] for result in all_results(out).values() if result["encoders"] != now]:
         names = " and ".join(encoder["name"] for encoder in others[0].values())
         raise UserError(f"--out {out}: holds cells that other encoders scored ({names}); choose another folder")
     return replace(experiment, **encoders.names)
@@ -113,8 +121,16 @@ def write_settings(experiment: Experiment, out: Path) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
+def write_sheets(experiment: Experiment, results: Results, rates: Mapping[str, float], out: Path) -> None:
+    """Put the pictures of the table's lines onto each subject's sheet."""
+    lines = [line for line in table_lines(experiment, results, rates) if line.results]
+    for subject in experiment.chosen_subjects():
+        cells = [(line.full_title, line.result_of(subject.name)) for line in lines]
+        write_subject_sheet(subject, cells, out)
+
+
 def left_out(before: Experiment, now: Experiment) -> list[str]:
-    """What the comparison `before` has and the one `now` has not, in words."""
+    """What the comparison `before` has and `now` lacks, in words."""
     lost = [
         f"{title} {name}"
         for title, field in (("subject", "subjects"), ("method", "methods"), ("budget", "budgets"))
@@ -147,7 +163,7 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
     lines = [f"{len(subjects)} subjects: {', '.join(f'{s.name} ({s.class_word})' for s in subjects)}"]
     resolution = experiment.resolution
     try:
-        models = load_models(experiment.pretrained_model_name_or_path)
+        models = load_model(experiment.pretrained_model_name_or_path)
     except UserError as error:  # a plan can be made where the model is not
         lines.append(f"sizes are listed where the base model is: {error}")
     else:
@@ -161,9 +177,10 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
         f"then {pictures} pictures of {resolution} px for {len(prompts)} prompts"
     )
     seconds, bytes_ = 0.0, 0.0
-    measured = _measured(out)
+    done = all_results(out)
+    measured = mean_seconds(done)
     for name, cells in phases.items():
-        missing = [cell for cell in cells if not is_done(cell, out)]
+        missing = [cell for cell in cells if cell not in done]
         each = [_seconds(experiment, cell, pictures, measured) for cell in missing]
         seconds += sum(each)
         bytes_ += len(missing) * pictures * resolution**2 * BYTES_A_PIXEL
@@ -177,7 +194,7 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
     return "\n".join(lines)
 
 
-def _sizes(experiment: Experiment, models: Models) -> list[str]:
+def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
     """Every method at every budget, and what it trains."""
     layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
     full = count_parameters(BaselineConfig("full"), layers) or 0
@@ -193,13 +210,13 @@ def _sizes(experiment: Experiment, models: Models) -> list[str]:
     return lines
 
 
-def _measured(out: Path) -> dict[str, float]:
+def mean_seconds(results: Results) -> dict[str, float]:
     """Mean seconds of the cells that are done, by method."""
     seconds: dict[str, list[float]] = {}
-    for result in read_results(out):
+    for cell, result in results.items():
         if "scores" in result:
             taken = result.get("prepare_seconds", 0) + result.get("train_seconds", 0) + result["pictures_seconds"]
-            seconds.setdefault(result["cell"]["method"], []).append(taken)
+            seconds.setdefault(cell.method, []).append(taken)
     return {method: sum(values) / len(values) for method, values in seconds.items()}
 
 
@@ -221,7 +238,7 @@ def main() -> int:
     parser.add_argument(
         "experiment", type=expanded_path, help="YAML file with an experiment's settings, see eval/experiment.py"
     )
-    parser.add_argument("--out", type=expanded_path, required=True, help="folder for cells and report")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder for results and report")
     parser.add_argument("--subjects_dir", help="folder of subjects, or of photos of one, instead of the file's")
     parser.add_argument("--class_word", help="what the photos show, if the folder is of one subject")
     parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")

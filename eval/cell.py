@@ -1,7 +1,7 @@
-"""One cell of a comparison, from photos to scores, in a folder of its own that appears whole or not at all.
+"""One cell of a comparison, from photos to scores, in its own folder that appears complete or not at all.
 
-cells/<id>/result.json   settings, versions, times, the score of every picture
-cells/<id>/*.png         the pictures
+work/cells/<id>/result.json   settings, versions, times, the score of every picture
+work/cells/<id>/*.png         the pictures
 """
 
 from __future__ import annotations
@@ -24,29 +24,34 @@ from typing import Any
 import torch
 from PIL import Image
 
-from eval import metrics
-from eval.encoders import Encoders, load_encoders
+from eval.baselines import BaselineAdapter, BaselineConfig, baseline_maker, load_baseline
 from eval.experiment import Cell, Experiment
 from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
+from eval.results import CELL_RESULT, cell_folder, is_done, work_folder
 from eval.score import Embedded, embed, picture_scores, reference_scores
 from eval.subjects import Subject
-from gsoft_diffusion.adapter_file import load_adapter
-from gsoft_diffusion.baselines import BaselineAdapter, BaselineConfig, load_baseline
-from gsoft_diffusion.checkpoints import checkpoints, step_of
-from gsoft_diffusion.class_images import ensure_class_images
-from gsoft_diffusion.config import AdapterConfig, TrainingConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import whole_file
-from gsoft_diffusion.generation import generate
-from gsoft_diffusion.image_files import open_image
-from gsoft_diffusion.injection import Adapter
-from gsoft_diffusion.models import DTYPES, Models, best_device, load_models
-from gsoft_diffusion.pictures import slug
-from gsoft_diffusion.schedulers import with_model_sampler
-from gsoft_diffusion.training import train, with_model_defaults
+from gsoft_diffusion.adapters.identity import identity_of
+from gsoft_diffusion.adapters.injection import Adapter, inject
+from gsoft_diffusion.adapters.loading import load_adapter
+from gsoft_diffusion.config.adapter import AdapterConfig
+from gsoft_diffusion.config.training import TrainingConfig
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.foundation.run_folder import step_of
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import DTYPES, best_device, load_model
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.sampling.generation import generate
+from gsoft_diffusion.sampling.pictures import slug
+from gsoft_diffusion.sampling.schedulers import with_model_sampler
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
+from gsoft_diffusion.training.checkpoints import checkpoints
+from gsoft_diffusion.training.class_images import ensure_class_images
+from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.train import train
 
-RESULT = "result.json"
 SEEDS_A_CELL = 1000  # picture seeds of cell seed `s` are 1000·s, 1000·s + 1, …: the same for every method
 UNSHARED = ("adapter", "instance_data_dir", "output_dir", "class_data_dir", "pretrained_model_name_or_path")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -66,36 +71,22 @@ class Picture:
         return f"{self.prompt.kind}-{self.index:02d}-seed{self.seed}.png"
 
 
-def is_done(cell: Cell, out: Path) -> bool:
-    return (out / "cells" / cell.id / RESULT).is_file()
-
-
-def read_result(cell: Cell, out: Path) -> dict[str, Any]:
-    return json.loads((out / "cells" / cell.id / RESULT).read_text(encoding="utf-8"))
-
-
-def read_results(out: Path) -> list[dict[str, Any]]:
-    """All that is done in a comparison's folder, in order of the cells' names."""
-    paths = sorted((out / "cells").glob(f"*/{RESULT}"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
-
 def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
-    """Train, draw, score and write the cell's folder; nothing if it is there already.
+    """Train, draw, score and write the cell's folder; nothing if it is done already.
 
     A training that diverges is a result too, without scores. Raises UserError for what concerns all cells, and
     KeyboardInterrupt if a signal ended the training: nothing is written then.
     """
     if is_done(cell, out):
         return
-    scratch = out / "work" / f"{cell.id}.{socket.gethostname()}.{os.getpid()}"
+    scratch = work_folder(out) / "scratch" / f"{cell.id}.{socket.gethostname()}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "cell").mkdir(parents=True)
     try:
         result = (_base if cell.method == "base" else _tuned)(experiment, cell, out, scratch)
-        with whole_file(scratch / "cell" / RESULT) as file:
+        with whole_file(scratch / "cell" / CELL_RESULT) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
-        target = out / "cells" / cell.id
+        target = cell_folder(cell, out)
         target.parent.mkdir(exist_ok=True)
         try:
             (scratch / "cell").rename(target)
@@ -111,7 +102,7 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
     subject, prompts, models, encoders = _prepare(experiment, cell)
     if experiment.with_prior_preservation:
         config = _training(experiment, cell, subject, models, out, scratch)
-        ensure_class_images(config.concepts[0], config, models, models.identity())
+        ensure_class_images(config.concepts[0], config, models, identity_of(models))
     plain = [Prompt(prompt.kind, prompt.plain, prompt.plain) for prompt in prompts]
     started = time.perf_counter()
     pictures = draw(experiment, models, plain, cell.seed)
@@ -132,7 +123,6 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     budget = cell.budget or "medium"
     method = matched(cell.method, budget, layers, experiment.text_encoder, experiment.output_scale)
     config = _training(experiment, cell, subject, models, out, scratch)
-    baseline = method if isinstance(method, BaselineConfig) else None
     if isinstance(method, AdapterConfig):
         config = replace(config, adapter=method)
     facts = _facts(experiment, cell, subject, models, encoders) | {
@@ -144,7 +134,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     }
     started = time.perf_counter()
     try:
-        trained = train(config, baseline)
+        trained = train(config, baseline_maker(method) if isinstance(method, BaselineConfig) else inject)
     except UserError as error:
         if "not finite" not in str(error):
             raise
@@ -184,33 +174,33 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
 
 
 def _training(
-    experiment: Experiment, cell: Cell, subject: Subject, models: Models, out: Path, scratch: Path
+    experiment: Experiment, cell: Cell, subject: Subject, models: BaseModel, out: Path, scratch: Path
 ) -> TrainingConfig:
     """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
     digest = hashlib.sha256(subject.class_word.encode()).hexdigest()[:12]  # other words may have the same slug
-    class_images = out / "class_images" / f"{slug(subject.class_word)}-{digest}"
+    class_images = work_folder(out) / "class_images" / f"{slug(subject.class_word)}-{digest}"
     config = experiment.training(subject, cell.seed, cell.learning_rate or 1, scratch / "run", class_images)
     return with_model_defaults(config.resolved(), models)
 
 
-def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt], Models, Encoders]:
+def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt], BaseModel, Encoders]:
     subject = next(subject for subject in experiment.chosen_subjects() if subject.name == cell.subject)
     prompts = prompts_for(subject, experiment.unique_token, experiment.prompts, experiment.max_prompts)
     device = best_device()
-    models = load_models(
+    models = load_model(
         experiment.pretrained_model_name_or_path, dtype=DTYPES[experiment.mixed_precision], device=device
     )
     return subject, prompts, models, load_encoders(experiment.clip, experiment.dino, device)
 
 
-def load_tuned(method: AnyConfig, path: Path, models: Models) -> Adapter | BaselineAdapter:
+def load_tuned(method: AnyConfig, path: Path, models: BaseModel) -> Adapter | BaselineAdapter:
     """Put what training wrote into the models."""
     if isinstance(method, BaselineConfig):
         return load_baseline(path, models.denoiser, models.text_encoders)
     return load_adapter(path, models.denoiser, models.text_encoders)[0]
 
 
-def draw(experiment: Experiment, models: Models, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
+def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
     """Every prompt as often as its kind asks for, with the picture seeds of the cell's seed."""
     first = SEEDS_A_CELL * seed
     jobs = [
@@ -287,11 +277,13 @@ def score(
     return {"scores": scores, "pictures": rows}
 
 
-def _facts(experiment: Experiment, cell: Cell, subject: Subject, models: Models, encoders: Encoders) -> dict[str, Any]:
-    """What a result says of where it comes from."""
+def _facts(
+    experiment: Experiment, cell: Cell, subject: Subject, models: BaseModel, encoders: Encoders
+) -> dict[str, Any]:
+    """The origin of a result: devices, versions, base model, encoders and photos."""
     return {
         "cell": asdict(cell),
-        "base_model": asdict(models.identity()) | {"name": _public(models.name)},
+        "base_model": asdict(identity_of(models)) | {"name": _public(models.name)},
         "photos_hash": photos_hash(subject),
         "encoders": encoders.to_dict(),
         "captions": "with the unique token" if experiment.token_in_caption else "without the unique token",

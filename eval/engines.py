@@ -1,4 +1,4 @@
-"""Where cells run: processes here, or several machines through an engine that exists for that.
+"""Engines that run cells: processes on this machine, Slurm, or Ray.
 
 Every engine takes the same three things and returns when all cells are done. A cell runs in a process of its own, so
 that its peak memory is its own and nothing is left behind.
@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from eval.cell import run_cell
 from eval.experiment import Cell, Experiment
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.hub_access import stay_offline
+from eval.results import work_folder
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.hub_access import stay_offline
 
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
@@ -51,7 +52,7 @@ def run_with_submitit(experiment: Experiment, cells: Sequence[Cell], out: Path, 
         raise UserError("--engine submitit needs a library: pip install submitit") from error
     if not shutil.which("sbatch"):  # submitit would start all cells here at once
         raise UserError("--engine submitit: there is no Slurm here; leave it out to use this machine")
-    executor = submitit.AutoExecutor(folder=out / "submitit")
+    executor = submitit.AutoExecutor(folder=work_folder(out) / "submitit")
     executor.update_parameters(
         timeout_min=24 * 60,
         gpus_per_node=int(torch.cuda.is_available()),
@@ -89,8 +90,8 @@ ENGINES: dict[str, Callable[[Experiment, Sequence[Cell], Path, int], None]] = {
 
 
 def run_quietly(experiment: Experiment, cell: Cell, out: Path) -> None:
-    """`run_cell` with what it prints in `logs/<id>.txt` instead of on the terminal, where workers would mix."""
-    log = out / "logs" / f"{cell.id}.txt"
+    """`run_cell` with what it prints in `work/logs/<id>.txt` instead of on the terminal, where workers would mix."""
+    log = work_folder(out) / "logs" / f"{cell.id}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         before = sys.stdout, sys.stderr

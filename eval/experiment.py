@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
-from eval.subjects import REPOSITORY, Subject, read_subjects
-from gsoft_diffusion.config import BUNDLED_BASE, SamplerConfig, TrainingConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.models import DTYPES
-from gsoft_diffusion.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
-from gsoft_diffusion.text_files import on_disk
+from eval.subjects import Subject, read_subjects
+from gsoft_diffusion.config.sampler import SamplerConfig
+from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
+from gsoft_diffusion.config.training import TrainingConfig
+from gsoft_diffusion.foundation.bundled import lasting_path
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
+from gsoft_diffusion.foundation.text_files import on_disk
+from gsoft_diffusion.models.loading import DTYPES
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Experiment(Settings):
     sweep_budget: the size they are tried at.
     pretrained_model_name_or_path: base model.
     unique_token: the subject's name in prompts.
-    text_encoder: adapt the text encoder's attention as well as the UNet's.
+    text_encoder: adapt the text encoder's attention as well as the denoiser's.
     output_scale: whether GSOFT and Double GSOFT learn a scale for each output, as BOFT always does.
     resolution: side of the square pictures; by default what the base model was made for.
     max_train_steps: optimizer steps.
@@ -116,7 +120,7 @@ class Experiment(Settings):
     class_images: int = 8
     unrelated_images: int = 2
     curve_every: int = 0
-    sampler: SamplerConfig = SamplerConfig()  # noqa: RUF009 - frozen
+    sampler: SamplerConfig = SamplerConfig()
     sample_batch_size: int = 8
     clip: str = "auto"
     dino: str = "auto"
@@ -139,18 +143,22 @@ class Experiment(Settings):
         refuse_without_effect(self, _ONLY_WITH)
 
     def anchored(self) -> Experiment:
-        """The same with paths that hold in any working directory: within this repository, or absolute."""
+        """The same with paths that hold in any working directory: absolute ones, and names of bundled files."""
         places: Any = {name: _anchored(getattr(self, name)) for name in _PLACES}
         return replace(self, **places)
 
     def chosen_subjects(self) -> list[Subject]:
-        """The subjects to compare on. UserError if one that is asked for is not there."""
+        """The subjects to compare on. Raises UserError if one that is asked for is not there."""
         found = {subject.name: subject for subject in read_subjects(self.subjects_dir, self.class_word)}
         if missing := [name for name in self.subjects if name not in found]:
             raise UserError(
                 f"subjects: {', '.join(missing)} is not in {self.subjects_dir}; there are {', '.join(found)}"
             )
         return [found[name] for name in self.subjects or found]
+
+    def subject_names(self) -> list[str]:
+        """The names of the subjects to compare on. Their photos need not be there if the settings name them."""
+        return list(self.subjects) or [subject.name for subject in self.chosen_subjects()]
 
     def training(
         self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
@@ -182,9 +190,8 @@ _PLACES = ("subjects_dir", "pretrained_model_name_or_path", "prompts", "clip", "
 def _anchored(name: str) -> str:
     place = on_disk(Path(name).expanduser())
     if name in (DREAMBOOTH, "auto") or not place.exists():
-        return name  # not a path, or one in the repository, or a name on the hub
-    place = place.resolve()
-    return str(place.relative_to(REPOSITORY) if place.is_relative_to(REPOSITORY) else place)
+        return name  # not a path, or a bundled file, or a name on the hub
+    return lasting_path(place.resolve())
 
 
 _ONLY_WITH = (
@@ -231,7 +238,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Names its folder."""
+        """Names its folder, and its row on a sheet."""
         parts = [self.method, self.budget, self.learning_rate and f"lr{self.learning_rate:g}", self.subject]
         return "--".join([str(part) for part in parts if part is not None] + [f"seed{self.seed}"])
 
@@ -248,9 +255,9 @@ def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
 
 def sweep_cells(experiment: Experiment) -> list[Cell]:
     """The cells that choose every method's learning rate; none for a method that has only one."""
-    subjects = experiment.chosen_subjects()[: experiment.sweep_subjects]
+    subjects = experiment.subject_names()[: experiment.sweep_subjects]
     return [
-        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject.name, 0)
+        Cell(method, None if method == "full" else experiment.sweep_budget, rate, subject, 0)
         for method in experiment.methods
         if len(getattr(experiment.learning_rates, method)) > 1
         for rate in getattr(experiment.learning_rates, method)
@@ -259,20 +266,20 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
 
 
 def base_cells(experiment: Experiment) -> list[Cell]:
-    """The base model's own answers, the reference that the trade-off is measured from."""
+    """The base model's own pictures, the reference for the trade-off."""
     return [
-        Cell("base", None, None, subject.name, seed)
-        for subject in experiment.chosen_subjects()
+        Cell("base", None, None, subject, seed)
+        for subject in experiment.subject_names()
         for seed in range(experiment.seeds)
     ]
 
 
-def main_cells(experiment: Experiment, rates: dict[str, float]) -> list[Cell]:
+def main_cells(experiment: Experiment, rates: Mapping[str, float]) -> list[Cell]:
     """The comparison itself, each method with its chosen learning rate. Cells of the sweep come again, and are done."""
     return [
-        Cell(method, budget, rates[method], subject.name, seed)
+        Cell(method, budget, rates[method], subject, seed)
         for seed in range(experiment.seeds)
-        for subject in experiment.chosen_subjects()
+        for subject in experiment.subject_names()
         for method in experiment.methods
         for budget in budgets_of(method, experiment)
     ]

@@ -23,22 +23,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval import metrics
-from eval.encoders import Encoders
 from eval.score import add_encoder_options, chosen_encoders, embed
 from eval.sheets import save_sheets
-from gsoft_diffusion.adapter_file import AdapterFile, read_adapter
-from gsoft_diffusion.adapter_stack import AdapterStack
-from gsoft_diffusion.config import SamplerConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.export import lora_layers
-from gsoft_diffusion.files import new_places
-from gsoft_diffusion.generation import generate
-from gsoft_diffusion.lora import LoraLayer, total_error
-from gsoft_diffusion.model_card import public_base
-from gsoft_diffusion.models import load_base
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.pictures import Row
+from gsoft_diffusion.adapters.file import AdapterFile, read_adapter
+from gsoft_diffusion.adapters.loading import load_base
+from gsoft_diffusion.adapters.stack import AdapterStack
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.sampler import SamplerConfig
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.publish.export import lora_layers
+from gsoft_diffusion.publish.low_rank import LoraLayer, total_error
+from gsoft_diffusion.publish.model_card import public_base
+from gsoft_diffusion.sampling.generation import generate
+from gsoft_diffusion.sampling.pictures import Row
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import Encoders
 
 RANKS = (4, 8, 16, 32, 64)
 PRECISION = torch.float16  # export.py's
@@ -71,17 +71,17 @@ def study(
     """
     file = read_adapter(path)
     if file.changes_nothing:
-        raise UserError(f"{path}: changes nothing of the base model, so a LoRA has nothing to lose")
+        raise UserError(f"{path}: does not change the base model, so a LoRA has nothing to approximate")
     prompts = prompts or validation_prompts(file)
-    models = load_base(file, moved_to, device=encoders.clip.device)
-    stack = AdapterStack(models.denoiser, models.text_encoders)
+    model = load_base(file, moved_to, device=encoders.clip.device)
+    stack = AdapterStack(model.denoiser, model.text_encoders)
     stack.load("adapter", path)
     jobs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
-    resolution = file.training.get("resolution") or models.resolution
+    resolution = file.training.get("resolution") or model.resolution
 
     def draw() -> list[Image.Image]:
-        return [sample.image for sample in generate(models, jobs, sampler, resolution=resolution)]
+        return [sample.image for sample in generate(model, jobs, sampler, resolution=resolution)]
 
     shown = {"base model": draw()}
     stack.use({"adapter": 1.0})
@@ -127,10 +127,10 @@ def study(
 
 
 def validation_prompts(file: AdapterFile) -> list[str]:
-    """The prompts that training drew. UserError if the adapter names none."""
+    """The prompts that training drew. Raises UserError if the adapter names none."""
     prompts = file.training.get("validation_prompts")
     if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)):
-        raise UserError(f"{file.path}: says nothing of validation prompts; give --prompts")
+        raise UserError(f"{file.path}: names no validation prompts; give --prompts")
     return prompts
 
 

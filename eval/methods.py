@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from eval.baselines import BaselineConfig, baseline_count, expected_parameters
 from gsoft.errors import GSOFTError
 from gsoft.rotation import parameter_count, parameter_shapes
-from gsoft_diffusion.baselines import BaselineConfig, baseline_count, expected_parameters
-from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.injection import find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears
+from gsoft_diffusion.config.adapter import AdapterConfig
+from gsoft_diffusion.foundation.errors import UserError
 
 AnyConfig = AdapterConfig | BaselineConfig
 

@@ -19,23 +19,26 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval import metrics
-from eval.encoders import Encoders
 from eval.prompts import DREAMBOOTH, Prompt, prompts_for
 from eval.score import add_encoder_options, chosen_encoders, embed, picture_scores, reference_scores
 from eval.sheets import save_sheets
 from eval.subjects import LIVE_CLASSES, Subject
-from gsoft_diffusion.adapter_file import load_adapter, read_adapter
-from gsoft_diffusion.checkpoints import ADAPTER, SETTINGS, checkpoints, step_of
-from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import new_places
-from gsoft_diffusion.generation import generate
-from gsoft_diffusion.image_files import open_image
-from gsoft_diffusion.models import DTYPES, Models, load_models
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.pictures import Row
-from gsoft_diffusion.settings import read_yaml
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.adapters.loading import load_adapter
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.config.training import TrainingConfig
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS, step_of
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import DTYPES, load_model
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.sampling.generation import generate
+from gsoft_diffusion.sampling.pictures import Row
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import Encoders
+from gsoft_diffusion.training.checkpoints import checkpoints
 
 FOLDER = "checkpoint_scores"
 
@@ -71,7 +74,7 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
     subjects = subjects_of(config, folder / SETTINGS)
     adapters = adapters_of(folder)
     with new_places("run", out) as (place,):
-        models = load_models(
+        model = load_model(
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
@@ -82,11 +85,11 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
         judges = {}
         for subject, unique_token in subjects:
             asked = [p for p in prompts_for(subject, unique_token, prompts, max_prompts) if p.kind == "context"]
-            judges[subject.name] = Judge(config, models, encoders, subject, asked, images_per_prompt)
-        scored = [score(step, path, models, judges) for step, path in sorted(adapters.items())]
+            judges[subject.name] = Judge(config, model, encoders, subject, asked, images_per_prompt)
+        scored = [score(step, path, model, judges) for step, path in sorted(adapters.items())]
         best = max(scored, key=lambda each: each.mean["balance"])
         if max(best.mean["balance"] - each.mean["balance"] for each in scored) < CLOSE:
-            print("note: all have the same balance, so nothing speaks for one of them; the earliest is named")
+            print("note: all checkpoints have the same balance; the earliest is named")
         _write(place, scored, judges, encoders, best)
     return best.adapter
 
@@ -112,13 +115,13 @@ def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str
         word, token = named.class_word, named.unique_token
         if not (word and token):
             missing = "unique_token" if word else "class_word"
-            raise UserError(f"{source}: has no {missing} for {folder}, which the prompts are made with")
+            raise UserError(f"{source}: has no {missing} for {folder}, which the prompts need")
         subjects.append((Subject(name, word, word in LIVE_CLASSES, folder), token))
     return subjects
 
 
 def adapters_of(folder: Path) -> dict[int, Path]:
-    """The run's adapters by their steps, all of them readable. UserError if there are fewer than two."""
+    """The run's adapters by their steps, all of them readable. Raises UserError if there are fewer than two."""
     adapters = {step_of(checkpoint): checkpoint / ADAPTER for checkpoint in checkpoints(folder)}
     for path in adapters.values():
         read_adapter(path)
@@ -141,16 +144,16 @@ class Judge:
     def __init__(
         self,
         config: TrainingConfig,
-        models: Models,
+        model: BaseModel,
         encoders: Encoders,
         subject: Subject,
         prompts: list[Prompt],
         images_per_prompt: int,
     ) -> None:
-        self.config, self.models, self.encoders = config, models, encoders
+        self.config, self.model, self.encoders = config, model, encoders
         self.photos = embed(encoders, (open_image(path) for path in subject.photos()))
         if len(self.photos.clip) < 2:
-            raise UserError(f"{subject.folder}: the balance needs two photos or more, to see how alike they are")
+            raise UserError(f"{subject.folder}: the balance needs at least two photos, to compare them with each other")
         self.jobs = [(prompt, seed) for prompt in prompts for seed in range(images_per_prompt)]
         self.captions = encoders.clip.embed_texts([prompt.plain for prompt, _ in self.jobs])
         base, real = self._means(self._draw(plain=True)), reference_scores(self.photos, self.captions)
@@ -164,7 +167,7 @@ class Judge:
 
     def _draw(self, plain: bool) -> list[Image.Image]:
         samples = generate(
-            self.models,
+            self.model,
             [(prompt.plain if plain else prompt.text, seed) for prompt, seed in self.jobs],
             self.config.sampler,
             resolution=self.config.resolution,
@@ -177,9 +180,9 @@ class Judge:
         return {name: metrics.mean([row[name] for row in rows]) for name in rows[0]}
 
 
-def score(step: int, path: Path, models: Models, judges: dict[str, Judge]) -> Scored:
+def score(step: int, path: Path, model: BaseModel, judges: dict[str, Judge]) -> Scored:
     """Put the adapter into the models, have every subject judged, and take it out again."""
-    adapter, _ = load_adapter(path, models.denoiser, models.text_encoders)
+    adapter, _ = load_adapter(path, model.denoiser, model.text_encoders)
     adapter.merge()
     scored = Scored(step, path, {name: judge() for name, judge in judges.items()})
     adapter.remove()

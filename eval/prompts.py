@@ -1,19 +1,18 @@
-"""What is drawn to be scored, and which words each picture is compared with."""
+"""The prompts that are drawn and scored, and the text with which each picture is compared."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from eval.subjects import REPOSITORY, Subject
-from gsoft_diffusion.config import with_article
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.text_files import read_prompts
+from eval.subjects import Subject
+from gsoft_diffusion.config.prompts import with_article
+from gsoft_diffusion.foundation.bundled import found
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.text_files import read_prompts
 
 DREAMBOOTH = "dreambooth"  # both of its lists: which one, the subject decides
-LISTS = REPOSITORY / "data" / "prompts"
 # Things that no subject is: what they look like should not change when a subject is learned.
 UNRELATED = (
     "a photo of a house in the snow",
@@ -72,10 +71,9 @@ def fill(template: str, unique_token: str | None, class_word: str) -> str:
 def read_templates(source: str, live: bool) -> list[str]:
     """The templates in a file, one a line. Raises UserError naming the file and the line without `{0} {1}`."""
     if source == DREAMBOOTH:
-        path = LISTS / ("live_subjects.txt" if live else "objects.txt")
+        path = found("data/prompts/live_subjects.txt" if live else "data/prompts/objects.txt")
     else:
-        path = Path(source).expanduser()
-        path = path if path.is_file() else REPOSITORY / source
+        path = found(source)
     templates = read_prompts(path, source)
     for line in templates:
         if "{0} {1}" not in line:

@@ -18,15 +18,15 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from eval import metrics
-from eval.encoders import Encoders, load_encoders
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.files import new_places
-from gsoft_diffusion.image_files import open_image, opened
-from gsoft_diffusion.models import best_device, known_device
-from gsoft_diffusion.options import expanded_path, run
-from gsoft_diffusion.photos import list_images
-from gsoft_diffusion.pictures import METADATA_KEY
+from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
+from gsoft_diffusion.models.loading import best_device, known_device
+from gsoft_diffusion.photos.folder import list_images
+from gsoft_diffusion.photos.image_files import open_image, opened
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def picture_scores(pictures: Embedded, photos: Embedded, captions: Tensor | None
 
 
 def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
-    """What the real photos score: among each other, and with captions of scenes that they do not show."""
+    """Scores of the real photos: with each other, and with captions of scenes that they do not show."""
     return {
         "clip_i": metrics.real_photo_ceiling(photos.clip),
         "dino": metrics.real_photo_ceiling(photos.dino),
@@ -180,7 +180,7 @@ def add_encoder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_encoders(args: argparse.Namespace) -> Encoders:
-    """The encoders that these options ask for, which are said. UserError if they cannot be had."""
+    """The encoders that these options ask for, which are said. Raises UserError if they cannot be had."""
     encoders = load_encoders(args.clip, args.dino, known_device(args.device))
     print(f"encoders: {encoders}", flush=True)
     return encoders

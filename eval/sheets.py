@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gsoft_diffusion.pictures import Row, contact_sheets, numbered
+from gsoft_diffusion.foundation.files import numbered
+from gsoft_diffusion.sampling.pictures import Row, contact_sheets
 
 
 def save_sheets(rows: Sequence[Row], title: str, folder: Path) -> None:

@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gsoft_diffusion.errors import UserError
-from gsoft_diffusion.photos import list_images, scan
-from gsoft_diffusion.text_files import composed, on_disk, read_csv, read_text
+from gsoft_diffusion.foundation.bundled import lasting_path, places
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.text_files import composed, on_disk, read_csv, read_text
+from gsoft_diffusion.photos.folder import list_images, scan
 
 TABLE, DREAMBOOTH = "subjects.csv", "prompts_and_classes.txt"
 LIVE_CLASSES = {"dog", "cat"}  # of the public data set: its other subjects take the prompts for objects
-REPOSITORY = Path(__file__).resolve().parent.parent
+BUNDLED = "data/subjects"  # drawn for the miniature, no photos of anyone
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Subject:
     live: bool
     folder: Path
 
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the subject comes with this repository, so that its photos may be passed on."""
+        return lasting_path(self.folder.resolve().parent) == BUNDLED
+
     def photos(self) -> list[Path]:
         """The photos' paths, in order. Raises UserError if there are none."""
         return list_images(self.folder, f"photos of {self.name}:")
@@ -40,7 +46,7 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
     """
     folder = _find(folder)
     if class_word and ((folder / TABLE).is_file() or (folder / DREAMBOOTH).is_file()):
-        raise UserError(f"{folder}: says itself what its subjects are; leave out the class word {class_word}")
+        raise UserError(f"{folder}: names its own subjects; leave out the class word {class_word}")
     if (folder / TABLE).is_file():
         subjects = _from_table(folder)
     elif (folder / DREAMBOOTH).is_file():
@@ -52,12 +58,12 @@ def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Sub
     else:
         raise UserError(f"{folder}: holds neither photos nor {TABLE} nor {DREAMBOOTH} beside folders of photos")
     if not subjects:
-        raise UserError(f"{folder}: none of the subjects it names has a folder there")
+        raise UserError(f"{folder}: has a folder for none of the subjects that it names")
     return subjects
 
 
 def _find(folder: str | Path) -> Path:
-    for place in (on_disk(Path(folder).expanduser()), REPOSITORY / folder):
+    for place in map(on_disk, places(folder)):
         if place.is_dir():
             return place
     raise UserError(f"{folder}: no such folder of subjects")

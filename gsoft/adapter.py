@@ -44,7 +44,7 @@ class Adapter(nn.Module):
         self._required_grad: list[nn.Parameter] = []
 
     def attach(self) -> None:
-        """Freeze the models and have their layers rotated; until something is learned, outputs stay bit-equal."""
+        """Freeze the models and rotate their layers; until something is learned, outputs stay bit-equal."""
         self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
         for model in self._models:
             model.requires_grad_(False)
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
         return self._linears
 
     def _share_caches(self) -> None:
-        """Have equal-shaped layers of a model on one device make their rotations together."""
+        """Let equal-shaped layers of a model on one device share a cache."""
         groups: dict[object, list[str]] = defaultdict(list)
         for name, linear in self._linears.items():
             groups[name.partition(".")[0], linear.weight.device, linear.weight.shape].append(name)
@@ -68,7 +68,7 @@ class Adapter(nn.Module):
                 self._rotated[name].share(cache, index)
 
     def remove(self) -> None:
-        """Give the models back exactly as they were: weights, layers and what required gradients."""
+        """Restore the models exactly: weights, layers and `requires_grad`."""
         self.unmerge()
         for linear in self._linears.values():
             if isinstance(linear, RotatedLinear):
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the models are the untouched base models, merged or not."""
+        """Switch the adapter off: the models are the untouched base models, merged or not."""
         was_merged = self.merged
         were_enabled = {rotated: rotated.enabled for rotated in self._rotated.values()}
         self.unmerge()

@@ -1,4 +1,4 @@
-"""What is made of learned numbers: for equal-shaped layers together, once, and kept as long as nothing changes."""
+"""Blocks and weights made of the learned numbers, for equal-shaped layers together, cached until a number changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RotationCache:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of everything that is kept."""
+        """Clear the cache."""
         self._blocks: dict[torch.dtype, list[RotationBlocks]] = {}  # by what they are rounded to
         self._weights: dict[int, tuple[object, Tensor]] = {}  # and the states of the weights that they were made from
         self._values: Tensor | None = None  # of all parameters, from which all this was made
@@ -48,7 +48,7 @@ class RotationCache:
         self._has_graph = self._differentiated = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies start with nothing kept: PyTorch does not copy tensors that are part of a graph."""
+        """Copies start with an empty cache: PyTorch does not copy tensors that are part of a graph."""
         empty = RotationCache(())
         return vars(empty) | {"_rotations": self._rotations, "_linears": self._linears}
 
@@ -83,11 +83,11 @@ class RotationCache:
         return self._weights[index][1]
 
     def differentiated(self) -> None:
-        """To be called when a gradient went through what is kept: an optimizer may change parameters next."""
+        """Call it when a gradient went through a cached tensor: an optimizer may change parameters next."""
         self._differentiated = True
 
     def drop_weight(self, index: int) -> None:
-        """Let go of one kept weight, which has been merged."""
+        """Drop one cached weight, which has been merged."""
         self._weights.pop(index, None)
 
     def _weights_at_once(self, weight: Tensor) -> int:

@@ -18,7 +18,7 @@ class RotationConfig:
 
     nblocks: number of diagonal blocks `r` of every GS factor; give this or `block_size`, not both.
     block_size: side `b` of every block, `r·b = width`.
-    nfactors: block-diagonal factors in each `Q`; "dense" takes the fewest that fill `Q` (paper, Theorem 2).
+    nfactors: block-diagonal factors in each `Q`; "dense" takes the fewest without zeros in `Q` (paper, Theorem 2).
     double: True for `W' = s·Q_out W Q_in` (§6.2), False for `W' = s·W Q_in` (§6.1).
     parametrization: map from skew-symmetric to orthogonal blocks, "cayley" or "exp".
     output_scale: learn one factor per output feature, 1 at the start.

@@ -42,7 +42,7 @@ class Format:
     program: str
 
     def write(self, path: str | Path, tensors: Mapping[str, Tensor], sections: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write a file, whole or not at all: beside the target first, then renamed over it.
+        """Write a file, complete or not at all: beside the target first, then renamed over it.
 
         sections: JSON objects for all of `self.sections`. Raises FileError if a tensor is not finite or the file cannot
         be written.

@@ -36,7 +36,7 @@ class AdapterFile:
 
 
 def save(adapter: ModelAdapter, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Write the adapter, whole or not at all.
+    """Write the adapter, complete or not at all.
 
     notes: JSON values, kept for `read`. Layers that have learned nothing while others have are a UserWarning. Raises
     FileError if a value is not finite or the file cannot be written.

@@ -2,23 +2,26 @@
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from gsoft_diffusion import torchvision_builds  # noqa: F401 - makes torchvision importable
+if missing := [name for name in ("accelerate", "diffusers", "transformers", "yaml") if find_spec(name) is None]:
+    raise ImportError(
+        f"gsoft_diffusion needs {', '.join(missing)}, which the library gsoft alone does not; "
+        'install them with: pip install "gsoft-diffusion[diffusion]"'
+    )
+
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.errors import UserError
+from gsoft_diffusion.foundation import torchvision_builds  # noqa: F401 - makes torchvision importable
+from gsoft_diffusion.foundation.errors import UserError
 
 if TYPE_CHECKING:
-    from gsoft_diffusion.adapter_file import (
-        AdapterFile,
-        BaseModelIdentity,
-        fingerprint,
-        load_adapter,
-        read_adapter,
-        save_adapter,
-    )
-    from gsoft_diffusion.adapter_stack import AdapterStack
-    from gsoft_diffusion.injection import Adapter, inject
+    from gsoft.fingerprint import BaseModelIdentity
+    from gsoft_diffusion.adapters.file import AdapterFile, read_adapter, save_adapter
+    from gsoft_diffusion.adapters.identity import fingerprint
+    from gsoft_diffusion.adapters.injection import Adapter, inject
+    from gsoft_diffusion.adapters.loading import load_adapter
+    from gsoft_diffusion.adapters.stack import AdapterStack
 
 # Where bitsandbytes is installed, PEFT imports it, and it then misses a kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -41,9 +44,17 @@ __all__ = [
 ]
 
 # Imported when asked for, because PyTorch and diffusers take seconds: --help and mistakes in flags need neither.
-_MODULES = dict.fromkeys(
-    ("AdapterFile", "BaseModelIdentity", "fingerprint", "load_adapter", "read_adapter", "save_adapter"), "adapter_file"
-) | {"AdapterStack": "adapter_stack", "Adapter": "injection", "inject": "injection"}
+_MODULES = {
+    "Adapter": "adapters.injection",
+    "AdapterFile": "adapters.file",
+    "AdapterStack": "adapters.stack",
+    "BaseModelIdentity": "adapters.identity",
+    "fingerprint": "adapters.identity",
+    "inject": "adapters.injection",
+    "load_adapter": "adapters.loading",
+    "read_adapter": "adapters.file",
+    "save_adapter": "adapters.file",
+}
 
 
 def __getattr__(name: str) -> Any:

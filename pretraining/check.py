@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
-from eval.encoders import load_dino
-from eval.open_clip_layout import read_open_clip
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.scoring.encoders import load_dino
+from gsoft_diffusion.scoring.open_clip_layout import read_open_clip
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
 from pretraining.train_judge import load_judge

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.encoders import ImageEncoder, load_encoders
-from eval.metrics import cosines
 from eval.subjects import Subject, read_subjects
-from gsoft_diffusion.image_files import open_image
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.scoring.encoders import ImageEncoder, load_encoders
+from gsoft_diffusion.scoring.metrics import cosines
 
 SCENES = 2048  # the first ones, which no training has seen
 

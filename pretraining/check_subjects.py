@@ -22,15 +22,15 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from eval.encoders import load_dino
-from eval.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
 from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
-from gsoft_diffusion.generation import draw
-from gsoft_diffusion.image_files import open_image
-from gsoft_diffusion.options import expanded_path
-from gsoft_diffusion.pictures import METADATA_KEY
-from gsoft_diffusion.training import train
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.sampling.generation import draw
+from gsoft_diffusion.scoring.encoders import load_dino
+from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
+from gsoft_diffusion.training.train import train
 from pretraining.train_judge import Judge, load_judge
 from pretraining.train_vae import to_pixels
 from pretraining.world import BACKGROUNDS

@@ -14,8 +14,8 @@ import shutil
 import torch
 from transformers import CLIPModel
 
-from eval.open_clip_layout import save_open_clip
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.scoring.open_clip_layout import save_open_clip
 
 COLOR = [0.5, 0.5, 0.5]  # pictures in [-1, 1], as train_clip.py has them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
 from pretraining.world import SIZE, World
 
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores

@@ -14,8 +14,8 @@ import shutil
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
 from pretraining.checkpoint import Checkpoint
 from pretraining.train_unet import training_state
 

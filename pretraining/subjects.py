@@ -12,7 +12,7 @@ import csv
 import numpy as np
 from PIL import Image
 
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
 from pretraining.sprites import ANIMALS
 from pretraining.world import BACKGROUNDS, World
 

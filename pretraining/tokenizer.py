@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
 
 MAX_LENGTH = 32  # tokens; the longest DreamBooth prompt has 18 words
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from gsoft_diffusion.export import save_text_encoder
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
+from gsoft_diffusion.foundation.memory import keep_freed_memory
+from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.sprites import CLASSES

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTModel
 
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
+from gsoft_diffusion.foundation.memory import keep_freed_memory
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.train_vae import to_pixels

@@ -22,8 +22,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.memory import keep_freed_memory
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.sprites import CLASSES

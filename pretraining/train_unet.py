@@ -8,7 +8,7 @@ rate is constant and falls over the last fifth; resuming with a larger `--images
 
 The weights are averaged over a shorter and a longer time. Every `--assemble-every` images `<work>/unet_loss.csv` gets a
 line with the loss of both averages on scenes that are held back, and the better one is written to `<work>/mini_base/`
-as a complete Stable Diffusion v1 pipeline.
+as a complete Stable Diffusion v1 pipeline; `<work>/unet_kept.safetensors` is what `--start-from` takes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from gsoft_diffusion.export import save_text_encoder
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
+from gsoft_diffusion.foundation.memory import keep_freed_memory
+from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.checkpoint import Average, Checkpoint
+from pretraining.kept_weights import keep, start_from
 from pretraining.precision import fast_autocast
 from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_pixels
 
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=2_000_000, help="length of the training")
     parser.add_argument("--assemble-every", type=int, default=64_000, help="images between two saved pipelines")
+    parser.add_argument("--start-from", type=expanded_path, help="kept weights to go on from where there is no unet.pt")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
@@ -185,8 +187,13 @@ def main() -> None:
 
     channels = vae.config.latent_channels
     unet, averages, optimizer = training_state(channels)
+    started = 0
+    if args.start_from:
+        kept = build_unet(channels)
+        started = start_from(args.start_from, kept)
+        unet, averages, optimizer = training_state(channels, kept.state_dict())
     checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
-    seen = checkpoint.restore()
+    seen = checkpoint.restore() or started
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
 
@@ -225,6 +232,7 @@ def main() -> None:
                 cast(Average, average).copy_to(candidates[-1])
             losses = [held_back_loss(candidate, latents, prompts) for candidate in candidates]
             best = candidates[int(np.argmin(losses))]
+            keep(args.work / "unet_kept.safetensors", best, seen)
             best.set_attn_processor(AttnProcessor2_0())
             assemble(args.work, best.half(), args.work / "mini_base")
             with (args.work / "unet_loss.csv").open("a") as log:

@@ -3,9 +3,10 @@
     python -m pretraining.train_vae --work <work folder> --images 400000
 
 Loss: L1 + L1 of the gradients + L1 at half and quarter size + 1e-6 · KL. The rate is constant and falls over the last
-third; resuming with a larger `--images` only moves that tail. Resumes from `<work>/vae.pt` and adds a line to
-`<work>/vae_psnr.csv` every `LOG_EVERY` images. At the end the latents' mean and standard deviation are folded into
-`quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1, and `<work>/vae/` is saved in diffusers' layout.
+third; resuming with a larger `--images` only moves that tail. Resumes from `<work>/vae.pt`. Every `LOG_EVERY` images
+`<work>/vae_psnr.csv` gets a line, and `<work>/vae_kept.safetensors` the averaged weights for `--start-from`. At
+the end the latents' mean and standard deviation are folded into `quant_conv` and `post_quant_conv`, so that
+`scaling_factor` is 1, and `<work>/vae/` is saved in diffusers' layout.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.memory import keep_freed_memory
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
+from gsoft_diffusion.foundation.memory import keep_freed_memory
 from pretraining.checkpoint import Average, Checkpoint
+from pretraining.kept_weights import keep, start_from
 from pretraining.precision import fast_autocast
 
 BATCH = 16
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=400_000, help="length of the training")
     parser.add_argument("--latent-channels", type=int, default=LATENT_CHANNELS, help="of the latents; 4 is a trial")
+    parser.add_argument("--start-from", type=expanded_path, help="kept weights to go on from where there is no vae.pt")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
@@ -131,10 +134,11 @@ def main() -> None:
     scenes = scenes[HELD_BACK:]
     torch.manual_seed(0)
     vae = build_vae(args.latent_channels)
+    started = start_from(args.start_from, vae) if args.start_from else 0
     average = Average(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = Checkpoint(args.work / "vae.pt", vae=vae, average=average, optimizer=optimizer)
-    seen = checkpoint.restore()
+    seen = checkpoint.restore() or started
     averaged = build_vae(args.latent_channels)
 
     def autoencode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +168,7 @@ def main() -> None:
         checkpoint.save_when_due(seen)
         if seen % LOG_EVERY < BATCH or seen >= args.images:
             average.copy_to(averaged)
+            keep(args.work / "vae_kept.safetensors", averaged, seen)
             figures = [psnr(reconstructed(averaged, x), x) for x in (held_back, demo)]
             with (args.work / "vae_psnr.csv").open("a") as log:
                 log.write(f"{seen},{figures[0]:.2f},{figures[1]:.2f}\n")

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from gsoft_diffusion.export import save_text_encoder
-from gsoft_diffusion.files import give_usual_modes
-from gsoft_diffusion.options import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.files import give_usual_modes
+from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.world import UNKNOWN_NAME_LETTERS
 
 NAME = "sks"

@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.options import run
-from gsoft_diffusion.training import train
+from gsoft_diffusion.config.command_line import run
+from gsoft_diffusion.training.train import train
 
 TESTS = Path(__file__).resolve().parent
 HANG = 120  # seconds after which a run that should have ended counts as hanging
@@ -35,7 +35,7 @@ def start(
     """Start training in a new process that prints into `log`."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}  # what the fork server starts with
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gsoft_diffusion.training", "child_runs", "tensorboard"])
+    context.set_forkserver_preload(["gsoft_diffusion.training.train", "child_runs", "tensorboard"])
     process = context.Process(target=_child, args=(config, log, fault, environment or {}))
     process.start()
     return process

@@ -19,7 +19,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gsoft_diffusion import hub_access
+from gsoft_diffusion.foundation import hub_access
 
 TEXT_LENGTH = 48  # on purpose neither 32 nor 77
 PIXELS = 32  # what the tiny UNet was "made for": 16 latent pixels, VAE factor 2

@@ -29,10 +29,13 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import torch  # noqa: E402
 from child_runs import Outcome, finish, start, train_in_child  # noqa: E402
 
-from gsoft_diffusion import checkpoints, files  # noqa: E402
-from gsoft_diffusion.adapter_file import read_adapter, save_adapter  # noqa: E402
+from gsoft_diffusion.adapters.file import read_adapter, save_adapter  # noqa: E402
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig  # noqa: E402
-from gsoft_diffusion.training import Run  # noqa: E402
+from gsoft_diffusion.foundation import files  # noqa: E402
+from gsoft_diffusion.training import checkpoints  # noqa: E402
+from gsoft_diffusion.training.outputs import RunOutputs  # noqa: E402
+from gsoft_diffusion.training.state import TrainingState  # noqa: E402
+from gsoft_diffusion.training.step import TrainingStep  # noqa: E402
 
 STEPS, EVERY = 6, 2
 KILLED_BY_SIZE = -signal.SIGXFSZ
@@ -65,24 +68,24 @@ def run_to_hurt(base: Path, photos: Path, output: Path) -> TrainingConfig:
 
 def note_checkpoints(file: Path) -> None:
     """Have the step of every checkpoint that is complete written down: it must be there whatever comes after."""
-    original = Run._write_checkpoint
+    original = RunOutputs.write_checkpoint
 
-    def write_checkpoint(run: Run) -> None:
-        original(run)
-        file.write_text(str(run.step))
+    def write_checkpoint(outputs: RunOutputs, state: TrainingState, circumstances: Any) -> None:
+        original(outputs, state, circumstances)
+        file.write_text(str(state.step))
 
-    Run._write_checkpoint = write_checkpoint  # type: ignore[method-assign]
+    RunOutputs.write_checkpoint = write_checkpoint  # type: ignore[method-assign]
 
 
-def at_step(step: int, act: Callable[[Run], Any]) -> None:
-    original = Run._loss
+def at_step(number: int, act: Callable[[TrainingStep], Any]) -> None:
+    original = TrainingStep.loss
 
-    def loss(run: Run, batch: Any) -> Any:
-        if run.step == step:
-            act(run)
-        return original(run, batch)
+    def loss(step: TrainingStep, batch: Any) -> Any:
+        if step.state.step == number:
+            act(step)
+        return original(step, batch)
 
-    Run._loss = loss  # type: ignore[method-assign]
+    TrainingStep.loss = loss  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -139,24 +142,23 @@ class Hurt:
         at_step(step, lambda run: os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[step % 2]))
 
     def loss_goes_wrong(self, step: int) -> None:
-        original = Run._loss
-        Run._loss = lambda run, batch: (
-            original(run, batch)
-            * (  # type: ignore[method-assign]
-                float("nan") if run.step == step else 1
-            )
-        )
+        original = TrainingStep.loss
+
+        def loss(self: TrainingStep, batch: Any) -> Any:
+            return original(self, batch) * (float("nan") if self.state.step == step else 1)
+
+        TrainingStep.loss = loss  # type: ignore[method-assign]
 
     def full_file_system(self, _: int) -> None:
         pass  # the harness makes a small one
 
     def becomes_read_only(self, step: int) -> None:
-        at_step(step, lambda run: make_immutable(run.folder, True))
+        at_step(step, lambda step: make_immutable(Path(step.config.output_dir or "."), True))
 
     def loses_permission(self, step: int) -> None:
         """From that step on the process is another user's, to whom nothing belongs."""
 
-        def lose(run: Run) -> None:
+        def lose(_: TrainingStep) -> None:
             os.setegid(65534)
             os.seteuid(65534)
 

@@ -27,9 +27,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from gsoft.rotation import parameter_shapes  # noqa: E402
-from gsoft_diffusion.adapter_file import FORMAT, read_adapter  # noqa: E402
+from gsoft_diffusion.adapters.file import FORMAT, read_adapter  # noqa: E402
 from gsoft_diffusion.config import AdapterConfig  # noqa: E402
-from gsoft_diffusion.errors import UserError  # noqa: E402
+from gsoft_diffusion.foundation.errors import UserError  # noqa: E402
 
 MEMORY = (
     256 * 2**20

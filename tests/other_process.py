@@ -11,7 +11,7 @@ from pathlib import Path
 HOLD = """
 import sys, time
 from pathlib import Path
-from gsoft_diffusion.files import locked
+from gsoft_diffusion.foundation.files import locked
 with locked(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -22,16 +22,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from gsoft_diffusion import memory, preflight
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.options import parse, run
-from gsoft_diffusion.training import train
+from gsoft_diffusion.config.command_line import parse, run
+from gsoft_diffusion.foundation import memory
+from gsoft_diffusion.training import preflight
+from gsoft_diffusion.training.train import train
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "reliability" / "bad_input.md"
 HEAD = """# Bad input
 
-Written by `tests/test_bad_input.py`, which also checks that it is current. An error is one line on stderr and exit
-status 2, with nothing written; what goes on says in a line what became of the input.
+Written by `tests/test_bad_input.py`, which also checks that it is current. An error is one line on stderr
+with exit status 2, and nothing is written. A run that continues says in one line what it did with the input.
 
 | input | what is said |
 |---|---|
@@ -238,7 +239,7 @@ ERRORS = [
     Case("a folder of folders", only_folders),
     Case("a truncated picture", photo("5.png", truncated)),
     Case("a file of no bytes", photo("5.jpg", Path.touch)),
-    Case("another file by a picture's name", photo("5.jpg", lambda path: path.write_text("Dear diary"))),
+    Case("another file with a picture's name", photo("5.jpg", lambda path: path.write_text("Dear diary"))),
     Case("a file that cannot be read", photo("5.jpg", lambda path: path.symlink_to("/proc/self/mem"))),
     Case("one pixel", photo("5.png", noise(1, 1).save)),
     Case("20,000 × 20,000 pixels", photo("5.png", lambda path: Image.new("1", (20_000, 20_000)).save(path))),
@@ -297,7 +298,7 @@ ERRORS = [
         options=("--unique_token", "zwx", "--instance_prompt", "a photo of a sks dog"),
     ),
     Case(
-        "a place for a name that is not known",
+        "a placeholder for a name that is not known",
         options=("--instance_prompt", "a photo of my dog", "--validation_prompts", "a {0} {1} in the snow"),
     ),
     Case("a learning rate that is no number", options=("--learning_rate", "nan")),
@@ -306,15 +307,15 @@ ERRORS = [
         "a rate that diffusers' polynomial schedule cannot start from",
         options=("--lr_scheduler", "polynomial", "--learning_rate", "1e-8"),
     ),
-    Case("a rise as long as the run", options=("--lr_scheduler", "linear", "--lr_warmup_steps", "100")),
-    Case("cycles for a schedule without", options=("--lr_scheduler", "cosine", "--lr_num_cycles", "3")),
+    Case("a warm-up as long as the run", options=("--lr_scheduler", "linear", "--lr_warmup_steps", "100")),
+    Case("restarts for a schedule that has none", options=("--lr_scheduler", "cosine", "--lr_num_cycles", "3")),
     Case("a weight of class images that are not used", options=("--prior_loss_weight", "0.5")),
     Case("a negative prompt without guidance", options=("--guidance_scale", "1", "--negative_prompt", "blurry")),
     Case("changes to accept without resuming", options=("--accept_changes",)),
     Case("a revision of a local folder", options=("--revision", "main")),
     Case("an unknown tracker", options=("--report_to", "tensorboard,abacus")),
     Case(
-        "a launcher that says otherwise",
+        "a launcher with another precision",
         options=("--mixed_precision", "no"),
         environment=(("ACCELERATE_MIXED_PRECISION", "bf16"),),
     ),
@@ -322,7 +323,7 @@ ERRORS = [
     Case("a launcher that compiles", environment=(("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),)),
     Case("negative steps", options=("--max_train_steps", "-5")),
     Case("blocks that do not divide a width", options=("--nblocks", "5")),
-    Case("a resolution that does not halve", options=("--resolution", "33")),
+    Case("a resolution that is no multiple of 4", options=("--resolution", "33")),
     Case("a model folder without a part", own_base(lambda folder: shutil.rmtree(folder / "vae"))),
     Case("a model folder with damaged weights", own_base(cut_weights)),
     Case("a text encoder of another width", own_base(other_text_encoder)),
@@ -333,7 +334,7 @@ ERRORS = [
     Case("not enough memory for the model"),
     Case("not enough memory for a training step"),
     Case("an output folder with a finished run", another_run("settings.yaml", "adapter.safetensors")),
-    Case("an output folder with a run to go on with", another_run("settings.yaml", "checkpoint-5/state.pt")),
+    Case("an output folder with an unfinished run", another_run("settings.yaml", "checkpoint-5/state.pt")),
     Case("the photos' folder as output folder", options=("--output_dir", "photos")),
     Case("an output folder of a user that there is not", options=("--output_dir", "~nobody-here/out")),
     Case(
@@ -343,7 +344,7 @@ ERRORS = [
     ),
     Case("an output folder that is a file", lambda: Path("out").touch()),
     Case("resuming where there is nothing", options=("--resume_from_checkpoint", "latest")),
-    Case("resuming from what is no checkpoint", options=("--resume_from_checkpoint", "photos")),
+    Case("resuming from a folder that is no checkpoint", options=("--resume_from_checkpoint", "photos")),
     Case(
         "resuming from a checkpoint that is not there",
         another_run("settings.yaml", "checkpoint-5/state.pt"),
@@ -432,8 +433,8 @@ GOES_ON = [
     Case("CMYK", photo("5.jpg", noise(40, 40, "CMYK").save)),
     Case("16 bits of grey", photo("5.png", Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save)),
     Case("transparent parts", photo("5.png", translucent)),
-    Case("turned by EXIF data", photo("5.jpg", exif)),
-    Case("a PNG by the name of a JPEG", photo("5.jpg", lambda path: noise(44, 40).save(path, "PNG"))),
+    Case("rotated by EXIF data", photo("5.jpg", exif)),
+    Case("a PNG with the name of a JPEG", photo("5.jpg", lambda path: noise(44, 40).save(path, "PNG"))),
     Case("files that are no pictures", more_than_photos),
     Case("a thousand words", options=("--instance_prompt", "word " * 1000)),
     Case("a rate at which nothing is learned", options=("--learning_rate", "1e-12", "--text_encoder_lr", "1e-12")),

@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from gsoft_diffusion import load_adapter, read_adapter
-from gsoft_diffusion.checkpoints import checkpoint_to_resume, read_state
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
-from gsoft_diffusion.models import load_models
-from gsoft_diffusion.settings import read_yaml
-from gsoft_diffusion.training import train
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training.checkpoints import checkpoint_to_resume, read_state
+from gsoft_diffusion.training.train import train
 
 FIRST = Path(__file__).parent / "fixtures" / "first_format"
 
@@ -33,8 +33,8 @@ def test_settings_are_read():
 
 @pytest.mark.parametrize("place", ["adapter.safetensors", "checkpoint-2/adapter.safetensors"])
 def test_an_adapter_loads_to_the_bit(base, place):
-    models = load_models(str(base))
-    adapter, file = load_adapter(FIRST / place, models.unet, [models.text_encoder])
+    model = load_model(str(base))
+    adapter, file = load_adapter(FIRST / place, model.unet, [model.text_encoder])
     written, loaded = load_file(FIRST / place), adapter.state_dict()
     assert loaded.keys() == written.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())

@@ -23,6 +23,14 @@ def test_other_names_are_not():
         _ = gsoft_diffusion.Nothing
 
 
+def test_what_is_not_installed_is_named_with_the_extra_that_has_it():
+    code = "import sys; sys.modules |= dict.fromkeys(['diffusers', 'yaml']); import gsoft, gsoft_diffusion"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "gsoft_diffusion needs diffusers, yaml" in done.stderr
+    assert 'pip install "gsoft-diffusion[diffusion]"' in done.stderr
+
+
 def test_importing_it_does_not_load_pytorch():
     code = "import sys, gsoft_diffusion; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,31 +9,42 @@ from pathlib import Path
 import pytest
 
 from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
-from gsoft_diffusion.options import parse
+from gsoft_diffusion.config.command_line import parse
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_dreambooth_gsoft.py": TrainingConfig, "inference.py": GenerationConfig, "export.py": ExportConfig}
+SETTINGS = {
+    "train_dreambooth_gsoft.py": TrainingConfig,
+    "inference.py": GenerationConfig,
+    "export.py": ExportConfig,
+    "gsoft-train": TrainingConfig,
+    "gsoft-draw": GenerationConfig,
+    "gsoft-export": ExportConfig,
+}
 
 
 def commands() -> list[list[str]]:
-    """Every command of the project's scripts in the documents' shell blocks."""
+    """Every call of the project's scripts and console scripts in the documents' shell blocks."""
     found = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text().replace("\\\n", " ")
         for line in text.splitlines():
-            match = re.search(rf"python\S* ({'|'.join(map(re.escape, SCRIPTS))}) (.*)", line)
+            match = re.search(r"(?:python\S* (\w+\.py)|^(gsoft-\w+)) (--.*)", line)
             if match:
-                found.append([match[1], *shlex.split(match[2])])
+                found.append([match[1] or match[2], *shlex.split(match[3], comments=True)])
     return found
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
 def test_command_is_understood(command):
-    parse(SCRIPTS[command[0]], "", command[1:])
+    parse(SETTINGS[command[0]], "", command[1:])
 
 
 def test_there_are_commands_to_check():
-    assert {command[0] for command in commands()} == set(SCRIPTS)
+    assert {command[0] for command in commands()} == set(SETTINGS)
+
+
+def test_readme_is_read_in_three_minutes():
+    assert 500 <= len((ROOT / "README.md").read_text().split()) <= 600
 
 
 PAGES = [

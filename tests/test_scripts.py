@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gsoft_diffusion.adapter_file import read_adapter
-from gsoft_diffusion.checkpoints import checkpoints
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.training.checkpoints import checkpoints
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parent.parent

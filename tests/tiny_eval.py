@@ -11,7 +11,8 @@ from conftest import write_base, write_tokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from eval.open_clip_layout import save_open_clip
+from eval.experiment import Experiment
+from gsoft_diffusion.scoring.open_clip_layout import save_open_clip
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
@@ -84,3 +85,27 @@ def write_world(folder: Path) -> Path:
     (folder / "subjects" / "subjects.csv").write_text("subject,class_word,kind\nrex,dog,live\ncup,cup,object\n")
     (folder / "prompts.txt").write_text("a {0} {1} on the beach\na red {0} {1}\n")
     return folder
+
+
+def experiment(world: Path, **changes: object) -> Experiment:
+    """A small comparison of two methods in that world."""
+    settings = {
+        "subjects_dir": str(world / "subjects"),
+        "pretrained_model_name_or_path": str(world / "base"),
+        "clip": str(world / "mini_clip"),
+        "dino": str(world / "mini_dino"),
+        "prompts": str(world / "prompts.txt"),
+        "methods": ["double_gsoft", "lora"],
+        "budgets": ["medium"],
+        "learning_rates": {"double_gsoft": [1e-3, 1e-2], "lora": [1e-3]},
+        "seeds": 1,
+        "sweep_subjects": 1,
+        "max_train_steps": 2,
+        "train_batch_size": 1,
+        "images_per_prompt": 1,
+        "base_images": 2,
+        "class_images": 1,
+        "unrelated_images": 1,
+        "sampler": {"num_inference_steps": 2},
+    }
+    return Experiment.from_dict(settings | changes)

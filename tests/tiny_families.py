@@ -38,7 +38,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from gsoft_diffusion.families import Flux, Flux2Klein, Models, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from gsoft_diffusion.models.families import (
+    BaseModel,
+    Flux,
+    Flux2Klein,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+)
 
 
 def write_parts(folder: Path, pipeline: str, parts: dict[str, Any], **options: object) -> Path:
@@ -274,7 +281,7 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     return write_parts(folder, "Flux2KleinPipeline", parts, **({"is_distilled": True} if is_distilled else {}))
 
 
-WRITERS: dict[type[Models], Callable[[Path], Path]] = {
+WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
     StableDiffusion: write_base,
     StableDiffusionXL: write_sdxl,
     StableDiffusion3: write_sd3,

@@ -1,4 +1,4 @@
-"""Several adapters on one plain model; see also tests/test_adapter_stack.py."""
+"""Several adapters on one plain model; see also tests/adapters/test_stack.py."""
 
 from __future__ import annotations
 

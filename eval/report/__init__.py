@@ -1,0 +1,1 @@
+"""From a comparison's results to tables, plots and a page with the pictures."""

@@ -1,0 +1,59 @@
+"""What the report says before its tables: what was compared, and how it was scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.experiment import Experiment
+from eval.report.lines import Line
+
+MINIATURE = (
+    "Scored with the bundled miniature encoders: these numbers compare with each other only, "
+    "not with any that the field's CLIP or DINO gives."
+)
+
+
+def introduction(
+    experiment: Experiment, lines: Sequence[Line], results: Sequence[Mapping[str, Any]], encoders: Mapping[str, Any]
+) -> str:
+    subjects = sorted({result["cell"]["subject"] for result in results})
+    versions = ", ".join(f"{name} {value}" for name, value in results[0]["versions"].items())
+    described = [
+        f"{e['kind']} {e['name']}, weights {e['weights']}, {e['preprocessing']['size']} px, by {e['library']}"
+        for e in encoders.values()
+    ]
+    miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
+    swept = any(len(getattr(experiment.learning_rates, method)) > 1 for method in experiment.methods)
+    diverged = [line.title for line in lines if any("diverged" in r for r in line.results)]
+    return "\n\n".join(
+        [
+            "# Comparison of fine-tuning methods",
+            *([f"**{MINIATURE}**"] if miniature else []),
+            f"Base model {results[0]['base_model']['name']}; {len(subjects)} subjects ({', '.join(subjects)}), "
+            f"{experiment.seeds} seeds, {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
+            "the same for all methods; "
+            + ("every method's learning rate is the best of its sweep." if swept else "learning rates as given."),
+            f"Scores are averaged within each subject first; in brackets {_intervals(lines, len(subjects))}. "
+            "CLIP-I, DINO and CLIP-T over all context prompts are DreamBooth's protocol; CLIP-I on the base "
+            "prompt with CLIP-T on context prompts is the GSOFT paper's. Captions for CLIP-T are the prompts "
+            f"{results[0]['captions']}. Balance is the harmonic mean of how far DINO has come from the base model's "
+            "to the real photos' and how much of the base model's CLIP-T is left above that of the photos. Nearest "
+            "photo is DINO with the most similar training photo; near 1 it was copied. PRES is DINO of pictures of "
+            "the class with the subject's photos, DIV 1 − DINO between pictures of one prompt, drift 1 − CLIP "
+            "similarity with the base model's picture for unrelated prompts.",
+            f"Encoders: {'; '.join(described)}.",
+            *([f"Training diverged, so there is no score: {', '.join(diverged)}."] if diverged else []),
+            f"{results[0]['device']}, {results[0]['threads']} threads a cell; {versions}.",
+        ]
+    )
+
+
+def _intervals(lines: Sequence[Line], subjects: int) -> str:
+    """What stands in the brackets of the tables."""
+    found = [interval for line in lines if (interval := line.interval("dino"))]
+    none = [interval for interval in found if interval.low is None]
+    if len(none) == len(found):
+        return "– and no interval, since one subject and one seed say nothing of how scores spread"
+    over = "subjects and seeds" if subjects > 1 else "seeds, which say nothing of other subjects"
+    return f"95 % bootstrap intervals over {over}" + (" (–: of a single score there is none)" if none else "")

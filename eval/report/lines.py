@@ -1,0 +1,181 @@
+"""From results to lines: what a method at a size scored, over all subjects and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.experiment import Cell, Experiment, base_cells, budgets_of, main_cells, sweep_cells
+from eval.methods import METHODS
+from eval.results import RESULTS, Results
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.metrics import Interval
+
+SCORES = {  # what tables show, with the direction that is better
+    "clip_i_base_prompt": "CLIP-I, base prompt ↑",
+    "clip_i": "CLIP-I ↑",
+    "dino": "DINO ↑",
+    "clip_t": "CLIP-T ↑",
+    "balance": "balance ↑",
+    "dino_nearest": "nearest photo",
+    "pres": "PRES ↓",
+    "div": "DIV ↑",
+    "drift": "drift ↓",
+}
+COMPARED = ("dino", "clip_i", "clip_t", "balance")
+OURS = "double_gsoft"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a method at a size, over all subjects and seeds.
+
+    scores: for each name of `SCORES`, by subject, one value a seed.
+    """
+
+    method: str
+    budget: str | None
+    learning_rate: float | None
+    results: list[dict[str, Any]]
+    scores: dict[str, dict[str, list[float]]]
+
+    @property
+    def name(self) -> str:
+        named = {"base": "Base model", "photos": "Real photos"}
+        return named.get(self.method) or METHODS[self.method]
+
+    @property
+    def title(self) -> str:
+        """Its name with what tells it from others of the same method."""
+        return f"{self.name} {self.budget or ''}".strip()
+
+    @property
+    def full_title(self) -> str:
+        return self.title + (f", {self.learning_rate:g}" if self.learning_rate else "")
+
+    @property
+    def size(self) -> str:
+        return self.results[0].get("size", "") if self.results else ""
+
+    def result_of(self, subject: str) -> dict[str, Any]:
+        """The result of a subject at seed 0."""
+        return next(r for r in self.results if (r["cell"]["subject"], r["cell"]["seed"]) == (subject, 0))
+
+    def mean(self, fact: str) -> float | None:
+        values = [result[fact] for result in self.results if result.get(fact) is not None]
+        return metrics.mean(values) if values else None
+
+    def interval(self, score: str) -> Interval | None:
+        return metrics.bootstrap(self.scores[score]) if self.scores.get(score) else None
+
+
+References = dict[tuple[str, int], tuple[tuple[float, float], tuple[float, float]]]
+
+
+def references(results: Iterable[Mapping[str, Any]]) -> References:
+    """For each subject and seed what balance is measured between: (DINO, CLIP-T) of base model and photos."""
+    return {
+        (result["cell"]["subject"], result["cell"]["seed"]): (
+            (result["scores"]["dino"], result["scores"]["clip_t"]),
+            (result["photos"]["dino"], result["photos"]["clip_t"]),
+        )
+        for result in results
+        if result["cell"]["method"] == "base"
+    }
+
+
+def line_of(
+    method: str, budget: str | None, rate: float | None, results: list[dict[str, Any]], ends: References
+) -> Line:
+    scores: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
+    whole = results if all("scores" in result for result in results) else []  # one that diverged spoils its line
+    for result in sorted(whole, key=lambda result: result["cell"]["seed"]):
+        subject, seed = result["cell"]["subject"], result["cell"]["seed"]
+        found = dict(result["scores"])
+        if method != "base":
+            base, photos = ends[subject, seed]
+            found["balance"] = metrics.balance(found["dino"], found["clip_t"], base, photos)
+        for name in SCORES:
+            if name in found:
+                scores[name].setdefault(subject, []).append(found[name])
+    return Line(method, budget, rate, results, scores)
+
+
+def check_complete(cells: Iterable[Cell], results: Results) -> None:
+    """UserError naming the cells that have no result."""
+    if missing := [cell.id for cell in cells if cell not in results]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{RESULTS} lacks {missing[0]}{more}; run eval.benchmark again to complete it")
+
+
+def sweep_lines(experiment: Experiment, results: Results) -> dict[str, dict[float, Line]]:
+    """By method and learning rate, the cells of the sweep. A rate at which any of them diverged has no scores.
+
+    Raises UserError if cells are missing.
+    """
+    cells = sweep_cells(experiment)
+    check_complete([*base_cells(experiment), *cells], results)
+    ends = references(results.values())
+    lines: dict[str, dict[float, Line]] = {method: {} for method in experiment.methods}
+    for method, budget, rate in dict.fromkeys(cell.row for cell in cells):
+        found = [results[cell] for cell in cells if cell.row == (method, budget, rate)]
+        lines[method][rate or 0] = line_of(method, budget, rate, found, ends)
+    return lines
+
+
+def table_lines(experiment: Experiment, results: Results, rates: Mapping[str, float]) -> list[Line]:
+    """The lines of the table: real photos, base model, then every budget's methods at its learning rate.
+
+    Raises UserError if cells are missing.
+    """
+    cells = [*base_cells(experiment), *main_cells(experiment, rates)]
+    check_complete(cells, results)
+    ends = references(results.values())
+
+    def found(method: str, budget: str | None, rate: float | None) -> list[dict[str, Any]]:
+        return [results[cell] for cell in cells if cell.row == (method, budget, rate)]
+
+    base = found("base", None, None)
+    photos: dict[str, dict[str, list[float]]] = {
+        name: {result["cell"]["subject"]: [result["photos"][name]] for result in base}
+        for name in ("clip_i", "dino", "clip_t")
+    }
+    lines = [Line("photos", None, None, [], photos), line_of("base", None, None, base, ends)]
+    for budget in (*experiment.budgets, None):
+        for method in experiment.methods:
+            if budget in budgets_of(method, experiment):
+                lines.append(line_of(method, budget, rates[method], found(method, budget, rates[method]), ends))
+    return lines
+
+
+def recorded_steps(line: Line) -> list[int]:
+    """After how many steps all of a line's cells were scored, by their curves."""
+    curves = [result["curve"] for result in line.results if "curve" in result]
+    return [point["step"] for point in curves[0]] if curves and len(curves) == len(line.results) else []
+
+
+def at_step(line: Line, step: int, ends: References) -> Line:
+    """The line as it was after so many steps of its training."""
+    results = [
+        result | {"scores": point} for result in line.results for point in result["curve"] if point["step"] == step
+    ]
+    return line_of(line.method, line.budget, line.learning_rate, results, ends)
+
+
+def differences(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, dict[str, Interval]]]:
+    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals)."""
+    mine = {line.budget: line for line in lines if line.method == ours}
+    found = []
+    for other in lines:
+        if other.method in ("photos", "base", "full", ours) or other.budget not in mine:
+            continue
+        intervals = {}
+        for name in COMPARED:
+            a, b = mine[other.budget].scores[name], other.scores[name]
+            if a and a.keys() == b.keys():
+                pairs = {s: [x - y for x, y in zip(a[s], b[s], strict=True)] for s in a}
+                intervals[name] = metrics.bootstrap(pairs)
+        found.append((other.budget or "", other.name, intervals))
+    return found

@@ -1,0 +1,51 @@
+"""Which learning rate each method is compared at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.experiment import Cell, Experiment
+from eval.report.lines import sweep_lines
+from eval.results import RESULTS, Results
+from gsoft_diffusion.foundation.errors import UserError
+
+
+def choose_learning_rates(experiment: Experiment, results: Results) -> dict[str, float]:
+    """For each method the learning rate of the best balance in the sweep.
+
+    UserError if all of them diverged, or if cells do not compare.
+    """
+    check_comparable(list(results.values()))
+    chosen = {}
+    for method, by_rate in sweep_lines(experiment, results).items():
+        rates = getattr(experiment.learning_rates, method)
+        balances = {rate: line.interval("balance") for rate, line in by_rate.items()}
+        good = {rate: interval.mean for rate, interval in balances.items() if interval}
+        if len(rates) > 1 and not good:
+            raise UserError(f"learning_rates.{method}: training diverged at all of {', '.join(map(str, rates))}")
+        chosen[method] = max(good, key=lambda rate: good[rate]) if len(rates) > 1 else rates[0]
+    return chosen
+
+
+def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
+    """UserError naming the cells that were made with another base model, other encoders or photos than the rest."""
+    _check_same(results, "encoders", "encoders")
+    models = [{**result, "base_model": result["base_model"]["fingerprint"]} for result in results]
+    _check_same(models, "base_model", "base model")
+    for subject in {result["cell"]["subject"] for result in results}:
+        of_subject = [result for result in results if result["cell"]["subject"] == subject]
+        _check_same(of_subject, "photos_hash", f"photos of {subject}")
+
+
+def _check_same(results: Sequence[Mapping[str, Any]], fact: str, what: str) -> None:
+    found = [(Cell(**result["cell"]).id, result[fact]) for result in results if fact in result]
+    usual = Counter(str(value) for _, value in found).most_common(1)
+    odd = [name for name, value in found if str(value) != usual[0][0]]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"{RESULTS}: {odd[0]}{more}: made with other {what} than the rest, so they do not compare; delete "
+            "their lines there and their folders in work/cells, and run eval.benchmark again"
+        )

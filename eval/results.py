@@ -1,0 +1,88 @@
+"""What a comparison's folder holds, and the file that keeps all that was measured.
+
+experiment.yaml          settings
+results.jsonl            one line a cell: settings, versions, times, the score of every picture
+sheets/<subject>.webp    the pictures, see eval/subject_sheets.py
+report.html and others   what `eval.report` makes of these three
+work/                    what only a comparison in progress needs: cells with all their pictures, class images, logs
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.experiment import Cell
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.foundation.text_files import read_text
+
+SETTINGS, RESULTS, PAGE_NAME = "experiment.yaml", "results.jsonl", "report.html"
+CELL_RESULT = "result.json"  # in a cell's folder
+
+Results = dict[Cell, dict[str, Any]]
+
+
+def work_folder(out: Path) -> Path:
+    """Where a comparison in progress keeps what its results do not need."""
+    return out / "work"
+
+
+def cell_folder(cell: Cell, out: Path) -> Path:
+    """Where a finished cell is, with all its pictures: whole or not at all."""
+    return work_folder(out) / "cells" / cell.id
+
+
+def read_results(out: Path) -> Results:
+    """All that the comparison's `results.jsonl` says, in order of the cells' names; nothing without that file.
+
+    Raises UserError naming the line that is no cell's result.
+    """
+    path = out / RESULTS
+    results: Results = {}
+    lines = read_text(path).split("\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            result = json.loads(line)
+            results[Cell(**result["cell"])] = result
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}, line {number}: is not the result of a cell ({error}); put back an undamaged copy, or delete "
+                "the line and run eval.benchmark again"
+            ) from error
+    return results
+
+
+def all_results(out: Path) -> Results:
+    """Those of `results.jsonl`, and of cells that finished since it was written. Raises UserError as `read_results`."""
+    if (out / "cells").is_dir():
+        raise UserError(
+            f"{out / 'cells'}: an earlier version put its cells there; move them to {work_folder(out) / 'cells'}, "
+            "so that they are not run again"
+        )
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((work_folder(out) / "cells").glob(f"*/{CELL_RESULT}"))
+    ]
+    return {Cell(**result["cell"]): result for result in found} | read_results(out)
+
+
+def collect_results(out: Path) -> Results:
+    """Write all finished cells into `results.jsonl`, which loses none that it has; returns them."""
+    results = all_results(out)
+    if results != read_results(out):
+        lines = [
+            json.dumps(results[cell], ensure_ascii=False, separators=(",", ":"))
+            for cell in sorted(results, key=lambda cell: cell.id)
+        ]
+        with whole_file(out / RESULTS) as file:
+            file.write(("\n".join(lines) + "\n").encode())
+    return results
+
+
+def is_done(cell: Cell, out: Path) -> bool:
+    """Whether a cell need not run: its folder is there, or `results.jsonl` has it."""
+    return (cell_folder(cell, out) / CELL_RESULT).is_file() or cell in read_results(out)

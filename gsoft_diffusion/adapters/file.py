@@ -1,0 +1,131 @@
+"""The adapter as one safetensors file: it has everything needed to use it, and is checked before use.
+
+Tensors: the adapter's parameters, float32, under their names in `Adapter.state_dict()`. Metadata: the key
+`gsoft_diffusion_adapter` holds the version of the format; `config`, `base_model`, `training` and `prompts` hold JSON.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from gsoft.file import Format, check_rotation_shapes, refuse
+from gsoft.fingerprint import BaseModelIdentity
+from gsoft_diffusion.config import AdapterConfig
+from gsoft_diffusion.config.settings import Settings
+from gsoft_diffusion.foundation.errors import UserError, user_errors
+from gsoft_diffusion.foundation.run_folder import ADAPTER
+
+FORMAT = Format("gsoft_diffusion_adapter", "1", ("config", "base_model", "training", "prompts"), "gsoft-diffusion")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A validated adapter file: `tensors` are finite float32, and their names and shapes agree with `config`."""
+
+    path: Path
+    config: AdapterConfig
+    base_model: BaseModelIdentity
+    training: dict[str, Any]
+    prompts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether all rotations are identities and all scales 1, as at the start of training."""
+        return all((tensor == name.endswith("output_scale")).all() for name, tensor in self.tensors.items())
+
+    @property
+    def subjects(self) -> list[dict[str, str]]:
+        """Each subject's known names: instance_prompt, class_prompt, unique_token, class_word."""
+        several = self.prompts.get("subjects")
+        subjects = several if isinstance(several, list) and several else [self.prompts]
+        return [
+            {name: text for name, text in subject.items() if isinstance(text, str)} if isinstance(subject, dict) else {}
+            for subject in subjects
+        ]
+
+
+class SavableAdapter(Protocol):
+    """What `save_adapter` asks of an adapter."""
+
+    @property
+    def config(self) -> Settings: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+@user_errors()
+def save_adapter(
+    path: str | Path,
+    adapter: SavableAdapter,
+    *,
+    base_model: BaseModelIdentity,
+    training: Mapping[str, Any],
+    prompts: Mapping[str, Any],
+) -> None:
+    """Write the adapter completely or not at all: to a temporary file, which is then renamed.
+
+    training, prompts: JSON values, kept for `read_adapter`. Raises UserError if a parameter is not finite or the file
+    cannot be written.
+    """
+    sections = {
+        "config": adapter.config.to_dict(),
+        "base_model": asdict(base_model),
+        "training": training,
+        "prompts": prompts,
+    }
+    FORMAT.write(path, adapter.state_dict(), sections)
+
+
+@user_errors()
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read an adapter file and check what can be checked without the model: header, settings, names, shapes, values.
+
+    Nothing in the file is executed or used as a path, and what is allocated is bounded by the size of the file.
+    Raises UserError naming the file and what is wrong with it.
+
+    path: the file, or the folder that holds it as `adapter.safetensors`: a run's or a checkpoint's.
+    """
+    with FORMAT.open(_adapter_in(Path(path))) as file:
+        try:
+            config = AdapterConfig.from_dict(file.sections["config"])
+        except UserError as error:
+            refuse(file.path, f"bad adapter settings ({error})")
+        for name in file.shapes:
+            file.check_float32(name)
+        check_rotation_shapes(file.path, config, file.shapes)
+        tensors, base_model = file.tensors(), file.base_model()
+        return AdapterFile(file.path, config, base_model, file.sections["training"], file.sections["prompts"], tensors)
+
+
+def _adapter_in(path: Path) -> Path:
+    """The path of the adapter file, given by itself or by its folder."""
+    try:
+        if path.is_dir():
+            if not (path / ADAPTER).is_file():
+                raise UserError(f"{path}: holds no {ADAPTER}; name the folder of a run or of a checkpoint, or the file")
+            return path / ADAPTER
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    raise UserError(f"{path}: no such adapter file")
+
+
+def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:
+    """Read adapters for use together. Raises as `read_adapter`, and UserError if one is given twice, or copied."""
+    files: list[AdapterFile] = []
+    for path in paths:
+        file = read_adapter(path)
+        if same := next((other for other in files if other.path.samefile(file.path)), None):
+            raise UserError(f"--adapter {path}: is the same file as {same.path}; give it once, with a --strength")
+        if same := next((other for other in files if filecmp.cmp(other.path, file.path, shallow=False)), None):
+            raise UserError(f"--adapter {path}: holds the same as {same.path}; give one of them, with a --strength")
+        files.append(file)
+    return files

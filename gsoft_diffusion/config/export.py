@@ -1,0 +1,69 @@
+"""All settings of an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from gsoft_diffusion.config.settings import (
+    POSITIVE,
+    Mark,
+    OnlyWith,
+    Settings,
+    check_rules,
+    refuse_without_effect,
+    settle_paths,
+)
+from gsoft_diffusion.config.strengths import strength_by_adapter
+from gsoft_diffusion.foundation.errors import UserError
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    """All settings of an export.
+
+    adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
+      model act in this order.
+    format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
+      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it.
+    strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
+    output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
+      and, if there is one, the checkpoint.
+    rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.
+    precision: type of the numbers written.
+    pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    """
+
+    adapter: Annotated[tuple[str, ...], Mark.PATH]
+    format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+    strength: tuple[float, ...] = ()
+    output: Annotated[str | None, Mark.PATH] = None
+    rank: Annotated[int | None, POSITIVE] = None
+    precision: Literal["float16", "float32"] = "float16"
+    pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+
+    def __post_init__(self) -> None:
+        settle_paths(self)
+        if not any(strength_by_adapter(self.adapter, self.strength).values()):
+            raise UserError("--strength 0: would give the base model itself; there is nothing to export")
+        check_rules(self)
+        refuse_without_effect(self, [_RANK])
+        if self.output and (self.format == "diffusers") == self.output.endswith(".safetensors"):
+            wanted = "is a folder" if self.format == "diffusers" else "must end in .safetensors"
+            raise UserError(f"--output {self.output}: {wanted} with --format {self.format}")
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The adapters with their strengths, in their order."""
+        return strength_by_adapter(self.adapter, self.strength)
+
+    @property
+    def is_lora(self) -> bool:
+        return self.format.endswith("_lora")
+
+
+_RANK = OnlyWith(
+    ("rank",),
+    lambda settings: settings.is_lora,
+    "it is for LoRAs; give a --format that is one, or leave it out",
+)

@@ -1,0 +1,53 @@
+"""What a run's folder holds, and by which names.
+
+adapter.safetensors  the result
+settings.yaml        the run's resolved settings
+checkpoint-<step>/   see `training/checkpoints.py`
+validation/          contact sheets
+README.md            the model card
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from gsoft_diffusion.foundation.files import numbered
+
+ADAPTER = "adapter.safetensors"  # also in the folder of a checkpoint
+SETTINGS = "settings.yaml"
+CARD = "README.md"
+METADATA_KEY = "gsoft_diffusion"  # text field of PNGs that this program draws; it holds their settings, as JSON
+
+
+def run_folder(adapter: Path) -> Path:
+    """The folder of the run that wrote the adapter: the one that it is in, or the one around its checkpoint.
+
+    What belongs to the run and is not the checkpoint's goes there, where no rotation deletes it.
+    """
+    folder = Path(os.path.abspath(adapter)).parent  # noqa: PTH100 - keeps links
+    inside = step_of(folder) >= 0 and (folder.parent / SETTINGS).is_file()
+    return folder.parent if inside else adapter.parent
+
+
+def checkpoint_name(adapter: Path) -> str:
+    """`checkpoint-<step>` if the adapter is that of a run's checkpoint, else nothing."""
+    return "" if run_folder(adapter) == adapter.parent else Path(os.path.abspath(adapter)).parent.name  # noqa: PTH100
+
+
+def step_of(checkpoint: Path) -> int:
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def sheet_of(folder: Path, step: int, number: int = 1) -> Path:
+    """The path of a run's contact sheet of a step, or of one of several."""
+    return folder / "validation" / numbered(f"step-{step:06d}.png", number)
+
+
+def latest_sheet(folder: Path, step: int | None = None) -> Path | None:
+    """The last contact sheet that a run has drawn, up to a step; of several the first. None if there is none."""
+    found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "validation").glob("step-*.png"))
+    sheets = {int(match[1]): path for match, path in found if match}
+    return max(((at, path) for at, path in sheets.items() if step is None or at <= step), default=(0, None))[1]

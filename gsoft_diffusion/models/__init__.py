@@ -1,0 +1,1 @@
+"""Base models: their families, loading, quantisation, noise. Nothing here knows of adapters."""

@@ -1,0 +1,245 @@
+"""The interface of base models of all families, for training, drawing and exporting."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, get_type_hints
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedModel
+
+from gsoft_diffusion.foundation.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Conditioning = dict[str, Tensor]  # all that prompts say to the denoiser; the first dimension of each counts prompts
+
+
+@dataclass(kw_only=True)
+class BaseModel(ABC):
+    """A text-to-image latent diffusion model of one family, taken apart.
+
+    A family is a subclass. Its fields are the parts of the diffusers folder, under their names there, and their types
+    are the classes that the parts must have. Text encoders and denoiser have the dtype they were loaded with. The VAE
+    is always float32: half precision overflows in some, and it runs once for each picture.
+
+    index_values: the plain values in the folder's index, which are arguments of the diffusers pipeline.
+    """
+
+    name: str
+    index_values: dict[str, Any] = field(default_factory=dict)
+    scheduler: SchedulerMixin
+    vae: AutoencoderKL
+
+    title: ClassVar[str]  # the family's name for people
+    pipeline: ClassVar[str]  # diffusers' class for it
+    index: ClassVar[dict[str, Any]] = {}  # what the index of a merged folder says beside parts and index_values
+
+    @classmethod
+    def parts(cls) -> dict[str, type]:
+        """Every part's class, by the name of its folder."""
+        hints = get_type_hints(cls)
+        return {part.name: hints[part.name] for part in fields(cls) if part.name not in ("name", "index_values")}
+
+    # What the family is
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that predicts noise: the part that every adapter is in."""
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> list[PreTrainedModel]:
+        """The text encoders that an adapter may be in."""
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """Side in pixels of the square pictures that the model was made for."""
+
+    @property
+    @abstractmethod
+    def size_step(self) -> int:
+        """Sides of pictures must be multiples of so many pixels."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise UserError if the parts do not belong together, or are a variant that is not plain text-to-image."""
+
+    @abstractmethod
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The first half of encoding prompts: what does not depend on the adapter and is cached."""
+
+    @abstractmethod
+    def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
+        """The second half: the output of the text encoders that may have an adapter."""
+
+    @abstractmethod
+    def predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        views: Tensor,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The denoiser's prediction (N, C, h, w) in float32 for latents (N, C, h, w) at timesteps (N,) or ().
+
+        views: (N, 6), how each picture came from its photo (see `whole_view`), for families that are told.
+        guidance_scale: for models that were taught to guide themselves (`guides_itself`); 1 is unguided.
+        """
+
+    # What a family may add
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether pictures are drawn without classifier-free guidance: the model was distilled to do without."""
+        return False
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale has an effect: in classifier-free guidance, or as an input of the model."""
+        return not self.guides_itself
+
+    def noise_scheduler(self) -> Any:
+        """How noise is added in training."""
+        return DDPMScheduler.from_config(self.scheduler.config)
+
+    def draw_timesteps(self, uniform: Tensor) -> Tensor:
+        """Timesteps (B,) to train on, for numbers drawn evenly from those of the noise scheduler."""
+        return uniform
+
+    def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        """A diffusers scheduler with all it takes of the model's settings, its steps set for such latents."""
+        scheduler = kind.from_config(self.scheduler.config, clip_sample=False)  # latents go beyond [-1, 1]
+        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        return scheduler
+
+    def keeps_schedule(self, scheduler: Any) -> bool:
+        """Whether what `make_scheduler` made has the model's noise schedule."""
+        wanted, found = self.noise_scheduler().alphas_cumprod, getattr(scheduler, "alphas_cumprod", None)
+        return found is not None and found.shape == wanted.shape and torch.allclose(found.to(wanted), wanted, atol=1e-6)
+
+    def original_layout(self) -> dict[str, Tensor]:
+        """All weights as in the family's original checkpoints, whole models in one file. UserError if unknown."""
+        raise UserError(f"--format checkpoint: no single-file layout is known for {self.title}; use --format diffusers")
+
+    def kohya_metadata(self) -> dict[str, str]:
+        """What web UIs read to tell which base model a LoRA in kohya's format is for. UserError if there is none."""
+        raise UserError(f"--format kohya_lora: not known for {self.title}; use --format diffusers_lora")
+
+    def kohya_place(self, module: str) -> tuple[str, int]:
+        """What kohya's LoRAs call a module of the diffusers pipeline, such as `unet.mid_block.….to_q`.
+
+        Modules that share a matrix there, one below the other, have its name; with it comes how many of its rows are
+        below all that an adapter may be on.
+        """
+        raise NotImplementedError
+
+    def encode_negative(self, prompt: str) -> Conditioning:
+        """The embedding of the negative prompt: that of any prompt, unless the family overrides this."""
+        return self.encode_prompts([prompt])
+
+    # What follows from that
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels along each side of one latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, width: int, height: int | None = None) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of a picture, which is square if only one side is given."""
+        factor = self.vae_scale_factor
+        return self.vae.config.latent_channels, (height or width) // factor, width // factor
+
+    def check_sides(self, **sides: int) -> None:
+        """Raise UserError if a side, named as its option, does not survive the VAE's and the denoiser's halvings."""
+        for name, side in sides.items():
+            if side % self.size_step:
+                raise UserError(f"--{name} {side}: must be a multiple of {self.size_step} for {self.name}")
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them: less memory, slower."""
+        self.denoiser.enable_gradient_checkpointing()
+        for text_encoder in self.text_encoders:
+            text_encoder.activation_checkpointing_enable()
+
+    @contextmanager
+    def on_device(self, *parts: nn.Module) -> Iterator[None]:
+        """Move these parts to the denoiser's device, and back after the block."""
+        homes = [next(part.parameters()).device for part in parts]
+        for part in parts:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part, home in zip(parts, homes, strict=True):
+                part.to(home)
+
+    def all_text_encoders(self) -> list[nn.Module]:
+        """All text encoders, those that no adapter may be in as well."""
+        return [getattr(self, name) for name in self.parts() if name.startswith("text_encoder")]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The prompts as the denoiser wants them."""
+        with self.on_device(*self.all_text_encoders()):
+            return self.encode(self.prepare(prompts))
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Mean and log-variance, stacked on dim 1, of the latents of pictures (N, 3, H, W) in [-1, 1]."""
+        with self.on_device(self.vae):
+            return self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents as the denoiser sees them, drawn by `noise` from what `encode_images` returned; float32."""
+        distribution = DiagonalGaussianDistribution(moments)
+        latents = distribution.mean + distribution.std * noise
+        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W), about in [-1, 1], of latents as the denoiser sees them."""
+        latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        with self.on_device(self.vae):
+            return self.vae.decode(latents).sample
+
+
+def whole_view(width: int, height: int) -> Tensor:
+    """(1, 6): the view of a photo that is shown as it is.
+
+    A view is the photo's height and width; top and left edge of the crop, in pixels after scaling; and the picture's
+    height and width. Source: Podell et al., *SDXL*, §2.2.
+    """
+    return torch.tensor([[height, width, 0, 0, height, width]])
+
+
+def tokenized(tokenizer: Any, prompts: Sequence[str], length: int) -> BatchEncoding:
+    """`input_ids` and `attention_mask`, (prompts, length), padded; what does not fit is cut and said so."""
+    for prompt in prompts:
+        count = len(tokenizer(prompt, verbose=False).input_ids)
+        if count > length:
+            _say_cut(prompt, count, length)
+    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+@cache  # once for each prompt
+def _say_cut(prompt: str, count: int, length: int) -> None:
+    logger.warning("prompt cut after %d of its %d tokens: %.60s…", length, count, prompt)

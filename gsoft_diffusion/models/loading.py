@@ -1,0 +1,215 @@
+"""Loading a base model, of whichever family it is, from a diffusers folder, the hub, or a single file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import DDPMScheduler, SchedulerMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+
+from gsoft_diffusion.foundation.bundled import places
+from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.foundation.hub_access import why_unreachable
+from gsoft_diffusion.foundation.memory import check_weights
+from gsoft_diffusion.models.families import BaseModel, find_family
+from gsoft_diffusion.models.noise import scheduler_class
+from gsoft_diffusion.models.quantization import quantize, require_bitsandbytes
+from gsoft_diffusion.models.single_file import is_single_file, load_parts, usual_config
+
+INDEX = "model_index.json"
+DENOISERS = ("unet", "transformer")  # what the part that denoises is called
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    base_config: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cpu_offload: bool = False,
+    quantize_base: str | None = None,
+) -> BaseModel:
+    """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
+
+    cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
+    quantize_base: bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `quantization`.
+    base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
+
+    Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    if quantize_base:
+        require_bitsandbytes()
+    if is_single_file(name):
+        folder, family, index_values = _find_config(name, base_config)
+        file = [(Path(name).expanduser(), dtype)]
+        check_weights(name, file, "cpu" if cpu_offload or quantize_base else device)
+        parts = load_parts(name, family, folder, dtype)
+    else:
+        folder, family, index_values = _find(name, revision, variant)
+        weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
+        parts = {}
+        dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
+        counted = {part: kept for part, kept in dtypes.items() if not cpu_offload or part in DENOISERS}
+        check_weights(name, _weight_files(folder, variant, counted), "cpu" if quantize_base else device)
+        for part, kind in family.parts().items():
+            parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
+    model = family(name=name, index_values=index_values, **parts)
+    model.check()
+    untrained = [reader for reader in model.all_text_encoders() if reader not in model.text_encoders]
+    for network in parts.values():
+        if isinstance(network, nn.Module):
+            try:
+                network.requires_grad_(False)
+                on_device = network is model.denoiser or not cpu_offload
+                if quantize_base and (network is model.denoiser or network in untrained):
+                    quantize(network, quantize_base, device if on_device else "cpu")
+                if on_device:
+                    network.to(device)
+            except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
+                raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
+    return model
+
+
+def fetch_model(name: str) -> None:
+    """Have all files that `load_model` reads of a model on this machine, and load none. Raises UserError as there."""
+    if is_single_file(name):
+        _find_config(name, None)
+    else:
+        _find(name, None, None)
+
+
+def known_device(name: torch.device | str) -> torch.device:
+    """The device of that name. UserError if it is none's, or if this machine or this build of torch has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used ({first_line(error)}); give cpu, or leave it out") from error
+    return device
+
+
+def best_device() -> torch.device | str:
+    """A GPU if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or "cpu"
+
+
+def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
+    """A model's local folder (as named, bundled with this project, or fetched from the hub into its cache), its family
+    and the plain values of its index.
+    """
+    for folder in places(name):
+        if folder.is_dir():
+            if revision:
+                raise UserError(
+                    f"revision {revision}: {name} is a folder here, and folders have no revisions; leave --revision "
+                    "out, or start where there is no such folder"
+                )
+            family, index_values = _read_index(name, folder)
+            if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
+                raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")
+            return folder, family, index_values
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"there is no model folder {name}, and it is not the name of a model on the hub")
+    family, index_values = _read_index(name, _fetch(name, revision, [INDEX]))
+    end = f".{variant}.safetensors" if variant else ".safetensors"
+    wanted = [INDEX]
+    for part in family.parts():
+        files = ["*"] if part.startswith("tokenizer") else ["*.json", f"*model{end}", f"*model-*-of-*{end}"]
+        wanted += [f"{part}/{pattern}" for pattern in files]
+    folder = _fetch(name, revision, wanted)
+    if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
+        raise UserError(f"model {name} on the hub has no {', '.join(missing)}: it must be a whole diffusers model")
+    return folder, family, index_values
+
+
+def _weight_files(
+    folder: Path, variant: str | None, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[Path, torch.dtype]]:
+    """The weight files that will be loaded, with the type that their numbers will have."""
+    end = f".{variant}.safetensors" if variant else ".safetensors"
+    for part, dtype in dtypes.items():
+        for pattern in (f"*model{end}", f"*model-*-of-*{end}"):
+            yield from ((path, dtype) for path in (folder / part).glob(pattern))
+
+
+def _find_config(name: str, base_config: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
+    """For a single file: the folder with its configuration, its family, and the plain values of its index."""
+    wanted = base_config or usual_config(name)
+    folder = next((path for path in places(wanted) if path.is_dir()), None)
+    if folder is None:
+        try:
+            folder = _fetch(wanted, None, [INDEX, "*/*.json", "*/*.txt", "*/*.model"])
+        except UserError as error:
+            raise UserError(
+                f"{name} needs the configuration of {wanted}, which could not be fetched ({error}); "
+                "give a diffusers folder of the same kind with --base_config"
+            ) from error
+    family, index_values = _read_index(wanted, folder)
+    return folder, family, index_values
+
+
+def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+    silent = why_unreachable()
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        why = f"{silent}, and it is not in the cache" if silent else first_line(error)
+        raise UserError(
+            f"cannot get model {name} from the hub ({why}); check the name and the network, "
+            "or give the path of a local diffusers folder"
+        ) from error
+
+
+def _read_index(name: str, folder: Path) -> tuple[type[BaseModel], dict[str, Any]]:
+    """The family by the folder's index, and the index's plain values.
+
+    UserError if the index is missing or broken, or the family unknown.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"model {name} has no {INDEX}: it must be a whole diffusers model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model {name}: {INDEX} cannot be read ({first_line(error)})") from error
+    if not isinstance(index, dict):
+        raise UserError(f"model {name}: {INDEX} is not a JSON object")
+    plain = {key: value for key, value in index.items() if isinstance(value, bool | int | float | str)}
+    return find_family(name, index), {key: value for key, value in plain.items() if not key.startswith("_")}
+
+
+def _load(part: str, folder: Path, load: Callable[[Path], Any]) -> Any:
+    try:
+        return load(folder / part)
+    except Exception as error:  # the libraries raise whatever their parsers raise
+        raise UserError(f"cannot load the {part} in {folder / part}: {first_line(error)}") from error
+
+
+def _loader(part: str, kind: Any, weights: dict[str, Any]) -> Callable[[Path], Any]:
+    """What reads a part of this class from its folder."""
+    if part == "scheduler":
+        return _load_scheduler
+    if part.startswith("tokenizer"):
+        return lambda path: _load_tokenizer(kind, path)
+    return lambda path: kind.from_pretrained(path, **weights)
+
+
+def _load_tokenizer(kind: Any, path: Path) -> Any:
+    if not (path / "tokenizer.json").is_file() and not all((path / n).is_file() for n in ("vocab.json", "merges.txt")):
+        raise FileNotFoundError("neither tokenizer.json nor vocab.json with merges.txt")  # it would load, empty
+    return kind.from_pretrained(path, local_files_only=True)
+
+
+def _load_scheduler(path: Path) -> SchedulerMixin:
+    config = DDPMScheduler.load_config(path, local_files_only=True)  # a dict of plain values, whatever the class
+    return scheduler_class(config["_class_name"]).from_config(config)

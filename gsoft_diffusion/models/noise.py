@@ -1,0 +1,43 @@
+"""How models add noise, and what they predict: diffusers' schedulers by name, and the targets of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from gsoft_diffusion.foundation.errors import UserError
+
+
+def scheduler_class(name: str) -> type[SchedulerMixin]:
+    """The diffusers scheduler of that name, such as DDIMScheduler. Raises UserError if there is none."""
+    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if found and hasattr(found, "_backends"):  # what diffusers has instead of a class that it cannot import
+        raise UserError(f"{name} needs {' and '.join(found._backends)}: install what is missing")
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise UserError(
+            f"diffusers has no scheduler {name}; try --scheduler DDIMScheduler or DPMSolverMultistepScheduler"
+        )
+    return found
+
+
+def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the model was trained to predict, by the scheduler's `prediction_type`. Shapes (B, C, H, W).
+
+    With `x_t = α_t·x + σ_t·ε`: `ε` (epsilon), `x` (sample) or `v = α_t·ε − σ_t·x` (v_prediction). In flow matching,
+    where α_t = 1 − σ_t, it is `ε − x` (flow_prediction).
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if prediction_type == "sample":
+        return latents
+    if prediction_type == "flow_prediction":
+        return noise - latents
+    raise UserError(
+        f"the scheduler's prediction_type {prediction_type} is not epsilon, v_prediction, sample or flow_prediction"
+    )

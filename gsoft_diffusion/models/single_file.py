@@ -1,0 +1,68 @@
+"""A base model from one `.safetensors` file, as model sites offer them, read by diffusers' own converters.
+
+Such a file holds weights only. What it lacks (tokenizers, noise schedule, how the model predicts) comes from the
+configuration of a model of the same make: a diffusers folder, or the few small files of one on the hub.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.models.families import BaseModel
+
+DENOISER = "model.diffusion_model."  # before its weights, in files of whole models
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def is_single_file(name: str) -> bool:
+    """Whether this names a checkpoint file. UserError if there is none, or for kinds that can run code when opened."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix in PICKLED:
+        raise UserError(f"{name}: pickled checkpoints can run code, so only .safetensors files are read")
+    if path.suffix == ".safetensors" and not path.is_file():
+        raise UserError(f"there is no model file {name}")
+    return path.suffix == ".safetensors"
+
+
+def usual_config(name: str) -> str:
+    """The name on the hub of the model whose configuration diffusers takes for such a file, by the weights in it."""
+    try:
+        tensors = load_file(Path(name).expanduser())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{name}: not a readable safetensors file ({first_line(error)})") from error
+    if not any(key.startswith(DENOISER) for key in tensors):
+        raise UserError(f"{name}: holds no whole model; name a checkpoint, and no adapter, LoRA or part of a model")
+    return fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+
+
+def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The family's parts: weights from the file, all else from the diffusers folder `config`. VAE in float32.
+
+    Raises UserError if the file does not hold all of the model's weights, in the shapes that the configuration says.
+    """
+    path = str(Path(name).expanduser())
+    options: dict[str, Any] = {"config": str(config), "local_files_only": True}
+    try:
+        # By itself, because a VAE that has been in half precision would have lost digits.
+        kind: Any = family.parts()["vae"]
+        vae = kind.from_single_file(path, subfolder="vae", torch_dtype=torch.float32, **options)
+        pipeline = getattr(diffusers, family.pipeline).from_single_file(path, torch_dtype=dtype, vae=vae, **options)
+    except Exception as error:  # the libraries raise whatever their parsers raise
+        raise UserError(f"cannot load {name} as {family.title} ({first_line(error)})") from error
+    parts = {part: getattr(pipeline, part) for part in family.parts()}
+    for part, model in parts.items():
+        if isinstance(model, nn.Module):
+            missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+            if missing:
+                raise UserError(f"{name} has no weights for {part}.{missing[0]}: it must be a whole model")
+            model.eval()  # diffusers leaves T5 with dropout
+    return parts

@@ -1,0 +1,1 @@
+"""Reading what people bring: pictures with captions and masks, and how they are cropped."""

@@ -1,0 +1,91 @@
+"""Reading picture files, upright and in sRGB; a damaged one is a UserError."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
+from gsoft_diffusion.photos.colours import to_srgb
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff"}
+EXIF_ORIENTATION = 0x0112
+SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP")  # whose further pictures are others, not previews as in photos of telephones
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it is seen.
+
+    image: RGB, or RGBA if it has transparency. turned: whether EXIF data asked to turn it. colours: what was done to
+    its colours, in words; "" if nothing. drawn: whether this program drew it.
+    """
+
+    image: Image.Image
+    turned: bool
+    colours: str
+    drawn: bool
+
+    @property
+    def opacity(self) -> Image.Image | None:
+        """In shades from black (transparent) to white (opaque); None if it is opaque everywhere."""
+        return self.image.getchannel("A") if self.image.mode == "RGBA" else None
+
+
+def read_picture(path: Path) -> Picture:
+    """The picture in a file, upright and in sRGB. Raises UserError naming the file as `opened` does."""
+    with opened(path) as image:
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path}: has 32 bits a channel, so its white is not known; save it with 8")
+        drawn = METADATA_KEY in image.info
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        upright, colours = to_srgb(ImageOps.exif_transpose(image))
+    if upright.mode == "RGBA" and upright.getchannel("A").getextrema() == (255, 255):
+        upright = upright.convert("RGB")
+    return Picture(upright, turned, colours, drawn)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in a file, upright and in RGB, transparent parts white. Raises UserError as `opened` does."""
+    image = read_picture(path).image
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file as Pillow opens it, for what is done to it in the block.
+
+    Raises UserError naming the file if it is damaged, a sequence of pictures, or so large that it may be an attack
+    (Pillow's limit).
+    """
+    if path.suffix.lower() in (".heic", ".heif"):
+        _enable_heic(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, and enough
+            with Image.open(path) as image:
+                if (count := getattr(image, "n_frames", 1)) > 1 and image.format in SEQUENCES:
+                    raise UserError(
+                        f"{path}: a sequence of {count} pictures; save the one you want as a single picture"
+                    )
+                yield image
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large a picture, make it smaller ({error})") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise for damaged files
+        raise UserError(f"{path}: damaged or not a picture; repair or remove it ({error})") from error
+
+
+def _enable_heic(path: Path) -> None:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UserError(f"{path}: reading HEIC needs a library: pip install pillow-heif") from error
+    pillow_heif.register_heif_opener()

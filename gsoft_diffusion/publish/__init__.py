@@ -1,0 +1,1 @@
+"""What others get: merged models, LoRAs, model cards, repositories on the hub."""

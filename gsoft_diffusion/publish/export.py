@@ -1,0 +1,208 @@
+"""Adapters for other tools: a whole model with the adapter merged in, or a LoRA that approximates it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from gsoft_diffusion.adapters.file import AdapterFile, read_adapters
+from gsoft_diffusion.adapters.loading import load_base
+from gsoft_diffusion.adapters.stack import AdapterStack
+from gsoft_diffusion.config import ExportConfig
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_sheet, run_folder
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import INDEX
+from gsoft_diffusion.models.original_layout import text_encoder_tensors
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
+from gsoft_diffusion.publish.model_card import model_card, public_base
+
+DEFAULT_RANK = 64
+PREVIEW = "preview.png"  # in a merged folder
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the export that the settings describe, completely or not at all, and print a summary. Returns its path.
+
+    Weights are rotated and decomposed in float32 and rounded to `config.precision` at the end. Raises UserError if the
+    adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
+    """
+    files = read_adapters(config.adapter)
+    strengths = list(config.strengths.values())
+    if all(file.changes_nothing or not strength for file, strength in zip(files, strengths, strict=True)):
+        raise UserError(f"--adapter {', '.join(config.adapter)}: does not change the base model; nothing is exported")
+    rank = config.rank or DEFAULT_RANK
+    target = Path(config.output or _default_target(files[0].path, config.format, rank))
+    sheet = _sheet(files[0]) if strengths == [1.0] else None
+    whole = config.format == "diffusers"
+    ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_lora else [])]
+    paths = {end: target.with_suffix(end) for end in ends}
+    with new_places("--output", target, *paths.values()) as (place, *others):
+        places = dict(zip(paths, others, strict=True))
+        model = load_base(files[0], config.pretrained_model_name_or_path)
+        stack = AdapterStack(model.denoiser, model.text_encoders)
+        for adapter in config.adapter:
+            stack.load(adapter, adapter)
+        if config.is_lora:
+            said = _export_lora(config, rank, model, stack, files, place, places[".csv"])
+        else:
+            said = _export_merged(config, model, stack, files, place)
+        card, picture = (place / CARD, place / PREVIEW) if whole else (places[".md"], places.get(".png"))
+        shown = (PREVIEW if whole else paths[".png"].name) if sheet else None
+        card.write_text(model_card(config.format, target.name, files, strengths, model=model, picture=shown), "utf-8")
+        if sheet and picture:
+            shutil.copyfile(sheet, picture)
+    print(f"{target}: {said}")
+    if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
+        print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them")
+    return target
+
+
+def _default_target(adapter: Path, layout: str, rank: int) -> Path:
+    """The default output: in the run's folder, named after the format and, if there is one, the checkpoint."""
+    checkpoint = checkpoint_name(adapter)
+    stem = f"{layout}_rank{rank}" if layout.endswith("_lora") else "merged"
+    end = "" if layout == "diffusers" else ".safetensors"
+    return run_folder(adapter) / f"{stem}{f'_{checkpoint}' if checkpoint else ''}{end}"
+
+
+def _sheet(file: AdapterFile) -> Path | None:
+    """The last contact sheet of the adapter's run that is not of a later step."""
+    step = file.training.get("step")
+    return latest_sheet(run_folder(file.path), step if isinstance(step, int) else None)
+
+
+def _export_merged(
+    config: ExportConfig, model: BaseModel, stack: AdapterStack, files: Sequence[AdapterFile], place: Path
+) -> str:
+    """Write the whole model to `place`; returns what it is, in words."""
+    stack.use(config.strengths)
+    dtype: torch.dtype = getattr(torch, config.precision)
+    if config.format == "diffusers":
+        write_folder(place, model, dtype)
+    else:
+        write_tensors(place, rounded(model.original_layout(), dtype), provenance(files, config.strengths))
+    what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
+    return f"{model.name} with {what} merged in, {config.precision}"
+
+
+def _export_lora(
+    config: ExportConfig,
+    rank: int,
+    model: BaseModel,
+    stack: AdapterStack,
+    files: Sequence[AdapterFile],
+    place: Path,
+    report: Path,
+) -> str:
+    """Write the LoRA to `place` and the table of its layers to `report`; returns in words what it loses."""
+    dtype: torch.dtype = getattr(torch, config.precision)
+    metadata = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
+    layers = lora_layers(stack, config.strengths, rank, dtype)
+    tensors = kohya_tensors(layers, model.kohya_place) if metadata else diffusers_tensors(layers)
+    write_tensors(place, rounded(tensors, dtype), provenance(files, config.strengths) | metadata)
+    write_report(report, layers)
+    worst = max(layers, key=lambda layer: layer.error)
+    return (
+        f"LoRA of rank {rank}, {config.precision}; it loses {total_error(layers):.1%} of the adapter's change of the "
+        f"weights, at most {worst.error:.1%} in a layer ({worst.name}); all in the .csv beside it"
+    )
+
+
+# A whole model
+
+
+def write_folder(folder: Path, model: BaseModel, dtype: torch.dtype) -> None:
+    """Write a complete diffusers folder with all weights in `dtype` (the models are cast in place)."""
+    index: dict[str, object] = {
+        "_class_name": model.pipeline,
+        "_diffusers_version": diffusers.__version__,
+    }
+    index |= model.index_values | model.index
+    parts = {name: getattr(model, name) for name in model.parts()}
+    for network in parts.values():
+        if not isinstance(network, nn.Module):
+            continue
+        rounded(network.state_dict(), dtype)  # refuses what does not fit
+        nn.Module.to(network, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
+    for name, part in parts.items():
+        if isinstance(part, CLIPTextModel | CLIPTextModelWithProjection):
+            save_text_encoder(part, folder / name)
+        else:
+            part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+        if isinstance(part, CLIPTokenizer):
+            # vocab.json and merges.txt: transformers 5 leaves them out, other readers ask for them
+            part.backend_tokenizer.model.save(str(folder / name))
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path) -> None:
+    """Write it with its weights under the names of `text_encoder_tensors`.
+
+    transformers itself does so only where the model was read from files that had them.
+    """
+    tensors = text_encoder_tensors(text_encoder)
+    text_encoder.save_pretrained(folder, state_dict=tensors, save_original_format=False)
+
+
+# A LoRA
+
+
+def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, dtype: torch.dtype) -> list[LoraLayer]:
+    """The nearest LoRA, layer by layer, to the combined change by the adapters."""
+    total = len(stack.layers(strengths))
+    layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
+    return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]
+
+
+def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
+    """A table of the layers: name, `change` and `error` as in `LoraLayer`."""
+    with target.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["layer", "change", "error"])
+        table.writerows([layer.name, f"{layer.change:.3e}", f"{layer.error:.3e}"] for layer in layers)
+
+
+def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
+    """What web UIs read to tell what a LoRA is for, and how large it is."""
+    sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    return {"ss_network_module": "networks.lora"} | sizes | model.kohya_metadata()
+
+
+# Files
+
+
+def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> dict[str, str]:
+    """Metadata of an exported file: its base model, and the prompts that call the subjects."""
+    prompts = files[0].prompts if len(files) == 1 else {"subjects": [one for file in files for one in file.subjects]}
+    base_model = asdict(files[0].base_model) | {"name": public_base(files[0].base_model.name)[1]}
+    origin = {"base_model": base_model, "prompts": prompts, "strengths": list(strengths.values())}
+    return {"format": "pt", "gsoft_diffusion": json.dumps(origin)}
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating-point tensors in `dtype`, the others as they are. UserError if a number is too large for it."""
+    result = {}
+    for name, tensor in tensors.items():
+        result[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not result[name].isfinite().all():
+            raise UserError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: give --precision float32")
+    return result
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata)

@@ -1,0 +1,121 @@
+"""An adapter's change of the weights as a LoRA: the nearest of its rank, under the names that tools expect."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The factors `up (out, rank)` and `down (rank, in)` of one layer, and how near they come to the adapter.
+
+    name: the layer's name in the adapter.
+    weight_norm, change_norm, lost_norm: `‖W‖`, `‖W' − W‖` and `‖W' − W − up·down‖`, Frobenius, rounding included.
+    """
+
+    name: str
+    up: Tensor
+    down: Tensor
+    weight_norm: float
+    change_norm: float
+    lost_norm: float
+
+    @property
+    def change(self) -> float:
+        """How much the adapter changes the layer, relative to the layer."""
+        return _ratio(self.change_norm, self.weight_norm)
+
+    @property
+    def error(self) -> float:
+        """How much of that change the LoRA loses, relative to the change."""
+        return _ratio(self.lost_norm, self.change_norm)
+
+    def truncated(self, rank: int) -> LoraLayer:
+        """The same at a smaller rank, without another decomposition.
+
+        Its terms are orthogonal to each other and to what is lost already, so their squared norms add up.
+        """
+        dropped = self.up[:, rank:].float().norm(dim=0) * self.down[rank:].float().norm(dim=1)
+        lost_norm = math.hypot(self.lost_norm, dropped.norm().item())
+        return replace(self, up=self.up[:, :rank], down=self.down[:rank], lost_norm=lost_norm)
+
+
+def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: torch.dtype) -> LoraLayer:
+    """The layer that takes `weight` W to about `rotated` W', both float32 `(out, in)`; its factors in `dtype`."""
+    change = rotated - weight
+    up, down = (factor.to(dtype) for factor in low_rank(change, rank))
+    lost = change - up.float() @ down.float()
+    return LoraLayer(name, up, down, *(matrix.norm().item() for matrix in (weight, change, lost)))
+
+
+def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`up (out, rank)` and `down (rank, in)` whose product is as near to `change (out, in)` as the rank allows.
+
+    By the truncated singular value decomposition `U_r S_r V_rᵀ` (Eckart and Young, 1936): what is lost,
+    `‖change − up·down‖_F`, is the root of the sum of squares of the singular values left out. The values are shared
+    evenly, `U_r √S_r` and `√S_r V_rᵀ`, so that both factors stay well within half precision. A rank above that of the
+    matrix is filled up with zeros: diffusers reads kohya's alphas only if all layers have the same.
+    """
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    root = s[:rank].sqrt()
+    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    missing = rank - len(root)
+    return F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))
+
+
+def total_error(layers: Sequence[LoraLayer]) -> float:
+    """The error of all layers taken as one vector of weights."""
+    return _ratio(
+        math.hypot(*(layer.lost_norm for layer in layers)), math.hypot(*(layer.change_norm for layer in layers))
+    )
+
+
+def diffusers_tensors(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
+    """The factors as diffusers' `save_lora_weights` names them; there, A is down and B is up."""
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        path = module_path(layer.name)
+        tensors |= {f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}
+    return tensors
+
+
+def kohya_tensors(layers: Sequence[LoraLayer], place_of: Callable[[str], tuple[str, int]]) -> dict[str, Tensor]:
+    """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here.
+
+    place_of: what it calls a module of the diffusers pipeline, and how many rows are below it in a matrix that modules
+    share. Modules of one name share such a matrix, from the top in the order of `layers`: their downs are stacked, and
+    their ups are the blocks of a block-diagonal up, which therefore has the sum of their ranks.
+    """
+    shared: dict[tuple[str, int], list[LoraLayer]] = defaultdict(list)
+    for layer in layers:
+        shared[place_of(module_path(layer.name))].append(layer)
+    tensors: dict[str, Tensor] = {}
+    for (name, rows_below), parts in shared.items():
+        down = torch.cat([part.down for part in parts])
+        up = F.pad(torch.block_diag(*(part.up for part in parts)), (0, 0, 0, rows_below))
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return tensors
+
+
+def module_path(name: str) -> str:
+    """Where a layer of the adapter (see `Adapter`) is in a diffusers pipeline.
+
+    In text encoders by the names of transformers before 5.6, which every tool's loader understands.
+    """
+    if name.startswith("text_encoder"):
+        return re.sub(r"^(\w+)\.layers\.(\d+)", r"\1.text_model.encoder.layers.\2.self_attn", name)
+    return re.sub(r"\.to_out$", ".to_out.0", name)
+
+
+def _ratio(part: float, whole: float) -> float:
+    """`part / whole`, and nothing of nothing is 0."""
+    return part / whole if whole else 0.0

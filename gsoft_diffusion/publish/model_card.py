@@ -1,0 +1,205 @@
+"""The model card: a README.md beside a result that says what it is, how it was made and how to load it.
+
+Written for others to read: it names no folder of the user's machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCardData
+
+from gsoft_diffusion.adapters.file import AdapterFile
+from gsoft_diffusion.config import AdapterConfig, SamplerConfig
+from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
+from gsoft_diffusion.models.families import BaseModel
+
+Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+MARK = "<!-- Written by gsoft-diffusion. Remove this line to keep what you write here when the run is resumed. -->"
+
+WHAT = {
+    "adapter": "An adapter of rotations (GSOFT) for {base}.",
+    "diffusers": "{base} with an adapter of rotations (GSOFT) merged in: a whole model for diffusers.",
+    "checkpoint": "{base} with an adapter of rotations (GSOFT) merged in: a whole model in one file.",
+    "diffusers_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
+    "kohya_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
+}
+LOADING = {
+    "adapter": """With gsoft-diffusion:
+
+```bash
+python inference.py --adapter {file} --prompt "{prompt}"
+```
+
+```python
+from diffusers import DiffusionPipeline
+from gsoft_diffusion import load_adapter
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+adapter, file = load_adapter("{file}", {denoiser}, [{text_encoders}])
+adapter.merge()  # from here on the pipeline is an ordinary one
+```
+
+Its `export.py` makes whole models and LoRAs for other tools.""",
+    "diffusers": """```python
+from diffusers import DiffusionPipeline
+
+image = DiffusionPipeline.from_pretrained("{file}")("{prompt}").images[0]
+```""",
+    "checkpoint": """In ComfyUI, A1111 or Forge among the checkpoints, or with diffusers:
+
+```python
+from diffusers import {pipeline}
+
+image = {pipeline}.from_single_file("{file}", config="{base}")("{prompt}").images[0]
+```""",
+    "diffusers_lora": """```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights(".", weight_name="{file}")
+image = pipeline("{prompt}").images[0]
+```""",
+}
+LOADING["kohya_lora"] = "In ComfyUI, A1111 or Forge among the LoRAs, or with diffusers:\n\n" + LOADING["diffusers_lora"]
+
+
+def model_card(
+    kind: Kind,
+    result: str,
+    files: Sequence[AdapterFile],
+    strengths: Sequence[float] = (1.0,),
+    *,
+    model: BaseModel,
+    picture: str | None = None,
+) -> str:
+    """The card, in Markdown with Hugging Face's YAML front matter. It states no licence: that is the user's to choose.
+
+    result: name of the file or folder, as the card's neighbour. files: the adapters in it. model: their base model.
+    picture: a contact sheet's path from the card.
+    """
+    subjects = [subject for file in files for subject in file.subjects]
+    prompts = [_one_line(subject["instance_prompt"]) for subject in subjects if "instance_prompt" in subject]
+    hub_base, base = public_base(files[0].base_model.name)
+    front = ModelCardData(
+        base_model=hub_base,
+        base_model_relation=hub_base and ("finetune" if kind in ("diffusers", "checkpoint") else "adapter"),
+        library_name="gsoft-diffusion" if kind == "adapter" else "diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "dreambooth", "gsoft", "orthogonal-fine-tuning"] + ["lora"] * kind.endswith("_lora"),
+        instance_prompt=prompts[0] if prompts else None,
+    )
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {', '.join(_in_text(_title(subject)) for subject in subjects)}",
+        WHAT[kind].format(base=_in_text(base)),
+    ]
+    if prompts:
+        parts.append(f"Trained on the prompts: {', '.join(f'`{_in_code(prompt)}`' for prompt in prompts)}")
+    if picture:
+        parts.append(
+            f"![A contact sheet]({picture})\n\n*Prompts, and what the adapter drew for them as it was trained.*"
+        )
+    places = {id(getattr(model, part)): f"pipeline.{part}" for part in model.parts()}
+    code = {
+        "base": _in_code(base),
+        "file": result,
+        "pipeline": model.pipeline,
+        "prompt": _in_code(*prompts[:1] or [""]),
+        "denoiser": places[id(model.denoiser)],
+        "text_encoders": ", ".join(places[id(encoder)] for encoder in model.text_encoders),
+    }
+    parts += ["## How to load", LOADING[kind].format(**code), "## How it was made"]
+    for file, strength in zip(files, strengths, strict=True):
+        parts.append(_table(_settings(file) | ({"strength": f"{strength:g}"} if strength != 1 else {})))
+    parts += [
+        "The weights were rotated, not added to: *Group and Shuffle: Efficient Structured Orthogonal Parametrization* "
+        "([arXiv 2406.10019](https://arxiv.org/abs/2406.10019)).",
+        "## Licence",
+        "Not chosen yet: add `license:` above. The terms of the base model apply to what is made from it.",
+        MARK,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def public_base(name: str) -> tuple[str | None, str]:
+    """A base model's name on the hub, None if it has none; and what to call it before others."""
+    if name == BUNDLED_BASE:
+        return None, "the miniature base model bundled with gsoft-diffusion"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not Path(name).exists():
+        return name, name
+    return None, Path(name).name or "a model without a name"
+
+
+def may_write(path: Path) -> bool:
+    """Whether there is no card at this path, or one that the user has not claimed."""
+    try:
+        return MARK in path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _title(subject: Mapping[str, str]) -> str:
+    names = [subject[name] for name in ("unique_token", "class_word") if name in subject]
+    return " ".join(names) if len(names) == 2 else subject.get("instance_prompt", "a subject")
+
+
+def _settings(file: AdapterFile) -> dict[str, Any]:
+    training = file.training
+    settings: dict[str, Any] = {"base model": public_base(file.base_model.name)[1], "method": _method(file.config)}
+    settings["trained"] = "attention of the denoiser" + (" and the text encoders" if file.config.text_encoder else "")
+    names = {
+        "step": "steps",
+        "train_batch_size": "batch size",
+        "gradient_accumulation_steps": "batches in a step",
+        "optimizer": "optimizer",
+        "learning_rate": "learning rate",
+        "text_encoder_lr": "learning rate of the text encoder",
+        "lr_scheduler": "learning rate schedule",
+        "resolution": "resolution",
+        "with_prior_preservation": "prior preservation",
+        "snr_gamma": "min-SNR gamma",
+        "unmasked_weight": "weight outside of masks",
+        "aspect_buckets": "aspect buckets",
+        "mixed_precision": "mixed precision",
+        "seed": "seed",
+    }
+    for name, label in names.items():
+        value = training.get(name)
+        if value is not None and value is not False:
+            settings[label] = "yes" if value is True else value
+    sampler = training.get("sampler")
+    if isinstance(sampler, Mapping):
+        known = {field: sampler[field] for field in SamplerConfig().to_dict() if sampler.get(field)}
+        settings["sampler of the pictures"] = ", ".join(f"{field} {value}" for field, value in known.items())
+    return settings
+
+
+def _method(config: AdapterConfig) -> str:
+    size = f"{config.nblocks} blocks" if config.nblocks else f"blocks of side {config.block_size}"
+    parts = ["Double GSOFT" if config.double else "GSOFT", size, f"{config.nfactors} factors", config.parametrization]
+    return ", ".join(parts + ["a scale for each output"] * config.output_scale)
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {label} | {_in_text(str(value))} |" for label, value in rows.items()]
+    return "\n".join(["| setting | |", "|---|---|", *lines])
+
+
+def _in_text(text: str) -> str:
+    """Text of others as Markdown shows it literally, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _one_line(text))
+
+
+def _in_code(text: str) -> str:
+    """Text of others inside quotes in code, on one line."""
+    return _one_line(text).replace("`", "'").replace('"', "'").replace("\\", "/")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

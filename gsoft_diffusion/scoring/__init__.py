@@ -1,0 +1,1 @@
+"""Scores of pictures: the encoders that compare them with photos and prompts, and the metrics."""

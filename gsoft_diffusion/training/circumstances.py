@@ -1,0 +1,30 @@
+"""Facts besides the settings that decide the training; a checkpoint records them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from gsoft.fingerprint import BaseModelIdentity
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.training.dataset import DreamBoothDataset
+
+
+def circumstances(
+    config: TrainingConfig, dataset: DreamBoothDataset, identity: BaseModelIdentity, num_processes: int
+) -> dict[str, Any]:
+    """The number of processes, the base model's fingerprint and a sum of every photo, as they are now."""
+    sums: dict[str, Any] = {}
+    for photo in chain(*dataset.streams):
+        folder = Path(os.path.abspath(photo.path)).parent.name  # noqa: PTH100 - keeps links
+        photo_sum = sums.setdefault(f"{folder}/{photo.path.name}", hashlib.sha256())
+        photo_sum.update(photo.path.read_bytes())
+        if photo.mask and config.unmasked_weight != 1:
+            photo_sum.update(photo.mask.read_bytes())
+        photo_sum.update(photo.prompt.encode())
+    photo_sums = {name: photo_sum.hexdigest() for name, photo_sum in sums.items()}
+    base = {"weights of the base model": identity.fingerprint}
+    return {"number of processes": num_processes, **base, **photo_sums}

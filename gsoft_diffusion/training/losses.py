@@ -1,0 +1,74 @@
+"""The model's targets and its loss: pure functions, all per sample except the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """`SNR_t = α_t² / σ_t²` of each sample, (B,), float32."""
+    alpha_squared = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return alpha_squared / (1 - alpha_squared)
+
+
+def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Loss weight of each sample, (B,): `min(SNR, γ)` on the error in `x`, in terms of what is predicted.
+
+    An error in `ε` is one in `x` times SNR, an error in `v` times SNR + 1, hence the divisions. Finite at SNR = 0.
+    Source: Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, §3.4.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR
+    clamped = snr.clamp(max=gamma)
+    return clamped / (snr + 1) if prediction_type == "v_prediction" else clamped
+
+
+def add_offset(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
+    """`noise` (B, C, H, W) plus `strength` times normal numbers `offset` (B, C, 1, 1) that are the same everywhere."""
+    return noise + strength * offset
+
+
+def denoising_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, (B,), in float32.
+
+    weights: (B, 1, H, W), for each place of the picture; the mean is over all places, those that weigh 0 included, so
+    that a subject that is half as large counts half as much, as it does without weights.
+    """
+    errors = (model_pred.float() - target.float()).square()
+    if weights is not None:
+        errors = weights * errors
+    return errors.flatten(1).mean(dim=1)
+
+
+def dreambooth_loss(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Tensor:
+    """`mean over the subject's samples + prior_loss_weight · mean over the class's samples`, a scalar.
+
+    `losses` (B,) are already weighted sample by sample, so each half has been weighted by its own timesteps;
+    `is_prior` (B,) says which half a sample is in. Source: Ruiz et al., *DreamBooth*, §3.3.
+    """
+    instance = losses[~is_prior].mean()
+    return instance + prior_loss_weight * losses[is_prior].mean() if is_prior.any() else instance
+
+
+def training_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    is_prior: Tensor,
+    scheduler: Any,
+    *,
+    snr_gamma: float | None,
+    prior_loss_weight: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The whole loss of a batch: squared errors, min-SNR weights by each sample's own timestep, the two halves.
+
+    weights: of the places of each picture, as in `denoising_loss`.
+    """
+    losses = denoising_loss(model_pred, target, weights)
+    if snr_gamma is not None:
+        snr = signal_to_noise(scheduler, timesteps)
+        losses = losses * min_snr_weights(snr, snr_gamma, scheduler.config.prediction_type)
+    return dreambooth_loss(losses, is_prior, prior_loss_weight)

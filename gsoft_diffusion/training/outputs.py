@@ -1,0 +1,91 @@
+"""What a run writes besides its pictures: the adapter, its card, checkpoints, and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from gsoft.fingerprint import BaseModelIdentity
+from gsoft.whole_file import whole_file
+from gsoft_diffusion.adapters.file import read_adapter, save_adapter
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.settings import Mark, marked
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.model_names import public_name
+from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, latest_sheet
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.publish.model_card import may_write, model_card
+from gsoft_diffusion.training import checkpoints
+from gsoft_diffusion.training.state import TrainingState
+
+
+class RunOutputs:
+    """Writes a run's results. Make it at the start: at the end of a long run the folders that names are found by may
+    be out of reach.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, model: BaseModel, identity: BaseModelIdentity
+    ) -> None:
+        """identity: of the base model, as `identity_of` gave it before the adapter was put in."""
+        self.config, self.accelerator, self.model = config, accelerator, model
+        self.folder = Path(config.output_dir or ".")
+        self.adapter = self.folder / ADAPTER
+        self.recorded = checkpoints.recorded(config)
+        self.public_base = replace(identity, name=public_name(identity.name))
+        self.public_config = config.base_config and public_name(config.base_config)
+
+    def write_settings(self) -> None:
+        """Write the resolved settings, so that `--config` takes them again."""
+        written = replace(self.config, resume_from_checkpoint=None, accept_changes=False)
+        checkpoints.write_settings(written, self.accelerator.num_processes)
+
+    def save_result(self, state: TrainingState) -> None:
+        """Write the adapter, unless the run was stopped before it got as far as the one that is there."""
+        before = checkpoints.step_of_result(self.folder)
+        if before > state.step:
+            self.accelerator.print(f"note: {self.adapter} stays as it is, trained {before} steps")
+        else:
+            self.save_adapter(self.adapter, state)
+
+    def save_adapter(self, path: Path, state: TrainingState) -> None:
+        """Write the adapter as of now, with settings and prompts inside; nothing private."""
+        config, private = self.config, marked(TrainingConfig, Mark.PRIVATE)
+        training = {name: value for name, value in config.to_dict().items() if name not in (*private, "adapter")}
+        training |= {"pretrained_model_name_or_path": self.public_base.name, "base_config": self.public_config}
+        names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
+        subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
+        prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
+        with state.evaluated():
+            training["step"] = state.step
+            save_adapter(path, state.adapter, base_model=self.public_base, training=training, prompts=prompts)
+
+    def write_checkpoint(self, state: TrainingState, circumstances: Mapping[str, Any]) -> None:
+        """Write the state and the adapter, in the main process; the others wait."""
+        if self.accelerator.is_main_process:
+            checkpoints.write_checkpoint(
+                self.folder,
+                state.step,
+                state.to_dict() | {"settings": self.recorded.to_dict(), "circumstances": dict(circumstances)},
+                lambda path: self.save_adapter(path, state),
+                self.config.checkpoints_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def write_card(self) -> None:
+        """Write the model card, unless there is one that the user has written."""
+        path, sheet = self.folder / CARD, latest_sheet(self.folder)
+        picture = sheet.relative_to(self.folder).as_posix() if sheet else None
+        if not may_write(path):
+            self.accelerator.print(f"note: {path} stays as you wrote it")
+            return
+        try:
+            with whole_file(path) as file:
+                files = [read_adapter(self.adapter)]
+                file.write(model_card("adapter", self.adapter.name, files, model=self.model, picture=picture).encode())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; the adapter is in {self.adapter}") from error

@@ -1,0 +1,37 @@
+"""The module that a training step runs: base model and adapter together, from noisy latents to a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gsoft_diffusion.models.families.base import BaseModel
+from gsoft_diffusion.training.trainable import TrainableAdapter
+
+
+class Predictor(nn.Module):
+    """All that runs in a training step: the denoiser, the text encoders if they train, and the adapter in all of them.
+
+    Prompts are known beforehand: what the adapter does not change is computed of them once, the rest in each batch.
+    """
+
+    def __init__(self, model: BaseModel, adapter: TrainableAdapter, prompts: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model  # no module: it says how those below work together
+        self.network = model.denoiser
+        self.text_encoders = nn.ModuleList(model.text_encoders if adapter.config.text_encoder else [])
+        self.adapter = adapter
+        with torch.no_grad(), model.on_device(*model.all_text_encoders()):
+            prompt_inputs = model.prepare(prompts) if self.text_encoders else model.encode_prompts(prompts)
+        self.prompt_inputs = prompt_inputs  # each (prompts, …), on the device
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, views: Tensor) -> Tensor:
+        """The prediction (B, C, h, w) in float32, for the prompt and the view of each sample."""
+        different, numbers = prompt_indices.unique(return_inverse=True)
+        prompts = {name: tensor[different] for name, tensor in self.prompt_inputs.items()}
+        if self.text_encoders:
+            prompts = self.model.encode(prompts)
+        conditioning = {name: tensor[numbers] for name, tensor in prompts.items()}
+        return self.model.predict(noisy_latents, timesteps, conditioning, views)

@@ -1,0 +1,115 @@
+"""Whether a training step fits into memory, before the run starts, and which switches would make it fit."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.foundation.memory import free_memory
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.loading import DTYPES
+from gsoft_diffusion.training.step_memory import step_bytes
+from gsoft_diffusion.training.trainable import TrainableAdapter
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}  # for each parameter that trains
+
+
+def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> None:
+    """Raise UserError if a training step takes more memory than there is, with the fewest switches that would help.
+
+    Counted are the base model's weights, what a step holds at a time (see `step_bytes`) and the optimizer's state: a
+    lower bound, so that what is refused would not have run. What can be had is what is free and what the weights
+    that are on the device already take. A quantised base is not counted: bitsandbytes' parameters have no stand-ins.
+    """
+    if config.quantize_base:
+        return
+    available = free_memory(device) + sum(
+        parameter.nbytes
+        for part in _networks(model)
+        for parameter in part.parameters()
+        if parameter.device.type == device.type
+    )
+
+    @cache
+    def needed(changes: tuple[tuple[str, Any], ...] = ()) -> int:
+        return needed_bytes(replace(config, **dict(changes)), model, adapter, device)
+
+    plans = switches(config, device)
+    try:
+        needs = needed()
+        if needs <= available:
+            return
+        fits = next((plan for plan in plans if needed(plans[-1]) <= available and needed(plan) <= available), None)
+    except Exception as error:  # whatever a model does that takes numbers: no reason not to train it
+        logger.warning("how much memory a training step takes could not be estimated: %s", first_line(error))
+        return
+    if fits:
+        advice = f"{_flags(fits)} would make it {_gigabytes(needed(fits))}"
+    elif plans:
+        advice = f"no switch is enough: with {_flags(plans[-1])} it still takes {_gigabytes(needed(plans[-1]))}"
+    else:
+        advice = "no other switch saves memory; use a smaller --resolution"
+    raise UserError(
+        f"not enough memory for training: model and training step take at least {_gigabytes(needs)}, and there are "
+        f"{_gigabytes(available)} on {device}; {advice}"
+    )
+
+
+def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
+    """What weights, optimizer state and a training step with these settings take of the device, at least."""
+    dtype = DTYPES[config.mixed_precision]
+    on_device = _networks(model)
+    if config.cpu_offload and device.type != "cpu":
+        on_device = [model.denoiser, *(model.text_encoders if adapter.config.text_encoder else [])]
+    weights = sum(
+        parameter.numel() * (parameter.dtype if part is model.vae else dtype).itemsize
+        for part in on_device
+        for parameter in part.parameters()
+    )
+    trained = sum(parameter.numel() for parameter in adapter.parameters())
+    step = step_bytes(
+        model,
+        adapter,
+        config.train_batch_size * (2 if config.with_prior_preservation else 1),
+        model.latent_shape(config.resolution or model.resolution),
+        trains_text=adapter.config.text_encoder,
+        gradient_checkpointing=config.gradient_checkpointing,
+        dtype=dtype,
+    )
+    return weights + step + trained * OPTIMIZER_BYTES[config.optimizer]
+
+
+def switches(config: TrainingConfig, device: torch.device) -> list[tuple[tuple[str, Any], ...]]:
+    """Changes of the settings that save memory and keep what is learned, fewest first; the last saves most."""
+    size, batches = config.train_batch_size, config.gradient_accumulation_steps
+    smaller = [count for count in range(size - 1, 0, -1) if size % count == 0]
+    choices: list[list[tuple[tuple[str, Any], ...]]] = [
+        [(("train_batch_size", count), ("gradient_accumulation_steps", batches * size // count)) for count in smaller],
+        [(("mixed_precision", "bf16"),)] if config.mixed_precision == "no" else [],
+        [(("cpu_offload", True),)] if not config.cpu_offload and device.type != "cpu" else [],
+        [(("gradient_checkpointing", True),)] if not config.gradient_checkpointing else [],
+    ]
+    plans = sorted(product(*([(), *choice] for choice in choices)), key=lambda plan: sum(map(bool, plan)))
+    return [sum(plan, ()) for plan in plans if any(plan)]
+
+
+def _networks(model: BaseModel) -> list[nn.Module]:
+    return [part for name in model.parts() if isinstance(part := getattr(model, name), nn.Module)]
+
+
+def _flags(changes: tuple[tuple[str, Any], ...]) -> str:
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,86 @@
+"""Preparation before the first step: settings that only the model decides, attention, and the data set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.defaults import FULL_SIZE, MINIATURE, MINIATURE_BELOW
+from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.photos.crops import bucket_sizes
+from gsoft_diffusion.photos.folder import Photo
+from gsoft_diffusion.sampling.schedulers import with_model_sampler
+from gsoft_diffusion.training.dataset import DreamBoothDataset, ViewSettings
+
+logger = logging.getLogger(__name__)
+
+
+def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
+    """The settings with what only the model decides filled in: resolution, sampler, steps and learning rates."""
+    resolution = config.resolution or model.resolution
+    model.check_sides(resolution=resolution)
+    usual = MINIATURE if model.resolution < MINIATURE_BELOW else FULL_SIZE
+    left_open: dict[str, Any] = {name: value for name, value in usual.items() if getattr(config, name) is None}
+    if config.adapter.text_encoder and not model.text_encoders:
+        logger.warning("the text encoder of %s cannot be trained: it stays as it is", model.title)
+        config = replace(config, adapter=replace(config.adapter, text_encoder=False))
+    if not config.adapter.text_encoder:
+        left_open.pop("text_encoder_lr", None)
+    elif config.optimizer == "prodigy":
+        left_open["text_encoder_lr"] = config.learning_rate
+    return replace(config, resolution=resolution, sampler=with_model_sampler(model, config.sampler), **left_open)
+
+
+def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
+    """Choose the backend of attention, and whether activations are recomputed. UserError for a backend not there."""
+    if config.attention_backend:
+        try:
+            model.denoiser.set_attention_backend(config.attention_backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"--attention_backend {config.attention_backend}: {first_line(error)}") from error
+    if config.gradient_checkpointing:
+        model.checkpoint_gradients()
+
+
+def check_snr_gamma(config: TrainingConfig, model: BaseModel) -> None:
+    """Raise UserError if min-SNR weights are asked for of a model that learns by flow matching."""
+    if config.snr_gamma is not None and model.noise_scheduler().config.prediction_type == "flow_prediction":
+        raise UserError(
+            f"--snr_gamma: {model.name} learns by flow matching, which weights timesteps by drawing them; leave it out"
+        )
+
+
+def make_dataset(
+    config: TrainingConfig,
+    model: BaseModel,
+    instance: Sequence[Photo],
+    prior: Sequence[Photo],
+    say: Callable[[str], None],
+) -> DreamBoothDataset:
+    """The data set of the subjects' photos and the class images; says which sizes there are."""
+    resolution = config.resolution or model.resolution
+    sizes = bucket_sizes(resolution, model.size_step) if config.aspect_buckets else [(resolution, resolution)]
+    view_settings = ViewSettings(
+        {size: model.latent_shape(*size) for size in sizes},
+        config.center_crop,
+        config.random_flip,
+        config.unmasked_weight,
+    )
+    dataset = DreamBoothDataset(
+        instance,
+        prior,
+        view_settings,
+        batch_size=config.train_batch_size,
+        num_timesteps=model.noise_scheduler().config.num_train_timesteps,
+        seed=config.seed,
+    )
+    if config.aspect_buckets:
+        counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
+        say(f"sizes: {', '.join(counts)}")
+    if config.center_crop and not dataset.crops:
+        say("note: --center_crop has no effect: no photo needs to be cropped")
+    return dataset

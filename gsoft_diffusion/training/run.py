@@ -1,0 +1,208 @@
+"""A training run: preparation, the loop, and the closing messages."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn
+
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from gsoft_diffusion.adapters.identity import identity_of
+from gsoft_diffusion.adapters.injection import Adapter, inject
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.command_line import command
+from gsoft_diffusion.foundation.run_folder import SETTINGS
+from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.photos.folder import Photo
+from gsoft_diffusion.training import checkpoints
+from gsoft_diffusion.training.circumstances import circumstances
+from gsoft_diffusion.training.dataset import BatchPositions
+from gsoft_diffusion.training.optimizer import make_lr_scheduler, make_optimizer
+from gsoft_diffusion.training.outputs import RunOutputs
+from gsoft_diffusion.training.predictor import Predictor
+from gsoft_diffusion.training.preflight import check_step
+from gsoft_diffusion.training.preparation import check_snr_gamma, make_dataset, set_up_attention
+from gsoft_diffusion.training.signals import Stderr, StopRequest, leave_signals_to_the_run
+from gsoft_diffusion.training.state import TrainingState
+from gsoft_diffusion.training.step import TrainingStep
+from gsoft_diffusion.training.subjects import class_photos
+from gsoft_diffusion.training.tracking import Tracking
+from gsoft_diffusion.training.trainable import MakeAdapter
+from gsoft_diffusion.training.validation import Validation
+
+SMOOTHING = 50  # steps over which the progress bar averages the loss
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a run: the adapter's file, the steps done, whether a signal ended it early, seconds of training."""
+
+    adapter: Path
+    steps: int
+    interrupted: bool
+    seconds: float
+
+
+class Run:
+    """One training run: everything is made ready in the constructor, `execute` trains.
+
+    Its parts are its attributes: `state` is what changes, `training_step` what happens in a step, `validation` and
+    `outputs` what is drawn and written, `tracking` what trackers are told.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        model: BaseModel,
+        instance: Sequence[Photo],
+        make_adapter: MakeAdapter = inject,
+    ) -> None:
+        self.config, self.accelerator, self.model = config, accelerator, model
+        assert config.max_train_steps is not None, "with_model_defaults sets it"
+        self.max_train_steps = config.max_train_steps
+        identity = identity_of(model)
+        self.outputs = RunOutputs(config, accelerator, model, identity)
+        check_snr_gamma(config, model)
+        # First what may turn out not to fit, then what takes long.
+        adapter = make_adapter(config.adapter, model.denoiser, model.text_encoders)
+        check_step(config, model, adapter, accelerator.device)
+        set_up_attention(config, model)
+        optimizer = make_optimizer(config, adapter)
+        prior = class_photos(config, accelerator, model, adapter, identity, instance)
+        self.dataset = make_dataset(config, model, instance, prior, accelerator.print)
+        self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
+        predictor = Predictor(model, adapter, self.dataset.prompts).train()
+        prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
+        lr_scheduler = make_lr_scheduler(config, optimizer)
+        self.state = TrainingState(adapter, prepared, prepared_optimizer, lr_scheduler, accelerator.scaler)
+        self.tracking = Tracking(config, accelerator)
+        self.training_step = TrainingStep(config, accelerator, model, self.state)
+        self.validation = Validation(config, accelerator, model, self.state, self.tracking)
+        counts = adapter.parameter_counts()
+        accelerator.print(
+            f"training {counts.pop('total'):,} parameters: "
+            + ", ".join(f"{count:,} in the {part.replace('_', ' ')}" for part, count in counts.items())
+        )
+
+    def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
+        checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
+        self.state.load(checkpoint, state, self.config)
+        self.accelerator.print(f"going on from step {self.state.step}")
+
+    def execute(self) -> TrainingResult:
+        """Train from the current step to the last, or until a signal asks to stop; save; draw a last sheet."""
+        accelerator, state = self.accelerator, self.state
+        if accelerator.is_main_process:
+            self.outputs.write_settings()
+        self.tracking.start()
+        first = state.step
+        if self.config.cache_latents:
+            self.dataset.cache(self.model.encode_images, chain.from_iterable(self.positions()))
+        with StopRequest(launched=accelerator.num_processes > 1) as stop:
+            started = time.perf_counter()
+            self._train(stop)
+            seconds = time.perf_counter() - started
+            interrupted = state.step < self.max_train_steps
+            if accelerator.is_main_process:
+                self.outputs.save_result(state)
+            if not interrupted and (state.step > first or not self.validation.is_drawn()):
+                self.validation.draw(stop)
+        if interrupted:
+            accelerator.print(self._how_to_go_on())
+        if accelerator.is_main_process and isinstance(state.adapter, Adapter):
+            self.outputs.write_card()
+        for line in self._closing_lines():
+            accelerator.print(line)
+        return TrainingResult(self.outputs.adapter, state.step, interrupted, seconds)
+
+    def _train(self, stop: StopRequest) -> None:
+        config, accelerator, state, step = self.config, self.accelerator, self.state, self.training_step
+        recent: deque[float] = deque(maxlen=SMOOTHING)
+        losses: list[Tensor] = []  # of the batches since the last optimizer step
+        with self._progress_bar() as progress:
+            for batch in self.batches():
+                with accelerator.accumulate(state.predictor):
+                    losses.append(step.backward(batch))
+                    if not accelerator.sync_gradients:
+                        continue
+                    loss, stopping = step.agree(losses, stop.requested)
+                    losses.clear()
+                    step.update(loss)
+                state.step += 1
+                recent.append(loss)
+                self._report(recent, progress)
+                if stopping or _due(state.step, config.checkpointing_steps):
+                    self.outputs.write_checkpoint(state, self.circumstances)
+                if stopping:
+                    return
+                if _due(state.step, config.validation_steps) and state.step < self.max_train_steps:
+                    self.validation.draw(stop)
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The run's remaining batches, on the device."""
+        config, accelerator = self.config, self.accelerator
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.positions(),
+            num_workers=0 if config.cache_latents else config.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        for batch in loader:
+            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+
+    def positions(self) -> BatchPositions:
+        """What this process's remaining batches consist of."""
+        config, accelerator = self.config, self.accelerator
+        return BatchPositions(
+            self.state.step * config.gradient_accumulation_steps,
+            self.max_train_steps * config.gradient_accumulation_steps,
+            config.train_batch_size * len(self.dataset.streams),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+
+    def _progress_bar(self) -> tqdm[NoReturn]:
+        hidden = not self.accelerator.is_main_process
+        shown: dict[str, Any] = {"desc": "training", "unit": "step", "file": Stderr(), "dynamic_ncols": True}
+        return tqdm(total=self.max_train_steps, initial=self.state.step, disable=hidden, **shown)
+
+    def _report(self, recent: Sequence[float], progress: tqdm[NoReturn]) -> None:
+        state = self.state
+        progress.update()
+        skipped = {"skipped": state.skipped} if state.skipped else {}
+        progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{state.learning_rate:.2g}", **skipped)
+        self.tracking.log({"loss": recent[-1], "lr": state.learning_rate}, state.step)
+
+    def _how_to_go_on(self) -> str:
+        settings = shlex.quote(str(self.outputs.folder / SETTINGS))
+        count = self.accelerator.num_processes
+        launched = f"by the same launcher, with {count} processes, " if count > 1 else ""
+        return (
+            f"stopped at step {self.state.step}; to go on: "
+            f"{launched}{command('gsoft-train')} --config {settings} --resume_from_checkpoint latest"
+        )
+
+    def _closing_lines(self) -> Iterator[str]:
+        state, result = self.state, self.outputs.adapter
+        yield from state.nothing_learned()
+        if state.skipped:
+            yield f"{state.skipped} of {state.step} steps were skipped: their gradients overflowed in fp16"
+        prompt = shlex.quote((self.config.validation_prompts or ("",))[-1])
+        error = state.adapter.orthogonality_error()
+        yield f"adapter: {result}{f' (largest deviation from orthogonality {error:.1e})' if error is not None else ''}"
+        yield f"try it: {command('gsoft-draw')} --adapter {shlex.quote(str(result))} --prompt {prompt}"
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

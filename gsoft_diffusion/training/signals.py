@@ -1,0 +1,84 @@
+"""Events from outside of a run: requests to stop, closed terminals, trackers that cannot write."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import FrameType
+from typing import Any, Self
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """Inside the block SIGINT, SIGTERM and SIGHUP only set `requested`; a second one acts as usual.
+
+    With a launcher it does not: launchers pass on what reaches them, and kill what takes too long. SIGHUP stays ignored
+    where it was, as under nohup.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
+        self.requested = False
+        self.launched = launched
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+            numbers = (signal.SIGINT, signal.SIGTERM, *hung_up)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if not self.launched:
+            self._restore()
+        if first:
+            once_more = "" if self.launched else "; once more to stop at once"
+            with suppress(OSError, RuntimeError):  # nobody may be listening, or another line be under way
+                print(f"\nstopping after this step, then saving{once_more}", file=sys.stderr)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def leave_signals_to_the_run(_: int = 0) -> None:
+    """For a run's worker processes, which signals to the whole group reach too: the run ends them when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Inside the block threads that cannot write end silently: TensorBoard's raises the error in the run as well."""
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, OSError):
+            before(ended)
+
+    before, threading.excepthook = threading.excepthook, hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+class Stderr:
+    """stderr for progress bars, which whoever read it may have left, as `tee` does on Ctrl-C: then nothing is shown."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
+from torch import nn
+
+from benchmarks import sampling, trainer
+from benchmarks.measure import CLOCKS, Records, bytes_in_use
+from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
+from benchmarks.published import PublishedAdapter, PublishedLinear
+from benchmarks.step import METHODS, Bench, report
+from eval.baselines import BaselineConfig, inject_baseline
+from gsoft.blocks import skew_symmetric
+from gsoft.linear import RotatedLayer
+from gsoft.rotation import Rotation
+from gsoft_diffusion import AdapterConfig
+
+
+def test_the_published_formulation_is_the_same_map():
+    """Equal output and gradient by x at equal rotations and scales, so that only speed is compared."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40).requires_grad_(False)
+    ours, published = (
+        RotatedLayer(Rotation(AdapterConfig(nblocks=4), 24, 40)),
+        PublishedLinear(linear, AdapterConfig(nblocks=4)),
+    )
+    learned = ours.rotation
+    randomise(learned)
+    with torch.no_grad():
+        published.q_in.copy_(skew_symmetric(learned.q_in, 6).triu())  # A − Aᵀ is the skew block
+        published.q_out.copy_(skew_symmetric(learned.q_out, 10).triu())
+        published.output_scale.copy_(learned.output_scale)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    outputs = [ours(linear, x), published(x)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
+
+
+def test_the_published_adapter_is_put_in_and_taken_out():
+    unet = tiny_unet().requires_grad_(False)
+    before, modules = run(unet), dict(unet.named_modules())
+    adapter = PublishedAdapter(AdapterConfig(block_size=4), unet, [])
+    torch.testing.assert_close(run(unet), before)
+    run(unet).sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable())
+    adapter.remove()
+    assert dict(unet.named_modules()) == modules
+    assert torch.equal(run(unet), before)
+
+
+def test_boft_as_peft_computes_it_is_the_same_map():
+    """Two independent ways to multiply the factors: equal output, equal gradients."""
+    unet = tiny_unet().requires_grad_(False)
+    adapter = inject_baseline(BaselineConfig("boft", block_size=4, nfactors=2, text_encoder=False), unet)
+    torch.manual_seed(0)
+    for name, parameter in adapter.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith("scale")), std=0.2)
+    found = []
+    for change in (lambda: None, lambda: compute_as_peft([unet])):
+        change()
+        y = run(unet)
+        found.append((y, torch.autograd.grad(y.square().sum(), list(adapter.parameters()))))
+    torch.testing.assert_close(*(y for y, _ in found))
+    torch.testing.assert_close(*(gradients for _, gradients in found), rtol=1e-3, atol=1e-4)
+    assert any(isinstance(module, PeftButterflyLinear) for module in unet.modules())
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured_and_taken_out(monkeypatch, method, text_encoder):
+    unet, text = tiny_unet().requires_grad_(False), tiny_text_encoder().requires_grad_(False)
+    monkeypatch.setattr("benchmarks.step.load_base", lambda name, dtype: (unet, text, 8))
+    settings = {"base": "tiny", "dtype": "float32", "latents": 8, "batch": 2, "clock": "wall"}
+    bench = Bench(Namespace(gradient_checkpointing=False, text_encoder=text_encoder, **settings))
+    before, modules = run(unet), dict(unet.named_modules())
+    names = {name for name, _ in unet.named_parameters()}
+    result = bench.measure(method, steps=1)
+    assert result["parameters"] > 0
+    assert len(result["seconds"]) == 1
+    assert (dict(unet.named_modules()), {name for name, _ in unet.named_parameters()}) == (modules, names)
+    assert torch.equal(run(unet), before)
+
+
+def test_sampling_is_measured_in_every_state(monkeypatch, tmp_path):
+    unet, text = tiny_unet().requires_grad_(False), tiny_text_encoder().requires_grad_(False)
+    monkeypatch.setattr("benchmarks.sampling.load_base", lambda name, dtype: (unet, text, 8))
+    before, modules = run(unet), dict(unet.named_modules())
+    records = Records(tmp_path / "sampling.json", {})
+    sampling.measure("tiny", torch.float32, 8, [0, 1], records, CLOCKS["wall"])
+    assert [set(record["seconds"]) for record in records.records] == [set(sampling.STATES)] * 2
+    assert "as published" in sampling.report(records.records)
+    assert dict(unet.named_modules()) == modules
+    assert torch.equal(run(unet), before)
+
+
+@pytest.mark.slow
+def test_the_training_loop_is_measured_beside_bare_steps():
+    seconds = trainer.measure(steps=2)
+    assert seconds.keys() == {"trained", "bare"}
+    assert min(seconds.values()) > 0
+    assert "| bare |" in trainer.report([seconds])
+
+
+def test_measurements_are_kept_as_they_come(tmp_path):
+    path = tmp_path / "results" / "step.json"
+    Records(path, {"batch": 1}).add(repetition=0, method="lora", seconds=[1.0])
+    again = Records(path, {"batch": 1})
+    assert again.has(repetition=0, method="lora")
+    assert not again.has(repetition=1, method="lora")
+    again.add(repetition=1, method="lora", seconds=[2.0])
+    assert len(json.loads(path.read_text())["records"]) == 2
+    with pytest.raises(SystemExit, match="other settings"):
+        Records(path, {"batch": 4})
+
+
+def test_ratios_are_taken_within_a_repetition():
+    def record(repetition, method, seconds):
+        memory = {"kept_bytes": 2**20, "peak_bytes": None}
+        return {"repetition": repetition, "method": method, "seconds": seconds, "parameters": 7, **memory}
+
+    slow_machine = [record(0, "floor", [2.0, 1.0]), record(0, "lora", [1.1]), record(0, "double_gsoft", [1.2])]
+    fast_machine = [record(1, "floor", [0.1]), record(1, "double_gsoft", [0.14])]
+    lines = report(slow_machine + fast_machine).splitlines()
+    assert lines[2].split("|")[2:5] == [" 0.550 ", " 1.000 ", " 0.909 "]
+    assert lines[4].split("|")[2:8] == [" 0.670 ", " 1.300 ", " 1.091 ", " 1 ", "  ", " 7 "]
+
+
+def test_memory_is_counted_to_the_byte():
+    before = bytes_in_use()
+    if before is None:
+        pytest.skip("this C library does not count")
+    tensor = torch.empty(2**20)
+    assert 0 <= bytes_in_use() - before - 4 * 2**20 < 2**16
+    del tensor
+    assert bytes_in_use() - before < 2**16

@@ -1,0 +1,65 @@
+"""From results to lines."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_eval import experiment
+
+from eval.methods import METHODS
+from eval.report.lines import Line, sweep_lines, table_lines
+from eval.report.rates import choose_learning_rates
+from eval.results import read_results
+from gsoft_diffusion import UserError
+
+
+@pytest.fixture
+def settings(world):
+    return experiment(world, methods=list(METHODS), curve_every=1)
+
+
+def test_a_line_has_the_results_of_all_subjects(settings, finished):
+    results = read_results(finished)
+    lines = table_lines(settings, results, choose_learning_rates(settings, results))
+    assert [line.method for line in lines] == ["photos", "base", *METHODS]
+    for line in lines[1:]:
+        assert {result["cell"]["subject"] for result in line.results} == {"rex", "cup"}
+        assert line.result_of("cup")["cell"]["subject"] == "cup"
+        cups = line.scores["dino"]["cup"]
+        assert cups == [line.result_of("cup")["scores"]["dino"]]
+
+
+def test_incomplete_results_make_no_table(settings, finished):
+    results = read_results(finished)
+    rates = choose_learning_rates(settings, results)
+    with pytest.raises(UserError, match=r"results\.jsonl lacks boft--medium\S* and 1 more; run eval.benchmark again"):
+        table_lines(settings, {cell: result for cell, result in results.items() if cell.method != "boft"}, rates)
+
+
+@pytest.mark.parametrize("gone", ["base--cup--seed0", "double_gsoft--medium--lr0.01--cup--seed0"])
+def test_incomplete_results_choose_no_rates(settings, finished, gone):
+    results = {cell: result for cell, result in read_results(finished).items() if cell.id != gone}
+    with pytest.raises(UserError, match=f"lacks {gone}; run"):
+        choose_learning_rates(settings, results)
+    with pytest.raises(UserError, match=r"lacks base--\S* and \d more; run"):
+        choose_learning_rates(settings, {})
+
+
+def test_a_rate_with_one_divergence_has_no_scores(settings, finished):
+    results = read_results(finished)
+    spoilt = next(cell for cell in results if (cell.method, cell.learning_rate) == ("double_gsoft", 1e-2))
+    facts = {name: value for name, value in results[spoilt].items() if name not in ("scores", "pictures")}
+    lines = sweep_lines(settings, results | {spoilt: facts | {"diverged": "not finite"}})["double_gsoft"]
+    assert lines[1e-2].interval("dino") is None
+    assert lines[1e-3].interval("dino") is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "title", "full_title"),
+    [
+        (Line("base", None, None, [], {}), "Base model", "Base model"),
+        (Line("lora", "small", 2e-3, [], {}), "LoRA small", "LoRA small, 0.002"),
+        (Line("full", None, 1e-4, [], {}), "Full fine-tuning", "Full fine-tuning, 0.0001"),
+    ],
+)
+def test_lines_are_named(line, title, full_title):
+    assert (line.title, line.full_title) == (title, full_title)

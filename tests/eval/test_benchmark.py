@@ -1,0 +1,399 @@
+"""A whole comparison on a tiny random model with tiny random encoders, and its parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import huggingface_hub
+import pytest
+import torch
+from tiny_eval import experiment
+
+from eval import benchmark, cell, engines
+from eval.baselines import BaselineConfig
+from eval.benchmark import plan, run_benchmark
+from eval.cell import run_cell
+from eval.experiment import Cell, Experiment, main_cells, sweep_cells
+from eval.methods import METHODS, adapted_layers, count_parameters, matched
+from eval.report.rates import choose_learning_rates
+from eval.results import all_results, cell_folder, is_done, read_results
+from gsoft_diffusion import UserError
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.scoring import encoders
+
+
+def test_results_say_where_they_come_from(world, finished):
+    which, result = next((c, r) for c, r in read_results(finished).items() if (c.method, c.subject) == ("boft", "rex"))
+    assert result["method"]["method"] == "boft"
+    assert result["method"]["nfactors"] >= 2
+    assert result["orthogonality_error"] < 1e-4
+    assert result["encoders"]["clip"]["weights"] != result["encoders"]["dino"]["weights"]
+    assert {"torch", "peft", "diffusers"} <= result["versions"].keys()
+    assert result["training"]["max_train_steps"] == 2
+    assert str(world) not in json.dumps(result)  # nor how the machine's folders are called
+    assert [point["step"] for point in result["curve"]] == [1, 2]
+    kinds = [picture["kind"] for picture in result["pictures"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"context": 2, "base": 2, "class": 1, "unrelated": 4}
+    assert result["pictures"][0]["prompt"] == "a sks dog on the beach"
+    assert result["pictures"][0]["caption"] == "a dog on the beach"
+    assert all((cell_folder(which, finished) / picture["file"]).is_file() for picture in result["pictures"])
+
+
+def test_methods_share_prompts_seeds_and_budget(finished):
+    results = [r for c, r in read_results(finished).items() if c.subject == "rex" and c.method != "base"]
+    asked = {tuple((p["prompt"], p["seed"]) for p in result["pictures"]) for result in results}
+    assert len(asked) == 1
+    target = 0.133 * results[0]["full_parameters"]
+    for result in results:
+        if result["cell"]["method"] != "full":
+            assert 0.6 < result["parameters"] / target < 1.6
+
+
+def test_a_finished_comparison_runs_nothing_again(world, finished, in_process, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = (out / "report.html").read_text()
+    run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
+    assert in_process == []
+    assert (out / "report.html").read_text() == before
+
+
+def test_a_killed_cell_is_not_counted_and_runs_again(world, tmp_path, monkeypatch, in_process):
+    settings, which = experiment(world), Cell("lora", "medium", 1e-3, "rex", 0)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "_save", killed)  # after training, drawing and scoring
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(settings, which, tmp_path)
+    assert not is_done(which, tmp_path)
+    assert all_results(tmp_path) == {}
+    run_cell(settings, which, tmp_path)
+    assert is_done(which, tmp_path)
+
+
+def test_a_training_that_was_stopped_is_not_counted(world, tmp_path, monkeypatch):
+    train = cell.train
+    monkeypatch.setattr(cell, "train", lambda *arguments: replace(train(*arguments), interrupted=True))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(experiment(world), Cell("lora", "medium", 1e-3, "rex", 0), tmp_path)
+    assert all_results(tmp_path) == {}
+
+
+def test_class_images_are_drawn_once_for_all_cells(world, tmp_path):
+    settings = experiment(world, with_prior_preservation=True, num_class_images=2)
+    for method in ("base", "lora", "double_gsoft"):
+        budget, rate = (None, None) if method == "base" else ("medium", 1e-3)
+        run_cell(settings, Cell(method, budget, rate, "rex", 0), tmp_path)
+        images = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work" / "class_images").glob("dog-*/*")}
+        assert len(images) == 2
+        if method == "base":
+            drawn = images
+        assert images == drawn
+
+
+def test_a_cell_gives_the_same_scores_again(world, finished, tmp_path):
+    which = next(each for each in read_results(finished) if each.method == "double_gsoft")
+    run_cell(experiment(world), which, tmp_path)
+    assert all_results(tmp_path)[which]["scores"] == read_results(finished)[which]["scores"]
+
+
+@pytest.mark.parametrize("text_encoder", [True, False])
+def test_the_text_encoder_learns_at_the_methods_rate_or_not_at_all(world, tmp_path, in_process, text_encoder):
+    run_benchmark(experiment(world, text_encoder=text_encoder, subjects=["rex"]), tmp_path)
+    tuned = [result for each, result in read_results(tmp_path).items() if each.method != "base"]
+    assert {result["cell"]["method"] for result in tuned} == {"double_gsoft", "lora"}
+    for result in tuned:
+        assert result["method"]["text_encoder"] is text_encoder
+        expected = result["cell"]["learning_rate"] if text_encoder else None
+        assert result["training"]["text_encoder_lr"] == expected
+
+
+def test_divergence_is_a_result_without_scores(world, tmp_path, in_process):
+    rates = {"double_gsoft": [1e-3, 1e30], "lora": [1e-3]}
+    settings = experiment(world, learning_rates=rates, max_train_steps=4, subjects=["rex"])
+    run_benchmark(settings, tmp_path)
+    assert choose_learning_rates(settings, read_results(tmp_path))["double_gsoft"] == 1e-3
+    sweep = (tmp_path / "learning_rates.csv").read_text()
+    assert "1e+30,diverged" in sweep
+
+
+def test_other_settings_need_another_folder(world, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    with pytest.raises(UserError, match="max_train_steps is 3 and was 2"):
+        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1, max_train_steps=3), out)
+
+
+def test_a_cell_that_finished_before_its_run_was_killed_does_not_run_again(world, tmp_path, in_process):
+    settings = experiment(world, subjects=["rex"])
+    run_cell(settings, Cell("lora", "medium", 1e-3, "rex", 0), tmp_path)
+    run_benchmark(settings, tmp_path)
+    assert "lora--medium--lr0.001--rex--seed0" not in in_process
+    assert len(in_process) == 3  # the base, and two learning rates of the other method
+
+
+def test_results_suffice_to_go_on(world, tmp_path, in_process):
+    """Without the working folder, as in a fresh clone of a repository that has the results."""
+    settings = experiment(world, subjects=["rex"], methods=["lora"])
+    run_benchmark(settings, tmp_path / "first")
+    out = shutil.copytree(tmp_path / "first", tmp_path / "out", ignore=shutil.ignore_patterns("work"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    in_process.clear()
+    run_benchmark(settings, out)
+    assert in_process == []
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    run_benchmark(replace(settings, seeds=2), out)
+    assert in_process == ["base--rex--seed1", "lora--medium--lr0.001--rex--seed1"]
+    assert "2 seeds" in (out / "report.md").read_text()
+    assert (out / "sheets" / "rex.webp").read_bytes() == before[out / "sheets" / "rex.webp"]
+
+
+def test_cells_in_the_place_of_an_earlier_version_are_not_run_again(world, tmp_path, in_process):
+    settings = experiment(world, subjects=["rex"])
+    run_benchmark(settings, tmp_path / "out")
+    (tmp_path / "out" / "work" / "cells").rename(tmp_path / "out" / "cells")
+    in_process.clear()
+    with pytest.raises(UserError, match=r"an earlier version put its cells there; move them to .*work/cells"):
+        run_benchmark(settings, tmp_path / "out")
+    with pytest.raises(UserError, match="an earlier version"):
+        plan(settings, tmp_path / "out", workers=1)
+    assert in_process == []
+
+
+# What has one answer for all cells
+
+
+@pytest.fixture
+def automatic(world, monkeypatch):
+    """Default encoders, where only the miniatures can be had; counts how often the hub is asked."""
+    asked = []
+
+    def attempt():
+        asked.append("hub")
+        return "nobody is there"
+
+    monkeypatch.setattr(encoders, "why_unreachable", attempt)
+    monkeypatch.setattr(encoders, "FIELD_CLIP", "ViT-B-32/none_of_these")
+    monkeypatch.setattr(encoders, "FIELD_DINO", "none/of_these")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(encoders, "MINI_CLIP", str(world / "mini_clip"))
+    monkeypatch.setattr(encoders, "MINI_DINO", str(world / "mini_dino"))
+    return asked
+
+
+def test_encoders_are_settled_once_for_all_cells(world, tmp_path, automatic, in_process, capsys):
+    run_benchmark(experiment(world, clip="auto", dino="auto"), tmp_path)
+    assert len(in_process) > 2
+    assert automatic == ["hub", "hub"]  # once for each of the two; hub_access makes that one attempt
+    said = capsys.readouterr()
+    assert said.out.count("encoders: miniature CLIP mini_clip") == 1
+    assert said.err.count("scoring with the bundled") == 2
+    settings = read_yaml(tmp_path / "experiment.yaml")
+    assert (settings["clip"], settings["dino"]) == (str(world / "mini_clip"), str(world / "mini_dino"))
+
+
+def test_a_comparison_goes_on_with_its_encoders_and_does_not_ask_again(world, tmp_path, automatic, in_process):
+    run_benchmark(experiment(world, clip="auto", dino="auto", subjects=["rex"]), tmp_path)
+    automatic.clear()
+    run_benchmark(experiment(world, clip="auto", dino="auto"), tmp_path)
+    assert automatic == []
+
+
+def test_cells_of_other_encoders_are_noticed_before_any_is_run(world, finished, tmp_path, in_process):
+    out = shutil.copytree(finished, tmp_path / "out")
+    path = out / "results.jsonl"
+    lines = path.read_text().replace('"name":"mini_clip"', '"name":"big_clip"').splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"method":"boft"' not in line))
+    shutil.rmtree(out / "work")
+    with pytest.raises(UserError, match=r"cells that other encoders scored \(big_clip and mini_dino\)"):
+        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
+    assert in_process == []
+
+
+def test_workers_do_not_ask_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    engines._start_worker(torch.get_num_threads())
+    assert huggingface_hub.is_offline_mode()
+
+
+def test_a_base_that_cannot_be_had_is_said_before_any_cell(world, tmp_path, in_process):
+    with pytest.raises(UserError, match=r"no model folder \./nowhere"):
+        run_benchmark(experiment(world, pretrained_model_name_or_path="./nowhere"), tmp_path / "out")
+    assert in_process == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world, tmp_path, monkeypatch):
+    composed = unicodedata.normalize("NFC", "Café")
+    folder = tmp_path / unicodedata.normalize("NFD", composed)
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert experiment(world, subjects_dir=composed).anchored().subjects_dir == str(folder)
+
+
+# What is finished stays
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"subjects": ["rex"]}, "subject cup"),
+        ({"methods": ["double_gsoft", "lora"]}, "method gsoft, method boft, method oft, method full"),
+        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
+    ],
+)
+def test_a_report_is_not_replaced_by_one_of_less(world, finished, tmp_path, in_process, changes, lost):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=f"its report has {lost} as well"):
+        run_benchmark(experiment(world, **{"methods": list(METHODS), "curve_every": 1} | changes), out)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_fewer_seeds_and_budgets_are_less():
+    more = Experiment(seeds=3, budgets=("small", "medium"), sweep_subjects=2)
+    less = replace(more, seeds=1, budgets=("small",), sweep_subjects=1)
+    assert benchmark.left_out(more, less) == ["budget medium", "3 seeds", "2 subjects in its sweep"]
+    assert benchmark.left_out(less, more) == []
+
+
+def test_a_comparison_in_which_all_diverged_is_no_success(world, tmp_path, in_process):
+    rates = {"double_gsoft": [1e30], "lora": [1e30]}
+    settings = experiment(world, learning_rates=rates, max_train_steps=4, subjects=["rex"])
+    with pytest.raises(UserError, match="every training diverged"):
+        run_benchmark(settings, tmp_path)
+    assert "Training diverged" in (tmp_path / "report.md").read_text()
+
+
+def test_plan_lists_cells_time_and_disk(world, tmp_path):
+    text = plan(experiment(world, seeds=3), tmp_path / "none", workers=2)
+    assert "2 subjects: cup (cup), rex (dog)" in text
+    assert "base model and photos: 6 cells, 0 done" in text
+    assert "learning rates: 2 cells" in text
+    assert "comparison: 12 cells" in text
+    assert "GB of pictures" in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_plan_is_made_without_the_base_model(world, tmp_path):
+    text = plan(experiment(world, pretrained_model_name_or_path="./nowhere", resolution=512), tmp_path, workers=1)
+    assert "sizes are listed where the base model is: there is no model folder ./nowhere" in text
+    assert "pictures of 512 px" in text
+
+
+@pytest.mark.parametrize("name", ["mini", "mini_sizes", "mini_unscaled", "paper", "own"])
+def test_committed_experiments_are_valid(name):
+    settings = read_yaml(Path("eval/experiments") / f"{name}.yaml")
+    assert Experiment.from_dict(settings).methods
+
+
+def test_sweep_and_comparison_share_cells(world):
+    settings = experiment(world, seeds=2)
+    sweep, main = sweep_cells(settings), main_cells(settings, {"double_gsoft": 1e-2, "lora": 1e-3})
+    assert [c.id for c in sweep] == [
+        "double_gsoft--medium--lr0.001--cup--seed0",
+        "double_gsoft--medium--lr0.01--cup--seed0",
+    ]
+    assert len(main) == len(set(main)) == 8
+    assert sweep[1] in main
+    assert sweep[0] not in main
+
+
+@pytest.mark.parametrize("budget", ["small", "medium", "large"])
+@pytest.mark.parametrize("method", METHODS)
+def test_sizes_come_near_the_budget(method, budget, world):
+    model = load_model(str(world / "base"))
+    layers = adapted_layers(model.unet, [model.text_encoder], True)
+    full = count_parameters(BaselineConfig("full"), layers)
+    count = count_parameters(matched(method, budget, layers, True), layers)
+    if method == "full":
+        assert count == full
+    else:
+        assert 0.5 < count / full / {"small": 0.066, "medium": 0.133, "large": 0.266}[budget] < 2
+
+
+def test_our_methods_are_sized_without_their_scale_too(world):
+    model = load_model(str(world / "base"))
+    layers = adapted_layers(model.unet, [model.text_encoder], True)
+    outputs = sum(layer.out_features for layer in layers.values())
+    for method in ("gsoft", "double_gsoft"):
+        with_scale, without = (matched(method, "medium", layers, True, output_scale) for output_scale in (True, False))
+        assert (with_scale.output_scale, without.output_scale) == (True, False)
+        scaled = count_parameters(replace(without, output_scale=True), layers)
+        assert scaled - count_parameters(without, layers) == outputs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ["dora"]}, "methods: dora; choose from double_gsoft"),
+        ({"budgets": []}, "budgets: nothing; choose from small"),
+        ({"learning_rates": {"lora": []}}, "learning_rates.lora: give one or more"),
+        ({"learning_rates": {"lora": ["fast"]}}, "lora: .* is not a list of numbers"),
+        ({"seeds": 0}, "--seeds 0: must be more than 0"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: fp8; choose from no, "),
+        ({"step": 3}, "unknown setting step"),
+        ({"num_class_images": 3}, "num_class_images would have no effect"),
+        ({"curve_every": 400}, "curve_every would have no effect"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        Experiment.from_dict(settings)
+
+
+def test_a_single_photo_is_refused(world, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(world / "subjects" / "rex" / "0.png", folder)
+    with pytest.raises(UserError, match="photos: the balance needs at least two photos"):
+        run_benchmark(experiment(world, subjects_dir=str(folder), class_word="dog"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_subjects_are_named(world):
+    with pytest.raises(UserError, match=r"subjects: max is not in .*; there are cup, rex"):
+        experiment(world, subjects=["max"]).chosen_subjects()
+
+
+def test_engines_that_are_not_installed_say_so(world, tmp_path):
+    for name in ("submitit", "ray"):
+        try:
+            __import__(name)
+        except ImportError:
+            with pytest.raises(UserError, match=f"pip install {name}"):
+                run_benchmark(experiment(world), tmp_path, engine=name)
+
+
+def test_submitit_is_refused_where_there_is_no_slurm(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", ModuleType("submitit"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="there is no Slurm here"):
+        run_benchmark(experiment(world), tmp_path, engine="submitit")
+
+
+@pytest.mark.slow
+def test_after_a_failure_no_cell_is_started(world, tmp_path):
+    broken = Cell("double_gsoft", "medium", 1e-3, "rex", 0)
+    cells = [broken, *(replace(broken, seed=seed) for seed in range(1, 6))]
+    settings = replace(experiment(world), pretrained_model_name_or_path="./nowhere")
+    with pytest.raises(UserError, match="no model folder"):
+        engines.run_locally(settings, cells, tmp_path, workers=1)
+    assert len(list((tmp_path / "work" / "logs").iterdir())) < len(cells)
+
+
+@pytest.mark.slow
+def test_local_workers_run_cells_in_processes(world, tmp_path):
+    cells = [Cell("base", None, None, name, 0) for name in ("rex", "cup")]
+    engines.run_locally(experiment(world), cells, tmp_path, workers=2)
+    assert all(is_done(each, tmp_path) for each in cells)
+    assert len(list((tmp_path / "work" / "logs").iterdir())) == 2
+    assert benchmark.mean_seconds(all_results(tmp_path)).keys() == {"base"}

@@ -1,0 +1,67 @@
+"""The file of a comparison's results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eval.experiment import Cell
+from eval.results import all_results, cell_folder, collect_results, is_done, read_results
+from gsoft_diffusion import UserError
+
+FIRST, SECOND = Cell("base", None, None, "rex", 0), Cell("lora", "medium", 1e-3, "rex", 0)
+
+
+def write_cell(cell, out, **facts):
+    cell_folder(cell, out).mkdir(parents=True)
+    result = {"cell": vars(cell), **facts}
+    (cell_folder(cell, out) / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def test_no_comparison_has_no_results(tmp_path):
+    assert read_results(tmp_path) == all_results(tmp_path) == collect_results(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_cells_become_lines_in_order_with_every_number(tmp_path):
+    facts = {"scores": {"dino": 0.1 + 0.2, "tiny": 1.2345678901234567e-300}, "prompt": "ein Bär\u2028im\nSchnee"}
+    second, first = write_cell(SECOND, tmp_path, **facts), write_cell(FIRST, tmp_path)
+    assert read_results(tmp_path) == {}
+    assert collect_results(tmp_path) == {FIRST: first, SECOND: second}
+    assert list(read_results(tmp_path).items()) == [(FIRST, first), (SECOND, second)]
+    text = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
+    assert text.count("\n") == 2
+    assert "Bär" in text
+
+
+def test_a_line_stays_when_its_cells_folder_goes(tmp_path):
+    first = write_cell(FIRST, tmp_path)
+    collect_results(tmp_path)
+    cell_folder(FIRST, tmp_path).rename(tmp_path / "gone")
+    second = write_cell(SECOND, tmp_path)
+    assert is_done(FIRST, tmp_path)
+    assert collect_results(tmp_path) == {FIRST: first, SECOND: second} == read_results(tmp_path)
+
+
+def test_a_cell_without_a_result_is_not_done(tmp_path):
+    cell_folder(FIRST, tmp_path).mkdir(parents=True)
+    assert not is_done(FIRST, tmp_path)
+    assert all_results(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"cell": ', "[]", "7", "{}", '{"cell": 3}', '{"cell": {"method": "lora"}}', '{"cell": {"colour": "red"}}'),
+        '{"cell": {"method": [], "budget": null, "learning_rate": null, "subject": "rex", "seed": 0}}',
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line):
+    write_cell(FIRST, tmp_path)
+    collect_results(tmp_path)
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl, line 2: is not the result of a cell .*put back"):
+        read_results(tmp_path)

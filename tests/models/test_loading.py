@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import PIXELS, TEXT_LENGTH, write_base
+from diffusers import DDIMScheduler
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from gsoft_diffusion.foundation import bundled, memory
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.models import loading as models_module
+from gsoft_diffusion.models.loading import known_device, load_model
+
+
+@pytest.fixture
+def own_base(base, tmp_path):
+    """A copy of the base that a test may spoil."""
+    return shutil.copytree(base, tmp_path / "own")
+
+
+def change_json(path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_sizes_are_read_from_the_model(base):
+    model = load_model(str(base))
+    assert model.vae_scale_factor == 2
+    assert model.resolution == PIXELS
+    assert model.latent_shape(64) == (4, 32, 32)
+    assert model.prepare(["a dog", ""])["tokens"].shape == (2, TEXT_LENGTH)
+    assert model.encode_prompts(["a dog", ""])["encoder_hidden_states"].shape == (2, TEXT_LENGTH, 32)
+    assert model.encode_images(torch.zeros(2, 3, PIXELS, PIXELS)).shape == (2, 8, PIXELS // 2, PIXELS // 2)
+    assert model.decode(torch.zeros(1, 4, 16, 16)).shape == (1, 3, PIXELS, PIXELS)
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(base):
+    model = load_model(str(base))
+    for part in (model.unet, model.vae, model.text_encoder):
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert not part.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_that_of_unet_and_text_encoder_but_not_of_the_vae(base, dtype):
+    model = load_model(str(base), dtype=dtype)
+    assert model.dtype == model.text_encoder.dtype == dtype
+    assert model.vae.dtype == torch.float32
+
+
+def test_the_scheduler_is_the_one_in_the_folder(any_base):
+    model = load_model(str(any_base))
+    assert isinstance(model.scheduler, DDIMScheduler)
+    assert model.scheduler.config.prediction_type == any_base.name
+    assert model.scheduler.config.timestep_spacing == "trailing"
+
+
+def test_latents_are_drawn_and_scaled(base):
+    model = load_model(str(base))
+    mean, log_variance = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    noise = torch.randn(1, 4, 8, 8)
+    latents = model.sample_latents(torch.cat([mean, log_variance], dim=1), noise)
+    torch.testing.assert_close(latents, 0.5 * (mean + (0.5 * log_variance).exp() * noise))
+
+
+def test_a_prompt_that_is_cut_is_named_once(base, caplog):
+    model = load_model(str(base))
+    prompt = "a very very very long prompt " * 5
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert model.prepare([prompt, "short"])["tokens"].shape == (2, TEXT_LENGTH)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"prompt cut after {TEXT_LENGTH} of its {len(model.tokenizer(prompt).input_ids)} tokens: {prompt[:60]}…"
+    ]
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 36])
+def test_resolution_that_fits(base, resolution):
+    load_model(str(base)).check_sides(resolution=resolution)
+
+
+@pytest.mark.parametrize("resolution", [33, 34, 30])
+def test_resolution_that_does_not_fit(base, resolution):
+    with pytest.raises(UserError, match=f"--resolution {resolution}: must be a multiple of 4"):
+        load_model(str(base)).check_sides(resolution=resolution)
+
+
+def test_the_bundled_base_is_found_from_anywhere(tmp_path, monkeypatch):
+    write_base(tmp_path / "repository" / "data" / "mini")
+    monkeypatch.setitem(bundled._PARENTS, "data", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    assert load_model("data/mini").resolution == PIXELS
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "unet", "scheduler"])
+def test_a_missing_part_is_named(own_base, part):
+    shutil.rmtree(own_base / part)
+    with pytest.raises(UserError, match=f"own has no {part}"):
+        load_model(str(own_base))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "unet", "scheduler"])
+def test_an_empty_part_is_named(own_base, part):
+    for path in (own_base / part).iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=f"cannot load the {part}") as caught:
+        load_model(str(own_base))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_damaged_weights_are_named(own_base, part):
+    path = own_base / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"cannot load the {part.split('/')[0]}"):
+        load_model(str(own_base))
+
+
+def test_pickled_weights_are_not_read(own_base):
+    path = own_base / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(UserError, match="cannot load the unet"):
+        load_model(str(own_base))
+
+
+def test_a_text_encoder_of_another_width_is_refused(own_base, tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig.from_pretrained(own_base / "text_encoder")
+    config.hidden_size = 16
+    CLIPTextModel(config).save_pretrained(own_base / "text_encoder")
+    with pytest.raises(UserError, match="width is 16, but the UNet takes 32"):
+        load_model(str(own_base))
+
+
+def test_a_folder_without_an_index_is_refused(own_base):
+    (own_base / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"own has no model_index\.json"):
+        load_model(str(own_base))
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_index_is_refused(own_base, content):
+    (own_base / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        load_model(str(own_base))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unet": ["diffusers", "UNet3DConditionModel"]},
+        {"transformer": ["diffusers", "HunyuanDiT2DModel"]},
+        {"text_encoder": ["os", "system"]},
+        {"vae": None},
+    ],
+)
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones(own_base, changes):
+    change_json(own_base / "model_index.json", **changes)
+    with pytest.raises(UserError, match=r"own consists of .* Supported are Stable Diffusion 1\.x and 2\.x") as caught:
+        load_model(str(own_base))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_scheduler_is_refused(own_base):
+    change_json(own_base / "scheduler" / "scheduler_config.json", _class_name="os")
+    with pytest.raises(UserError, match="no scheduler os"):
+        load_model(str(own_base))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere/model", "a/b/c", "nowhere"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(models_module, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="no model folder"):
+        load_model(name)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise LocalEntryNotFoundError("cannot find it\nand many more lines")
+
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
+    monkeypatch.setattr(models_module, "snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"someone/model.*cannot find it.*network") as caught:
+        load_model("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_is_asked_for_safetensors_of_the_variant(base, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(base)
+
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
+    monkeypatch.setattr(models_module, "snapshot_download", download)
+    with pytest.raises(UserError, match="cannot load"):  # the local stand-in has no such variant
+        load_model("someone/model", revision="v1", variant="fp16")
+    assert (asked["name"], asked["revision"]) == ("someone/model", "v1")
+    assert load_model("someone/model").resolution == PIXELS
+
+
+def test_a_device_that_is_not_there(base):
+    with pytest.raises(UserError, match="cannot put"):
+        load_model(str(base), device="cuda:99")
+
+
+class Elsewhere(torch.nn.Module):
+    """A denoiser on a device that this machine does not have, or so it says."""
+
+    device, dtype = torch.device("cuda:7"), torch.float32
+
+
+@pytest.mark.parametrize("name", ["nope", "cpu:x", "xla:99"])
+def test_devices_that_cannot_be_used_are_named(name):
+    with pytest.raises(UserError, match=rf"--device {name}: cannot be used"):
+        known_device(name)
+    assert known_device("cpu") == torch.device("cpu")
+
+
+def test_with_offload_only_the_denoiser_must_fit_on_the_device(base, monkeypatch):
+    needed = (base / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
+    with pytest.raises(UserError, match="not enough memory"):
+        load_model(str(base))
+    load_model(str(base), cpu_offload=True)
+
+
+def test_parts_are_brought_to_the_denoiser_and_back(base, monkeypatch):
+    model = load_model(str(base), cpu_offload=True)
+    moves = []
+    for name in ("vae", "text_encoder"):
+        monkeypatch.setattr(getattr(model, name), "to", lambda where, name=name: moves.append((name, str(where))))
+    model.unet = Elsewhere()
+    with model.on_device(model.vae), model.on_device(*model.all_text_encoders()):
+        assert moves == [("vae", "cuda:7"), ("text_encoder", "cuda:7")]
+    assert moves[2:] == [("text_encoder", "cpu"), ("vae", "cpu")]
+
+
+def test_offloading_puts_only_the_denoiser_on_the_device(base, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where, **how: moved.append(type(module)) or module)
+    monkeypatch.setattr("diffusers.ModelMixin.to", torch.nn.Module.to)
+    model = load_model(str(base), cpu_offload=True)
+    assert set(moved) == {type(model.unet)}
+    load_model(str(base))
+    assert set(moved) == {type(part) for part in (model.unet, model.vae, model.text_encoder)}
+
+
+def test_pictures_and_latents_are_the_same_with_offloading(base):
+    pixels = torch.randn(1, 3, PIXELS, PIXELS)
+    plain, offloaded = load_model(str(base)), load_model(str(base), cpu_offload=True)
+    assert torch.equal(plain.encode_images(pixels), offloaded.encode_images(pixels))
+    assert torch.equal(
+        plain.encode_prompts(["a dog"])["encoder_hidden_states"],
+        offloaded.encode_prompts(["a dog"])["encoder_hidden_states"],
+    )

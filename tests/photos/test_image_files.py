@@ -1,0 +1,95 @@
+"""Reading picture files: formats, orientation, transparency, damage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.photos.image_files import open_image
+
+
+def picture(width: int = 20, height: int = 30, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff"])
+def test_formats(tmp_path, suffix):
+    path = tmp_path / f"picture.{suffix}"
+    smooth = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    smooth.save(path)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    assert np.abs(np.asarray(image, int) - np.asarray(smooth, int)).max() <= 8
+
+
+def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "picture.HEIC"
+    smooth = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    pillow_heif.from_pillow(smooth).save(path, quality=95)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (64, 64))
+    assert np.abs(np.asarray(image, int) - np.asarray(smooth, int)).max() <= 8
+
+
+def test_heic_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    path = tmp_path / "picture.heic"
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"picture\.heic.*pip install pillow-heif"):
+        open_image(path)
+
+
+def test_transparent_becomes_white(tmp_path):
+    path = tmp_path / "transparent.png"
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    image.save(path)
+    upright = open_image(path)
+    assert upright.getpixel((0, 0)) == (255, 0, 0)
+    assert upright.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_transparent_palette_becomes_white(tmp_path):
+    path = tmp_path / "palette.png"
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((0, 0), 1)
+    image.save(path, transparency=0)
+    upright = open_image(path)
+    assert upright.getpixel((0, 0)) == (0, 255, 0)
+    assert upright.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(path)
+    image = open_image(path)
+    assert image.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_cmyk(tmp_path):
+    path = tmp_path / "print.jpg"
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path)
+    red, green, blue = open_image(path).getpixel((4, 4))
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "huge"])
+def test_damaged_files_are_named(tmp_path, damage, monkeypatch):
+    path = tmp_path / "broken.png"
+    picture(60, 60).save(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("not a picture")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"broken\.png"):
+        open_image(path)

@@ -1,0 +1,362 @@
+"""The miniature world's promises that need neither its pictures nor a training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gsoft_diffusion.sampling.pictures import save_png
+from pretraining import unused_name
+from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, sharpness
+from pretraining.check_subjects import drawn, figures, right
+from pretraining.checkpoint import Average, Checkpoint
+from pretraining.kept_weights import keep, start_from
+from pretraining.sprites import CLASSES, HELD_OUT, TUNING
+from pretraining.tokenizer import END, START, learn, save
+from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
+from pretraining.train_judge import Judge, numbered
+from pretraining.train_unet import JUDGED, Prompts, build_unet, draw_timesteps, held_back_loss, training_state
+from pretraining.train_vae import build_vae, fold_statistics, learning_rate, psnr
+from pretraining.world import (
+    _PAINTERS,
+    BACKGROUNDS,
+    COLORS,
+    UNKNOWN_NAME_LETTERS,
+    _from_oklab,
+    _recolored,
+    _to_oklab,
+    caption,
+)
+
+
+def test_subjects_are_never_in_the_training_set_but_their_class_is():
+    shown = {code for codes in CLASSES.values() for code in codes}
+    for word, code in [*HELD_OUT.values(), *TUNING.values()]:
+        assert code not in shown
+        assert word in CLASSES
+    assert not set(HELD_OUT.values()) & set(TUNING.values())
+
+
+def test_world_is_large_enough():
+    assert len(CLASSES) >= 24
+    assert len(BACKGROUNDS) >= 10
+    assert set(_PAINTERS) == set(BACKGROUNDS)
+
+
+def test_captions_name_what_is_there_and_never_the_unique_token():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        text = caption(rng, "owl", "beach", "orange", hat=True)
+        assert "owl" in text
+        assert "orange" in text
+        assert "wearing a hat" in text
+        assert "sks" not in text
+        assert "a owl" not in text
+        assert "a orange" not in text
+
+
+@pytest.mark.parametrize("name", sorted(BACKGROUNDS))
+def test_backgrounds_are_drawn_differently_each_time(name):
+    rng = np.random.default_rng(0)
+    first, second = (np.asarray(_PAINTERS[name](rng)) for _ in range(2))
+    assert first.shape == (160, 160, 3)
+    assert not np.array_equal(first, second)
+
+
+def test_colors_are_apart():
+    colors = np.array(list(COLORS.values()), float)
+    distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 1e3 * np.eye(len(colors))
+    assert distances.min() > 70
+
+
+def test_oklab_is_lightness_and_two_colors_and_can_be_undone():
+    gray = _to_oklab(np.array([[0.0, 0, 0], [0.5, 0.5, 0.5], [1, 1, 1]]))
+    assert gray[:, 0] == pytest.approx([0, 0.598, 1], abs=1e-3)  # sRGB 0.5 is 0.214 in linear light, whose cube root
+    assert np.abs(gray[:, 1:]).max() < 1e-3
+    rgb = np.random.default_rng(0).random((50, 3))
+    assert np.allclose(_from_oklab(_to_oklab(rgb)), rgb, atol=1e-5)
+
+
+def test_what_is_recolored_keeps_its_inner_drawing_and_its_shading():
+    size, body = 64, np.array([0.8, 0.5, 0.3])
+    rgba = np.ones((size, size, 4))
+    shading = np.linspace(0.7, 1.1, size)[:, None, None]  # darker above, brighter below
+    rgba[..., :3] = body * shading
+    rgba[20:26, 20:26, :3] = 0.05  # an eye
+    rgba[40:46, 30:40, :3] = (0.95, 0.2, 0.3)  # a mouth, of another hue
+    thing = Image.fromarray((rgba * 255).astype(np.uint8), "RGBA")
+    blue = np.asarray(_recolored(thing, COLORS["blue"]), float)
+    assert blue[20:26, 20:26, :3].max() < 40
+    assert blue[42, 35, 0] > 2 * blue[42, 35, 2]
+    for row in (5, 60):
+        assert blue[row, 5, 2] > 1.5 * blue[row, 5, 0]
+    assert blue[60, 5, :3].sum() > 1.3 * blue[5, 5, :3].sum()
+    assert (blue[..., 3] == 255).all()
+
+
+def test_tokenizer_has_stable_diffusions_layout(tmp_path):
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = learn(["a photo of a dog on the beach", "a photo of a sks dog"] * 50)
+    assert list(vocabulary)[-2:] == [START, END]
+    saved = save(vocabulary, merges, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    for text in ("a photo of a sks dog", "a zebra!", "Ünïcode 123"):
+        assert loaded(text).input_ids == saved(text).input_ids
+    ids = loaded("a sks dog", padding="max_length").input_ids
+    assert ids[0] == vocabulary[START]
+    assert ids[-1] == vocabulary[END]
+    assert loaded.tokenize("sks dog") == ["sks</w>", "dog</w>"]
+
+
+def test_unused_name_of_the_bundled_base_means_what_unknown_names_do():
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained("data/mini_base/tokenizer")
+    rows = CLIPTextModel.from_pretrained("data/mini_base/text_encoder").get_input_embeddings().weight
+    letters = [tokenizer.convert_tokens_to_ids(f"{letter}</w>") for letter in UNKNOWN_NAME_LETTERS]
+    torch.testing.assert_close(rows[tokenizer.convert_tokens_to_ids("sks</w>")], rows[letters].mean(dim=0))
+    assert "s" not in UNKNOWN_NAME_LETTERS
+
+
+def test_a_rewritten_text_encoder_has_the_usual_names_and_mode(tmp_path, monkeypatch):
+    """What pretraining writes can be read by other programs and users, too."""
+    from transformers import CLIPTextModel
+
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(Path("data/mini_base") / part, tmp_path / part)
+    monkeypatch.setattr(sys, "argv", ["unused_name", "--base", str(tmp_path)])
+    before = os.umask(0o027)
+    try:
+        unused_name.main()
+    finally:
+        os.umask(before)
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert all(name.startswith("text_model.") for name in load_file(path))
+    read, bundled = (CLIPTextModel.from_pretrained(folder) for folder in (path.parent, "data/mini_base/text_encoder"))
+    assert all(torch.equal(tensor, bundled.state_dict()[name]) for name, tensor in read.state_dict().items())
+
+
+def test_folding_statistics_keeps_pictures_and_whitens_latents():
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    pixels = torch.rand(8, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        spread_before = (
+            vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std((0, 2, 3))[:, None, None]
+        )
+        fold_statistics(vae, pixels)
+        posterior = vae.encode(pixels).latent_dist
+        after = vae.decode(posterior.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    channels = vae.config.latent_channels
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(channels), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.std, spread_before, atol=1e-4, rtol=1e-3)
+
+
+def test_contrastive_loss_counts_equal_captions_as_equal_answers():
+    text = torch.eye(3)[[0, 0, 1]]
+    same = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    loss = contrastive_loss(text, text, torch.tensor(100.0).log(), same)
+    assert loss.item() == pytest.approx(2 / 3 * np.log(2), abs=1e-5)
+
+
+def test_checkpoint_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    average = Average(model)
+    Checkpoint(tmp_path / "state.pt", model=model, average=average).save(96)
+    other = torch.nn.Linear(2, 2)
+    other_average = Average(other)
+    assert Checkpoint(tmp_path / "state.pt", model=other, average=other_average).restore() == 96
+    assert torch.equal(other.weight, model.weight)
+    assert all(torch.equal(a, b) for a, b in zip(other_average.values, average.values, strict=True))
+    assert Checkpoint(tmp_path / "none.pt", model=other).restore() == 0
+
+
+def test_kept_weights_are_half_as_large_and_say_how_far_they_are(tmp_path):
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(40, 50), torch.nn.Linear(40, 50)
+    keep(tmp_path / "kept.safetensors", first, 4800)
+    assert start_from(tmp_path / "kept.safetensors", second) == 4800
+    assert torch.equal(second.weight, first.weight.half().float())
+    assert (tmp_path / "kept.safetensors").stat().st_size < 2 * (40 * 50 + 50) + 300
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        start_from(tmp_path / "kept.safetensors", torch.nn.Linear(40, 51))
+
+
+def tiny_clip(seed: int):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 8, "eos_token_id": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+
+
+def test_text_tower_is_that_of_the_clip_and_stays_as_it_is_when_locked(tmp_path):
+    from transformers import CLIPTextModel
+
+    ids = torch.tensor([[4, 7, 1, 1, 1, 1, 1, 1]])
+    first, second = tiny_clip(0), tiny_clip(1)
+    text_tower(first).save_pretrained(tmp_path)
+    tower = CLIPTextModel.from_pretrained(tmp_path)
+    expected = first.text_model(ids).last_hidden_state
+    assert torch.equal(tower(ids).last_hidden_state, expected)
+    lock_text_tower(second, tower)
+    assert torch.equal(second.text_model(ids).last_hidden_state, expected)
+    assert not any(p.requires_grad for p in second.text_model.parameters())
+    assert all(p.requires_grad for p in second.vision_model.parameters())
+
+
+def test_training_goes_on_from_given_weights():
+    first = build_unet(4)
+    unet, averages, optimizer = training_state(4, first.state_dict())
+    assert len(averages) == 2
+    for average in averages:
+        averaged = build_unet(4)
+        average.copy_to(averaged)
+        for key, value in first.state_dict().items():
+            assert torch.equal(unet.state_dict()[key], value)
+            assert torch.equal(averaged.state_dict()[key], value)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in unet.parameters()}
+
+
+def test_timesteps_reach_both_ends_and_crowd_the_middle():
+    drawn = draw_timesteps(200_000, 1000, torch.Generator().manual_seed(0))
+    share = torch.histc(drawn.float(), 10, 0, 1000) / len(drawn)
+    assert drawn.min() == 0
+    assert drawn.max() == 999
+    assert share.argmax() in (4, 5)
+    assert share[[0, -1]] == pytest.approx([0.05 + 0.5 * 0.014] * 2, abs=0.002)  # of a logit-normal, 1.4 % below 0.1
+
+
+def test_learning_rate_rises_holds_and_falls():
+    rates = [learning_rate(seen, 1000, 2.0, warmup=100, tail=0.25) for seen in (0, 49, 99, 749, 875, 1000)]
+    assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 2.0 * (0.02 + 0.98 / 2), 0.04], abs=1e-2)
+
+
+def test_prompts_are_embedded_once_and_minus_one_is_the_empty_one():
+    class Encoder:
+        calls = 0
+
+        def __call__(self, ids):
+            self.calls += len(ids)
+            return SimpleNamespace(last_hidden_state=ids[..., None].float())
+
+    class Tokenizer:
+        def __call__(self, texts, **_):
+            return SimpleNamespace(input_ids=torch.tensor([[len(text)] * 3 for text in texts]))
+
+    encoder = Encoder()
+    prompts = Prompts(["a dog", "a cat on a mat", "a dog"], Tokenizer(), encoder)
+    assert encoder.calls == 3
+    assert prompts.embed(np.array([2, -1, 1]))[:, 0, 0].tolist() == [5, 0, 14]
+
+
+def test_held_back_loss_is_the_same_each_time_and_covers_all_timesteps():
+    torch.manual_seed(0)
+    seen = []
+
+    class Zero:
+        def __call__(self, noisy, timesteps, context):
+            seen.append(timesteps)
+            return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+    latents = np.random.default_rng(0).standard_normal((JUDGED, 4, 16, 16)).astype(np.float16)
+    prompts = SimpleNamespace(embed=lambda numbers: torch.zeros(len(numbers), 3, 8))
+    first, second = (held_back_loss(Zero(), latents, prompts) for _ in range(2))
+    assert first == second == pytest.approx(1, abs=0.01)  # the velocity of unit noise and unit latents has variance 1
+    timesteps = torch.cat(seen[: JUDGED // 64])
+    assert torch.histc(timesteps.float(), 10, 0, 1000).min() > 0.08 * JUDGED
+
+
+def test_judge_names_what_it_was_shown():
+    torch.manual_seed(0)
+    judge = Judge((8, 16, 16, 16))
+    facts = [
+        {"class_word": "dog", "background": "snow", "color": None},
+        {"class_word": "car", "background": "red", "color": "blue"},
+    ]
+    true = numbered(facts)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
+    for _ in range(60):
+        logits = judge(pixels)
+        torch.stack([torch.nn.functional.cross_entropy(logits[name], true[name]) for name in true]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    answers = judge.answers(pixels)
+    assert answers == {"class_word": ["dog", "car"], "background": ["snow", "red"], "color": ["its own", "blue"]}
+
+
+def test_frechet_distance_of_shifted_and_scaled_features():
+    x = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)).double()
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + 2) == pytest.approx(12, rel=1e-6)
+    y = x * torch.tensor([3.0, 1, 1])  # between normal distributions along one axis: (3 − 1)²
+    assert frechet_distance(x, y) == pytest.approx(4, rel=0.03)
+
+
+def test_sharpness_of_blurred_and_of_contrasted_pictures():
+    x = torch.rand(4, 3, 64, 64)
+    assert sharpness(x, x) == pytest.approx(1)
+    assert sharpness(x / 2, x) == pytest.approx(0.5)
+    assert sharpness(torch.nn.functional.avg_pool2d(x, 3, 1, 1), x) < 0.5
+
+
+def test_colored_prompts_ask_every_color_of_several_classes():
+    asked = colored_prompts()
+    assert len(asked) == len({prompt for prompt, _, _ in asked}) == 72
+    for color in COLORS:
+        assert len({word for _, word, c in asked if c == color}) == COLORED_CLASSES
+
+
+def test_psnr_of_a_known_error():
+    x = torch.zeros(2, 3, 8, 8)
+    assert psnr(x + 0.2, x) == pytest.approx(20, abs=1e-4)  # an error of a tenth of the range
+
+
+def test_figures_of_a_subject_by_hand():
+    photos = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # alike by 0.8
+    found = figures(photos, of_adapter=torch.tensor([[1.0, 0.0]]), of_base=torch.tensor([[0.0, 1.0]]))
+    assert found["likeness"] == pytest.approx((1 + 0.8) / 2 / 0.8)
+    assert found["likeness_of_base"] == pytest.approx((0 + 0.6) / 2 / 0.8)
+    assert found["nearest_photo"] == pytest.approx(1)
+    assert found["nearest_among_photos"] == pytest.approx(0.8)
+
+
+def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
+    picture = Image.new("RGB", (64, 64), "red")
+    for number, (model, place) in enumerate([("adapter", "snow"), ("base", "snow"), ("adapter", "space")]):
+        facts = {"model": model, "prompt": f"a sks bear {BACKGROUNDS[place][0]}"}
+        save_png(picture, tmp_path, "{}.png", number, facts)
+    save_png(picture, tmp_path, "contact_sheet_{}.png", 0, {})
+    found = drawn(tmp_path)
+    assert [place for place, _ in found["adapter"]] == ["snow", "space"]
+    assert [place for place, _ in found["base"]] == ["snow"]
+
+
+def test_right_counts_class_and_place_apart():
+    class Told(Judge):
+        def answers(self, pixels):
+            return {"class_word": ["bear", "dog"], "background": ["snow", "snow"]}
+
+    picture = Image.new("RGB", (64, 64))
+    assert right(Told(), "bear", [("snow", picture), ("space", picture)]) == {"class": 0.5, "place": 0.5}
+    assert right(Told(), "bear", [("snow", picture), ("snow", picture)]) == {"class": 0.5, "place": 1}

@@ -1,0 +1,173 @@
+"""What stands in a model card, and that it is fit for others to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from gsoft.fingerprint import BaseModelIdentity
+from gsoft_diffusion.adapters.file import AdapterFile
+from gsoft_diffusion.config import AdapterConfig, TrainingConfig
+from gsoft_diffusion.foundation.run_folder import latest_sheet, sheet_of
+from gsoft_diffusion.publish.model_card import LOADING, MARK, may_write, public_base
+from gsoft_diffusion.publish.model_card import model_card as model_card_of
+
+DOG = {"instance_prompt": "a photo of a sks dog", "unique_token": "sks", "class_word": "dog"}
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def adapter_file(name: str = SD15, prompts: dict | None = None, **training) -> AdapterFile:
+    settings = (
+        TrainingConfig("photos", class_word="dog", learning_rate=2e-5, seed=7).to_dict() | {"step": 300} | training
+    )
+    identity = BaseModelIdentity(name, "0123456789abcdef")
+    return AdapterFile(Path("adapter.safetensors"), AdapterConfig(nblocks=32), identity, settings, prompts or DOG, {})
+
+
+class BaseModel:
+    """What a card asks of a base model: SDXL's."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    unet, text_encoder, text_encoder_2, vae = (object() for _ in range(4))
+    denoiser, text_encoders = unet, (text_encoder, text_encoder_2)
+
+    def parts(self) -> tuple[str, ...]:
+        return "vae", "text_encoder", "text_encoder_2", "unet"
+
+
+def model_card(*arguments, **options) -> str:
+    return model_card_of(*arguments, model=BaseModel(), **options)
+
+
+def parts(card: str) -> tuple[dict, str]:
+    _, front, text = card.split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_front_matter_is_hugging_faces():
+    card = model_card("adapter", "adapter.safetensors", [adapter_file()], picture="validation/step-000300.png")
+    front, text = parts(card)
+    assert (front["base_model"], front["base_model_relation"]) == (SD15, "adapter")
+    assert front["instance_prompt"] == "a photo of a sks dog"
+    assert (front["pipeline_tag"], front["library_name"]) == ("text-to-image", "gsoft-diffusion")
+    assert "license" not in front
+    assert "# sks dog\n" in text
+    assert "](validation/step-000300.png)" in text
+    assert ModelCard(card).data.base_model == SD15
+
+
+@pytest.mark.parametrize("kind", LOADING)
+def test_every_kind_says_how_to_load_it(kind):
+    card = model_card(kind, "result", [adapter_file()])
+    front, text = parts(card)
+    assert "result" in text.partition("## How to load")[2].partition("## How it was made")[0]
+    assert "{" not in text
+    assert ("lora" in front["tags"]) == kind.endswith("_lora")
+    assert ("StableDiffusionXLPipeline.from_single_file" in text) == (kind == "checkpoint")
+    all_parts = "pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2])"
+    assert (all_parts in text) == (kind == "adapter")
+
+
+def test_settings_are_listed():
+    _, text = parts(model_card("adapter", "a", [adapter_file(with_prior_preservation=True)]))
+    for row in (
+        "| base model | stable-diffusion-v1-5/stable-diffusion-v1-5 |",
+        "| method | Double GSOFT, 32 blocks, 2 factors, cayley, a scale for each output |",
+        "| steps | 300 |",
+        "| learning rate | 2e-05 |",
+        "| prior preservation | yes |",
+        "| seed | 7 |",
+    ):
+        assert row in text
+    assert "min-SNR" not in text
+
+
+def test_several_adapters_and_subjects():
+    mug = adapter_file(prompts={"subjects": [{"unique_token": "zwx", "class_word": "mug", "instance_prompt": "zwx"}]})
+    _, text = parts(model_card("diffusers", "merged", [adapter_file(), mug], [1.0, 0.6]))
+    assert "# sks dog, zwx mug" in text
+    assert "`a photo of a sks dog`, `zwx`" in text
+    assert text.count("| strength |") == 1
+    assert "| strength | 0.6 |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "hub", "shown"),
+    [
+        (SD15, SD15, SD15),
+        ("data/mini_base", None, "the miniature base model bundled with gsoft-diffusion"),
+        ("/home/ann/models/sd15", None, "sd15"),
+        ("~/models/sd15", None, "sd15"),
+        ("../ann/sd15", None, "sd15"),
+        ("./sd15", None, "sd15"),
+        ("/home/ann/models/sd15.safetensors", None, "sd15.safetensors"),
+        ("/", None, "a model without a name"),
+    ],
+)
+def test_base_models_are_named_without_folders(name, hub, shown):
+    assert public_base(name) == (hub, shown)
+
+
+def test_a_folder_that_looks_like_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ann" / "sd15").mkdir(parents=True)
+    assert public_base("ann/sd15") == (None, "sd15")
+
+
+@pytest.mark.parametrize("kind", LOADING)
+def test_no_private_paths(kind):
+    private = {"pretrained_model_name_or_path": "/home/ann/sd15", "note": "/home/ann"}
+    card = model_card(kind, "result", [adapter_file("/home/ann/sd15", **private)])
+    assert "ann" not in card.replace("anno", "")
+    assert not {"base_model", "base_model_relation"} & parts(card)[0].keys()
+
+
+def test_texts_of_strangers_stay_texts():
+    """Adapter files come from anywhere: their prompts must not become markup, code or front matter."""
+    bad = 'x"`\n---\nlicense: mit\n# <script>alert(1)</script> | [a](b) \\'
+    prompts = dict.fromkeys(("instance_prompt", "unique_token", "class_word"), bad)
+    card = model_card("diffusers", "merged", [adapter_file(prompts=prompts, optimizer=bad, seed=bad)])
+    front, text = parts(card)
+    assert "license" not in front
+    assert " ".join(bad.split()) == " ".join(front["instance_prompt"].split())
+    outside_code = "".join(text.split("```")[::2])
+    outside_code = "".join(outside_code.split("`")[::2]) if outside_code.count("`") % 2 == 0 else outside_code
+    assert "<script" not in outside_code.replace(r"\<script", "")
+    assert "[a]" not in outside_code.replace(r"\[a\]", "")
+    assert "\n---\n" not in text
+    assert all(line.count("|") - line.count(r"\|") == 3 for line in text.splitlines() if line.startswith("| "))
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+
+
+def test_a_card_that_someone_has_made_their_own_stays(tmp_path):
+    path = tmp_path / "README.md"
+    assert may_write(path)
+    card = model_card("adapter", "a", [adapter_file()])
+    path.write_text(card)
+    assert may_write(path)
+    path.write_text(card.replace(MARK, ""))
+    assert not may_write(path)
+    path.write_bytes(b"\xff\xfe")
+    assert not may_write(path)
+
+
+def test_latest_sheet(tmp_path):
+    assert latest_sheet(tmp_path) is None
+    (tmp_path / "validation").mkdir()
+    for step in (250, 1000, 500):
+        (tmp_path / "validation" / f"step-{step:06d}.png").touch()
+    sheet_of(tmp_path, 1000, 2).touch()  # the second of that step
+    assert latest_sheet(tmp_path) == tmp_path / "validation" / "step-001000.png"
+    assert latest_sheet(tmp_path, 700) == tmp_path / "validation" / "step-000500.png"
+    assert latest_sheet(tmp_path, 7) is None
+
+
+def test_a_subject_without_a_known_token_goes_by_its_prompt():
+    _, text = parts(
+        model_card("adapter", "a", [adapter_file(prompts={"class_word": "dog", "instance_prompt": "my dog"})])
+    )
+    assert "# my dog\n" in text

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gsoft_diffusion.adapters.injection import inject
+from gsoft_diffusion.config import AdapterConfig, TrainingConfig
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training import preflight
+from gsoft_diffusion.training.optimizer import make_optimizer
+from gsoft_diffusion.training.preflight import OPTIMIZER_BYTES, check_step, needed_bytes, switches
+
+CPU = torch.device("cpu")
+CONFIG = TrainingConfig(
+    "photos", class_word="dog", adapter=AdapterConfig(nblocks=4), learning_rate=1e-4, train_batch_size=4
+)
+
+
+@pytest.fixture(scope="module")
+def adapted(base):
+    model = load_model(str(base))
+    return model, inject(CONFIG.adapter, model.denoiser, model.text_encoders)
+
+
+def weights_of(model) -> int:
+    parts = (model.unet, model.text_encoder, model.vae)
+    return sum(parameter.nbytes for part in parts for parameter in part.parameters())
+
+
+def with_free(monkeypatch, model, count: int) -> None:
+    """Let there be so many bytes, for the weights as well."""
+    monkeypatch.setattr(preflight, "free_memory", lambda device: count - weights_of(model))
+
+
+def test_what_fits_goes_on(adapted, monkeypatch):
+    with_free(monkeypatch, adapted[0], needed_bytes(CONFIG, *adapted, CPU))
+    check_step(CONFIG, *adapted, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        (
+            {"gradient_checkpointing": True, "mixed_precision": "bf16"},
+            "--mixed_precision bf16 --gradient_checkpointing",
+        ),
+        (
+            {
+                "gradient_checkpointing": True,
+                "mixed_precision": "bf16",
+                "train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+            },
+            "--train_batch_size 2 --gradient_accumulation_steps 2 --mixed_precision bf16 --gradient_checkpointing",
+        ),
+    ],
+)
+def test_the_fewest_switches_that_fit_are_named(adapted, monkeypatch, changes, flags):
+    with_free(monkeypatch, adapted[0], needed_bytes(replace(CONFIG, **changes), *adapted, CPU))
+    with pytest.raises(
+        UserError, match=rf"not enough memory for training: .* on cpu; {flags} would make it 0\.\d\d GB"
+    ):
+        check_step(CONFIG, *adapted, CPU)
+
+
+def test_it_says_if_nothing_is_enough(adapted, monkeypatch):
+    with_free(monkeypatch, adapted[0], 1000)
+    with pytest.raises(UserError, match=r"no switch is enough: with --train_batch_size 1 .* it still takes 0\.\d\d GB"):
+        check_step(CONFIG, *adapted, CPU)
+    least = replace(CONFIG, train_batch_size=1, gradient_checkpointing=True, mixed_precision="bf16")
+    with pytest.raises(UserError, match="no other switch saves memory; use a smaller --resolution"):
+        check_step(least, *adapted, CPU)
+
+
+def test_switches_that_are_on_are_not_advised():
+    plans = switches(CONFIG, torch.device("cuda"))
+    assert plans[:4] == [
+        (("gradient_checkpointing", True),),
+        (("cpu_offload", True),),
+        (("mixed_precision", "bf16"),),
+        (("train_batch_size", 2), ("gradient_accumulation_steps", 2)),
+    ]
+    assert len(plans) == 2 * 2 * 2 * 3 - 1
+    assert (("cpu_offload", True),) not in switches(CONFIG, CPU)
+    on = replace(CONFIG, gradient_checkpointing=True, cpu_offload=True, mixed_precision="fp16", train_batch_size=1)
+    assert switches(on, torch.device("cuda")) == []
+
+
+def test_offloading_takes_what_is_not_training_off_the_device(adapted):
+    model, _ = adapted
+    offloaded = replace(CONFIG, cpu_offload=True)
+    saved = needed_bytes(CONFIG, *adapted, torch.device("cuda")) - needed_bytes(
+        offloaded, *adapted, torch.device("cuda")
+    )
+    assert saved == sum(parameter.nbytes for parameter in model.vae.parameters())
+    assert needed_bytes(offloaded, *adapted, CPU) == needed_bytes(CONFIG, *adapted, CPU)
+
+
+def test_class_images_double_the_batch(adapted):
+    with_prior = replace(CONFIG, with_prior_preservation=True, train_batch_size=2)
+    assert needed_bytes(with_prior, *adapted, CPU) == needed_bytes(CONFIG, *adapted, CPU)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedulefree"])
+def test_the_optimizers_state_is_as_large_as_counted(adapted, name):
+    _, adapter = adapted
+    for parameter in adapter.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer(replace(CONFIG, optimizer=name, learning_rate=1.0, text_encoder_lr=1.0), adapter)
+    getattr(optimizer, "train", lambda: None)()
+    optimizer.step()
+    adapter.zero_grad()
+    states = [state for by_parameter in optimizer.state.values() for state in by_parameter.values()]
+    size = sum(state.nbytes for state in states if isinstance(state, torch.Tensor) and state.ndim > 0)
+    assert size == OPTIMIZER_BYTES[name] * sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def test_what_cannot_be_estimated_is_not_refused(adapted, monkeypatch, caplog):
+    model, _ = adapted
+
+    def predict(*args, **options):
+        raise RuntimeError("nothing is known of contents")
+
+    monkeypatch.setattr(type(model), "predict", predict)
+    with_free(monkeypatch, model, 0)
+    with caplog.at_level(logging.WARNING):
+        check_step(CONFIG, *adapted, CPU)
+    assert "could not be estimated: nothing is known of contents" in caplog.text

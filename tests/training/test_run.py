@@ -1,0 +1,115 @@
+"""Whole runs: their result, the same result by other ways, and what is printed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import assert_same, batches, difference, weights
+
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.adapters.loading import load_adapter
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training.train import train
+
+
+def test_a_run_leaves_an_adapter_that_loads_and_its_settings(config):
+    result = train(config)
+    folder = Path(config.output_dir or "")
+    assert (result.adapter, result.steps, result.interrupted) == (folder / "adapter.safetensors", 4, False)
+    model = load_model(config.pretrained_model_name_or_path)
+    adapter, file = load_adapter(result.adapter, model.unet, [model.text_encoder])
+    assert all(parameter.abs().max() > 0 for parameter in adapter.parameters())
+    assert adapter.orthogonality_error() < 1e-5
+    assert file.prompts["instance_prompt"] == "a photo of a sks dog"
+    assert file.training["sampler"]["scheduler"] == "DDIMScheduler"
+    assert file.training["resolution"] == 32
+    settings = TrainingConfig.from_dict(read_yaml(folder / "settings.yaml"))
+    assert settings == replace(config, resolution=32, text_encoder_lr=2e-5, sampler=settings.sampler).resolved()
+
+
+def test_trainables_of_all_parts_move(config):
+    tensors = weights(config)
+    for name, tensor in tensors.items():
+        start = torch.ones(()) if name.endswith("output_scale") else torch.zeros(())
+        assert (tensor - start).abs().max() > 0, name
+    assert {name.partition(".")[0] for name in tensors} == {"unet", "text_encoder"}
+
+
+def test_a_run_encodes_what_it_shows(config, monkeypatch):
+    """Crops, flips and sizes of a few photos are many; a short run encodes few."""
+    config = replace(config, aspect_buckets=True, random_flip=True, max_train_steps=2, checkpointing_steps=1)
+    run, seen = batches(replace(config, train_batch_size=2), monkeypatch)
+    assert all("moments" in batch for batch in seen)
+    assert "pixels" in run.dataset[10_000]  # of another batch, whose photo has another crop
+
+
+def test_same_seed_same_weights_other_seed_other_weights(config):
+    first = weights(config, "first")
+    assert_same(first, weights(config, "second"))
+    assert difference(first, weights(replace(config, seed=1), "third")) > 1e-4
+
+
+def test_repeating_a_run_from_its_output_folder_gives_the_same_weights_and_pixels(config):
+    from gsoft_diffusion.config import GenerationConfig
+    from gsoft_diffusion.sampling.generation import draw
+
+    config = replace(config, num_validation_images=1, with_prior_preservation=True, num_class_images=2)
+    first = train(config).adapter.parent
+    settings = TrainingConfig.from_dict(read_yaml(first / "settings.yaml"))
+    second = train(replace(settings, output_dir=f"{config.output_dir}-again")).adapter.parent
+    assert_same(*(read_adapter(folder / "adapter.safetensors").tensors for folder in (first, second)))
+    for folder in (first, second):
+        draw(GenerationConfig((str(folder / "adapter.safetensors"),), prompts=("a sks dog",), num_images=1))
+    for name in ("validation/step-000004.png", "images/0000_seed0_a-sks-dog.png"):
+        pictures = [np.asarray(Image.open(folder / name)) for folder in (first, second)]
+        assert (pictures[0] == pictures[1]).all(), name
+
+
+def test_latents_cached_or_not(config):
+    """Encoding photos one by one or in batches rounds differently, which Adam would blow up where gradients vanish."""
+    config = replace(config, random_flip=True, adam_epsilon=1e-4)
+    assert difference(weights(config, "cached"), weights(replace(config, cache_latents=False), "not")) < 1e-5
+
+
+def test_workers_change_nothing(config):
+    config = replace(config, cache_latents=False)
+    assert_same(weights(config, "none"), weights(replace(config, dataloader_num_workers=1), "one"))
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_accumulated_batches_equal_a_large_one(config, prior):
+    config = replace(config, train_batch_size=4)
+    if prior:
+        config = replace(config, with_prior_preservation=True, num_class_images=2)
+    accumulated = replace(config, train_batch_size=1, gradient_accumulation_steps=4)
+    assert (
+        difference(weights(config, "large"), weights(accumulated, "accumulated")) < 1e-3
+    )  # Adam divides by tiny numbers
+
+
+def test_gradient_checkpointing_changes_nothing(config):
+    checkpointed = weights(replace(config, gradient_checkpointing=True), "checkpointed")
+    assert difference(weights(config, "plain"), checkpointed) < 1e-4
+
+
+def test_what_is_printed(config, capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30), "red").save(Path(config.instance_data_dir) / "turned.jpg", exif=exif)
+    result = train(config)
+    printed = capfd.readouterr()
+    counts = result.adapter
+    said = "subject: 5 pictures, 1 of one single colour, 1 turned upright by EXIF data; left out: notes.txt"
+    assert said in printed.out
+    total = sum(tensor.numel() for tensor in read_adapter(result.adapter).tensors.values())
+    assert f"training {total:,} parameters" in printed.out
+    assert str(counts) in printed.out
+    assert "loss=" in printed.err
+    assert "lr=0.01" in printed.err
