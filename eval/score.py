@@ -21,9 +21,10 @@ from torch import Tensor
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.models.loading import best_device, known_device
 from gsoft_diffusion.photos.folder import list_images
-from gsoft_diffusion.photos.image_files import METADATA_KEY, open_image, opened
+from gsoft_diffusion.photos.image_files import open_image, opened
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.sampling.generation import draw
-from gsoft_diffusion.sampling.pictures import METADATA_KEY
 from gsoft_diffusion.scoring.encoders import load_dino
 from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
 from gsoft_diffusion.training.train import train

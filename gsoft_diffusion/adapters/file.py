@@ -119,7 +119,7 @@ def _adapter_in(path: Path) -> Path:
 
 
 def read_adapters(paths: Sequence[str | Path]) -> list[AdapterFile]:
-    """Read several adapters for use together. Raises UserError as `read_adapter`, or if one is given twice."""
+    """Read adapters for use together. Raises as `read_adapter`, and UserError if one is given twice, or copied."""
     files: list[AdapterFile] = []
     for path in paths:
         file = read_adapter(path)

@@ -61,9 +61,9 @@ class Concept(Settings):
     def resolved(self) -> Concept:
         """The same subject with missing values derived: prompts from the names, or the token from the prompt.
 
-        The token stays None if the prompt does not make it clear. All texts get one Unicode normal form; `{0} {1}` in
-        the prompts is as in `with_names`. Raises UserError for a token that the prompt does not have, or that is the
-        class word: the subject would be learned by another name.
+        The token stays None if the prompt does not make it clear. All texts get one Unicode normal form, and `{0} {1}`
+        in the prompts are filled in as in `with_names`. Raises UserError for a token that the prompt does not have, or
+        that is the class word: the subject would be learned by another name.
         """
         word = self.class_word and plain_noun(self.class_word)
         token = self.unique_token and " ".join(composed(self.unique_token).split())

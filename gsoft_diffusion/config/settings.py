@@ -249,8 +249,9 @@ def check_rules(settings: Any) -> None:
 
 
 def settle_paths(settings: Any) -> None:
-    """Let the paths among settings in the making, and tuples of paths, have the home folder for `~`, and names as they
-    are spelt on disk.
+    """Let the paths among settings in the making, and tuples of paths, have the home folder for `~`.
+
+    Names are spelt as they are on disk, where that is in another Unicode normal form.
 
     A shell expands `~` only where a word begins: not in `--output_dir=~/out`, and nobody does in a file of settings.
     """

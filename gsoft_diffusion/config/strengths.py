@@ -10,7 +10,7 @@ from gsoft_diffusion.foundation.errors import UserError
 
 def strength_by_adapter(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
     """Each adapter's strength, 1 if none is given. Raises UserError for an adapter given twice, or wrong strengths."""
-    if not all(adapters or [""]):
+    if not (adapters and all(adapters)):
         raise UserError("--adapter: name the adapter file that training wrote")
     if twice := [adapter for adapter in adapters if list(adapters).count(adapter) > 1]:
         raise UserError(f"--adapter {twice[0]}: comes twice; give it once, with a --strength")

@@ -18,6 +18,7 @@ from gsoft_diffusion.foundation.files import numbered
 ADAPTER = "adapter.safetensors"  # also in the folder of a checkpoint
 SETTINGS = "settings.yaml"
 CARD = "README.md"
+METADATA_KEY = "gsoft_diffusion"  # text field of PNGs that this program draws; it holds their settings, as JSON
 
 
 def run_folder(adapter: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.photos.colours import to_srgb
 
 METADATA_KEY = "gsoft_diffusion"  # the PNG text field that holds the settings of a drawn picture, as JSON

@@ -116,7 +116,7 @@ def _from_opacity(image: Image.Image, path: Path) -> Image.Image | None:
             raise UserError(f"{path}: black on transparent is ambiguous; paint the subject white, and the rest black")
         if ((seen.max(axis=1) <= NEARLY_GREY) | (seen.min(axis=1) >= 255 - NEARLY_GREY)).all():
             raise UserError(
-                f"{path}: black and white and transparent, of which two could mean the rest; save it without "
+                f"{path}: black and white and transparent, and it is unclear which marks the subject; save it without "
                 "transparency, the subject white, and the rest black"
             )
     return opacity

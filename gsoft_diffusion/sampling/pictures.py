@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.photos.image_files import METADATA_KEY
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import locked, whole_file
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import is_blank, scan

@@ -91,10 +91,10 @@ def check_names(concept: Concept, photos: Sequence[Photo], concepts: Sequence[Co
 
 
 def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which prompts and captions do not name the subject; it is not learned from them."""
+    """Say which prompts do not name the subject; it is not learned from their photos."""
     word, prompt = concept.class_word, concept.instance_prompt or ""
     if word and not has_words(prompt, word) and any(photo.prompt == prompt for photo in photos):
-        say(f'note: the class word "{word}" is not in the instance prompt; {{1}} in prompts stands for it all the same')
+        say(f'note: the class word "{word}" is not in the instance prompt; {{1}} in prompts stands for it nevertheless')
     for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
         captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
         if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):

@@ -20,10 +20,10 @@ from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import AdapterConfig, GenerationConfig, SamplerConfig
 from gsoft_diffusion.config.prompts import with_names
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.sampling.generation import Sample, _precision, _sampler, draw, generate, sheet_rows
-from gsoft_diffusion.sampling.pictures import METADATA_KEY
 
 FEW_STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
 JOBS = [("a dog", 7), ("a cat", 7), ("a dog", 8), ("", 0), ("a dog", 7)]

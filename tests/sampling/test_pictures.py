@@ -8,9 +8,9 @@ from PIL import Image
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import numbered
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.sampling import pictures
 from gsoft_diffusion.sampling.pictures import (
-    METADATA_KEY,
     Row,
     _characters,
     _font_for,

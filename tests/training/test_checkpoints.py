@@ -325,6 +325,15 @@ def test_a_folder_that_is_a_file(config, tmp_path, name):
         pass
 
 
+@pytest.mark.parametrize("name", ["instance_data_dir", "class_data_dir"])
+def test_a_folder_of_pictures_is_no_output_folder(config, tmp_path, name):
+    given = replace(config, with_prior_preservation=True, class_data_dir=str(tmp_path / "class"))
+    message = r"--output_dir .*: is the folder of (a subject's photos|class images)"
+    given = replace(given, output_dir=f"{getattr(given, name)}/")
+    with pytest.raises(UserError, match=message), output_folder(given):
+        pass
+
+
 def test_a_second_run_in_the_folder_is_refused(config, tmp_path):
     with held(tmp_path / "run", 60) as number:
         message = rf"another run is writing to it \(process {number} on .*\); wait for it, or choose another folder"

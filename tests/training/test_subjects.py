@@ -141,13 +141,6 @@ def test_drawn_pictures_among_the_photos_are_said(config, capsys):
     assert "subject: 5 pictures, 1 drawn by this program and not photographed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["instance_data_dir", "class_data_dir"])
-def test_a_folder_of_pictures_is_no_output_folder(config, tmp_path, name):
-    given = replace(config, with_prior_preservation=True, class_data_dir=str(tmp_path / "class"))
-    with pytest.raises(UserError, match=r"--output_dir .*: is the folder of (a subject's photos|class images)"):
-        train(replace(given, output_dir=f"{getattr(given, name)}/"))
-
-
 def test_other_words_of_kohyas_folders_are_said(config, capsys):
     inside = Path(config.instance_data_dir) / "10_zwx dog"
     Path(config.instance_data_dir, "0.png").rename((inside.mkdir() or inside) / "0.png")
