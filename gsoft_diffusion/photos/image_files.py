@@ -14,7 +14,6 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.photos.colours import to_srgb
 
-METADATA_KEY = "gsoft_diffusion"  # the PNG text field that holds the settings of a drawn picture, as JSON
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff"}
 EXIF_ORIENTATION = 0x0112
 SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP")  # whose further pictures are others, not previews as in photos of telephones

@@ -20,7 +20,7 @@ from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import is_blank, scan
-from gsoft_diffusion.photos.image_files import METADATA_KEY, opened
+from gsoft_diffusion.photos.image_files import opened
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import slug
 
