@@ -163,7 +163,7 @@ def test_a_changed_file_is_refused(path, attack):
 @pytest.mark.parametrize("content", [b"", b"\0" * 64, struct.pack("<Q", 2**62) + b"{}", b"\x80\x04pickle"])
 def test_a_broken_file_is_refused(path, content):
     path.write_bytes(content)
-    with pytest.raises(FileError, match=r"not a readable safetensors file|header"):
+    with pytest.raises(FileError, match="it is cut short, or no safetensors file at all"):
         gsoft.read(path)
 
 
