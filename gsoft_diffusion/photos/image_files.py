@@ -71,6 +71,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, and enough
+            with path.open("rb") as file:
+                file.read(1)  # Pillow does not close a file that it cannot read
             with Image.open(path) as image:
                 if (count := getattr(image, "n_frames", 1)) > 1 and image.format in SEQUENCES:
                     raise UserError(
