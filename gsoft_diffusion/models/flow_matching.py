@@ -31,12 +31,19 @@ class FlowMatching:
 
         They are taken for quantiles of the logit-normal distribution (location 0, scale 1): the middle of the way is
         drawn most. Source: Esser et al., §3.1; diffusers' training scripts index the shifted timesteps the same way.
+
+        uniform: the whole numbers (B,); the timesteps are on their device.
         """
         count = self.config.num_train_timesteps
         place = torch.special.ndtri((uniform.double() + 0.5) / count).sigmoid()
         return self.timesteps.to(uniform.device)[(place * count).long()]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`x_σ` for each sample (B, C, h, w) at its timestep (B,)."""
+        """`x_σ` for each sample: (B, C, h, w), on the straight way from its latents to its noise.
+
+        latents: `x`, (B, C, h, w), of pictures without noise.
+        noise: `ε`, of the same shape.
+        timesteps: (B,), σ times the number of training timesteps.
+        """
         sigmas = (timesteps / self.config.num_train_timesteps)[:, None, None, None]
         return (1 - sigmas) * latents + sigmas * noise

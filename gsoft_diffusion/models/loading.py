@@ -41,11 +41,19 @@ def load_model(
 ) -> BaseModel:
     """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
 
+    name: the folder, the model's name on the hub, or the `.safetensors` file.
+    revision: branch, tag or commit on the hub; by default the main branch.
+    variant: what stands before `.safetensors` in the names of the weight files to load, such as fp16.
+    base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
+    dtype: of all weights but the VAE's, which are float32.
+    device: where the model computes.
     cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
     quantize_base: bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `quantization`.
-    base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
 
-    Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train.
+    Returns the model with all of its weights frozen.
+
+    Raises UserError naming the part that is missing, broken, or of an architecture that this project does not train; or
+    if the weights do not fit into the device's memory.
     """
     transformers.utils.logging.disable_progress_bar()
     if quantize_base:
@@ -90,7 +98,10 @@ def fetch_model(name: str) -> None:
 
 
 def known_device(name: torch.device | str) -> torch.device:
-    """The device of that name. UserError if it is none's, or if this machine or this build of torch has none such."""
+    """The device of that name, such as cpu or cuda:1.
+
+    Raises UserError if it is none's, or if this machine or this build of torch has none such.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -100,7 +111,7 @@ def known_device(name: torch.device | str) -> torch.device:
 
 
 def best_device() -> torch.device | str:
-    """A GPU if there is one."""
+    """This machine's GPU if it has one that can be used, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 

@@ -12,7 +12,10 @@ from gsoft_diffusion.foundation.errors import UserError
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler of that name, such as DDIMScheduler. Raises UserError if there is none."""
+    """The diffusers scheduler of that name, such as DDIMScheduler.
+
+    Raises UserError if there is none, or if it needs a library that is not installed.
+    """
     found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if found and hasattr(found, "_backends"):  # what diffusers has instead of a class that it cannot import
         raise UserError(f"{name} needs {' and '.join(found._backends)}: install what is missing")
@@ -24,10 +27,17 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
 
 
 def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the model was trained to predict, by the scheduler's `prediction_type`. Shapes (B, C, H, W).
+    """What the model was trained to predict, by the scheduler's `prediction_type`: (B, C, h, w).
 
     With `x_t = α_t·x + σ_t·ε`: `ε` (epsilon), `x` (sample) or `v = α_t·ε − σ_t·x` (v_prediction). In flow matching,
     where α_t = 1 − σ_t, it is `ε − x` (flow_prediction).
+
+    scheduler: the model's `noise_scheduler`.
+    latents: `x`, (B, C, h, w), without noise.
+    noise: `ε`, of the same shape.
+    timesteps: (B,), the `t` of each sample.
+
+    Raises UserError for a `prediction_type` that is none of these.
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":

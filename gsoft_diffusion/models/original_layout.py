@@ -71,7 +71,13 @@ JOINT_ATTENTION = {  # query, key and value, in one matrix in the original
 
 
 def original_layout(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> dict[str, Tensor]:
-    """All weights under their original names; dtypes stay. Raises UserError if one has no place in that layout."""
+    """All weights of Stable Diffusion 1.x or 2.x under their original names; dtypes stay.
+
+    unet, vae: the networks of those names.
+    text_encoder: OpenAI's CLIP for 1.x, OpenCLIP for 2.x; its activation tells which (see `is_open_clip`).
+
+    Raises UserError if a weight has no place in that layout.
+    """
     text = open_clip_tensors(text_encoder) if is_open_clip(text_encoder) else clip_tensors(text_encoder)
     return (
         {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}
@@ -89,10 +95,17 @@ def original_layout_xl(
     v_prediction: bool = False,
     zero_terminal_snr: bool = False,
 ) -> dict[str, Tensor]:
-    """The same for Stable Diffusion XL.
+    """All weights of Stable Diffusion XL under their original names; dtypes stay.
 
     ComfyUI and Forge tell its velocity models by an empty tensor `v_pred`, and ComfyUI by `ztsnr` beside it those whose
     last timestep is all noise.
+
+    unet, vae: the networks of those names.
+    text_encoder: OpenAI's CLIP; text_encoder_2: OpenCLIP.
+    v_prediction: whether the UNet predicts velocity; adds `v_pred`.
+    zero_terminal_snr: whether its last timestep is all noise; adds `ztsnr`, in velocity models only.
+
+    Raises UserError if a weight has no place in that layout.
     """
     tensors = (
         {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(unet).items()}
@@ -111,7 +124,14 @@ def original_layout_3(
     clip_g: CLIPTextModelWithProjection,
     t5xxl: T5EncoderModel,
 ) -> dict[str, Tensor]:
-    """The same for Stable Diffusion 3 and 3.5. UserError if CLIP-L has a projection, where readers put the identity."""
+    """All weights of Stable Diffusion 3 or 3.5 under their original names; dtypes stay.
+
+    transformer, vae: the networks of those names.
+    clip_l, clip_g, t5xxl: the first, second and third text encoder, as the original calls them.
+
+    Raises UserError if a weight has no place in that layout, or if CLIP-L has a projection, where readers put the
+    identity.
+    """
     projection = clip_l.text_projection.weight
     if not torch.equal(projection, torch.eye(*projection.shape, dtype=projection.dtype)):
         raise UserError(
@@ -131,9 +151,10 @@ def original_layout_3(
 
 
 def is_open_clip(text_encoder: CLIPTextModel) -> bool:
-    """Whether it is OpenCLIP (Stable Diffusion 2.x) rather than OpenAI's CLIP (1.x): their activations differ.
+    """Whether a text encoder is OpenCLIP (Stable Diffusion 2.x), not OpenAI's CLIP (1.x): their activations differ.
 
-    The files have no place for the activation: who reads one takes it from the layout. UserError for a third kind.
+    The files have no place for the activation: who reads one takes it from the layout. Raises UserError for a third
+    kind.
     """
     activation = text_encoder.config.hidden_act
     if activation not in ("gelu", "quick_gelu"):
@@ -144,11 +165,20 @@ def is_open_clip(text_encoder: CLIPTextModel) -> bool:
 
 
 def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The UNet's weights under their original names, without the `model.diffusion_model.` before them.
+
+    Raises UserError if one has no place in that layout.
+    """
     return _renamed(unet, _unet_blocks(unet), UNET_LAYERS)
 
 
 def original_unet_module(unet: UNet2DConditionModel, path: str) -> str:
-    """What the original calls the UNet's module at `path`."""
+    """What the original calls a module of the UNet.
+
+    path: what diffusers calls it, such as `mid_block.attentions.0.proj_in`.
+
+    Raises UserError if it is in no block that the original has.
+    """
     return _rename(path, _unet_blocks(unet), UNET_LAYERS)
 
 
@@ -185,6 +215,11 @@ def _unet_blocks(unet: UNet2DConditionModel) -> dict[str, str]:
 
 
 def joint_transformer_tensors(transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
+    """The SD3 transformer's weights under their original names, without the `model.diffusion_model.` before them.
+
+    Query, key and value are stacked in one matrix, and scale and shift change places in the last layers. Raises
+    UserError if a weight has no place in that layout.
+    """
     blocks = {
         "pos_embed.proj": "x_embedder.proj",
         "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -213,6 +248,10 @@ def joint_transformer_tensors(transformer: SD3Transformer2DModel) -> dict[str, T
 
 
 def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The VAE's weights under their original names, without the `first_stage_model.` before them.
+
+    The matrices of its attention become 1×1 convolutions. Raises UserError if a weight has no place in that layout.
+    """
     blocks = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
         names = {
@@ -241,12 +280,21 @@ def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:
 
 
 def clip_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """The weights of OpenAI's CLIP under the names that they have below `cond_stage_model.`.
+
+    `position_ids` is added: transformers no longer keeps it, and older tools ask for it.
+    """
     tensors = {f"transformer.{name}": tensor for name, tensor in text_encoder_tensors(text_encoder).items()}
     length = text_encoder.config.max_position_embeddings
     return tensors | {"transformer.text_model.embeddings.position_ids": torch.arange(length)[None]}  # older tools ask
 
 
 def open_clip_tensors(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> dict[str, Tensor]:
+    """The weights of OpenCLIP under the names that they have below `cond_stage_model.`.
+
+    Query, key and value are stacked in one matrix, and the projection is transposed. Raises UserError if a weight has
+    no place in that layout.
+    """
     blocks = {"final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding"}
     for layer in range(text_encoder.config.num_hidden_layers):
         blocks[f"encoder.layers.{layer}"] = f"transformer.resblocks.{layer}"

@@ -43,9 +43,13 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize(model: nn.Module, quant_type: str, device: torch.device | str) -> None:
-    """Put bitsandbytes' 4-bit layers, on the device, in the place of all that `quantizable` finds.
+    """Put bitsandbytes' 4-bit layers in the place of all that `quantizable` finds.
 
     The same weights give the same layers on the same kind of device, so a resumed run goes on with what it had.
+
+    model: the network, changed in place; it computes in the dtype of its weights, as before.
+    quant_type: bitsandbytes' name of the 4-bit type, such as nf4.
+    device: where the new layers go; all others stay where they are.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 

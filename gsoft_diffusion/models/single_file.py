@@ -24,7 +24,10 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_single_file(name: str) -> bool:
-    """Whether this names a checkpoint file. UserError if there is none, or for kinds that can run code when opened."""
+    """Whether this names a checkpoint file rather than a folder or a model on the hub.
+
+    Raises UserError if the file does not exist, or for kinds that can run code when opened.
+    """
     path = Path(name).expanduser()
     if path.is_file() and path.suffix in PICKLED:
         raise UserError(f"{name}: pickled checkpoints can run code, so only .safetensors files are read")
@@ -34,7 +37,10 @@ def is_single_file(name: str) -> bool:
 
 
 def usual_config(name: str) -> str:
-    """The name on the hub of the model whose configuration diffusers takes for such a file, by the weights in it."""
+    """The name on the hub of the model whose configuration diffusers takes for such a file, by the weights in it.
+
+    Raises UserError if the file cannot be read or does not hold a whole model.
+    """
     try:
         tensors = load_file(Path(name).expanduser())
     except (SafetensorError, OSError) as error:
@@ -45,7 +51,12 @@ def usual_config(name: str) -> str:
 
 
 def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The family's parts: weights from the file, all else from the diffusers folder `config`. VAE in float32.
+    """The family's parts, by name: weights from the file, all else from a diffusers folder.
+
+    name: the `.safetensors` file.
+    family: the one that `config` is of.
+    config: the diffusers folder; weights in it are not read.
+    dtype: of all weights but the VAE's, which are float32.
 
     Raises UserError if the file does not hold all of the model's weights, in the shapes that the configuration says.
     """

@@ -53,13 +53,20 @@ def generate(
     height: int | None = None,
     batch_size: int = 4,
 ) -> Iterator[Sample]:
-    """Draw one picture for each job, which is a prompt and a seed, in order.
+    """Draw one picture for each job, in order.
 
     All noise of a picture comes from its own generator on the CPU, so a picture depends on the batch size and the
     device by rounding only. Pixels that are not finite make a black picture.
 
+    model: the base model, with whatever adapter is in it.
+    jobs: a prompt and a seed each.
+    sampler: settings of drawing; what they leave open is the model's own (see `with_model_sampler`).
     resolution: side in pixels of square pictures; the model's own by default.
     width, height: sides of pictures that are not square; `resolution` where one is left out.
+    batch_size: pictures that are drawn at once.
+
+    Yields each picture once its batch is done. Raises UserError, with the first picture, if the model cannot draw such
+    sides or does not go with the scheduler.
     """
     resolution = resolution or model.resolution
     width, height = width or resolution, height or resolution
@@ -126,6 +133,9 @@ def draw(config: GenerationConfig) -> list[Path]:
     """Draw `num_images` pictures for each prompt with adapters, each into a PNG, and contact sheets of them all.
 
     What the settings leave open comes from the first adapter's metadata. Returns the paths of the contact sheets.
+
+    Raises UserError if adapters, prompts, base model or settings cannot be used, the folder cannot be written, or
+    memory runs out.
     """
     files = read_adapters(config.adapter)
     file = files[0]
@@ -201,6 +211,7 @@ def draw(config: GenerationConfig) -> list[Path]:
 def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> list[Row]:
     """Rows of a contact sheet from the pictures of one or more models, the same prompts and seeds side by side.
 
+    columns: each model's pictures by its name, in the same order of prompts and seeds.
     images_each: pictures that follow each other with the same prompt; what is too many for a row goes on in the next.
     """
     groups = list(zip(*columns.values(), strict=True))

@@ -39,9 +39,15 @@ def slug(text: str, length: int = 60) -> str:
 
 
 def save_png(image: Image.Image, folder: Path, name: str, number: int, metadata: Mapping[str, Any]) -> Path:
-    """Write a new PNG with `metadata` inside; returns its path. Raises UserError if it cannot be written.
+    """Write a new PNG with its settings inside; returns its path.
 
-    name: of the file, with `{}` for the number, which is counted up where another command was faster with that name.
+    image: the picture.
+    folder: where it goes; made if it is not there.
+    name: of the file, with `{}` for the number.
+    number: counted up where another command was faster with that name.
+    metadata: what to keep in the PNG, as JSON.
+
+    Raises UserError if it cannot be written.
     """
     info = PngInfo()
     info.add_text(METADATA_KEY, json.dumps(metadata))  # plain ASCII
@@ -78,6 +84,9 @@ def contact_sheets(rows: Sequence[Row], title: str = "") -> list[Image.Image]:
     """The rows on white paper, on as many sheets as it takes to keep each below `SHEET_PIXELS`.
 
     Small pictures are enlarged to at least 192 pixels, large ones shrunk to at most 1024.
+
+    rows: at least one, with at least one picture.
+    title: above the rows of every sheet; none if empty.
     """
     layout = _Layout.of(rows, title)
     return [_draw_sheet(part, layout) for part in layout.parts(rows)]
@@ -152,7 +161,10 @@ def _draw_sheet(rows: Sequence[Row], layout: _Layout) -> Image.Image:
 
 
 def text_lines(text: str, width: int) -> list[tuple[str, Any]]:
-    """`text` in at most three lines that fit the width, each with its font; the rest is cut with an ellipsis."""
+    """`text` in at most three lines, each with the font to draw it in; the rest is cut with an ellipsis.
+
+    width: pixels that a line may take.
+    """
     font = _font(_font_for(text))
     lines = [""]
     for word in text.split():

@@ -32,10 +32,15 @@ TRIAL_ERROR = 0.1  # mean; pictures have a standard deviation of 1
 
 
 def with_model_sampler(model: BaseModel, sampler: SamplerConfig) -> SamplerConfig:
-    """The sampler with what only the model decides filled in: scheduler and guidance. Raises as `make_scheduler`.
+    """The sampler with what only the model decides filled in: scheduler and guidance.
 
     Warns of settings without effect on the model, and leaves them out: a model that guides itself has no negative
     prompt, and some were distilled to one guidance.
+
+    model: the base model to draw with.
+    sampler: settings of drawing; the scheduler and guidance that they name are kept if they have an effect.
+
+    Raises UserError as `make_scheduler` does.
     """
     guidance = sampler.guidance_scale
     if model.guides_itself and sampler.negative_prompt:
@@ -55,9 +60,12 @@ def with_model_sampler(model: BaseModel, sampler: SamplerConfig) -> SamplerConfi
 def make_scheduler(model: BaseModel, sampler: SamplerConfig, latent_shape: tuple[int, int, int] | None = None) -> Any:
     """A scheduler with the base model's noise schedule and way of predicting, and the sampler's steps set.
 
-    latent_shape: of the latents to draw; by default those of the model's own pictures.
+    model: the base model to draw with.
+    sampler: names the scheduler, or leaves it to the model's own, and says the number of steps.
+    latent_shape: (channels, height, width) of the latents to draw; by default those of the model's own pictures.
 
-    Raises UserError with the schedulers that fit if the sampler's does not; the checkpoint's own is not questioned.
+    Raises UserError with the schedulers that fit if the sampler's does not (the checkpoint's own is not questioned), or
+    if it cannot have so many or so few steps.
     """
     base = model.scheduler
     kind = scheduler_class(sampler.scheduler) if sampler.scheduler else type(base)
@@ -80,8 +88,12 @@ def denoise(
     predict: Callable[[Tensor, Tensor], Tensor],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Latents (N, C, h, w) that the scheduler makes of noise by `predict(noisy_latents, timestep)`.
+    """Latents (N, C, h, w) that the scheduler makes of noise.
 
+    scheduler: one of diffusers', with its steps set.
+    noise: (N, C, h, w), standard normal; the latents have its dtype and device.
+    predict: called as `predict(noisy_latents, timestep)` at each step, with a timestep (); returns the prediction in
+      the latents' shape.
     generators: one for each sample, for what some schedulers draw on the way.
     """
     latents = noise * getattr(scheduler, "init_noise_sigma", 1)
@@ -94,13 +106,17 @@ def denoise(
 
 
 def fitting(model: BaseModel) -> list[type[SchedulerMixin]]:
-    """All of diffusers' schedulers that fit, by name."""
+    """All of diffusers' schedulers that fit the model, by name."""
     found = [getattr(diffusers, name) for name in sorted(dir(diffusers)) if name.endswith("Scheduler")]
     return [kind for kind in found if not hasattr(kind, "_backends") and fits(model, kind)]
 
 
 def fits(model: BaseModel, kind: type[SchedulerMixin]) -> bool:
-    """Whether pictures can be drawn with the model by such a scheduler."""
+    """Whether pictures can be drawn with the model by schedulers of a class.
+
+    model: only its noise schedule is tried, with a perfect prediction in the denoiser's place.
+    kind: the class; whatever it raises means that it does not fit.
+    """
     generator = torch.Generator().manual_seed(0)
     picture, noise = torch.randn(2, 1, 4, 8, 8, generator=generator).to(model.device)
     levels, none = model.noise_scheduler(), torch.zeros_like(picture)

@@ -41,6 +41,9 @@ UNDECISIVE = ("scheduler", "tokenizer", "safety_checker", "feature_extractor", "
 def find_family(name: str, index: Mapping[str, Any]) -> type[BaseModel]:
     """The family of a diffusers model by the classes of its parts in `model_index.json`, which are only compared.
 
+    name: the model's, for the message.
+    index: what the file holds: [library, class] for each part, and plain values.
+
     Raises UserError with the families that there are if it is of none.
     """
     found = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}

@@ -77,11 +77,18 @@ class BaseModel(ABC):
 
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The first half of encoding prompts: what does not depend on the adapter and is cached."""
+        """The first half of encoding prompts: what does not depend on the adapter and is cached.
+
+        Returns tensors on the model's device; the first dimension of each counts prompts. What they are is the family's
+        own matter.
+        """
 
     @abstractmethod
     def encode(self, prepared: dict[str, Tensor]) -> Conditioning:
-        """The second half: the output of the text encoders that may have an adapter."""
+        """The second half: what the denoiser is told, from the text encoders that may have an adapter.
+
+        prepared: what `prepare` returned, or any of its prompts by the first dimension.
+        """
 
     @abstractmethod
     def predict(
@@ -92,8 +99,11 @@ class BaseModel(ABC):
         views: Tensor,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """The denoiser's prediction (N, C, h, w) in float32 for latents (N, C, h, w) at timesteps (N,) or ().
+        """The denoiser's prediction (N, C, h, w) in float32.
 
+        noisy_latents: (N, C, h, w), of any dtype; they are cast to the denoiser's.
+        timesteps: (N,), or () for one that all share.
+        conditioning: what `encode` returned for N prompts.
         views: (N, 6), how each picture came from its photo (see `whole_view`), for families that are told.
         guidance_scale: for models that were taught to guide themselves (`guides_itself`); 1 is unguided.
         """
@@ -111,30 +121,46 @@ class BaseModel(ABC):
         return not self.guides_itself
 
     def noise_scheduler(self) -> Any:
-        """How noise is added in training."""
+        """How noise is added in training: an object with `add_noise`, and `config` for `prediction_target`."""
         return DDPMScheduler.from_config(self.scheduler.config)
 
     def draw_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps (B,) to train on, for numbers drawn evenly from those of the noise scheduler."""
+        """Timesteps (B,) to train on.
+
+        uniform: whole numbers (B,), drawn evenly below the noise scheduler's `num_train_timesteps`.
+        """
         return uniform
 
     def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
-        """A diffusers scheduler with all it takes of the model's settings, its steps set for such latents."""
+        """A diffusers scheduler with all it takes of the model's settings, its steps set.
+
+        kind: the scheduler's class.
+        num_inference_steps: how many steps it takes from noise to picture.
+        latent_shape: (channels, height, width) of the latents to draw, which the steps of some families depend on.
+
+        Raises ValueError, as diffusers does, if the scheduler cannot have so many or so few steps.
+        """
         scheduler = kind.from_config(self.scheduler.config, clip_sample=False)  # latents go beyond [-1, 1]
         scheduler.set_timesteps(num_inference_steps, device=self.device)
         return scheduler
 
     def keeps_schedule(self, scheduler: Any) -> bool:
-        """Whether what `make_scheduler` made has the model's noise schedule."""
+        """Whether a scheduler that `make_scheduler` made has the model's noise schedule."""
         wanted, found = self.noise_scheduler().alphas_cumprod, getattr(scheduler, "alphas_cumprod", None)
         return found is not None and found.shape == wanted.shape and torch.allclose(found.to(wanted), wanted, atol=1e-6)
 
     def original_layout(self) -> dict[str, Tensor]:
-        """All weights as in the family's original checkpoints, whole models in one file. UserError if unknown."""
+        """All weights by their names in the family's original checkpoints, whole models in one file.
+
+        Raises UserError if no such layout is known, or a weight has no place in it.
+        """
         raise UserError(f"--format checkpoint: no single-file layout is known for {self.title}; use --format diffusers")
 
     def kohya_metadata(self) -> dict[str, str]:
-        """What web UIs read to tell which base model a LoRA in kohya's format is for. UserError if there is none."""
+        """What web UIs read to tell which base model a LoRA in kohya's format is for.
+
+        Raises UserError if the format is not known for the family.
+        """
         raise UserError(f"--format kohya_lora: not known for {self.title}; use --format diffusers_lora")
 
     def kohya_place(self, module: str) -> tuple[str, int]:
@@ -146,17 +172,19 @@ class BaseModel(ABC):
         raise NotImplementedError
 
     def encode_negative(self, prompt: str) -> Conditioning:
-        """The embedding of the negative prompt: that of any prompt, unless the family overrides this."""
+        """The conditioning of one negative prompt: that of any prompt, unless the family overrides this."""
         return self.encode_prompts([prompt])
 
     # What follows from that
 
     @property
     def device(self) -> torch.device:
+        """Where the denoiser is, and with it all that it is given."""
         return self.denoiser.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of number that the denoiser computes in."""
         return self.denoiser.dtype
 
     @property
@@ -165,7 +193,10 @@ class BaseModel(ABC):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def latent_shape(self, width: int, height: int | None = None) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of a picture, which is square if only one side is given."""
+        """(channels, height, width) of a picture's latents.
+
+        width, height: sides of the picture in pixels; it is square if no height is given.
+        """
         factor = self.vae_scale_factor
         return self.vae.config.latent_channels, (height or width) // factor, width // factor
 
@@ -183,7 +214,10 @@ class BaseModel(ABC):
 
     @contextmanager
     def on_device(self, *parts: nn.Module) -> Iterator[None]:
-        """Move these parts to the denoiser's device, and back after the block."""
+        """Move these parts to the denoiser's device, and back after the block.
+
+        parts: networks with weights, each on one device.
+        """
         homes = [next(part.parameters()).device for part in parts]
         for part in parts:
             part.to(self.device)
@@ -198,18 +232,25 @@ class BaseModel(ABC):
         return [getattr(self, name) for name in self.parts() if name.startswith("text_encoder")]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts as the denoiser wants them."""
+        """The prompts as the denoiser wants them: both halves at once, without a cache."""
         with self.on_device(*self.all_text_encoders()):
             return self.encode(self.prepare(prompts))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Mean and log-variance, stacked on dim 1, of the latents of pictures (N, 3, H, W) in [-1, 1]."""
+        """Mean and log-variance of pictures' latents, stacked on dim 1: (N, 2·C, h, w), float32.
+
+        pixels: pictures (N, 3, H, W) in [-1, 1].
+        """
         with self.on_device(self.vae):
             return self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents as the denoiser sees them, drawn by `noise` from what `encode_images` returned; float32."""
+        """Latents as the denoiser sees them, (N, C, h, w) as `latent_shape` says; float32.
+
+        moments: what `encode_images` returned.
+        noise: standard normal, in the shape of the result; it decides which latents are drawn.
+        """
         distribution = DiagonalGaussianDistribution(moments)
         latents = distribution.mean + distribution.std * noise
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
@@ -232,7 +273,14 @@ def whole_view(width: int, height: int) -> Tensor:
 
 
 def tokenized(tokenizer: Any, prompts: Sequence[str], length: int) -> BatchEncoding:
-    """`input_ids` and `attention_mask`, (prompts, length), padded; what does not fit is cut and said so."""
+    """`input_ids` and `attention_mask` of prompts, (prompts, length), int64, padded.
+
+    A prompt that does not fit is cut, with a warning.
+
+    tokenizer: one of transformers'.
+    prompts: any number of texts.
+    length: tokens of each, those that the tokenizer adds included.
+    """
     for prompt in prompts:
         count = len(tokenizer(prompt, verbose=False).input_ids)
         if count > length:

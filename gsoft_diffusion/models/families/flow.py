@@ -36,7 +36,12 @@ class FlowModel(BaseModel):
         return self.noise_scheduler().draw(uniform)
 
     def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
-        """Timesteps are shifted towards noise as the checkpoint says, more for larger pictures if it says so."""
+        """A scheduler whose timesteps are shifted towards noise as the checkpoint says.
+
+        kind: the scheduler's class; those that know no sigmas have their own steps before the shift.
+        num_inference_steps: how many steps it takes from noise to picture.
+        latent_shape: (channels, height, width): the shift is more for larger pictures if the checkpoint says so.
+        """
         config, shift = self.scheduler.config, self.scheduler.config.shift
         if config.use_dynamic_shifting:  # the exponential shift by mu is the plain one by exp(mu)
             shift = math.exp(self.dynamic_shift(num_inference_steps, latent_shape))
@@ -48,17 +53,24 @@ class FlowModel(BaseModel):
         return scheduler
 
     def keeps_schedule(self, scheduler: Any) -> bool:
+        """Whether the scheduler's class takes the shift of timesteps: in flow matching that is all there is to keep."""
         return not {"shift", "flow_shift"}.isdisjoint(inspect.signature(type(scheduler)).parameters)
 
     def dynamic_shift(self, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> float:
-        """The logarithm `mu` of the shift, linear in the number of tokens between the scheduler's two points."""
+        """The logarithm `mu` of the shift of timesteps, for checkpoints that shift larger pictures more.
+
+        It is linear in the number of tokens between the scheduler's two points.
+
+        num_inference_steps: without effect here; some families' shift depends on it.
+        latent_shape: (channels, height, width) of the latents; two by two latent pixels are a token.
+        """
         config = self.scheduler.config
         _, height, width = latent_shape
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return config.base_shift + slope * (height * width // 4 - config.base_image_seq_len)
 
     def sigmas(self, num_inference_steps: int) -> np.ndarray | None:
-        """Sigmas before shifting, where they are not the scheduler's own."""
+        """Sigmas (num_inference_steps,) before shifting, from 1 downwards; None for the scheduler's own."""
         return None
 
 
@@ -93,5 +105,10 @@ class FluxModel(FlowModel):
 
 @torch.no_grad()
 def t5_embeddings(tokenizer: T5Tokenizer, encoder: T5EncoderModel, prompts: Sequence[str], length: int) -> Tensor:
-    """T5's embeddings (prompts, length, width), on its own device; no adapter changes them."""
+    """T5's embeddings of prompts, (prompts, length, width), on its own device; no adapter changes them.
+
+    tokenizer, encoder: T5's two halves; the embeddings have the encoder's dtype.
+    prompts: any number of texts.
+    length: tokens of each; what does not fit is cut and said so.
+    """
     return encoder(tokenized(tokenizer, prompts, length).input_ids.to(encoder.device))[0]

@@ -109,12 +109,19 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo `pack`: latents (N, C, height, width)."""
+    """Undo `pack`: latents (N, C, height, width).
+
+    tokens: (N, height·width/4, 4·C).
+    height, width: in latent pixels, both even.
+    """
     patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # (N, h/2, w/2, C, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def places(height: int, width: int) -> Tensor:
-    """(height·width, 3): 0, row and column of every token."""
+    """The place of every token of a picture: 0, row and column, (height·width, 3), float32.
+
+    height, width: in tokens.
+    """
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()

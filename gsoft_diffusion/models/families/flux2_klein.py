@@ -59,7 +59,7 @@ class Flux2Klein(FluxModel):
             raise UserError(f"{self.name}: of FLUX.2 only klein is supported, which has no guidance input")
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The embeddings themselves: no adapter changes them."""
+        """The embeddings themselves, (prompts, length, width): no adapter changes them."""
         chats: list[Any] = [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False

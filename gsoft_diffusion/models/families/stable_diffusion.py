@@ -85,7 +85,13 @@ class StableDiffusion(BaseModel):
 
 
 def clip_tokens(model: BaseModel, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Token numbers (prompts, length), `tokens` and `tokens_2`, for the CLIP text encoders of a model."""
+    """Token numbers of prompts, (prompts, length) on the model's device, for each of its CLIP text encoders.
+
+    model: one whose `text_encoders` are one or two CLIPs.
+    prompts: any number of texts; what does not fit is cut and said so.
+
+    Returns them as `tokens` and, for a second text encoder, `tokens_2`.
+    """
     tokens = {}
     for end, text_encoder in zip(("", "_2"), model.text_encoders, strict=False):
         tokenizer: CLIPTokenizer = getattr(model, f"tokenizer{end}")

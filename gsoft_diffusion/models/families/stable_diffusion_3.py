@@ -61,6 +61,7 @@ class StableDiffusion3(FlowModel):
             raise UserError(f"{self.name}: the transformer is not made for these CLIP text encoders")
 
     def check_sides(self, **sides: int) -> None:
+        """Raise UserError also if a side is longer than the transformer has positions for."""
         super().check_sides(**sides)
         largest = self.transformer.config.pos_embed_max_size * self.size_step  # there are no more positions
         for name, side in sides.items():
