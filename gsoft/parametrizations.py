@@ -92,8 +92,11 @@ class OrthogonalLinear(nn.Module):
         parametrization: Literal["cayley", "exp"] = "cayley",
         device: torch.device | None = None,
     ) -> None:
-        """out_features: by default in_features. The others describe `Q`, whose width is the larger of the two; see
-        `RotationConfig`. Raises GSOFTError if the width does not fit.
+        """Makes the free numbers, of which `Q` is the identity, and a bias of zeros.
+
+        in_features, out_features: the widths, equal by default. bias: whether one is added. nblocks, block_size,
+        nfactors, parametrization: of `Q`, whose width is the larger of the two; see `RotationConfig`. device: of the
+        parameters. Raises GSOFTError if the width does not fit.
         """
         super().__init__()
         self.in_features = in_features
