@@ -32,8 +32,9 @@ def orthogonal(
     `out > in`, `Q W₀`, where `W₀` is the orthogonal factor of the weight as it was (by QR). So the weight starts as
     `W₀`, and assigning to it chooses a new `W₀`.
 
-    nblocks, block_size, nfactors, parametrization: of `Q`, whose width is the longer side; see `RotationConfig`.
-    Returns the module. Raises GSOFTError if the parameter is not a matrix or its width does not fit.
+    module, name: the matrix is the module's parameter of this name. nblocks, block_size, nfactors, parametrization: of
+    `Q`, whose width is the longer side; see `RotationConfig`. Returns the module. Raises GSOFTError if the parameter is
+    not a matrix or its width does not fit.
     """
     weight = getattr(module, name, None)
     layer = f"{type(module).__name__}.{name}"
