@@ -73,6 +73,9 @@ def inject_baseline(
 ) -> BaselineAdapter:
     """Freeze the base models and put a new adapter, which changes nothing yet, into them.
 
+    config: the method and its size. unet: the denoiser. text_encoders: those that belong to it, adapted only if
+    `config` says so.
+
     Raises UserError, before anything is changed, if a width does not fit, and AssertionError if PEFT did not make what
     `config` says: it changes sizes silently.
     """
@@ -164,6 +167,7 @@ class BaselineAdapter(nn.Module):
 
     @property
     def merged(self) -> bool:
+        """Whether the tuned weights are in the models: after `merge`, until `unmerge`."""
         return any(kept.replaced for kept in self._kept_weights.values())
 
     @torch.no_grad()
@@ -250,7 +254,10 @@ class ButterflyLinear(boft.Linear):
 
 
 def rotate_rows(rows: Tensor, blocks: Tensor) -> Tensor:
-    """`R w` for every row `w` of `rows (…, n)`, with `R = F_m ⋯ F_1` of `blocks (m, n/b, b, b)`."""
+    """`R w` for every row `w`, with `R = F_m ⋯ F_1` (BOFT, §4).
+
+    rows: `(…, n)`. blocks: `(m, n/b, b, b)`, those of each factor, of the same dtype. Returns `(…, n)`.
+    """
     half = blocks.shape[-1] // 2
     for level, factor in enumerate(blocks):
         stride = 2**level
@@ -271,15 +278,21 @@ class TunedLinear(nn.Module):
         self._enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the layer makes of x with the trained weight, or with the frozen one while switched off or merged.
+
+        x: `(…, in_features)`. Returns `(…, out_features)` in the dtype of the frozen weight.
+        """
         if self.merged_adapters or not self._enabled:
             return self.base_layer(x)
         return F.linear(x, self.weight.to(self.base_layer.weight.dtype), self.base_layer.bias)
 
     def merge(self) -> None:
+        """Write the trained weight over the frozen one, rounded to its dtype; whoever calls this keeps a copy."""
         self.base_layer.weight.copy_(self.weight)
         self.merged_adapters.append(PEFT_NAME)
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Switch the trained weight on or off, as PEFT's layers do."""
         self._enabled = enabled
 
 
@@ -287,7 +300,11 @@ class TunedLinear(nn.Module):
 def expected_parameters(
     config: BaselineConfig, in_features: int, out_features: int, layer: str
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what is trained for one linear layer. Raises UserError if its width does not fit."""
+    """Names and shapes of what is trained for one linear layer.
+
+    config: the method and its size. in_features, out_features: of the layer. layer: its name, for the message. Raises
+    UserError if its width does not fit.
+    """
     if config.method == "full":
         return {"weight": (out_features, in_features)}
     if config.method == "lora":
@@ -306,7 +323,11 @@ def expected_parameters(
 
 
 def baseline_count(config: BaselineConfig, in_features: int, out_features: int) -> int:
-    """How many free numbers are trained for one linear layer, in closed form."""
+    """How many free numbers are trained for one linear layer, in closed form.
+
+    config: the method and its size. in_features, out_features: of the layer. Of a skew-symmetric block `b(b−1)/2`
+    numbers count, however PEFT stores it. Raises GSOFTError if the width does not fit.
+    """
     if config.method == "full":
         return in_features * out_features
     if config.method == "lora":
@@ -317,7 +338,11 @@ def baseline_count(config: BaselineConfig, in_features: int, out_features: int) 
 
 
 def load_baseline(path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> BaselineAdapter:
-    """Put a baseline that `save_adapter` wrote into its base model. Raises UserError if the file does not fit."""
+    """Put a baseline that `save_adapter` wrote into its base model.
+
+    path: the file. unet: the denoiser. text_encoders: those that belong to it. Returns the adapter. Raises UserError if
+    the file is not one of a baseline, or does not fit; the models are unchanged then.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             config = BaselineConfig.from_dict(json.loads((file.metadata() or {})["config"]))

@@ -44,7 +44,14 @@ BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
 
 
 def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", workers: int = 1) -> None:
-    """Run every cell that is not done yet, and write the report."""
+    """Run every cell that is not done yet, and write the report.
+
+    experiment: the settings. out: the folder for results and report, made if it is not there. engine: a key of
+    `ENGINES`. workers: cells at a time.
+
+    Raises UserError if the folder holds results of other settings, if models or encoders cannot be had, or if every
+    training diverged.
+    """
     experiment = with_encoders(settled(experiment, out), out)
     write_settings(experiment, out)
     run_cells = ENGINES[engine]
@@ -72,7 +79,9 @@ def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", work
 def settled(experiment: Experiment, out: Path) -> Experiment:
     """The experiment with paths that hold in any folder, its subjects by name, and encoders that the folder has.
 
-    UserError if the folder holds cells of other settings, or a report of more than would come out now.
+    experiment: as it was given. out: the folder for its results, which need not be there. Raises UserError if a subject
+    has fewer than two photos, or if the folder holds cells of other settings, or a report of more than would come out
+    now.
     """
     subjects = experiment.chosen_subjects()
     for subject in subjects:
@@ -99,8 +108,8 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
 def with_encoders(experiment: Experiment, out: Path) -> Experiment:
     """The experiment with its encoders by name, which it says. What cells need of the hub is on this machine then.
 
-    Asked here once, and not in every cell. UserError if base or encoders cannot be had, or if the folder's cells were
-    scored by others.
+    experiment: its base model and encoders are fetched, here once, and not in every cell. out: the folder of its
+    results. Raises UserError if base or encoders cannot be had, or if the folder's cells were scored by others.
     """
     fetch_model(experiment.pretrained_model_name_or_path)
     encoders = load_encoders(experiment.clip, experiment.dino)
@@ -113,6 +122,10 @@ def with_encoders(experiment: Experiment, out: Path) -> Experiment:
 
 
 def write_settings(experiment: Experiment, out: Path) -> None:
+    """Write `experiment.yaml`, complete or not at all.
+
+    experiment: what is written. out: the folder, made if it is not there. Raises UserError if it cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with whole_file(out / SETTINGS) as file:
@@ -122,7 +135,11 @@ def write_settings(experiment: Experiment, out: Path) -> None:
 
 
 def write_sheets(experiment: Experiment, results: Results, rates: Mapping[str, float], out: Path) -> None:
-    """Put the pictures of the table's lines onto each subject's sheet."""
+    """Put the pictures of the table's lines onto each subject's sheet.
+
+    experiment: the settings. results: of all cells. rates: the learning rate that was chosen for each method. out: the
+    comparison's folder. Raises UserError if cells are missing or a picture is damaged.
+    """
     lines = [line for line in table_lines(experiment, results, rates) if line.results]
     for subject in experiment.chosen_subjects():
         cells = [(line.full_title, line.result_of(subject.name)) for line in lines]
@@ -130,7 +147,10 @@ def write_sheets(experiment: Experiment, results: Results, rates: Mapping[str, f
 
 
 def left_out(before: Experiment, now: Experiment) -> list[str]:
-    """What the comparison `before` has and `now` lacks, in words."""
+    """What one comparison has and another lacks, in words.
+
+    before: the settings that a report was made with. now: the settings of the next one.
+    """
     lost = [
         f"{title} {name}"
         for title, field in (("subject", "subjects"), ("method", "methods"), ("budget", "budgets"))
@@ -152,7 +172,11 @@ def _lost_rates(before: Experiment, now: Experiment, method: str) -> list[float]
 
 
 def plan(experiment: Experiment, out: Path, workers: int) -> str:
-    """What `run_benchmark` would do: methods with their sizes, cells, time, disk. Loads no weights but the base's."""
+    """What `run_benchmark` would do: methods with their sizes, cells, time, disk. Loads no weights but the base's.
+
+    experiment: the settings. out: the folder, of which cells that are done are left out of the time. workers: cells at
+    a time. Raises UserError if subjects or prompts cannot be read.
+    """
     rates = {method: getattr(experiment.learning_rates, method)[0] for method in experiment.methods}
     phases = {
         "base model and photos": base_cells(experiment),
@@ -234,6 +258,7 @@ def _hours(seconds: float) -> str:
 
 
 def main() -> int:
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "experiment", type=expanded_path, help="YAML file with an experiment's settings, see eval/experiment.py"

@@ -68,11 +68,14 @@ class Picture:
 
     @property
     def file(self) -> str:
+        """The name of its file: kind, number of the prompt, seed."""
         return f"{self.prompt.kind}-{self.index:02d}-seed{self.seed}.png"
 
 
 def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
     """Train, draw, score and write the cell's folder; nothing if it is done already.
+
+    experiment: the settings that all cells share. cell: what to train, on what. out: the comparison's folder.
 
     A training that diverges is a result too, without scores. Raises UserError for what concerns all cells, and
     KeyboardInterrupt if a signal ended the training: nothing is written then.
@@ -194,14 +197,23 @@ def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt],
 
 
 def load_tuned(method: AnyConfig, path: Path, models: BaseModel) -> Adapter | BaselineAdapter:
-    """Put what training wrote into the models."""
+    """Put what training wrote into the models, and return it.
+
+    method: the settings that it was trained with. path: the adapter file. models: the base. Raises UserError if the
+    file does not fit.
+    """
     if isinstance(method, BaselineConfig):
         return load_baseline(path, models.denoiser, models.text_encoders)
     return load_adapter(path, models.denoiser, models.text_encoders)[0]
 
 
 def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
-    """Every prompt as often as its kind asks for, with the picture seeds of the cell's seed."""
+    """Every prompt as often as its kind asks for, with the picture seeds of the cell's seed.
+
+    experiment: says how many pictures, of which size and by which sampler. models: as they are now, adapter included.
+    prompts: in the order that numbers the pictures. seed: the cell's. Returns the pictures, those of one prompt
+    together.
+    """
     first = SEEDS_A_CELL * seed
     jobs = [
         (index, prompt, first + number)
@@ -222,7 +234,7 @@ def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], s
 
 
 def pictures_of(experiment: Experiment, kind: Kind) -> int:
-    """How many pictures each prompt of a kind gets."""
+    """How many pictures each prompt of a kind gets, by the experiment's settings."""
     return {
         "context": experiment.images_per_prompt,
         "base": experiment.base_images,
@@ -238,9 +250,11 @@ def score(
     encoders: Encoders,
     untouched: Embedded | None,
 ) -> dict[str, Any]:
-    """`pictures`: the scores of each; `scores`: their means, by kind.
+    """Score pictures of one subject. Returns `pictures`, the scores of each, and `scores`, their means by kind.
 
-    untouched: the base model's pictures for the unrelated prompts, in the same order.
+    experiment: says whether captions keep the unique token. pictures: of all kinds. photos: the subject's, embedded.
+    encoders: those that embedded them. untouched: the base model's pictures for the unrelated prompts, in the same
+    order; without them there is no drift.
     """
     captions = [p.prompt.text if experiment.token_in_caption else p.prompt.plain for p in pictures]
     embedded = embed(encoders, (picture.image for picture in pictures))

@@ -1,6 +1,6 @@
 """Engines that run cells: processes on this machine, Slurm, or Ray.
 
-Every engine takes the same three things and returns when all cells are done. A cell runs in a process of its own, so
+Every engine takes the same four things and returns when all cells are done. A cell runs in a process of its own, so
 that its peak memory is its own and nothing is left behind.
 """
 
@@ -26,9 +26,10 @@ from gsoft_diffusion.foundation.hub_access import stay_offline
 
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
-    """On this machine, `workers` cells at a time, each with its share of the cores. After a failure none is started.
+    """On this machine, so many cells at a time, each with its share of the cores. After a failure none is started.
 
-    The hub is not asked again for what is in its cache on this machine by now.
+    experiment: the settings that all cells share. cells: what to run. out: the comparison's folder. workers: cells at a
+    time. The hub is not asked again for what is in its cache on this machine by now. Raises what a cell raised.
     """
     threads = _cores_each(workers)
     context = _process_context()
@@ -45,7 +46,12 @@ def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, worker
 
 
 def run_with_submitit(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
-    """As a job array on a Slurm cluster, `workers` at a time. What else Slurm is to know, it reads from `SBATCH_*`."""
+    """As a job array on a Slurm cluster. What else Slurm is to know, it reads from `SBATCH_*`.
+
+    experiment: the settings that all cells share. cells: what to run. out: the comparison's folder, which all nodes
+    see. workers: cells at a time. Raises UserError if submitit or Slurm is missing, and what submitit makes of a cell's
+    failure.
+    """
     try:
         import submitit
     except ImportError as error:
@@ -65,7 +71,12 @@ def run_with_submitit(experiment: Experiment, cells: Sequence[Cell], out: Path, 
 
 
 def run_with_ray(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: int) -> None:
-    """On a Ray cluster, or this machine if there is none; one GPU a cell where there are GPUs."""
+    """On a Ray cluster, or this machine if there is none; one GPU a cell where there are GPUs.
+
+    experiment: the settings that all cells share. cells: what to run. out: the comparison's folder, which all nodes
+    see. workers: cells at a time where there is no GPU. Raises UserError if Ray is missing, and what Ray makes of a
+    cell's failure.
+    """
     try:
         import ray
     except ImportError as error:
@@ -90,7 +101,10 @@ ENGINES: dict[str, Callable[[Experiment, Sequence[Cell], Path, int], None]] = {
 
 
 def run_quietly(experiment: Experiment, cell: Cell, out: Path) -> None:
-    """`run_cell` with what it prints in `work/logs/<id>.txt` instead of on the terminal, where workers would mix."""
+    """`run_cell` with what it prints in `work/logs/<id>.txt` instead of on the terminal, where workers would mix.
+
+    experiment, cell, out: as there, and so the errors.
+    """
     log = work_folder(out) / "logs" / f"{cell.id}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:

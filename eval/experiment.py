@@ -163,7 +163,12 @@ class Experiment(Settings):
     def training(
         self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
     ) -> TrainingConfig:
-        """The trainer's settings for one cell, the method's own left out."""
+        """The trainer's settings for one cell, the method's own left out.
+
+        subject: what is learned. seed: the cell's; only seed 0 writes checkpoints for curves. learning_rate: of the
+        denoiser and the text encoder. output_dir: the run's folder. class_images: folder for pictures of the class,
+        used only with prior preservation.
+        """
         shared: dict[str, Any] = {name: getattr(self, name) for name in _TRAINING}
         return TrainingConfig.from_dict(
             {
@@ -249,7 +254,10 @@ class Cell:
 
 
 def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
-    """Full fine-tuning and the base model have one size."""
+    """The budgets that a method is trained at: None alone for full fine-tuning and the base model, which have one size.
+
+    method: a key of `METHODS`, or `base`. experiment: says which budgets there are.
+    """
     return (None,) if method in ("full", "base") else experiment.budgets
 
 
@@ -275,7 +283,10 @@ def base_cells(experiment: Experiment) -> list[Cell]:
 
 
 def main_cells(experiment: Experiment, rates: Mapping[str, float]) -> list[Cell]:
-    """The comparison itself, each method with its chosen learning rate. Cells of the sweep come again, and are done."""
+    """The comparison itself. Cells of the sweep come again, and are done.
+
+    experiment: the settings. rates: the learning rate that was chosen for each method.
+    """
     return [
         Cell(method, budget, rates[method], subject, seed)
         for seed in range(experiment.seeds)

@@ -53,6 +53,7 @@ class Distances:
     dino: list[float]
 
     def means(self) -> dict[str, float]:
+        """The mean of each distance over the pictures, by name."""
         return {name: metrics.mean(values) for name, values in vars(self).items()}
 
 
@@ -67,7 +68,10 @@ def study(
 ) -> tuple[dict[str, Any], list[Row]]:
     """All that is measured, as JSON values, and the rows of a contact sheet.
 
-    prompts: by default those that the run validated with. Raises UserError if adapter or base model cannot be read.
+    path: the adapter file. ranks: of the LoRAs, in any order. prompts: what is drawn; if empty, what the run validated
+    with. seeds: pictures for each prompt. encoders: for the distances, on the device that draws. moved_to: where the
+    base model is now, if not where the adapter says. Raises UserError if adapter or base model cannot be read, or the
+    adapter changes nothing.
     """
     file = read_adapter(path)
     if file.changes_nothing:
@@ -149,14 +153,20 @@ class Comparison:
 
 
 def rms(first: Image.Image, second: Image.Image) -> float:
-    """Root mean square difference of two pictures of one size, their pixels in [0, 1]."""
+    """Root mean square difference of two pictures, their pixels in [0, 1].
+
+    first, second: of one size and mode, 8 bits a channel.
+    """
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     return float(np.sqrt(np.mean((difference / 255) ** 2)))
 
 
 @contextmanager
 def added(layers: Sequence[LoraLayer], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the LoRA is in the model's weights."""
+    """Inside the block the LoRA is in the model's weights.
+
+    layers: the LoRA. weights: the model's, by the layers' names, which are changed in place and put back bit for bit.
+    """
     before = {layer.name: weights[layer.name].clone() for layer in layers}
     for layer in layers:
         weights[layer.name] += (layer.up.float() @ layer.down.float()).to(weights[layer.name].dtype)
@@ -197,6 +207,7 @@ def plot(result: Mapping[str, Any]) -> Figure:
 
 
 def main() -> int:
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=expanded_path, required=True, help="adapter file that training wrote")
     parser.add_argument(

@@ -37,8 +37,9 @@ def matched(
 ) -> AnyConfig:
     """The method's settings whose number of parameters comes nearest to the budget.
 
-    layers: all that will be adapted. output_scale: of GSOFT and Double GSOFT. Full fine-tuning has one size.
-    Raises UserError if nothing fits the widths.
+    method: a key of `METHODS`; full fine-tuning has one size. budget: a key of `BUDGETS`. layers: all that will be
+    adapted. text_encoder: whether they include the text encoder's. output_scale: of GSOFT and Double GSOFT. Raises
+    UserError if nothing fits the widths.
     """
     widths = [(linear.in_features, linear.out_features) for linear in layers.values()]
     target = BUDGETS[budget] * sum(math.prod(pair) for pair in widths)
@@ -56,7 +57,10 @@ def matched(
 
 
 def count_parameters(config: AnyConfig, layers: Mapping[str, nn.Linear]) -> int | None:
-    """How many free numbers the settings train in these layers; None if a width does not fit."""
+    """How many free numbers the settings train in these layers; None if a width does not fit.
+
+    config: a method and its size. layers: by name.
+    """
     try:
         total = 0
         for name, linear in layers.items():
@@ -72,7 +76,11 @@ def count_parameters(config: AnyConfig, layers: Mapping[str, nn.Linear]) -> int 
 
 
 def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_encoder: bool) -> dict[str, nn.Linear]:
-    """All linear layers that every method adapts, under their names."""
+    """All linear layers that every method adapts, under their names.
+
+    unet: the denoiser, of which all attention is adapted. text_encoders: those that belong to it. text_encoder: whether
+    their attention is adapted as well.
+    """
     return find_linears(find_attentions(unet), find_clip_attentions(text_encoder, text_encoders))
 
 

@@ -65,11 +65,18 @@ class Scored:
 
     @property
     def mean(self) -> dict[str, float]:
+        """Each score of `SCORES`, averaged over the subjects."""
         return {name: metrics.mean([judged.scores[name] for judged in self.subjects.values()]) for name in SCORES}
 
 
 def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, images_per_prompt: int) -> Path:
-    """Score every checkpoint of the run and write the results; returns the adapter to keep. Raises UserError."""
+    """Score every checkpoint of the run and write the results. Returns the adapter to keep.
+
+    folder: the run's. encoders: what scores, on the device that draws. prompts: `dreambooth` or a file of templates.
+    max_prompts: how many of them. images_per_prompt: pictures for each.
+
+    Raises UserError if the run was scored before, has fewer than two adapters, or something in it cannot be read.
+    """
     out, config = folder / FOLDER, settings_of(folder)
     subjects = subjects_of(config, folder / SETTINGS)
     adapters = adapters_of(folder)
@@ -95,7 +102,7 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
 
 
 def settings_of(folder: Path) -> TrainingConfig:
-    """The settings of a run that has not been scored yet. UserError for another folder."""
+    """The settings of a run that has not been scored yet. Raises UserError for another folder."""
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no {SETTINGS}; name the output folder of train_dreambooth_gsoft.py")
     if (folder / FOLDER).exists():
@@ -104,7 +111,11 @@ def settings_of(folder: Path) -> TrainingConfig:
 
 
 def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str]]:
-    """The run's subjects with their unique tokens. UserError, naming the settings' file, for one without a name."""
+    """The run's subjects with their unique tokens.
+
+    config: the run's settings. source: the file they are from, for the message. Raises UserError for a subject without
+    class word or token.
+    """
     folders = [Path(concept.instance_data_dir) for concept in config.concepts]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):  # folders of one name in different places
@@ -181,7 +192,11 @@ class Judge:
 
 
 def score(step: int, path: Path, model: BaseModel, judges: dict[str, Judge]) -> Scored:
-    """Put the adapter into the models, have every subject judged, and take it out again."""
+    """Put the adapter into the models, have every subject judged, and take it out again.
+
+    step: after how many steps it was written. path: its file. model: the base, unchanged afterwards. judges: by
+    subject. Raises UserError if the adapter does not fit.
+    """
     adapter, _ = load_adapter(path, model.denoiser, model.text_encoders)
     adapter.merge()
     scored = Scored(step, path, {name: judge() for name, judge in judges.items()})
@@ -260,6 +275,7 @@ def _plot(result: dict[str, Any], miniature: bool) -> Figure:
 
 
 def main() -> int:
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=expanded_path, help="output folder of train_dreambooth_gsoft.py")
     parser.add_argument("--prompts", default=DREAMBOOTH, help="file of templates (default: %(default)s's list)")

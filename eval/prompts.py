@@ -46,7 +46,9 @@ def prompts_for(
 ) -> list[Prompt]:
     """All prompts of a subject, each once.
 
-    source: `dreambooth`, or a file of templates with `{0}` for the unique token and `{1}` for the class word.
+    subject: gives the class word and, for `dreambooth`, which list. unique_token: stands for the subject. source:
+    `dreambooth`, or a file of templates with `{0}` for the unique token and `{1}` for the class word. max_prompts: how
+    many templates to take, from the first; by default all. Raises UserError as `read_templates`.
     """
 
     def prompt(kind: Kind, template: str, token: str | None) -> Prompt:
@@ -61,7 +63,11 @@ def prompts_for(
 
 
 def fill(template: str, unique_token: str | None, class_word: str) -> str:
-    """The template with both words in it; without a token the article follows what comes next."""
+    """The template with both words in it.
+
+    template: with `{0} {1}`. unique_token: for `{0}`; without one, the article follows what comes next. class_word: for
+    `{1}`.
+    """
     if unique_token is None:
         template = template.replace("{0} ", "")
         template = re.sub(r"\ba \{1\}", lambda _: with_article(class_word), template)
@@ -69,7 +75,11 @@ def fill(template: str, unique_token: str | None, class_word: str) -> str:
 
 
 def read_templates(source: str, live: bool) -> list[str]:
-    """The templates in a file, one a line. Raises UserError naming the file and the line without `{0} {1}`."""
+    """The templates in a file, one a line.
+
+    source: the file, or `dreambooth` for the bundled lists. live: which of these, that for live subjects or that for
+    objects. Raises UserError naming the file and the line without `{0} {1}`, and for a file without prompts.
+    """
     if source == DREAMBOOTH:
         path = found("data/prompts/live_subjects.txt" if live else "data/prompts/objects.txt")
     else:

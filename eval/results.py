@@ -30,7 +30,10 @@ def work_folder(out: Path) -> Path:
 
 
 def cell_folder(cell: Cell, out: Path) -> Path:
-    """Where a finished cell is, with all its pictures: whole or not at all."""
+    """Where a finished cell is, with all its pictures: whole or not at all.
+
+    cell: which one. out: the comparison's folder.
+    """
     return work_folder(out) / "cells" / cell.id
 
 
@@ -71,7 +74,10 @@ def all_results(out: Path) -> Results:
 
 
 def collect_results(out: Path) -> Results:
-    """Write all finished cells into `results.jsonl`, which loses none that it has; returns them."""
+    """Write all finished cells into `results.jsonl`, which loses none that it has; returns them.
+
+    Raises UserError as `all_results`.
+    """
     results = all_results(out)
     if results != read_results(out):
         lines = [
@@ -84,5 +90,8 @@ def collect_results(out: Path) -> Results:
 
 
 def is_done(cell: Cell, out: Path) -> bool:
-    """Whether a cell need not run: its folder is there, or `results.jsonl` has it."""
+    """Whether a cell need not run: its folder is there, or `results.jsonl` has it.
+
+    cell: which one. out: the comparison's folder. Raises UserError as `read_results`.
+    """
     return (cell_folder(cell, out) / CELL_RESULT).is_file() or cell in read_results(out)

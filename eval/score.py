@@ -41,6 +41,10 @@ class Embedded:
 
 
 def embed(encoders: Encoders, images: Iterable[Image.Image]) -> Embedded:
+    """Show pictures to both encoders.
+
+    encoders: CLIP and DINO. images: all are held in memory at a time. Returns one embedding `(N, D)` for each encoder.
+    """
     images = list(images)
     return Embedded(encoders.clip.embed_images(images), encoders.dino.embed_images(images))
 
@@ -48,7 +52,8 @@ def embed(encoders: Encoders, images: Iterable[Image.Image]) -> Embedded:
 def picture_scores(pictures: Embedded, photos: Embedded, captions: Tensor | None) -> list[dict[str, float]]:
     """Scores of each picture: clip_i, dino, and of the most similar photo clip_nearest, dino_nearest; clip_t.
 
-    captions: (N, D) text embeddings of the pictures' own captions; without them there is no clip_t.
+    pictures: what is scored, N of them. photos: of the subject. captions: `(N, D)` text embeddings of the pictures' own
+    captions; without them there is no clip_t. Returns a dict of scores for each picture, in order.
     """
     columns = {
         "clip_i": metrics.clip_i(pictures.clip, photos.clip),
@@ -63,7 +68,10 @@ def picture_scores(pictures: Embedded, photos: Embedded, captions: Tensor | None
 
 
 def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
-    """Scores of the real photos: with each other, and with captions of scenes that they do not show."""
+    """Scores of the real photos: with each other, and with captions of scenes that they do not show.
+
+    photos: two or more. captions: `(N, D)` CLIP text embeddings. Returns clip_i, dino and clip_t.
+    """
     return {
         "clip_i": metrics.real_photo_ceiling(photos.clip),
         "dino": metrics.real_photo_ceiling(photos.dino),
@@ -78,9 +86,12 @@ def score_folder(
     prompt: str | None = None,
     unique_token: str | None = None,
 ) -> dict[str, Any]:
-    """Scores of every picture and their means, with the encoders. Raises UserError for folders without pictures.
+    """Scores of every picture and their means, with the encoders, as JSON values.
 
-    unique_token: left out of the captions; by default those that the pictures say their subjects have.
+    images: folder of generated pictures; contact sheets and the base model's are left out. photos: folder of the
+    subject's. encoders: what scores. prompt: what all pictures were asked to show; by default what each says.
+    unique_token: left out of the captions; by default those that the pictures say their subjects have. Raises UserError
+    for folders without pictures.
     """
     paths, prompts = [], []
     tokens = {unique_token} if unique_token else set()
@@ -172,6 +183,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--clip`, `--dino` and `--device`, which `chosen_encoders` reads."""
     parser.add_argument(
         "--clip", default="auto", help="CLIP: a folder, or open_clip's model/tag (default: %(default)s)"
     )
@@ -187,6 +199,7 @@ def chosen_encoders(args: argparse.Namespace) -> Encoders:
 
 
 def main() -> int:
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=expanded_path, required=True, help="folder of generated pictures")
     parser.add_argument("--photos", type=expanded_path, required=True, help="folder of photos of the subject")

@@ -62,14 +62,19 @@ class SubjectSheet:
 
 
 def sheet_path(subject: str, out: Path) -> Path:
+    """Where the sheet of a subject is.
+
+    subject: its name. out: the comparison's folder.
+    """
     return out / "sheets" / f"{subject}.webp"
 
 
 def write_subject_sheet(subject: Subject, cells: Iterable[tuple[str, Mapping[str, Any]]], out: Path) -> None:
     """Add cells to the subject's sheet, which keeps the rows that it has.
 
-    cells: for each row its label and the cell's result, the base model's first. A picture whose cell has no folder any
-    more stays blank, unless the sheet has it. Raises UserError for a damaged picture.
+    subject: whose sheet; its photos are shown only if they are bundled. cells: for each row its label and the cell's
+    result, the base model's first. out: the comparison's folder. A picture whose cell has no folder any more stays
+    blank, unless the sheet has it. Raises UserError for a damaged picture.
     """
     path = sheet_path(subject.name, out)
     before = read_subject_sheet(path) if path.exists() else SubjectSheet()

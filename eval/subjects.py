@@ -41,8 +41,11 @@ class Subject:
 def read_subjects(folder: str | Path, class_word: str | None = None) -> list[Subject]:
     """The subjects in a data set's folder, in order of their names; or the one in a folder of photos.
 
-    A data set is a folder of folders beside `subjects.csv` (subject, class_word, kind: live or object) or beside the
-    public DreamBooth set's `prompts_and_classes.txt`. A folder of photos needs its `class_word`. Raises UserError.
+    folder: a data set is a folder of folders beside `subjects.csv` (subject, class_word, kind: live or object) or
+    beside the public DreamBooth set's `prompts_and_classes.txt`. class_word: what a folder of photos shows, and only
+    for such a one.
+
+    Raises UserError if the folder is none of these, the class word is missing or one too many, or a table is not sound.
     """
     folder = _find(folder)
     if class_word and ((folder / TABLE).is_file() or (folder / DREAMBOOTH).is_file()):

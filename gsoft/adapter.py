@@ -78,6 +78,7 @@ class Adapter(nn.Module):
 
     @property
     def merged(self) -> bool:
+        """Whether the rotated weights are in the models: after `merge`, until `unmerge`."""
         return any(rotated.merged for rotated in self._rotated.values())
 
     def merge(self) -> None:
@@ -115,7 +116,7 @@ class Adapter(nn.Module):
             yield name, linear, self._rotated[name]
 
     def rotated(self, name: str) -> RotatedLayer:
-        """What computes with the layer of this name."""
+        """What computes with the layer of this name. Raises KeyError for a name that is not adapted."""
         return self._rotated[name]
 
     def rotation_count(self) -> int:

@@ -37,7 +37,7 @@ def free_numbers(size: int) -> int:
 def skew_symmetric(free: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices with the given entries above the diagonal.
 
-    free: `(…, b(b−1)/2)`; returns `(…, b, b)` of the same dtype.
+    free: the entries, row by row, `(…, b(b−1)/2)`. size: the side `b`. Returns `(…, b, b)` of the same dtype.
     """
     upper, lower = _places(size, free.device)
     place, sign = upper.new_zeros(size * size), free.new_zeros(size * size)
@@ -91,7 +91,10 @@ class _Cayley(torch.autograd.Function):
 def cayley(free: Sequence[Tensor], size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Cayley map `Q = (I + K)(I − K)⁻¹` of skew-symmetric matrices with these free numbers (paper, §6.1).
 
-    Shapes as in `orthogonal_blocks`. Reaches every rotation without an eigenvalue −1. Differentiable once.
+    free: the numbers above the diagonal of each `K`, tensors `(…, b(b−1)/2)` of equal shape, float32 or float64. size:
+    the side `b`. dtype: what the results are rounded to. Returns one tensor `(…, b, b)` for each of `free`.
+
+    Reaches every rotation without an eigenvalue −1. Differentiable once.
     """
     return _Cayley.apply(size, dtype, *free)
 
@@ -171,7 +174,10 @@ def _diagonal(matrices: Tensor) -> Tensor:
 
 
 def exponential(free: Sequence[Tensor], size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Matrix exponential `Q = exp(K)`, shapes as in `orthogonal_blocks`. Reaches every rotation.
+    """Matrix exponential `Q = exp(K)` of skew-symmetric matrices with these free numbers. Reaches every rotation.
+
+    free: the numbers above the diagonal of each `K`, tensors `(…, b(b−1)/2)` of equal shape, float32 or float64. size:
+    the side `b`. dtype: what the results are rounded to. Returns one tensor `(…, b, b)` for each of `free`.
 
     In float32 the exponential's rounding error grows with size and angle, past 1e-5 for blocks of some hundreds; one
     step of Newton's iteration for the nearest orthogonal matrix, `Q ← Q (3I − QᵀQ) / 2`, removes it.
@@ -191,8 +197,9 @@ def orthogonal_blocks(
 ) -> tuple[Tensor, ...]:
     """Orthogonal blocks `(…, b, b)` from free numbers `(…, b(b−1)/2)`, for each of some tensors of equal shape.
 
-    parametrization: "cayley" or "exp". dtype: what the blocks are rounded to, and kept as for the backward pass; unless
-    given, what they are computed in. All zeros give exact identities.
+    free: the tensors, computed in float32, or float64 if they are. size: the side `b`. parametrization: "cayley"
+    (paper, §6.1) or "exp". dtype: what the blocks are rounded to, and kept as for the backward pass; unless given, what
+    they are computed in. All zeros give exact identities. Raises KeyError for another parametrization.
     """
     with torch.autocast(free[0].device.type, enabled=False):
         full = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in free]

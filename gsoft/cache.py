@@ -53,7 +53,10 @@ class RotationCache:
         return vars(empty) | {"_rotations": self._rotations, "_linears": self._linears}
 
     def weight_side(self, tokens: int, weight: Tensor) -> bool:
-        """Whether a layer should rotate its weight in training; see `weight_side_is_cheaper`."""
+        """Whether a layer should rotate its weight in training; see `weight_side_is_cheaper`.
+
+        tokens: how many vectors go through the layer. weight: `(out, in)`.
+        """
         return self._weights_at_once(weight) > 1 or weight_side_is_cheaper(tokens, weight)
 
     @property
@@ -62,12 +65,18 @@ class RotationCache:
         return self._all_identity
 
     def blocks(self, index: int, dtype: torch.dtype = torch.float32) -> RotationBlocks:
-        """Those of one layer, rounded to this dtype."""
+        """The blocks and the scale of one layer.
+
+        index: the layer's place. dtype: what the blocks are rounded to; the scale stays float32.
+        """
         self._drop_outdated(index)
         return self._all_blocks(dtype)[index]
 
     def weight(self, index: int, weight: Tensor) -> Tensor:
-        """`W'` of one layer around `weight (out, in)`, in its dtype."""
+        """`W'` of one layer, made now unless it is kept from before.
+
+        index: the layer's place. weight: its `W (out, in)`, of the dtype of the result.
+        """
         self._drop_outdated(index)
         state = tensor_state(weight)
         if index not in self._weights or self._weights[index][0] != state:

@@ -44,8 +44,11 @@ class Format:
     def write(self, path: str | Path, tensors: Mapping[str, Tensor], sections: Mapping[str, Mapping[str, Any]]) -> None:
         """Write a file, complete or not at all: beside the target first, then renamed over it.
 
-        sections: JSON objects for all of `self.sections`. Raises FileError if a tensor is not finite or the file cannot
-        be written.
+        path: where to; a file of that name is replaced. tensors: by name, on any device. sections: JSON objects for all
+        of `self.sections`.
+
+        Raises FileError if a tensor is not finite or the file cannot be written, and ValueError or TypeError if a
+        section is not JSON.
         """
         path = Path(path)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -179,7 +182,8 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_rotation_shapes(path: Path, config: RotationConfig, found: Mapping[str, tuple[int, ...]]) -> None:
     """Check that every layer has exactly the parameters of the settings, in shapes that some width explains.
 
-    found: shapes of the learned numbers of rotated layers, by name. Raises FileError.
+    path: the file, for the message. config: the settings that it names. found: shapes of the learned numbers of rotated
+    layers, by name. Raises FileError.
     """
     layers: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, shape in found.items():
@@ -217,7 +221,11 @@ def _width(shape: tuple[int, ...]) -> int:
 def compare_shapes(
     path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Raise FileError unless the same names have the same shapes. source: what asks for the expected ones."""
+    """Raise FileError unless the same names have the same shapes.
+
+    path: the file, for the message. found: the shapes in it, by name. expected: those it should have. source: what asks
+    for these, in words.
+    """
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             refuse(path, f"{name} is missing")
@@ -228,5 +236,8 @@ def compare_shapes(
 
 
 def refuse(path: Path, reason: str) -> NoReturn:
-    """Raise FileError for a file that is not a valid adapter."""
+    """Raise FileError for a file that is not a valid adapter.
+
+    path: the file. reason: what is wrong with it, as a sentence without a full stop.
+    """
     raise FileError(f"{path} is not a valid adapter: {reason}")

@@ -48,11 +48,15 @@ def _sketch(weight: Tensor) -> float:
 
 
 def is_fingerprint(text: str) -> bool:
+    """Whether a text has the form that `fingerprint` gives."""
     return re.fullmatch(r"[0-9a-f]{16}(:[+-]\d{1,4}\.\d{4})*", text) is not None
 
 
 def difference(expected: str, given: str) -> str | None:
-    """What two fingerprints disagree in, or None."""
+    """What two fingerprints disagree in, in words that follow "has", or None if they are of one model.
+
+    expected, given: as `fingerprint` makes them; the order does not matter. Sketches are compared within 0.01.
+    """
     (expected_digest, *expected_sketch), (given_digest, *given_sketch) = expected.split(":"), given.split(":")
     if expected_digest != given_digest or len(expected_sketch) != len(given_sketch):
         return "another architecture"

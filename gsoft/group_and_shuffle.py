@@ -24,9 +24,9 @@ from gsoft.errors import GSOFTError
 
 
 def rotate(blocks: Tensor, x: Tensor) -> Tensor:
-    """`Q x`.
+    """`Q x`, factor by factor (paper, Definitions 5.1 and 5.2; for `m = 2`, §6.1).
 
-    blocks: `(…, m, r, b, b)`, the diagonal blocks of `B_1 … B_m`; x: `(…, n, T)` of the same dtype, and so the result.
+    blocks: `(…, m, r, b, b)`, the diagonal blocks of `B_1 … B_m`. x: `(…, n, T)` of the same dtype, and so the result.
     Leading dimensions, equal in both, are a batch.
     """
     nfactors, nblocks, size, _ = blocks.shape[-4:]
@@ -39,7 +39,10 @@ def rotate(blocks: Tensor, x: Tensor) -> Tensor:
 
 
 def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
-    """`Qᵀ x`, which undoes `rotate` as far as the blocks are orthogonal; shapes as there."""
+    """`Qᵀ x`, which undoes `rotate` as far as the blocks are orthogonal.
+
+    blocks: `(…, m, r, b, b)`. x: `(…, n, T)` of the same dtype, and so the result.
+    """
     nfactors, nblocks, size, _ = blocks.shape[-4:]
     x = x.unflatten(-2, (nblocks, size))
     for _ in range(nfactors - 1):
@@ -54,9 +57,12 @@ def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
 def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a loss by `blocks` and by `B_1 x` from its gradient by `y = Q x`, in closed form.
 
-    That by `B_1 x`, `(…, r, b, T)`, is one product before that by `x`, which not everyone needs: `back_to_input`. What
-    the factors made of `x` on the way is not kept from the forward pass but made again. Shapes as in `rotate`. For
-    `y = Qᵀ x` the gradient by the blocks is that of `rotate_gradients(blocks, grad, x)`: `⟨g, Qᵀx⟩ = ⟨x, Q g⟩`.
+    blocks: `(…, m, r, b, b)`. x: `(…, n, T)`. grad: the gradient by `y`, `(…, n, T)`. All of one dtype, and so the
+    results `(…, m, r, b, b)` and `(…, r, b, T)`.
+
+    The gradient by `B_1 x` is one product before that by `x`, which not everyone needs: `back_to_input`. What the
+    factors made of `x` on the way is not kept from the forward pass but made again. For `y = Qᵀ x` the gradient by the
+    blocks is that of `rotate_gradients(blocks, grad, x)`: `⟨g, Qᵀx⟩ = ⟨x, Q g⟩`.
     """
     nfactors, nblocks, size, _ = blocks.shape[-4:]
     inputs = [x.unflatten(-2, (nblocks, size))]
@@ -75,14 +81,17 @@ def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, T
 
 
 def back_to_input(blocks: Tensor, grad: Tensor) -> Tensor:
-    """Gradient by `x (…, n, T)` from that by `B_1 x (…, r, b, T)`."""
+    """Gradient by `x` from that by `B_1 x`, which `rotate_gradients` gives.
+
+    blocks: `(…, m, r, b, b)`, as in `rotate`. grad: `(…, r, b, T)` of the same dtype. Returns `(…, n, T)`.
+    """
     return group(blocks[..., 0, :, :, :].mT, grad).flatten(-3, -2)
 
 
 def back_to_input_rows(blocks: Tensor, grad: Tensor) -> Tensor:
     """Sum of the gradients by one `x` of N rotations, as rows `(T, n)`.
 
-    blocks: `(N, m, r, b, b)`; grad: of each `B_1 x`, `(N, r, b, T)`. The sum is part of one product for each block,
+    blocks: `(N, m, r, b, b)`. grad: of each `B_1 x`, `(N, r, b, T)`. The sum is part of one product for each block,
     which also turns columns into rows on its way.
     """
     first, grad = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (blocks[:, 0], grad))  # (r, N·b, b or T)
@@ -94,7 +103,8 @@ def back_to_input_rows(blocks: Tensor, grad: Tensor) -> Tensor:
 def scale_outputs_(blocks: Tensor, scale: Tensor) -> Tensor:
     """Make `Q` into `diag(scale)·Q`, in place: the last factor's rows are multiplied.
 
-    blocks: as in `rotate`; scale: `(…, n)`, of any dtype. The same is what gradients by `Q` need.
+    blocks: `(…, m, r, b, b)`, which are changed and returned. scale: `(…, n)`, of any dtype. The same is what gradients
+    by `Q` need.
     """
     nfactors, nblocks, size, _ = blocks.shape[-4:]
     rows = scale.unflatten(-1, (nblocks, size)).unsqueeze(-1)
@@ -105,7 +115,10 @@ def scale_outputs_(blocks: Tensor, scale: Tensor) -> Tensor:
 
 
 def scale_gradient(blocks: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of a loss by `scale (…, n)` from its gradient by the blocks of `diag(scale)·Q`, in at least float32."""
+    """Gradient of a loss by the scale of `diag(scale)·Q` from its gradient by the blocks of that product.
+
+    blocks: of `Q`, `(…, m, r, b, b)`. grad: of the same shape. Returns `(…, n)`, in at least float32.
+    """
     last, by_last = (tensor[..., -1, :, :, :] for tensor in (blocks, grad))
     by_scale = (last.to(torch.promote_types(last.dtype, torch.float32)) * by_last).sum(-1, keepdim=True)
     for _ in range(blocks.shape[-4] - 1):
@@ -119,13 +132,16 @@ def group(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def shuffle(x: Tensor) -> Tensor:
-    """`P x` for the stride permutation `P_(r, n)`: index `i` goes to `(i mod r)·(n/r) + ⌊i/r⌋` (Definition 5.2)."""
+    """`P x` for the stride permutation `P_(r, n)` (paper, Definition 5.2): index `i` goes to `(i mod r)·(n/r) + ⌊i/r⌋`.
+
+    x: `(…, r, b, T)`, as the result.
+    """
     nblocks, size = x.shape[-3:-1]
     return x.flatten(-3, -2).unflatten(-2, (size, nblocks)).transpose(-3, -2)
 
 
 def unshuffle(x: Tensor) -> Tensor:
-    """`Pᵀ x`, which undoes `shuffle`."""
+    """`Pᵀ x`, which undoes `shuffle`; x: `(…, r, b, T)`, as the result."""
     nblocks, size = x.shape[-3:-1]
     return x.transpose(-3, -2).flatten(-3, -2).unflatten(-2, (nblocks, size))
 
@@ -136,7 +152,10 @@ def batched_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dense_factors(nblocks: int, block_size: int) -> int:
-    """The fewest factors with which `Q` has no forced zeros: `1 + ⌈log_b r⌉` (Theorem 2)."""
+    """The fewest factors with which `Q` has no forced zeros: `1 + ⌈log_b r⌉` (paper, Theorem 2).
+
+    nblocks: the blocks `r` of each factor. block_size: their side `b`, 2 or more.
+    """
     nfactors = 1
     while block_size ** (nfactors - 1) < nblocks:
         nfactors += 1
@@ -145,6 +164,9 @@ def dense_factors(nblocks: int, block_size: int) -> int:
 
 def fit_blocks(width: int, nblocks: int | None, block_size: int | None, layer: str) -> tuple[int, int]:
     """`(r, b)` with `r·b = width`, from the one of `nblocks` and `block_size` that is given.
+
+    width: the side `n` of `Q`. nblocks, block_size: `r` and `b`, one of them None. layer: whose width it is, for the
+    message.
 
     Raises GSOFTError naming the layer, its width and the valid values if the width does not fit, or `b` would be 1
     (blocks of side 1 cannot rotate anything).
@@ -161,7 +183,10 @@ def fit_blocks(width: int, nblocks: int | None, block_size: int | None, layer: s
 
 
 def dense_reference(blocks: Tensor) -> Tensor:
-    """`Q` as an `n × n` matrix, multiplied out from the paper's definitions: slow, for tests."""
+    """`Q` as a matrix `(n, n)`, multiplied out from the paper's definitions (5.1 and 5.2): slow, for tests.
+
+    blocks: `(m, r, b, b)`, of the dtype of the result.
+    """
     nfactors, nblocks, size = blocks.shape[:3]
     permutation = permutation_matrix(nblocks, nblocks * size).to(blocks)
     factors = [torch.block_diag(*factor) for factor in blocks]
@@ -170,7 +195,10 @@ def dense_reference(blocks: Tensor) -> Tensor:
 
 
 def permutation_matrix(k: int, n: int) -> Tensor:
-    """The stride permutation `P_(k, n)` of Definition 5.2 as a matrix of zeros and ones."""
+    """The stride permutation `P_(k, n)` (paper, Definition 5.2) as a matrix `(n, n)` of zeros and ones, float32.
+
+    k: the stride, a divisor of n. n: the side.
+    """
     matrix = torch.zeros(n, n)
     for index in range(n):
         matrix[(index % k) * (n // k) + index // k, index] = 1

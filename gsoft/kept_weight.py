@@ -23,7 +23,10 @@ class KeptWeight:
 
     @torch.no_grad()
     def replace(self, layer: nn.Linear, weight: Tensor) -> None:
-        """Keep the layer's weight and write another, of any dtype, in its place."""
+        """Keep the layer's weight and write another in its place.
+
+        layer: whose weight is replaced. weight: of the same shape and any dtype, to be rounded to the layer's.
+        """
         self.keep(layer)
         layer.weight.copy_(weight)
 

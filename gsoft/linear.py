@@ -33,12 +33,18 @@ class RotatedLayer:
         self._kept_weight = KeptWeight()
 
     def share(self, cache: RotationCache, index: int) -> None:
-        """Have blocks and weights made together with those of a cache's other layers, as its `index`-th."""
+        """Have blocks and weights made together with those of a cache's other layers.
+
+        cache: holds this layer's rotation among others. index: its place there.
+        """
         self.cache, self.index = cache, index
 
     @torch.compiler.disable
     def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """x: `(…, in_features)`; returns `(…, out_features)` in the dtype the plain layer would give.
+        """What the rotated layer makes of x (paper, §6.1 and §6.2).
+
+        linear: the frozen layer. x: `(…, in_features)`. Returns `(…, out_features)` in the dtype the plain layer would
+        give.
 
         Without gradients the rotated weight is used, which is kept: sampling costs what the base model costs. In
         training the weight or the activations are rotated, whichever is cheaper for these shapes.
@@ -58,7 +64,7 @@ class RotatedLayer:
         return self.enabled and not self.merged
 
     def check(self, linear: nn.Linear) -> None:
-        """Raise GSOFTError unless this can compute with the layer."""
+        """Raise GSOFTError unless this can compute with the layer: an `nn.Linear` on the rotation's device."""
         if not isinstance(linear, nn.Linear):
             raise GSOFTError(
                 f"{self.rotation.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
@@ -73,7 +79,8 @@ class RotatedLayer:
     def rotates_activations(self, linear: nn.Linear, x: Tensor) -> bool:
         """Whether `__call__` rotates x instead of the weight.
 
-        autocast decides by itself what is computed in which precision; it is left to do so in one plain product.
+        linear: the frozen layer. x: `(…, in_features)`. autocast decides by itself what is computed in which precision;
+        it is left to do so in one plain product.
         """
         rotation = self.rotation
         if not (torch.is_grad_enabled() and rotation.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
@@ -81,7 +88,10 @@ class RotatedLayer:
         return not self.cache.weight_side(x.numel() // rotation.in_features, linear.weight)
 
     def rotated_weight(self, weight: Tensor) -> Tensor:
-        """`W' = s·Q_out W Q_in`, computed in float32 (float64 for a float64 weight), in the dtype of W `(out, in)`."""
+        """`W' = s·Q_out W Q_in` (paper, §6.2; §6.1 without `Q_out`), in the dtype of W `(out, in)`.
+
+        Computed in float32 (float64 for a float64 weight).
+        """
         return rotate_weights([weight.detach()], [self.blocks()])[0]
 
     def blocks(self) -> RotationBlocks:
@@ -90,11 +100,15 @@ class RotatedLayer:
 
     @property
     def merged(self) -> bool:
+        """Whether `W'` is in the layer in place of `W`: after `merge`, until `unmerge`."""
         return self._kept_weight.replaced
 
     @torch.no_grad()
     def merge(self, linear: nn.Linear) -> None:
-        """Write `W'` into the layer and keep the exact `W`; from then on the layer alone does everything."""
+        """Write `W'` into the layer and keep the exact `W`; from then on the layer alone does everything.
+
+        Without effect if it is merged already. Raises GSOFTError as `check` does.
+        """
         if not self.merged:
             self.check(linear)
             merged = self.cache.weight(self.index, linear.weight)
@@ -118,7 +132,11 @@ class RotatedLayer:
 
 @torch.compiler.disable
 def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
-    """What each of several layers makes of the same x; equal-shaped ones that rotate it do so together."""
+    """What each of several layers makes of the same x; equal-shaped ones that rotate it do so together.
+
+    layers: one or more. linears: their frozen layers, in the same order. x: `(…, in_features)`. Returns one tensor
+    `(…, out_features)` for each. Raises GSOFTError as `RotatedLayer.check` does.
+    """
     first = layers[0]
     alike = all(layer.cache is first.cache and layer.active for layer in layers)
     if alike:
@@ -153,7 +171,10 @@ class RotatedLinear(nn.Linear):
 
 
 def put_on(linear: nn.Linear, rotated: RotatedLayer) -> RotatedLinear:
-    """Have a plain layer compute what `rotated` makes of it. Returns the same object."""
+    """Have a plain layer compute what `rotated` makes of it, until `take_off`. Returns the same object.
+
+    linear: becomes a `RotatedLinear` in its place in the model. rotated: what computes with it.
+    """
     base_class = type(linear)
     linear.__class__ = RotatedLinear
     assert isinstance(linear, RotatedLinear)

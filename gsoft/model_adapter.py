@@ -25,6 +25,8 @@ log = logging.getLogger("gsoft")
 def inject(model: nn.Module, config: Config) -> ModelAdapter:
     """Freeze a model and put a new adapter on the layers that the configuration names.
 
+    model: any module with linear layers. config: which of them, and what is learned. Returns the adapter, attached.
+
     Until something is trained, the model's output stays bit-equal. What was adapted and what was skipped, with the
     reasons, is in `adapter.targets`, and goes to the logger `gsoft` at level INFO. A `Q` that is not dense, and names
     that no layer has, are a UserWarning.

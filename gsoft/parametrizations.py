@@ -32,8 +32,9 @@ def orthogonal(
     `out > in`, `Q W₀`, where `W₀` is the orthogonal factor of the weight as it was (by QR). So the weight starts as
     `W₀`, and assigning to it chooses a new `W₀`.
 
-    nblocks, block_size, nfactors, parametrization: of `Q`, whose width is the longer side; see `RotationConfig`.
-    Returns the module. Raises GSOFTError if the parameter is not a matrix or its width does not fit.
+    module, name: the matrix is the module's parameter of this name. nblocks, block_size, nfactors, parametrization: of
+    `Q`, whose width is the longer side; see `RotationConfig`. Returns the module. Raises GSOFTError if the parameter is
+    not a matrix or its width does not fit.
     """
     weight = getattr(module, name, None)
     layer = f"{type(module).__name__}.{name}"
@@ -92,8 +93,11 @@ class OrthogonalLinear(nn.Module):
         parametrization: Literal["cayley", "exp"] = "cayley",
         device: torch.device | None = None,
     ) -> None:
-        """out_features: by default in_features. The others describe `Q`, whose width is the larger of the two; see
-        `RotationConfig`. Raises GSOFTError if the width does not fit.
+        """Makes the free numbers, of which `Q` is the identity, and a bias of zeros.
+
+        in_features, out_features: the widths, equal by default. bias: whether one is added. nblocks, block_size,
+        nfactors, parametrization: of `Q`, whose width is the larger of the two; see `RotationConfig`. device: of the
+        parameters. Raises GSOFTError if the width does not fit.
         """
         super().__init__()
         self.in_features = in_features

@@ -40,8 +40,11 @@ PASSES = 1600
 def weight_side_is_cheaper(tokens: int, weight: Tensor) -> bool:
     """Whether a training step costs less with the weight rotated than with the activations, by counting.
 
-    Weight: its `out·in` entries through the blocks, and `tokens·out·in` for its gradient. Activations: `tokens·in`
-    entries through the inner half of the blocks, `tokens·out` through the outer half.
+    tokens: how many vectors go through the layer. weight: `(out, in)`, of which shape and dtype count.
+
+    On the weight's side its `out·in` entries go through the blocks, and `tokens·out·in` multiply-adds make its
+    gradient; on the activations' side `tokens·in` entries go through the inner half of the blocks, `tokens·out` through
+    the outer half.
     """
     out_features, in_features = weight.shape
     passes = PASSES // weight.element_size()
@@ -60,9 +63,10 @@ class RotationBlocks(NamedTuple):
 
 
 def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[RotationBlocks]) -> tuple[Tensor, ...]:
-    """`W'` of each of some weights of equal shape, in their dtype, computed in float32 (float64 for float64 weights).
+    """`W' = diag(s)·Q_out W Q_in` (paper, §6.2) of each of some weights of equal shape, in their dtype.
 
-    rotations: float32. autocast changes nothing. Differentiable once by the rotations.
+    weights: `(out, in)` each. rotations: one for each, float32. Computed in float32 (float64 for float64 weights);
+    autocast changes nothing. Differentiable once by the rotations.
     """
     return _RotatedWeights.apply(*weights, *chain(*zip(*rotations, strict=True)))
 
@@ -73,11 +77,12 @@ def rotate_activations(
     rotations: Sequence[RotationBlocks],
     identity: bool,
 ) -> tuple[Tensor, ...]:
-    """`W'x + bias` of each of some equal-shaped layers, weight and bias, for the same x `(…, in)`, in its dtype.
+    """`W'x + bias` of each of some equal-shaped layers for the same x, with `W'` as in `rotate_weights`.
 
-    rotations: float32, or blocks already in the dtype of x, to which they are rounded. identity: all rotations are
-    identities and all scales 1, so the plain layers' own products are taken, to the bit. Differentiable once by x and
-    the rotations.
+    x: `(…, in)`. layers: weight `(out, in)` and bias of each. rotations: one for each, float32, or blocks already in
+    the dtype of x, to which they are rounded. identity: all rotations are identities and all scales 1, so the plain
+    layers' own products are taken, to the bit. Returns one tensor `(…, out)` for each, in the dtype of x.
+    Differentiable once by x and the rotations.
     """
     columns = chain(*zip(*layers, strict=True), *zip(*rotations, strict=True))
     return _RotatedActivations.apply(identity, len(layers), x, *columns)

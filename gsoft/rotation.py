@@ -36,7 +36,11 @@ class Rotation(nn.Module):
         layer: str = "linear layer",
         device: torch.device | None = None,
     ) -> None:
-        """layer: the name for error messages. Raises GSOFTError if a width does not fit the configuration."""
+        """Makes the parameters, of which all rotations are identities.
+
+        config: which there are, and their blocks. in_features, out_features: of the linear layer. layer: its name, for
+        error messages. device: of the parameters. Raises GSOFTError if a width does not fit the configuration.
+        """
         super().__init__()
         shapes = parameter_shapes(config, in_features, out_features, layer)
         for name in ("q_in", "q_out", "output_scale"):
@@ -76,7 +80,11 @@ class Rotation(nn.Module):
 
 
 def factor_shape(config: RotationConfig, width: int, layer: str) -> tuple[int, int, int]:
-    """`(m, r, b)` of the rotation of this width: factors, blocks in each, side of a block. GSOFTError if none fits."""
+    """`(m, r, b)` of one rotation: factors, blocks in each, side of a block.
+
+    config: gives `r` or `b`, and `m`, for "dense" the fewest that leave no zeros (paper, Theorem 2). width: the side
+    `n` of the rotation. layer: whose it is, for the message. Raises GSOFTError if the width does not fit.
+    """
     nblocks, size = fit_blocks(width, config.nblocks, config.block_size, layer)
     return (dense_factors(nblocks, size) if config.nfactors == "dense" else config.nfactors), nblocks, size
 
@@ -86,8 +94,9 @@ def parameter_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what is learned for one linear layer.
 
-    `q_in` (and `q_out` if double) are `(m, r, b(b−1)/2)`, `output_scale` is `(out_features,)`. Raises GSOFTError naming
-    the layer if a width does not fit.
+    config: the settings. in_features, out_features: of the layer. layer: its name, for the message. `q_in` (and `q_out`
+    if double) are `(m, r, b(b−1)/2)`, `output_scale` is `(out_features,)`. Raises GSOFTError naming the layer if a
+    width does not fit.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, width in rotated_widths(config, in_features, out_features).items():
@@ -101,7 +110,8 @@ def parameter_shapes(
 def parameter_count(config: RotationConfig, in_features: int, out_features: int) -> int:
     """How many numbers are learned for one linear layer, in closed form.
 
-    `m·n·(b−1)/2` for each rotated width `n = r·b`, and one for each output if there is a scale.
+    config: the settings. in_features, out_features: of the layer. `m·n·(b−1)/2` for each rotated width `n = r·b`, and
+    one for each output if there is a scale. Raises GSOFTError if a width does not fit.
     """
     count = out_features if config.output_scale else 0
     for width in rotated_widths(config, in_features, out_features).values():
@@ -111,7 +121,11 @@ def parameter_count(config: RotationConfig, in_features: int, out_features: int)
 
 
 def forced_zeros(config: RotationConfig, in_features: int, out_features: int, layer: str) -> str | None:
-    """Which `Q` of a layer is not dense, in words, and what would fill it (paper, Theorem 2); None if all are dense."""
+    """Which `Q` of a layer is not dense, in words, and what would fill it (paper, Theorem 2); None if all are dense.
+
+    config: the settings. in_features, out_features: of the layer. layer: its name, for the words. Raises GSOFTError if
+    a width does not fit.
+    """
     for name, width in rotated_widths(config, in_features, out_features).items():
         nfactors, nblocks, size = factor_shape(config, width, f"{layer}.{name}")
         if nfactors < (needed := dense_factors(nblocks, size)):
@@ -120,12 +134,18 @@ def forced_zeros(config: RotationConfig, in_features: int, out_features: int, la
 
 
 def rotated_widths(config: RotationConfig, in_features: int, out_features: int) -> dict[str, int]:
-    """The widths that are rotated, by the name of the rotation."""
+    """The widths that are rotated, by the name of the rotation: `q_in`, and `q_out` with Double GSOFT (paper, §6.2).
+
+    config: says whether it is double. in_features, out_features: of the linear layer.
+    """
     return {"q_in": in_features, "q_out": out_features} if config.double else {"q_in": in_features}
 
 
 def at_strength(parameters: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
     """The parameters of an adapter, moved along the way from the base model (strength 0) to what was trained (1).
+
+    parameters: by name, as in `Adapter.state_dict()`. strength: any finite number. Returns new tensors under the same
+    names.
 
     Skew-symmetric blocks are multiplied, `K → strength·K`, so that every rotation stays a rotation: a plane that turns
     by `2·atan(k)` with Cayley's map turns by `2·atan(strength·k)`, one that turns by `k` with the exponential by

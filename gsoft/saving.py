@@ -38,8 +38,10 @@ class AdapterFile:
 def save(adapter: ModelAdapter, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
     """Write the adapter, complete or not at all.
 
-    notes: JSON values, kept for `read`. Layers that have learned nothing while others have are a UserWarning. Raises
-    FileError if a value is not finite or the file cannot be written.
+    adapter: merged or not. path: where to; a file of that name is replaced. notes: JSON values, kept for `read`.
+
+    Layers that have learned nothing while others have are a UserWarning. Raises FileError if a value is not finite or
+    the file cannot be written.
     """
     unchanged = adapter.unchanged()
     if 0 < len(unchanged) < len(adapter.targets.layers):
@@ -78,8 +80,9 @@ def read(path: str | Path) -> AdapterFile:
 def load(path: str | Path, model: nn.Module, *, strength: float = 1.0) -> ModelAdapter:
     """Read an adapter file and put it on its base model, with the configuration that it was trained with.
 
-    strength: from 0, the base model, to 1, what was trained; see `gsoft.rotation.at_strength`. Modules to save are
-    taken as they were trained. For several adapters on one model see `AdapterStack`.
+    path: what `save` wrote. model: the base model. strength: from 0, the base model, to 1, what was trained; see
+    `gsoft.rotation.at_strength`. Modules to save are taken as they were trained. Returns the adapter, attached. For
+    several adapters on one model see `AdapterStack`.
 
     Raises GSOFTError, with the model unchanged, if the file is not valid, belongs to another base model, or does not
     have exactly the parameters that the model asks for.
@@ -92,7 +95,11 @@ def load(path: str | Path, model: nn.Module, *, strength: float = 1.0) -> ModelA
 
 
 def adapter_for(file: AdapterFile, model: nn.Module) -> ModelAdapter:
-    """A new adapter as the file asks for, not attached. FileError unless it belongs to this model, left unchanged."""
+    """A new adapter as the file asks for, not attached: its numbers are not loaded yet.
+
+    file: what `read` gave. model: the base model, left unchanged. Raises FileError unless the file belongs to this
+    model, and GSOFTError if its layers are not there.
+    """
     adapter = ModelAdapter(file.config, model)
     if found := difference(file.base_model.fingerprint, adapter.base_model.fingerprint):
         raise FileError(
@@ -106,7 +113,10 @@ def adapter_for(file: AdapterFile, model: nn.Module) -> ModelAdapter:
 
 
 def at(file: AdapterFile, strength: float) -> dict[str, Tensor]:
-    """The file's tensors with its rotations at this strength."""
+    """The file's tensors, by name, with its rotations at a strength.
+
+    file: what `read` gave. strength: see `gsoft.rotation.at_strength`. Modules to save stay as they were trained.
+    """
     rotations = {name: tensor for name, tensor in file.tensors.items() if not _is_saved(name)}
     return file.tensors | at_strength(rotations, strength)
 

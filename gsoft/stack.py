@@ -37,7 +37,11 @@ class Stack:
         self.strengths: dict[str, float] = {}  # of the adapters in use, in their order
 
     def add(self, name: str, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-        """Take in an adapter that is not attached, to be used by this name. tensors: its parameters, at strength 1."""
+        """Take in an adapter that is not attached.
+
+        name: what `use` calls it. adapter: of the models that this stack is of. tensors: its parameters, at strength 1.
+        Raises GSOFTError if the name is taken.
+        """
         self.check_new(name)
         self._adapters[name], self._tensors[name] = adapter, tensors
 
@@ -112,8 +116,9 @@ class AdapterStack(Stack):
     def load(self, name: str, path: str | Path) -> AdapterFile:
         """Read an adapter, to be used by this name.
 
-        Raises GSOFTError as in `gsoft.load`, if the name is taken, or if the adapter has modules of its own
-        (`modules_to_save`), of which only one can be in the model.
+        name: what `use` calls it. path: the file. Returns what the file says. Raises GSOFTError as in `gsoft.load`, if
+        the name is taken, or if the adapter has modules of its own (`modules_to_save`), of which only one can be in the
+        model.
         """
         self.check_new(name)
         file = read(path)

@@ -6,7 +6,10 @@ from torch import nn
 
 
 def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` under a dotted path, with empty modules on the way."""
+    """Register a module under a dotted path, with empty modules on the way.
+
+    root: what it is put into. path: names from there, such as `unet.mid.to_q`. module: what is registered.
+    """
     *parents, leaf = path.split(".")
     for name in parents:
         if name not in dict(root.named_children()):

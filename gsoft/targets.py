@@ -42,6 +42,8 @@ class Targets:
 def find_targets(model: nn.Module, config: Config) -> Targets:
     """The layers that the configuration names.
 
+    model: is looked at, not changed. config: its `target_modules`, `exclude_modules` and `modules_to_save` decide.
+
     A layer that is named but cannot be rotated is an error; with "all-linear" it is skipped. Raises GSOFTError naming
     layer and reason, also if nothing is found at all or a module to save is missing.
     """

@@ -19,6 +19,7 @@ from gsoft_diffusion.config.settings import read_yaml
 
 
 def main() -> int:
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

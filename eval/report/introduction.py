@@ -17,6 +17,11 @@ MINIATURE = (
 def introduction(
     experiment: Experiment, lines: Sequence[Line], results: Sequence[Mapping[str, Any]], encoders: Mapping[str, Any]
 ) -> str:
+    """What was compared and how it was scored, as Markdown.
+
+    experiment: the settings. lines: of the table. results: of the cells in these lines, one or more. encoders: what
+    scored them, as each result says under `encoders`.
+    """
     subjects = sorted({result["cell"]["subject"] for result in results})
     versions = ", ".join(f"{name} {value}" for name, value in results[0]["versions"].items())
     described = [

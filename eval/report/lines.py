@@ -43,6 +43,7 @@ class Line:
 
     @property
     def name(self) -> str:
+        """What tables call its method."""
         named = {"base": "Base model", "photos": "Real photos"}
         return named.get(self.method) or METHODS[self.method]
 
@@ -53,10 +54,12 @@ class Line:
 
     @property
     def full_title(self) -> str:
+        """Its title with the learning rate, where there is one."""
         return self.title + (f", {self.learning_rate:g}" if self.learning_rate else "")
 
     @property
     def size(self) -> str:
+        """The method's size in a few words, as `describe` gives it; empty for base model and photos."""
         return self.results[0].get("size", "") if self.results else ""
 
     def result_of(self, subject: str) -> dict[str, Any]:
@@ -64,10 +67,12 @@ class Line:
         return next(r for r in self.results if (r["cell"]["subject"], r["cell"]["seed"]) == (subject, 0))
 
     def mean(self, fact: str) -> float | None:
+        """The mean of a number that results have, such as `train_seconds`, over all of them; None if none has it."""
         values = [result[fact] for result in self.results if result.get(fact) is not None]
         return metrics.mean(values) if values else None
 
     def interval(self, score: str) -> Interval | None:
+        """Mean and bootstrap interval of one of `SCORES`; None where the line has no such score."""
         return metrics.bootstrap(self.scores[score]) if self.scores.get(score) else None
 
 
@@ -89,6 +94,11 @@ def references(results: Iterable[Mapping[str, Any]]) -> References:
 def line_of(
     method: str, budget: str | None, rate: float | None, results: list[dict[str, Any]], ends: References
 ) -> Line:
+    """The line that some results make.
+
+    method, budget, rate: what they share. results: one for each subject and seed; if any of them diverged, the line has
+    no scores. ends: what balance is measured between, see `references`.
+    """
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
     whole = results if all("scores" in result for result in results) else []  # one that diverged spoils its line
     for result in sorted(whole, key=lambda result: result["cell"]["seed"]):
@@ -104,7 +114,7 @@ def line_of(
 
 
 def check_complete(cells: Iterable[Cell], results: Results) -> None:
-    """UserError naming the cells that have no result."""
+    """Raise UserError naming the cells that have no result."""
     if missing := [cell.id for cell in cells if cell not in results]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{RESULTS} lacks {missing[0]}{more}; run eval.benchmark again to complete it")
@@ -113,7 +123,8 @@ def check_complete(cells: Iterable[Cell], results: Results) -> None:
 def sweep_lines(experiment: Experiment, results: Results) -> dict[str, dict[float, Line]]:
     """By method and learning rate, the cells of the sweep. A rate at which any of them diverged has no scores.
 
-    Raises UserError if cells are missing.
+    experiment: says which cells those are. results: of these and of the base model. Raises UserError if cells are
+    missing.
     """
     cells = sweep_cells(experiment)
     check_complete([*base_cells(experiment), *cells], results)
@@ -128,7 +139,8 @@ def sweep_lines(experiment: Experiment, results: Results) -> dict[str, dict[floa
 def table_lines(experiment: Experiment, results: Results, rates: Mapping[str, float]) -> list[Line]:
     """The lines of the table: real photos, base model, then every budget's methods at its learning rate.
 
-    Raises UserError if cells are missing.
+    experiment: the settings. results: of all cells. rates: the learning rate that was chosen for each method. Raises
+    UserError if cells are missing.
     """
     cells = [*base_cells(experiment), *main_cells(experiment, rates)]
     check_complete(cells, results)
@@ -157,7 +169,10 @@ def recorded_steps(line: Line) -> list[int]:
 
 
 def at_step(line: Line, step: int, ends: References) -> Line:
-    """The line as it was after so many steps of its training."""
+    """The line as it was before the end of its training.
+
+    line: with curves. step: one of its `recorded_steps`. ends: what balance is measured between, see `references`.
+    """
     results = [
         result | {"scores": point} for result in line.results for point in result["curve"] if point["step"] == step
     ]
@@ -165,7 +180,11 @@ def at_step(line: Line, step: int, ends: References) -> Line:
 
 
 def differences(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, dict[str, Interval]]]:
-    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals)."""
+    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals).
+
+    lines: of the table. ours: the key in `METHODS` of the method that is compared. Intervals are by name of `COMPARED`,
+    without those that one of the two lines lacks.
+    """
     mine = {line.budget: line for line in lines if line.method == ours}
     found = []
     for other in lines:

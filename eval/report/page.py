@@ -26,7 +26,12 @@ def page(
     sections: Mapping[str, str],
     plots: Mapping[str, str | None],
 ) -> str:
-    """One HTML page that needs no other file: tables, plots, pictures side by side under the same prompt and seed."""
+    """One HTML page that needs no other file: tables, plots, pictures side by side under the same prompt and seed.
+
+    experiment: the settings. out: the comparison's folder, for the subjects' sheets. lines: of the table, a column of
+    pictures each. sections: Markdown by heading. plots: SVG by name, None for one that there is not. Raises UserError
+    for a sheet that is missing or damaged.
+    """
     parts = []
     for title, text in sections.items():
         parts.append((f"<h2>{html.escape(title)}</h2>" if title else "") + _html(text))

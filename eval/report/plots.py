@@ -21,7 +21,11 @@ MARKERS = {"small": "o", "medium": "s", "large": "^", None: "D"}
 
 
 def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
-    """Subject against prompt fidelity with intervals, as SVG; up and to the right is better."""
+    """Subject against prompt fidelity with intervals, as SVG; up and to the right is better.
+
+    lines: of the table; one without scores is left out. miniature: whether miniature encoders scored, which the axes
+    say.
+    """
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for line in lines:
@@ -53,6 +57,9 @@ def _error_bars(interval: Interval) -> list[list[float]] | None:
 
 def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float], miniature: bool) -> str | None:
     """Where every learning rate of the sweep ends up between subject and prompt, as SVG: a line a method.
+
+    sweep: lines by method and learning rate. chosen: the rate of each method. miniature: whether miniature encoders
+    scored, which the axes say.
 
     The chosen rates are large; these and the ends are labelled. Methods whose lines coincide make the same trade at
     different rates. None without a sweep.
@@ -93,7 +100,10 @@ def _trade_off(figure: Figure, axes: Axes, miniature: bool) -> str:
 
 
 def curve_plot(lines: Sequence[Line], miniature: bool) -> str | None:
-    """DINO and CLIP-T over training steps, averaged over subjects, as SVG; None if no curve was recorded."""
+    """DINO and CLIP-T over training steps, averaged over subjects, as SVG; None if no curve was recorded.
+
+    lines: of the table. miniature: whether miniature encoders scored, which the axes say.
+    """
     curves = {
         (line.method, line.budget, line.name): [result["curve"] for result in line.results if "curve" in result]
         for line in lines

@@ -13,9 +13,10 @@ from gsoft_diffusion.foundation.errors import UserError
 
 
 def choose_learning_rates(experiment: Experiment, results: Results) -> dict[str, float]:
-    """For each method the learning rate of the best balance in the sweep.
+    """For each method the learning rate of the best balance in the sweep, or its only one.
 
-    UserError if all of them diverged, or if cells do not compare.
+    experiment: says which rates were tried. results: of the sweep and the base model. Raises UserError if cells are
+    missing or do not compare, or if a method diverged at all of its rates.
     """
     check_comparable(list(results.values()))
     chosen = {}
@@ -30,7 +31,7 @@ def choose_learning_rates(experiment: Experiment, results: Results) -> dict[str,
 
 
 def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
-    """UserError naming the cells that were made with another base model, other encoders or photos than the rest."""
+    """Raise UserError naming the cells with another base model, other encoders or photos than the rest."""
     _check_same(results, "encoders", "encoders")
     models = [{**result, "base_model": result["base_model"]["fingerprint"]} for result in results]
     _check_same(models, "base_model", "base model")

@@ -31,7 +31,11 @@ def table_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
 def sweep_rows(
     sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, float], ends: References
 ) -> list[dict[str, str]]:
-    """Every learning rate at the end of training, and before where curves were recorded; steps only if any were."""
+    """Every learning rate at the end of training, and before where curves were recorded; steps only if any were.
+
+    sweep: lines by method and learning rate. chosen: the rate of each method, which is ticked at the end of its
+    training. ends: what balance is measured between, see `references`.
+    """
     rows = []
     curves = any(recorded_steps(line) for by_rate in sweep.values() for line in by_rate.values())
     for method, by_rate in sweep.items():
@@ -49,6 +53,7 @@ def sweep_rows(
 
 
 def difference_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """Our method minus each other one, as text; see `differences`."""
     return [
         {
             "budget": budget,
@@ -73,6 +78,7 @@ def _short(interval: Interval | None) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as a Markdown table, headed by the first one's keys; empty without rows."""
     if not rows:
         return ""
     head = list(rows[0])
@@ -81,6 +87,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as CSV, headed by the first one's keys."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]) if rows else [])
     writer.writeheader()

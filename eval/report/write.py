@@ -17,7 +17,11 @@ from gsoft_diffusion.foundation.files import whole_file
 
 
 def write_report(experiment: Experiment, out: Path) -> list[Path]:
-    """Write all files of the report; returns their paths, the page with the pictures last."""
+    """Write all files of the report; returns their paths, the page with the pictures last.
+
+    experiment: the settings. out: the comparison's folder, with `results.jsonl` and the sheets. Raises UserError if any
+    of these is missing, damaged or incomplete.
+    """
     results = read_results(out)
     chosen = choose_learning_rates(experiment, results)
     lines = table_lines(experiment, results, chosen)
