@@ -46,9 +46,14 @@ class TrainingState:
         }
 
     def load(self, checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
-        """Go on from what `to_dict` gave, with the settings it was made by in `state["settings"]`.
+        """Go on from what `to_dict` gave.
 
-        checkpoint: its folder, for the UserError that says that it does not fit.
+        checkpoint: its folder, for messages.
+        state: what `to_dict` gave, with the settings it was made by in `state["settings"]`.
+        config: the settings of the run that resumes; with `accept_changes` its learning rates and the like count, and
+        not the checkpoint's.
+
+        Raises UserError if the state does not fit the settings.
         """
         fresh = [dict(group) for group in self.optimizer.param_groups]
         try:
