@@ -44,7 +44,7 @@ class RunOutputs:
         self.public_config = config.base_config and public_name(config.base_config)
 
     def write_settings(self) -> None:
-        """Write the resolved settings, so that `--config` takes them again. Raises UserError if they cannot be written."""
+        """Write the resolved settings, so that `--config` takes them again. Raises UserError if that fails."""
         written = replace(self.config, resume_from_checkpoint=None, accept_changes=False)
         checkpoints.write_settings(written, self.accelerator.num_processes)
 
