@@ -52,7 +52,7 @@ class AdapterFile:
 
 
 class SavableAdapter(Protocol):
-    """What `save_adapter` asks of an adapter."""
+    """What `save_adapter` asks of an adapter: its settings, and its parameters by their names in the file."""
 
     @property
     def config(self) -> Settings: ...

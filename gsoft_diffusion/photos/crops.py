@@ -61,13 +61,19 @@ def variants(photo: Size, size: Size, center_crop: bool, random_flip: bool) -> l
 
 
 def pixels(photo: Photo, variant: Variant) -> Tensor:
-    """The photo as the variant shows it: (3, height, width) in [-1, 1]."""
+    """The photo as the variant shows it: (3, height, width), float32, in [-1, 1].
+
+    photo: its file is read anew. variant: the size, the part and whether it is mirrored. Raises UserError as
+    `open_image`.
+    """
     image = crop(open_image(photo.path), variant, variant.size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def view(photo: Photo, variant: Variant) -> Tensor:
     """(6,): height and width of the photo, top and left edge of the crop, height and width of the picture.
+
+    photo: whose upright size counts. variant: how it is shown.
 
     The edges are in pixels of the scaled photo and, in a mirrored picture, of the mirrored photo: what SDXL is told.
     """

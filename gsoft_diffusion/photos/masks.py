@@ -80,7 +80,7 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def read_opacity(path: Path) -> Image.Image:
-    """The mask that a photo with transparency is itself."""
+    """The mask that a photo with transparency is itself. Raises UserError if it has none, or as `read_picture`."""
     opacity = read_picture(path).opacity
     if opacity is None:
         raise UserError(f"{path}: was transparent when the run began, and no longer is")

@@ -20,7 +20,10 @@ class HubRepository:
     def __init__(self, model_id: str, token: str | None = None) -> None:
         """Creates the repository if there is none, so that a mistake is found before the training.
 
-        model_id: name, with or without an owner. token: by default the one `hf auth login` has kept, or HF_TOKEN.
+        model_id: name, with or without an owner.
+        token: by default the one `hf auth login` has kept, or HF_TOKEN.
+
+        Raises UserError if the hub does not answer, or refuses.
         """
         if silent := why_unreachable():  # its client would wait for an answer without end
             raise UserError(

@@ -94,7 +94,7 @@ def is_original_clip(folder: Path) -> bool:
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """open_clip's `model_cfg` of a transformers configuration."""
+    """open_clip's `model_cfg` of a transformers configuration. Raises ValueError for what open_clip does not have."""
     text: Any = config.text_config
     vision: Any = config.vision_config
     if {text.hidden_act, vision.hidden_act} not in ({"quick_gelu"}, {"gelu"}):

@@ -55,7 +55,10 @@ def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
 
 
 def check_snr_gamma(config: TrainingConfig, model: BaseModel) -> None:
-    """Raise UserError if min-SNR weights are asked for of a model that learns by flow matching."""
+    """Raise UserError if min-SNR weights are asked for of a model that learns by flow matching.
+
+    config: its `snr_gamma` asks for them. model: the base model.
+    """
     if config.snr_gamma is not None and model.noise_scheduler().config.prediction_type == "flow_prediction":
         raise UserError(
             f"--snr_gamma: {model.name} learns by flow matching, which weights timesteps by drawing them; leave it out"

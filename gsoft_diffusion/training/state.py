@@ -29,6 +29,14 @@ class TrainingState:
     def __init__(
         self, adapter: TrainableAdapter, predictor: nn.Module, optimizer: Any, lr_scheduler: Any, scaler: Any
     ) -> None:
+        """All are kept as attributes, see the class.
+
+        adapter: what trains.
+        predictor: the module that `adapter` is in, as accelerate prepared it.
+        optimizer: over the adapter's parameters, as accelerate prepared it.
+        lr_scheduler: as `make_lr_scheduler` gave it.
+        scaler: accelerate's of fp16's losses, or None.
+        """
         self.adapter, self.predictor = adapter, predictor
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
         self.step = self.skipped = 0

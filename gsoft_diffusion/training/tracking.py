@@ -30,6 +30,7 @@ class Tracking:
     """What is reported to the trackers. A tracker that cannot write does not end the run."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
+        """config: the settings that trackers are told. accelerator: whose trackers they are; prints notes."""
         self.config, self.accelerator = config, accelerator
 
     def start(self) -> None:
