@@ -205,7 +205,7 @@ def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
 def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> dict[str, str]:
     """Metadata of an exported file: its base model, and the prompts that call the subjects.
 
-    files: the adapters in it, of one base model. strengths: of the adapters, in the same order.
+    files: the adapters in it, of one base model. strengths: by adapter, in the same order.
 
     Returns texts by name, as safetensors takes them; no folder of this machine is in them.
     """
