@@ -62,7 +62,15 @@ class GSOFTAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """hidden_states: `(B, S, C)` or `(B, C, H, W)`, and so is the result; encoder_hidden_states: `(B, S', C')`."""
+        """Compute the attention, as diffusers calls a processor.
+
+        attn: the attention whose layers are used.
+        hidden_states: `(B, S, C)` or `(B, C, H, W)`, and so is the result.
+        encoder_hidden_states: `(B, S', C')`, what is attended to; None for self-attention.
+        attention_mask: as `attn.prepare_attention_mask` takes it; None to attend to everything.
+        temb: for a spatial norm, if `attn` has one.
+        args, kwargs: what diffusers passes to other processors; not used.
+        """
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -148,7 +156,13 @@ class GuardedAttention(Attention):
     def set_use_memory_efficient_attention_xformers(
         self, use_memory_efficient_attention_xformers: bool, attention_op: Callable | None = None
     ) -> None:
-        """Switch the backend inside the GSOFT processor. Raises UserError where xformers cannot run."""
+        """Switch the backend inside the GSOFT processor.
+
+        use_memory_efficient_attention_xformers: True for xformers, False for PyTorch's fused attention.
+        attention_op: ignored with a warning; xformers chooses its operator itself.
+
+        Raises UserError where xformers cannot run.
+        """
         if attention_op is not None:
             warnings.warn("attention_op was ignored: xformers chooses its operator itself", stacklevel=2)
         backend = AttentionBackendName.XFORMERS if use_memory_efficient_attention_xformers else None
@@ -166,7 +180,10 @@ def require_xformers() -> None:
 
 
 def attach(attention: Attention, rotated: Mapping[str, RotatedLayer]) -> None:
-    """Replace the attention's processor by a GSOFT processor, guarded, that keeps an xformers choice made before."""
+    """Replace the attention's processor by a GSOFT processor, guarded, that keeps an xformers choice made before.
+
+    attention: changed in place. rotated: what computes with the layer of each name in `PROJECTIONS`.
+    """
     previous = attention.processor
     attention.set_processor(GSOFTAttnProcessor(rotated))
     attention.__class__ = GuardedAttention
@@ -175,13 +192,19 @@ def attach(attention: Attention, rotated: Mapping[str, RotatedLayer]) -> None:
 
 
 def detach(attention: Attention, processor: Any) -> None:
-    """Undo `attach`: put an ordinary processor back."""
+    """Undo `attach`: put an ordinary processor back.
+
+    attention: changed in place. processor: the one it had before.
+    """
     attention.__class__ = Attention
     attention.set_processor(processor)
 
 
 def check_supported(attention: Attention, path: str) -> None:
-    """Raise UserError for attentions that the processor cannot compute correctly."""
+    """Raise UserError for an attention that the processor cannot compute correctly, or that is adapted already.
+
+    attention: of a UNet; it is not changed. path: its name, for the message.
+    """
     if isinstance(attention, GuardedAttention):
         raise UserError(f"{path}: the UNet carries a GSOFT adapter already; remove it first (adapter.remove())")
     if attention.added_kv_proj_dim is not None or attention.to_k is None or attention.to_out is None:

@@ -52,7 +52,7 @@ class AdapterFile:
 
 
 class SavableAdapter(Protocol):
-    """What `save_adapter` asks of an adapter."""
+    """What `save_adapter` asks of an adapter: its settings, and its parameters by their names in the file."""
 
     @property
     def config(self) -> Settings: ...
@@ -71,8 +71,12 @@ def save_adapter(
 ) -> None:
     """Write the adapter completely or not at all: to a temporary file, which is then renamed.
 
-    training, prompts: JSON values, kept for `read_adapter`. Raises UserError if a parameter is not finite or the file
-    cannot be written.
+    path: of the file.
+    adapter: whose settings and parameters are written.
+    base_model: the model it was trained on, by which `check_base` recognises it.
+    training, prompts: JSON values, kept for `read_adapter`.
+
+    Raises UserError if a parameter is not finite or the file cannot be written.
     """
     sections = {
         "config": adapter.config.to_dict(),

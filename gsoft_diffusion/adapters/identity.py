@@ -24,8 +24,11 @@ def identity_of(model: BaseModel) -> BaseModelIdentity:
 def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str:
     """Recognises a base model whichever dtype it is loaded in; see `gsoft.fingerprint.fingerprint`.
 
-    Made of shapes and head counts of every attention, of the models' sizes, and of all attention weights.
-    For models with or without an adapter, but not with a merged one.
+    unet: the denoiser, a UNet or a transformer.
+    text_encoders: the CLIP text encoders, in the pipeline's order: in training and in use the same.
+
+    Made of shapes and head counts of every attention, of the models' sizes, and of all attention weights. For models
+    with or without an adapter, but not with a merged one.
     """
     architecture: list[Any] = [sum(map(numbers_in, model.parameters())) for model in (unet, *text_encoders)]
     weights: list[Tensor] = []

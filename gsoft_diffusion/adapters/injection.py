@@ -22,6 +22,10 @@ from gsoft_diffusion.models.attention_layers import ATTENTIONS, PROJECTIONS, att
 def inject(config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> Adapter:
     """Freeze the base models and put a new adapter, which changes nothing yet, into them.
 
+    config: how the rotations are made, and whether the text encoders get them too.
+    denoiser: the UNet or transformer.
+    text_encoders: the CLIP text encoders, in the pipeline's order.
+
     Every attention of a UNet gets a GSOFT attention processor. Of a transformer the projections of every attention are
     rotated, those of the text in joint attention included, and with `config.text_encoder` those of every CLIP
     attention. Until something is trained, the models' outputs stay bit-equal.
@@ -44,7 +48,14 @@ class Adapter(gsoft.Adapter):
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
-        """Looks at the models without changing them; `inject` is what puts an adapter to work."""
+        """Looks at the models without changing them; `inject` is what puts an adapter to work.
+
+        config: how the rotations are made, and whether the text encoders get them too.
+        denoiser: the UNet or transformer.
+        text_encoders: the CLIP text encoders, in the pipeline's order.
+
+        Raises UserError as `inject`.
+        """
         attentions = find_attentions(denoiser)
         linears = find_linears(attentions, find_clip_attentions(config.text_encoder, text_encoders))
         with user_errors():
@@ -95,7 +106,12 @@ class Adapter(gsoft.Adapter):
 def expected_shapes(
     config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters that `inject` would make, without making them; the same UserErrors."""
+    """Names and shapes of all parameters that `inject` would make, without making them; the same UserErrors.
+
+    config: the settings that an adapter would have.
+    denoiser: the UNet or transformer.
+    text_encoders: the CLIP text encoders, in the pipeline's order.
+    """
     linears = find_linears(find_attentions(denoiser), find_clip_attentions(config.text_encoder, text_encoders))
     return {
         f"{layer}.{name}": shape
@@ -129,7 +145,13 @@ def find_attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_clip_attentions(wanted: bool, text_encoders: Sequence[nn.Module]) -> dict[str, CLIPAttention]:
-    """The text encoders' attentions as `text_encoder.layers.<i>`, found by type: paths differ between versions."""
+    """The text encoders' attentions as `text_encoder.layers.<i>`, found by type: paths differ between versions.
+
+    wanted: whether the adapter includes text encoders; if not, nothing is found.
+    text_encoders: in the pipeline's order; those after the first are `text_encoder_2` and so on.
+
+    Raises UserError if none is given, or one has no CLIP attention.
+    """
     if not wanted:
         return {}
     if not text_encoders:
@@ -147,7 +169,13 @@ def find_clip_attentions(wanted: bool, text_encoders: Sequence[nn.Module]) -> di
 def find_linears(
     attentions: Mapping[str, nn.Module], clip_attentions: Mapping[str, CLIPAttention]
 ) -> dict[str, nn.Linear]:
-    """The linear layers to adapt under their names in the adapter. Raises UserError if one is not a plain layer."""
+    """The linear layers to adapt under their names in the adapter, `<attention>.<projection>`.
+
+    attentions: the denoiser's, as `find_attentions` names them.
+    clip_attentions: the text encoders', as `find_clip_attentions` names them.
+
+    Raises UserError if a layer is not a plain one: rotated already, or quantised.
+    """
     linears: dict[str, nn.Linear] = {}
     for path, attention in attentions.items():
         linears |= {f"{path}.{name}": layer for name, layer in attention_layers(attention).items()}

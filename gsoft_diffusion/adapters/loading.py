@@ -28,11 +28,14 @@ def load_adapter(
 ) -> tuple[Adapter, AdapterFile]:
     """Read an adapter file and put it into its base model, with the settings it was trained with.
 
-    Pass the models that were given to `fingerprint` in training. Raises UserError, with the models unchanged, if the
-    file is not valid, belongs to another base model, or does not have exactly the parameters that the model asks for.
-
+    path: the file, or the folder that holds it, as in `read_adapter`.
+    unet: the denoiser, a UNet or a transformer.
+    text_encoders: those that were given to `fingerprint` in training, in the pipeline's order.
     strength: from 0, the base model, to 1, what was trained; see `gsoft.rotation.at_strength`. For several adapters on
     one model see `AdapterStack`.
+
+    Returns the adapter, which is attached, and what its file says. Raises UserError, with the models unchanged, if the
+    file is not valid, belongs to another base model, or does not have exactly the parameters that the model asks for.
     """
     file = read_adapter(path)
     check_base(file, unet, text_encoders)
@@ -43,7 +46,10 @@ def load_adapter(
 
 @user_errors()
 def check_base(file: AdapterFile, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> None:
-    """Raise UserError unless the adapter was trained on these models, which it looks at without changing them."""
+    """Raise UserError unless the adapter was trained on these models, which it looks at without changing them.
+
+    file: the adapter. unet, text_encoders: as in `load_adapter`.
+    """
     given = BaseModelIdentity(name_of(unet), fingerprint(unet, text_encoders))
     if found := difference(file.base_model.fingerprint, given.fingerprint):
         raise UserError(
@@ -62,10 +68,14 @@ def load_base(
     device: str | torch.device = "cpu",
     cpu_offload: bool = False,
 ) -> BaseModel:
-    """Load the model that an adapter was trained on, or the one at `moved_to` instead; the rest as in `load_model`.
+    """Load the model that an adapter was trained on, or another.
+
+    file: the adapter.
+    moved_to: name, folder or file of the model to load instead; None for the one that the adapter was trained on.
+    dtype, device, cpu_offload: as in `load_model`.
 
     An adapter has the model's name only, the settings of its run also know where it is: where they are beside it, they
-    are asked first. Prints whose word was taken. Raises UserError if the model is not found.
+    are asked first. Prints whose word was taken. Raises UserError if the model is not found, or as `load_model`.
     """
     settings, source = _settings_beside(file)
     name = moved_to or settings["pretrained_model_name_or_path"]

@@ -18,12 +18,20 @@ class AdapterStack(Stack):
     """A stack of adapters of one diffusion model, read from files that `save_adapter` wrote; see `Stack`."""
 
     def __init__(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> None:
+        """denoiser: the UNet or transformer.
+        text_encoders: the CLIP text encoders, in the pipeline's order.
+        """
         super().__init__()
         self._models = (denoiser, text_encoders)
 
     @user_errors()
     def load(self, name: str, path: str | Path) -> AdapterFile:
-        """Read an adapter under this name. Raises UserError as `load_adapter`, or if the name is taken."""
+        """Read an adapter, to be used by this name.
+
+        name: by which `use` calls it. path: as in `read_adapter`.
+
+        Returns what the file says. Raises UserError as `load_adapter`, or if the name is taken.
+        """
         self.check_new(name)
         file = read_adapter(path)
         with self.disabled():

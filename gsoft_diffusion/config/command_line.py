@@ -30,8 +30,13 @@ AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
 def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[str] | None = None) -> AnyConfig:
     """The settings from the command line. With `--config FILE.yaml` they come from the file, and flags override them.
 
-    A setting in neither takes the value of accelerate's launcher, if there is one. Raises UserError for a setting
-    that is unknown, of a wrong type, not valid, or otherwise than the launcher's.
+    config_class: the settings' dataclass, which decides the options.
+    description: text above them in `--help`.
+    arguments: the command line without the program's name; by default this process's.
+
+    A setting in neither takes the value of accelerate's launcher, if there is one. Raises UserError for a setting that
+    is unknown, of a wrong type, not valid, or otherwise than the launcher's, and if several processes were launched for
+    what runs in one. What argparse itself refuses ends the program with status 2.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -63,7 +68,12 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
 
 
 def add_flags(parser: argparse._ActionsContainer, config_class: Any, group: str = "") -> None:
-    """Add an option for every field, nested ones included; an option that is not given is not in the namespace."""
+    """Add an option for every field, nested ones included; an option that is not given is not in the namespace.
+
+    parser: gets the options.
+    config_class: the settings' dataclass, whose docstring has the help.
+    group: what stands before the fields' names in the namespace: "" or, for a nested group, `<field>.`.
+    """
     hints, help_texts = get_type_hints(config_class), field_help(config_class)
     for field in fields(config_class):
         hint, name = hints[field.name], RENAMED.get(field.name, field.name)

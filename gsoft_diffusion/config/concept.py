@@ -56,6 +56,7 @@ class Concept(Settings):
 
     @property
     def usual_class_prompt(self) -> str | None:
+        """The class prompt if none is given, such as "a photo of a dog"; None without a class word."""
         return f"a photo of {with_article(plain_noun(self.class_word))}" if self.class_word else None
 
     def resolved(self) -> Concept:

@@ -59,6 +59,7 @@ class ExportConfig(Settings):
 
     @property
     def is_lora(self) -> bool:
+        """Whether the format is a LoRA's, and not a whole model's."""
         return self.format.endswith("_lora")
 
 

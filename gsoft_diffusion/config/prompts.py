@@ -18,6 +18,8 @@ NOT_NAMES = re.compile(
 def token_in(prompt: str, class_word: str | None) -> str | None:
     """The words before the class word in a prompt, back to an article, a preposition or the like; None without any.
 
+    prompt: of a subject's photos. class_word: what the subject is, in one word or several, or None.
+
     For example "zwx" in "a photo of a zwx teddy bear on a bed".
     """
     words, wanted = prompt.split(), (class_word or "").split()
@@ -49,8 +51,11 @@ def _place(words: Sequence[str], wanted: Sequence[str]) -> int:
 def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str:
     """The prompt with names filled in, as in DreamBooth's prompt lists.
 
-    `{0}` is the first subject's unique token and `{1}` its class word; `{2}` and `{3}` are the second subject's, and so
-    on. Raises UserError for a name that is not known.
+    prompt: `{0}` in it is the first subject's unique token and `{1}` its class word; `{2}` and `{3}` are the second
+    subject's, and so on.
+    subjects: for each what is known of `unique_token`, `class_word` and `instance_prompt`.
+
+    Raises UserError for a name that is not known.
     """
 
     def word(found: re.Match[str]) -> str:

@@ -23,10 +23,12 @@ from gsoft_diffusion.foundation.text_files import on_disk, read_text
 
 
 def positive(value: float) -> bool:
+    """Whether the value is finite and more than 0."""
     return math.isfinite(value) and value > 0
 
 
 def not_negative(value: float) -> bool:
+    """Whether the value is finite and at least 0."""
     return math.isfinite(value) and value >= 0
 
 
@@ -59,11 +61,13 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: object = None) -> Self:
-        """Build from plain values. Names that are unknown or missing and wrong types raise UserError.
+        """Build from plain values.
 
+        values: by the fields' names. A group of settings (a field that is a dataclass itself) may be given in part; the
+        rest has the field's default.
         source: the file or option that they are from, for messages; by default the class is named.
 
-        A group of settings (a field that is a dataclass itself) may be given in part; the rest has the field's default.
+        Raises UserError for names that are unknown or missing, wrong types, and values that the class refuses.
         """
         source = source or cls.__name__
         hints = get_type_hints(cls)
@@ -88,6 +92,7 @@ class Settings:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
 
     def to_yaml(self) -> str:
+        """The settings as YAML, in the order of the fields, as `read_yaml` and `from_dict` read them."""
         return yaml.dump(self.to_dict(), Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
@@ -105,7 +110,10 @@ def marked(cls: Any, mark: Mark) -> list[str]:
 
 
 def overlay(group: Any, values: Any) -> Any:
-    """A group's settings with some of them replaced; nblocks and block_size exclude each other."""
+    """A group's settings with some of them replaced; nblocks and block_size exclude each other.
+
+    group: settings by name. values: those that replace. If either is no mapping, `values` is returned as it is.
+    """
     if not (isinstance(group, Mapping) and isinstance(values, Mapping)):
         return values
     sizes = {"nblocks", "block_size"}
@@ -232,7 +240,13 @@ def described(hint: Any) -> str:
 
 
 def require(settings: Any, test: Callable[[Any], bool], rule: str, *names: str) -> None:
-    """Raise UserError for the first of the named fields that is set and fails the test."""
+    """Raise UserError for the first of the named fields that is set and fails the test.
+
+    settings: whose fields are looked at.
+    test: says of a value whether it will do; None is not tested.
+    rule: the message's words after "must be".
+    names: the fields, in the order in which they are tested.
+    """
     for name in names:
         value = getattr(settings, name)
         if value is not None and not test(value):
@@ -289,6 +303,8 @@ class OnlyWith:
 def without_effect(settings: Any, rules: Iterable[OnlyWith]) -> Iterator[str]:
     """A line for each setting that does nothing by the rules. What has its default was not asked for, and is left out.
 
+    settings: a dataclass's instance. rules: when its fields have an effect.
+
     No values are named: one of the settings is a token.
     """
     defaults = {field.name: field.default for field in fields(settings)}
@@ -299,6 +315,9 @@ def without_effect(settings: Any, rules: Iterable[OnlyWith]) -> Iterator[str]:
 
 
 def refuse_without_effect(settings: Any, rules: Iterable[OnlyWith]) -> None:
-    """Raise UserError for the first setting that does nothing by the rules."""
+    """Raise UserError for the first setting that does nothing by the rules.
+
+    settings, rules: as in `without_effect`.
+    """
     for line in without_effect(settings, rules):
         raise UserError(line)

@@ -9,7 +9,12 @@ from gsoft_diffusion.foundation.errors import UserError
 
 
 def strength_by_adapter(adapters: Sequence[str], strengths: Sequence[float]) -> dict[str, float]:
-    """Each adapter's strength, 1 if none is given. Raises UserError for an adapter given twice, or wrong strengths."""
+    """Each adapter's strength, in the adapters' order; 1 if none is given.
+
+    adapters: paths, as given. strengths: one for each adapter, or none at all.
+
+    Raises UserError if no adapter is named or one comes twice, and for strengths that are not finite or not as many.
+    """
     if not (adapters and all(adapters)):
         raise UserError("--adapter: name the adapter file that training wrote")
     if twice := [adapter for adapter in adapters if list(adapters).count(adapter) > 1]:

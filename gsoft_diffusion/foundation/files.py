@@ -35,7 +35,9 @@ LOCK = ".lock"
 def check_writable(folder: Path, what: str) -> None:
     """Raise UserError if no file can be made in the folder, or the folder not be made; leaves no trace.
 
-    Call it before the slow work whose result goes there. what: the flag that named it, or the like.
+    folder: need not exist. what: the flag that named it, or the like, for the message.
+
+    Call it before the slow work whose result goes there.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -53,8 +55,11 @@ def check_writable(folder: Path, what: str) -> None:
 def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
     """A temporary path for each target, a file or folder. All are renamed at the end of the block, or removed.
 
-    Before the block it is seen to that something can be written there. Raises UserError, naming the option `flag`, if
-    it cannot, or if there is something at one of the targets already.
+    flag: the option that named the targets, for messages.
+    targets: paths at which there must be nothing yet; folders around them are made.
+
+    Before the block it is seen to that something can be written there. Raises UserError if it cannot, or if there is
+    something at one of the targets already.
     """
     for target in targets:
         refuse_existing(target, flag)  # before the name is asked for, which `.` has not
@@ -84,7 +89,10 @@ def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
 
 
 def refuse_existing(path: Path, flag: str) -> None:
-    """Raise UserError if there is something at this path already."""
+    """Raise UserError if there is something at this path already, a dangling link included.
+
+    path: to be written. flag: the option that chooses another, for the message.
+    """
     if os.path.lexists(path):
         raise UserError(f"{path} exists and is not overwritten: choose another name with {flag}")
 
@@ -139,6 +147,9 @@ def _lock_file(folder: Path, wait: bool) -> TextIO:
 
 
 def numbered(name: str, number: int) -> str:
-    """The file name of one of several sheets: the first has the plain name, further ones a number before the suffix."""
+    """The file name of one of several sheets: the first has the plain name, further ones a number before the suffix.
+
+    name: with its suffix. number: which sheet, from 1.
+    """
     stem, dot, suffix = name.rpartition(".")
     return name if number == 1 else f"{stem}_{number}{dot}{suffix}"

@@ -20,7 +20,11 @@ FILE_CACHE = ("inactive_file ", "active_file ")
 
 
 def check_weights(name: str, files: Iterable[tuple[Path, torch.dtype]], device: torch.device | str) -> None:
-    """Raise UserError if the weights in the files, each in its dtype, do not fit into what is free on the device.
+    """Raise UserError if the weights in the files do not fit into what is free on the device.
+
+    name: the model's, for the message.
+    files: safetensors files, each with the dtype that its weights will have.
+    device: where the weights will be.
 
     From the files' headers alone. What a training step takes besides is estimated once they are loaded (`preflight`).
     """

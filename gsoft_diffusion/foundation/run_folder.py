@@ -37,17 +37,24 @@ def checkpoint_name(adapter: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder, -1 if the name is none of a checkpoint."""
     found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(found[1]) if found else -1
 
 
 def sheet_of(folder: Path, step: int, number: int = 1) -> Path:
-    """The path of a run's contact sheet of a step, or of one of several."""
+    """The path of a run's contact sheet, which need not exist.
+
+    folder: the run's. step: after which it was drawn. number: which of the step's sheets, from 1.
+    """
     return folder / "validation" / numbered(f"step-{step:06d}.png", number)
 
 
 def latest_sheet(folder: Path, step: int | None = None) -> Path | None:
-    """The last contact sheet that a run has drawn, up to a step; of several the first. None if there is none."""
+    """The last contact sheet that a run has drawn; of several the first. None if there is none.
+
+    folder: the run's. step: leave out sheets of later steps; None for all.
+    """
     found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "validation").glob("step-*.png"))
     sheets = {int(match[1]): path for match, path in found if match}
     return max(((at, path) for at, path in sheets.items() if step is None or at <= step), default=(0, None))[1]

@@ -35,7 +35,10 @@ def read_text(path: str | Path, name: str | None = None) -> str:
 
 
 def read_prompts(path: str | Path, name: str | None = None) -> list[str]:
-    """The prompts in a file, one a line; blank lines and those that start with # are none. Raises as `read_text`."""
+    """The prompts in a file, one a line; blank lines and those that start with # are none.
+
+    path, name: as in `read_text`, and so are the UserErrors.
+    """
     lines = [line.strip() for line in composed(read_text(path, name)).split("\n")]
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -14,7 +14,10 @@ from typing import Any
 
 
 def mismatched(torch_version: str | None, torchvision_version: str | None) -> bool:
-    """Whether a CPU build of PyTorch has a torchvision beside it that is none."""
+    """Whether a CPU build of PyTorch has a torchvision beside it that is none.
+
+    torch_version, torchvision_version: of the packages as installed; None for one that is not.
+    """
     if torch_version is None or torchvision_version is None:
         return False
     return "+cpu" in torch_version and "+cpu" not in torchvision_version

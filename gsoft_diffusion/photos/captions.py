@@ -17,7 +17,10 @@ JSONL, CSV = "metadata.jsonl", "metadata.csv"  # as Hugging Face's imagefolder n
 def read_captions(images: Sequence[Path], others: Sequence[Path]) -> tuple[dict[Path, str], set[Path]]:
     """The captions of those pictures that have one, and the files they came from.
 
-    Raises UserError for an empty caption, two for one picture, and one for a picture that is not there.
+    images: the pictures. others: the other files beside them, among which text files and tables are looked for.
+
+    Raises UserError for an empty caption, two for one picture, one for a picture that is not there, and a file that
+    cannot be read.
     """
     captions: dict[Path, str] = {}
     sources: dict[Path, Path] = {}

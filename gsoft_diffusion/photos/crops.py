@@ -20,7 +20,9 @@ CROPS = 5  # places along the side that a crop leaves out something of, for a ra
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
     """Sizes with at most `resolution²` pixels and sides that are multiples of `step`, from 1:4 to 4:1.
 
-    For every side from half to twice the resolution the largest other side that fits. `step` divides `resolution`.
+    resolution: side in pixels of the square. step: in pixels; it divides `resolution`.
+
+    For every side from half to twice the resolution the largest other side that fits.
     """
     sides = range(-(-resolution // (2 * step)) * step, 2 * resolution + 1, step)
     pairs = [(side, resolution**2 // (side * step) * step) for side in sides]
@@ -48,20 +50,30 @@ class Variant:
 
 
 def variants(photo: Size, size: Size, center_crop: bool, random_flip: bool) -> list[Variant]:
-    """All the ways in which augmentation may show a photo in a size: finitely many, so that all can be cached."""
+    """All the ways in which augmentation may show a photo: finitely many, so that all can be cached.
+
+    photo, size: of the photo and of the picture to make of it, (width, height) in pixels.
+    center_crop: crop in the middle only. random_flip: mirrored as well.
+    """
     same_shape = photo[0] * size[1] == photo[1] * size[0]
     places = [0.5] if center_crop or same_shape else [index / (CROPS - 1) for index in range(CROPS)]
     return [Variant(size, place, flip) for place in places for flip in ((False, True) if random_flip else (False,))]
 
 
 def pixels(photo: Photo, variant: Variant) -> Tensor:
-    """The photo as the variant shows it: (3, height, width) in [-1, 1]."""
+    """The photo as the variant shows it: (3, height, width), float32, in [-1, 1].
+
+    photo: its file is read anew. variant: the size, the part and whether it is mirrored. Raises UserError as
+    `open_image`.
+    """
     image = crop(open_image(photo.path), variant, variant.size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def view(photo: Photo, variant: Variant) -> Tensor:
     """(6,): height and width of the photo, top and left edge of the crop, height and width of the picture.
+
+    photo: whose upright size counts. variant: how it is shown.
 
     The edges are in pixels of the scaled photo and, in a mirrored picture, of the mirrored photo: what SDXL is told.
     """
@@ -76,7 +88,9 @@ def view(photo: Photo, variant: Variant) -> Tensor:
 def subject_weights(photo: Photo, variant: Variant, size: Size, unmasked_weight: float) -> Tensor:
     """Weights (1, height, width) of the loss: 1 where the mask is white, `unmasked_weight` where it is black.
 
-    size: of the latents, onto which the mask is averaged. A photo without a mask weighs 1 everywhere.
+    photo, variant: what is shown, and how. A photo without a mask weighs 1 everywhere.
+    size: width and height of the latents, onto which the mask is averaged.
+    unmasked_weight: of places outside of the subject.
     """
     if photo.mask is None:
         return torch.ones(1, size[1], size[0])
@@ -85,7 +99,13 @@ def subject_weights(photo: Photo, variant: Variant, size: Size, unmasked_weight:
 
 
 def crop(image: Image.Image, variant: Variant, size: Size, resampling: Image.Resampling) -> Image.Image:
-    """The largest part of the variant's shape at its place, scaled to `size` and mirrored if asked for."""
+    """The largest part of the variant's shape at its place, scaled, and mirrored if asked for.
+
+    image: the whole picture, or its mask.
+    variant: its size gives the shape only.
+    size: width and height of the result, in pixels.
+    resampling: Pillow's filter.
+    """
     image = image.resize(size, resampling, box=_part(image.size, variant))
     return ImageOps.mirror(image) if variant.flip else image
 

@@ -100,13 +100,16 @@ class Folder:
 
 
 def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None = None, masks: bool = True) -> Folder:
-    """The photos in a folder with their captions and masks; `prompt` for photos that have no caption.
+    """The photos in a folder with their captions and masks.
+
+    folder: its path.
+    flag: the option that named the folder, for error messages.
+    prompt: of photos that have no caption.
+    limit: use only so many pictures; None for all.
+    masks: whether masks mean something for these photos.
 
     Every file is read once, so that a damaged one is found now and not an hour later. Raises UserError naming the file
     for whatever is damaged, ambiguous or does not belong together.
-
-    flag: the option that named the folder, for error messages. limit: use only so many pictures. masks: whether masks
-    mean something for these photos.
     """
     listing = list_folder(folder, flag)
     captions, caption_files = read_captions(listing.images, listing.others)
@@ -140,12 +143,20 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
 
 
 def list_images(folder: str | Path, flag: str) -> list[Path]:
-    """The pictures that `read_folder` would read, in the same order. Raises UserError as `list_folder`."""
+    """The pictures that `read_folder` would read, in the same order.
+
+    folder, flag: as in `list_folder`, and so are the UserErrors.
+    """
     return list(list_folder(folder, flag).images)
 
 
 def list_folder(folder: str | Path, flag: str) -> Listing:
-    """The folder's files. Raises UserError, naming `flag`, if there is no such folder or no picture in it."""
+    """The folder's files.
+
+    folder: its path. flag: the option that named it, for messages.
+
+    Raises UserError if there is no such folder or no picture in it.
+    """
     try:
         listing = scan(on_disk(Path(folder)))
     except OSError as error:
@@ -159,7 +170,10 @@ def list_folder(folder: str | Path, flag: str) -> Listing:
 
 
 def scan(folder: Path, *, below: bool = True) -> Listing:
-    """What is in the folder and, if asked for, in those subfolders that are named as kohya's. Raises OSError."""
+    """What is in the folder and, if asked for, in its subfolders.
+
+    folder: its path. below: whether to look into those subfolders that are named as kohya's. Raises OSError.
+    """
     images: list[Path] = []
     others: list[Path] = []
     left_out, hidden, subfolders = [], [], []

@@ -24,7 +24,11 @@ def is_mask(path: Path) -> bool:
 
 
 def find_masks(images: Sequence[Path], others: Sequence[Path]) -> dict[Path, Path]:
-    """The mask file of each picture that has one: `dog-masklabel.png` for `dog.jpg`. UserError for one without."""
+    """The mask file of each picture that has one: `dog-masklabel.png` for `dog.jpg`.
+
+    images: the pictures. others: the other files beside them. Raises UserError for a mask without a picture, and as
+    `beside`.
+    """
     masks = beside(images, others, f"{MASK_END}.png")
     for path in others:
         if is_mask(path) and path not in masks.values():
@@ -36,7 +40,10 @@ def find_masks(images: Sequence[Path], others: Sequence[Path]) -> dict[Path, Pat
 
 
 def beside(images: Sequence[Path], others: Sequence[Path], end: str) -> dict[Path, Path]:
-    """The file `<stem><end>` of each picture that has one, the end in capitals or not.
+    """The file `<stem><end>` of each picture that has one.
+
+    images: the pictures. others: the other files, in the same folders.
+    end: of the name, in small letters; in files it may be in capitals.
 
     Raises UserError for one that two pictures share, and for two of one picture.
     """
@@ -73,7 +80,7 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def read_opacity(path: Path) -> Image.Image:
-    """The mask that a photo with transparency is itself."""
+    """The mask that a photo with transparency is itself. Raises UserError if it has none, or as `read_picture`."""
     opacity = read_picture(path).opacity
     if opacity is None:
         raise UserError(f"{path}: was transparent when the run began, and no longer is")

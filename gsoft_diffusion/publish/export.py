@@ -126,7 +126,11 @@ def _export_lora(
 
 
 def write_folder(folder: Path, model: BaseModel, dtype: torch.dtype) -> None:
-    """Write a complete diffusers folder with all weights in `dtype` (the models are cast in place)."""
+    """Write a complete diffusers folder with all weights in one precision.
+
+    folder: is made. model: its networks are cast in place. dtype: of all floating-point weights. Raises UserError if a
+    weight is too large for it.
+    """
     index: dict[str, object] = {
         "_class_name": model.pipeline,
         "_diffusers_version": diffusers.__version__,
@@ -151,9 +155,11 @@ def write_folder(folder: Path, model: BaseModel, dtype: torch.dtype) -> None:
 
 
 def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path) -> None:
-    """Write it with its weights under the names of `text_encoder_tensors`.
+    """Write a text encoder with its weights under the names of `text_encoder_tensors`.
 
-    transformers itself does so only where the model was read from files that had them.
+    text_encoder: is not changed. folder: is made.
+
+    transformers itself uses these names only where the model was read from files that had them.
     """
     tensors = text_encoder_tensors(text_encoder)
     text_encoder.save_pretrained(folder, state_dict=tensors, save_original_format=False)
@@ -163,14 +169,21 @@ def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
 
 
 def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, dtype: torch.dtype) -> list[LoraLayer]:
-    """The nearest LoRA, layer by layer, to the combined change by the adapters."""
+    """The nearest LoRA, layer by layer, to the combined change by the adapters.
+
+    stack: with no adapter in use. strengths: of the adapters to combine, by their names in the stack. rank: of each
+    layer. dtype: of the factors.
+    """
     total = len(stack.layers(strengths))
     layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
     return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]
 
 
 def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
-    """A table of the layers: name, `change` and `error` as in `LoraLayer`."""
+    """Write a table of the layers: name, `change` and `error` as in `LoraLayer`.
+
+    target: the CSV file. layers: of the LoRA.
+    """
     with target.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["layer", "change", "error"])
@@ -178,7 +191,10 @@ def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
 
 
 def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
-    """What web UIs read to tell what a LoRA is for, and how large it is."""
+    """What web UIs read to tell what a LoRA is for, and how large it is.
+
+    model: the base model. rank: of the LoRA; its alpha is the same.
+    """
     sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     return {"ss_network_module": "networks.lora"} | sizes | model.kohya_metadata()
 
@@ -187,7 +203,12 @@ def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
 
 
 def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> dict[str, str]:
-    """Metadata of an exported file: its base model, and the prompts that call the subjects."""
+    """Metadata of an exported file: its base model, and the prompts that call the subjects.
+
+    files: the adapters in it, of one base model. strengths: by adapter, in the same order.
+
+    Returns texts by name, as safetensors takes them; no folder of this machine is in them.
+    """
     prompts = files[0].prompts if len(files) == 1 else {"subjects": [one for file in files for one in file.subjects]}
     base_model = asdict(files[0].base_model) | {"name": public_base(files[0].base_model.name)[1]}
     origin = {"base_model": base_model, "prompts": prompts, "strengths": list(strengths.values())}
@@ -195,7 +216,10 @@ def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> 
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The floating-point tensors in `dtype`, the others as they are. UserError if a number is too large for it."""
+    """The floating-point tensors in another precision, the others as they are.
+
+    tensors: by name. dtype: of the results. Raises UserError if a number is too large for it.
+    """
     result = {}
     for name, tensor in tensors.items():
         result[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -205,4 +229,8 @@ def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    target: its path. tensors: by name, in any memory layout. metadata: texts by name.
+    """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata)

@@ -20,7 +20,10 @@ class HubRepository:
     def __init__(self, model_id: str, token: str | None = None) -> None:
         """Creates the repository if there is none, so that a mistake is found before the training.
 
-        model_id: name, with or without an owner. token: by default the one `hf auth login` has kept, or HF_TOKEN.
+        model_id: name, with or without an owner.
+        token: by default the one `hf auth login` has kept, or HF_TOKEN.
+
+        Raises UserError if the hub does not answer, or refuses.
         """
         if silent := why_unreachable():  # its client would wait for an answer without end
             raise UserError(
@@ -39,6 +42,8 @@ class HubRepository:
     def publish(self, run: Path, adapter: str) -> str:
         """Upload a run's adapter with its card and last sheet; returns the address.
 
+        run: the run's folder. adapter: name of the adapter's file in it.
+
         Raises UserError that says how to try again if it fails: nothing on disk depends on it.
         """
         package, files = make_package(run, adapter)
@@ -55,9 +60,12 @@ class HubRepository:
 
 
 def make_package(run: Path, adapter: str) -> tuple[Path, list[str]]:
-    """Collect the files to publish in `<run>/hub`; returns that folder and the files.
+    """Collect the files to publish in `<run>/hub`; returns that folder and the files' names in it.
 
-    The sheets of earlier packages are deleted; whatever else someone has put there stays, and stays here.
+    run: the run's folder. adapter: name of the adapter's file in it.
+
+    The sheets of earlier packages are deleted; whatever else someone has put there stays, and stays here. Raises
+    UserError if it cannot be written.
     """
     package = run / PACKAGE
     sheet = latest_sheet(run)

@@ -49,7 +49,12 @@ class LoraLayer:
 
 
 def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: torch.dtype) -> LoraLayer:
-    """The layer that takes `weight` W to about `rotated` W', both float32 `(out, in)`; its factors in `dtype`."""
+    """The layer that takes `weight` W to about `rotated` W', with the errors that this leaves.
+
+    name: the layer's, in the adapter.
+    weight, rotated: `(out, in)`, float32.
+    rank: of the factors. dtype: of the factors; what rounding to it costs is in the errors.
+    """
     change = rotated - weight
     up, down = (factor.to(dtype) for factor in low_rank(change, rank))
     lost = change - up.float() @ down.float()
@@ -90,9 +95,12 @@ def diffusers_tensors(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
 def kohya_tensors(layers: Sequence[LoraLayer], place_of: Callable[[str], tuple[str, int]]) -> dict[str, Tensor]:
     """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here.
 
+    layers: of the LoRA, in the adapter's order.
     place_of: what it calls a module of the diffusers pipeline, and how many rows are below it in a matrix that modules
-    share. Modules of one name share such a matrix, from the top in the order of `layers`: their downs are stacked, and
-    their ups are the blocks of a block-diagonal up, which therefore has the sum of their ranks.
+    share.
+
+    Modules of one name share such a matrix, from the top in the order of `layers`: their downs are stacked, and their
+    ups are the blocks of a block-diagonal up, which therefore has the sum of their ranks.
     """
     shared: dict[tuple[str, int], list[LoraLayer]] = defaultdict(list)
     for layer in layers:

@@ -78,8 +78,12 @@ def model_card(
 ) -> str:
     """The card, in Markdown with Hugging Face's YAML front matter. It states no licence: that is the user's to choose.
 
-    result: name of the file or folder, as the card's neighbour. files: the adapters in it. model: their base model.
-    picture: a contact sheet's path from the card.
+    kind: what the result is: an adapter, or the format of an export.
+    result: name of the file or folder, as the card's neighbour.
+    files: the adapters in it, of one base model.
+    strengths: of the adapters, one for each.
+    model: their base model.
+    picture: a contact sheet's path from the card; None for no picture.
     """
     subjects = [subject for file in files for subject in file.subjects]
     prompts = [_one_line(subject["instance_prompt"]) for subject in subjects if "instance_prompt" in subject]

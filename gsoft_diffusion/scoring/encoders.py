@@ -46,7 +46,7 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N, 3, size, size)."""
+        """The pictures, of any sizes, as one tensor (N, 3, size, size), float32."""
         mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
         return torch.stack([(self._pixels(image) - mean) / std for image in images])
 
@@ -80,6 +80,7 @@ class Identity:
         return self.preprocessing.size < 128
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, and whether the encoder is a miniature."""
         return asdict(self) | {"miniature": self.miniature}
 
     def __str__(self) -> str:
@@ -91,6 +92,10 @@ class ImageEncoder:
     """Pictures to unit embeddings."""
 
     def __init__(self, identity: Identity, embed: Callable[[Tensor], Tensor], device: torch.device | str) -> None:
+        """identity: which encoder this is, and how it wants its pictures.
+        embed: the network, from pictures (N, 3, size, size) on the device to embeddings (N, D) of any norm.
+        device: where the network is.
+        """
         self.identity = identity
         self._embed = embed
         self.device = torch.device(device)
@@ -114,6 +119,9 @@ class ClipEncoder(ImageEncoder):
         embed_texts: Callable[[list[str]], Tensor],
         device: torch.device | str,
     ) -> None:
+        """identity, embed, device: as in `ImageEncoder`.
+        embed_texts: the network, from texts to embeddings (N, D) of any norm.
+        """
         super().__init__(identity, embed, device)
         self._embed_texts = embed_texts
 
@@ -133,9 +141,11 @@ class Encoders:
 
     @property
     def miniature(self) -> bool:
+        """Whether one of the two is a miniature."""
         return self.clip.identity.miniature or self.dino.identity.miniature
 
     def to_dict(self) -> dict[str, Any]:
+        """Both identities as JSON values, `clip` and `dino`."""
         return {"clip": self.clip.identity.to_dict(), "dino": self.dino.identity.to_dict()}
 
     def __str__(self) -> str:
@@ -143,7 +153,14 @@ class Encoders:
 
 
 def load_encoders(clip: str = "auto", dino: str = "auto", device: torch.device | str = "cpu") -> Encoders:
-    """Load both by name or folder. `auto`: the field's encoders, or the bundled miniatures where those do not load."""
+    """Load both encoders, in float32 and for inference.
+
+    clip: name or folder as in `load_clip`. dino: name or folder as in `load_dino`. Each may be `auto`: the field's
+    encoder, or the bundled miniature where that does not load.
+    device: where both will be.
+
+    Raises UserError if one that was named cannot be had.
+    """
     clip, clip_encoder = _load(load_clip, clip, FIELD_CLIP, MINI_CLIP, device)
     dino, dino_encoder = _load(load_dino, dino, FIELD_DINO, MINI_DINO, device)
     return Encoders(clip_encoder, dino_encoder, {"clip": clip, "dino": dino})
@@ -166,7 +183,10 @@ def _load(
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> ClipEncoder:
-    """A CLIP from a folder in transformers' or open_clip's layout, or by open_clip's `<model>/<pretrained tag>`.
+    """Load a CLIP, in float32 and for inference.
+
+    name: a folder in transformers' or open_clip's layout, or open_clip's `<model>/<pretrained tag>`.
+    device: where it will be.
 
     Raises UserError if it cannot be had, saying what is missing.
     """
@@ -239,9 +259,12 @@ def _open_clip(name: str, folder: Path | None, device: torch.device | str) -> Cl
 
 
 def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
-    """A vision transformer from a folder in transformers' layout or by its name on the hub; safetensors only.
+    """Load a vision transformer whose embedding is the class token after the last layer norm, in float32.
 
-    The embedding is the class token after the last layer norm. Raises UserError if it cannot be had.
+    name: a folder in transformers' layout, or a name on the hub; safetensors only.
+    device: where it will be.
+
+    Raises UserError if it cannot be had.
     """
     folder = _local(name)
     silent = None if folder else why_unreachable()

@@ -27,7 +27,10 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def image_similarity(pictures: Tensor, photos: Tensor) -> Tensor:
-    """For each picture the mean similarity with the subject's photos, (N,): CLIP-I or DINO, by the encoder."""
+    """For each picture the mean similarity with the subject's photos, (N,): CLIP-I or DINO, by the encoder.
+
+    pictures, photos: embeddings, (N, D) and (M, D).
+    """
     return cosines(pictures, photos).mean(dim=1)
 
 
@@ -35,19 +38,29 @@ clip_i = dino = image_similarity
 
 
 def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
-    """For each picture the similarity with its own prompt, (N,); row `i` of `prompts` belongs to picture `i`."""
+    """For each picture the similarity with its own prompt, (N,).
+
+    pictures, prompts: embeddings, both (N, D); row `i` of `prompts` belongs to picture `i`. Raises ValueError if they
+    are not as many.
+    """
     if pictures.shape != prompts.shape:
         raise ValueError(f"{len(pictures)} pictures, {len(prompts)} prompts: each picture needs its prompt")
     return (normalize(pictures.double(), dim=-1) * normalize(prompts.double(), dim=-1)).sum(dim=1)
 
 
 def nearest_photo(pictures: Tensor, photos: Tensor) -> Tensor:
-    """For each picture the similarity with the photo it is most like, (N,). Near 1: the photo was copied."""
+    """For each picture the similarity with the photo it is most like, (N,). Near 1: the photo was copied.
+
+    pictures, photos: embeddings, (N, D) and (M, D).
+    """
     return cosines(pictures, photos).amax(dim=1)
 
 
 def preservation(class_pictures: Tensor, photos: Tensor) -> Tensor:
-    """PRES, (N,): how much pictures of *any* member of the class look like the subject. Lower is better."""
+    """PRES, (N,): how much pictures of *any* member of the class look like the subject. Lower is better.
+
+    class_pictures: embeddings (N, D) of what the tuned model draws for the class. photos: the subject's, (M, D).
+    """
     return image_similarity(class_pictures, photos)
 
 
@@ -63,7 +76,10 @@ def diversity(pictures: Tensor) -> float:
 
 
 def drift(pictures: Tensor, base_pictures: Tensor) -> Tensor:
-    """`1 − cosine` between what the tuned and the base model draw for the same unrelated prompt and seed, (N,)."""
+    """`1 − cosine` between what the tuned and the base model draw for the same unrelated prompt and seed, (N,).
+
+    pictures, base_pictures: embeddings, both (N, D), in the same order. Raises ValueError if they are not as many.
+    """
     return 1 - clip_t(pictures, base_pictures)
 
 
@@ -75,10 +91,11 @@ def real_photo_ceiling(photos: Tensor) -> float:
 def balance(fidelity: float, prompt: float, base: tuple[float, float], photos: tuple[float, float]) -> float:
     """One number for the trade-off, between 0 and 1: harmonic mean of how far each end is reached.
 
+    fidelity, prompt: the model's scores, for looking like the subject and for following prompts.
+    base, photos: (fidelity, prompt following) of the base model and of the real photos.
+
     Fidelity counts from 0, the base model's, to 1, the real photos' own; prompt following from 0, that of the real
     photos (a model that copies them and ignores the prompt), to 1, the base model's. Each is cut to [0, 1].
-
-    base, photos: (fidelity, prompt following) of the base model and of the real photos.
     """
     subject_share = _share(fidelity, base[0], photos[0])
     prompt_share = _share(prompt, photos[1], base[1])
@@ -121,6 +138,11 @@ def bootstrap(
 
     scores: for each subject one score a seed. To compare two methods, pass the differences of their scores: the
     interval is then that of a paired comparison.
+    level: share of the resampled means that the interval holds.
+    resamples: how many means are drawn.
+    seed: of the drawing.
+
+    Raises ValueError if there is no subject, or one without a score.
     """
     rng = np.random.default_rng(seed)
     values = [np.asarray(list(column), dtype=np.float64) for column in scores.values()]

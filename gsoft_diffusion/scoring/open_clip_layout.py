@@ -52,7 +52,10 @@ TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "hf_tok
 def save_open_clip(folder: Path, clip: CLIPModel, mean: list[float], std: list[float]) -> None:
     """Write config and weights, these in half precision. The tokenizer's files are to be put beside them.
 
-    mean, std: of the colours, with which the model was trained to have its pictures normalised.
+    folder: is made. clip: the model, which is not changed.
+    mean, std: of the three colours, with which the model was trained to have its pictures normalised.
+
+    Raises ValueError for an architecture that open_clip does not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -91,7 +94,7 @@ def is_original_clip(folder: Path) -> bool:
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """open_clip's `model_cfg` of a transformers configuration."""
+    """open_clip's `model_cfg` of a transformers configuration. Raises ValueError for what open_clip does not have."""
     text: Any = config.text_config
     vision: Any = config.vision_config
     if {text.hidden_act, vision.hidden_act} not in ({"quick_gelu"}, {"gelu"}):
@@ -167,7 +170,12 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_open_clip(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's weights under the names of `like`, float32. Raises KeyError or ValueError if they do not fit."""
+    """open_clip's weights under transformers' names, float32.
+
+    state: open_clip's weights. like: the weights of a `CLIPModel`, whose names and shapes are wanted.
+
+    Raises KeyError or ValueError if they do not fit.
+    """
     found = {}
     for name, wanted in like.items():
         source, part = _open_clip_name(name)

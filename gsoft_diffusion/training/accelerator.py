@@ -20,7 +20,11 @@ from gsoft_diffusion.training.tracking import wanted_trackers
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's driver of devices, precision, accumulation and trackers."""
+    """accelerate's driver of devices, precision, accumulation and trackers, as the settings say.
+
+    Prints a note for what has no effect here. Raises UserError for a device or precision that there is not, for a
+    tracker that is not known, and where the launcher contradicts the settings.
+    """
     check_launched(config.to_dict())
     process_count()  # refuses one that accelerate would wait for peers with
     folder = Path(config.output_dir or ".")

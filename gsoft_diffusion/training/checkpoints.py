@@ -41,7 +41,10 @@ STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do
 
 @contextmanager
 def output_folder(config: TrainingConfig) -> Iterator[None]:
-    """Hold an exclusive lock on the output folder. Raises UserError if another run has it, or it is not writable."""
+    """Inside the block, hold an exclusive lock on the output folder, cleared of what a killed run left unfinished.
+
+    Raises UserError if another run has it, it cannot be written, or it is the folder of photos or class images.
+    """
     folder = Path(config.output_dir or ".")
     for concept in config.concepts:
         for given, what in (
@@ -72,8 +75,11 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
 def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = print) -> Path | None:
     """The checkpoint from which the settings resume, None for a new run. Call it before anything is computed.
 
-    `latest` is the newest that is sound; `say` is told of newer ones that are not. Raises UserError if there is nothing
-    to resume, or if the output folder holds what would be written over.
+    config: its `resume_from_checkpoint` is a checkpoint's folder or name, a run's folder, or `latest`: the newest that
+    is sound.
+    say: is told of newer ones that are damaged.
+
+    Raises UserError if there is nothing to resume, or if the output folder holds what would be written over.
     """
     folder = Path(config.output_dir or ".")
     if config.resume_from_checkpoint is None:
@@ -140,7 +146,9 @@ def check_unchanged(
 ) -> None:
     """Raise UserError if a fact that decides the training has changed since the checkpoint was written.
 
-    before, now: settings as `recorded`, or other facts by their names. Nothing is checked with `accept_changes`.
+    config: the settings of the run that resumes; nothing is checked with `accept_changes`.
+    checkpoint: its folder, for the message.
+    before, now: settings as `recorded`, or other facts by their names.
     """
     if config.accept_changes:
         return
@@ -165,8 +173,11 @@ def step_of_result(folder: Path) -> int:
 
 
 def check_goes_further(config: TrainingConfig, step: int) -> None:
-    """Raise UserError if a run that goes on from a checkpoint of this step has nothing to do, or would replace the
-    result in its folder by one of fewer steps. A run that was killed at its very end still has to write that.
+    """Raise UserError if a run that goes on has nothing to do, or would replace the result by one of fewer steps.
+
+    config: the run's settings, with `max_train_steps` filled in. step: of the checkpoint that it goes on from.
+
+    A run that was killed at its very end still has to write its result, so that is no reason to refuse it.
     """
     folder, steps = Path(config.output_dir or "."), config.max_train_steps
     assert steps is not None, "with_model_defaults sets it"
@@ -220,7 +231,17 @@ def _sha256(path: Path) -> str:
 def write_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], save_adapter: Callable[[Path], None], limit: int | None
 ) -> Path:
-    """Write `checkpoint-<step>` under a temporary name, rename it, and keep only the newest `limit` sound ones."""
+    """Write `checkpoint-<step>` under a temporary name, rename it, and keep only the newest `limit` sound ones.
+
+    folder: the run's.
+    step: optimizer steps done.
+    state: tensors and plain values, as `read_state` gives them back.
+    save_adapter: writes the adapter to the path that it is given.
+    limit: how many checkpoints to keep; None or 0 for all.
+
+    Returns the checkpoint's folder. Raises UserError if it cannot be written, or one beyond the limit not be deleted;
+    earlier checkpoints are intact.
+    """
     target, unfinished = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     try:
         unfinished.mkdir(parents=True)
@@ -326,7 +347,12 @@ def recorded(config: TrainingConfig) -> TrainingConfig:
 
 
 def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
-    """Write the resolved settings so that `--config` takes them again; in a comment, what else a run depends on."""
+    """Write the resolved settings so that `--config` takes them again; in a comment, what else a run depends on.
+
+    config: the settings, whose `output_dir` is where they go. processes: how many train together.
+
+    Returns the file's path. Raises UserError if it cannot be written.
+    """
     path = Path(config.output_dir or ".") / SETTINGS
     try:
         with whole_file(path) as file:

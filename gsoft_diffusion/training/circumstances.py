@@ -16,7 +16,15 @@ from gsoft_diffusion.training.dataset import DreamBoothDataset
 def circumstances(
     config: TrainingConfig, dataset: DreamBoothDataset, identity: BaseModelIdentity, num_processes: int
 ) -> dict[str, Any]:
-    """The number of processes, the base model's fingerprint and a sum of every photo, as they are now."""
+    """The number of processes, the base model's fingerprint and a sum of every photo, as they are now.
+
+    config: the run's settings; its `unmasked_weight` says whether masks count.
+    dataset: whose photos, subjects' and classes', are summed with their prompts.
+    identity: of the base model, before the adapter was put in.
+    num_processes: how many train together.
+
+    Returns plain values by the names that `check_unchanged` reports; photos are named `<folder>/<file>`.
+    """
     sums: dict[str, Any] = {}
     for photo in chain(*dataset.streams):
         folder = Path(os.path.abspath(photo.path)).parent.name  # noqa: PTH100 - keeps links

@@ -28,7 +28,12 @@ ATTEMPTS = 3  # pictures drawn for each that is wanted, before broken ones becom
 
 
 def class_images_folder(concept: Concept, config: TrainingConfig, identity: BaseModelIdentity) -> Path:
-    """`--class_data_dir`, or a folder beside the output folder named by all that decides the pictures."""
+    """The folder of a subject's class images: `--class_data_dir`, or one beside the output folder.
+
+    The latter is named by all that decides the pictures: the class prompt of `concept`, the sampler and resolution in
+    `config`, and the `identity` of the base model. So runs that would draw the same pictures share them. It need not
+    exist.
+    """
     if concept.class_data_dir:
         return on_disk(Path(concept.class_data_dir))
     key = [asdict(identity), concept.class_prompt, config.sampler.to_dict(), config.resolution]
@@ -42,9 +47,14 @@ def ensure_class_images(
 ) -> Path:
     """The folder with at least `num_class_images` class images; draws those that are missing, with the base model.
 
-    An adapter that is in the model already must be disabled. Pictures that come out in one colour are drawn again
-    with another seed. Raises UserError if that keeps happening, if the folder is one with a subject's photos, or if it
-    holds pictures that were drawn for another prompt or by another base model.
+    concept: the subject whose class is drawn.
+    config: the run's settings; of its other subjects it is checked that the folder is not one of theirs.
+    model: the base model. An adapter that is in it already must be disabled.
+    identity: the base model's, which is written into the pictures.
+
+    Pictures that come out in one colour are drawn again with another seed. Raises UserError if that keeps happening, if
+    the folder is one with a subject's photos, cannot be read or written, or holds pictures that were drawn for another
+    prompt or by another base model.
     """
     folder = class_images_folder(concept, config, identity)
     for photos in (Path(other.instance_data_dir).resolve() for other in config.concepts):

@@ -78,7 +78,13 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         num_timesteps: int,
         seed: int,
     ) -> None:
-        """batch_size: subject's photos in a batch, and as many of the class."""
+        """instance: the subjects' photos.
+        prior: the class images; none without prior preservation.
+        view_settings: the sizes, and how photos are cropped, mirrored and weighted.
+        batch_size: subject's photos in a batch, and as many of the class.
+        num_timesteps: of the noise schedule; timesteps are drawn below it.
+        seed: the run's, from which all that is random follows.
+        """
         self.streams = [instance, prior] if prior else [instance]
         self.view_settings = view_settings
         self.batch_size = batch_size
@@ -92,7 +98,11 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         self._cache: dict[tuple[Photo, Variant], dict[str, Tensor]] = {}
 
     def cache(self, encode_images: Callable[[Tensor], Tensor], positions: Iterable[int]) -> None:
-        """Encode the photos as the samples at these positions show them, by `encode_images` of the base model."""
+        """Encode the photos as the samples at these positions show them, and keep the results in main memory.
+
+        encode_images: the base model's, from pixels (1, 3, H, W) in [-1, 1] to moments (1, 2·C, h, w).
+        positions: numbers of samples of the run.
+        """
         shown = self._shown(positions)
         for photo, variant in tqdm(shown, desc="encoding photos", unit="picture", disable=len(shown) < 50):
             picture = self._picture(photo, variant)
@@ -178,6 +188,10 @@ class BatchPositions(Sampler[list[int]]):
     def __init__(
         self, first: int, last: int, batch_size: int, *, process_index: int = 0, num_processes: int = 1
     ) -> None:
+        """first, last: numbers of batches of the run, the last one not included.
+        batch_size: samples in a batch of one process, class images included.
+        process_index, num_processes: which process this is, from 0, and how many there are.
+        """
         self.batches = range(first, last)
         self.batch_size = batch_size
         self.process_index, self.num_processes = process_index, num_processes

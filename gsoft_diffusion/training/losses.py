@@ -8,13 +8,20 @@ from torch import Tensor
 
 
 def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """`SNR_t = α_t² / σ_t²` of each sample, (B,), float32."""
+    """`SNR_t = α_t² / σ_t²` of each sample, (B,), float32.
+
+    scheduler: diffusers' noise scheduler, with `alphas_cumprod`. timesteps: (B,), whole numbers.
+    """
     alpha_squared = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     return alpha_squared / (1 - alpha_squared)
 
 
 def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Loss weight of each sample, (B,): `min(SNR, γ)` on the error in `x`, in terms of what is predicted.
+
+    snr: (B,), as `signal_to_noise` gives it.
+    gamma: γ, the largest weight of an error in `x`.
+    prediction_type: what the model predicts: `epsilon`, `v_prediction`, or else `x`.
 
     An error in `ε` is one in `x` times SNR, an error in `v` times SNR + 1, hence the divisions. Finite at SNR = 0.
     Source: Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, §3.4.
@@ -33,6 +40,7 @@ def add_offset(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
 def denoising_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample, (B,), in float32.
 
+    model_pred, target: (B, C, H, W), of any floating-point dtype.
     weights: (B, 1, H, W), for each place of the picture; the mean is over all places, those that weigh 0 included, so
     that a subject that is half as large counts half as much, as it does without weights.
     """
@@ -45,8 +53,11 @@ def denoising_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = 
 def dreambooth_loss(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Tensor:
     """`mean over the subject's samples + prior_loss_weight · mean over the class's samples`, a scalar.
 
-    `losses` (B,) are already weighted sample by sample, so each half has been weighted by its own timesteps;
-    `is_prior` (B,) says which half a sample is in. Source: Ruiz et al., *DreamBooth*, §3.3.
+    losses: (B,), already weighted sample by sample, so each half has been weighted by its own timesteps.
+    is_prior: (B,), bool: whether a sample is of the class.
+    prior_loss_weight: of the class's half.
+
+    Source: Ruiz et al., *DreamBooth*, §3.3.
     """
     instance = losses[~is_prior].mean()
     return instance + prior_loss_weight * losses[is_prior].mean() if is_prior.any() else instance
@@ -63,8 +74,14 @@ def training_loss(
     prior_loss_weight: float,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The whole loss of a batch: squared errors, min-SNR weights by each sample's own timestep, the two halves.
+    """The whole loss of a batch, a scalar: squared errors, min-SNR weights by each sample's own timestep, the two
+    halves.
 
+    model_pred, target: (B, C, H, W): the prediction, and what it should have been.
+    timesteps: (B,), for which the predictions were made.
+    is_prior, prior_loss_weight: as in `dreambooth_loss`.
+    scheduler: diffusers' noise scheduler; its configuration says what is predicted.
+    snr_gamma: as `gamma` in `min_snr_weights`; None for no such weights.
     weights: of the places of each picture, as in `denoising_loss`.
     """
     losses = denoising_loss(model_pred, target, weights)

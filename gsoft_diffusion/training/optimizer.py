@@ -16,9 +16,11 @@ from gsoft_diffusion.training.trainable import TrainableAdapter
 def make_optimizer(config: TrainingConfig, adapter: TrainableAdapter) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameters.
 
-    Weight decay leaves output scales, which are 1 at rest, alone. Text encoders have a learning rate of their own.
+    config: names the optimizer, its learning rates and other numbers; nothing may be left open.
+    adapter: what trains. Weight decay leaves its output scales, which are 1 at rest, alone; its parameters in text
+    encoders have a learning rate of their own.
 
-    Raises UserError with the name of the package if its library is missing.
+    Raises UserError with the name of the package if the optimizer's library is missing.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in adapter.named_parameters():
@@ -49,7 +51,10 @@ def make_optimizer(config: TrainingConfig, adapter: TrainableAdapter) -> torch.o
 
 
 def make_lr_scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """The schedule of the learning rate; it counts optimizer steps."""
+    """The schedule of the learning rate, of PyTorch's `LambdaLR`; it counts optimizer steps.
+
+    config: names the schedule and its numbers. optimizer: whose learning rates it sets.
+    """
     assert config.max_train_steps is not None, "with_model_defaults sets it"
     return get_scheduler(
         config.lr_scheduler,

@@ -31,7 +31,11 @@ class RunOutputs:
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator, model: BaseModel, identity: BaseModelIdentity
     ) -> None:
-        """identity: of the base model, as `identity_of` gave it before the adapter was put in."""
+        """config: the run's settings, with nothing left open.
+        accelerator: says which process writes; prints notes.
+        model: the base model, for the card.
+        identity: of the base model, as `identity_of` gave it before the adapter was put in.
+        """
         self.config, self.accelerator, self.model = config, accelerator, model
         self.folder = Path(config.output_dir or ".")
         self.adapter = self.folder / ADAPTER
@@ -40,7 +44,7 @@ class RunOutputs:
         self.public_config = config.base_config and public_name(config.base_config)
 
     def write_settings(self) -> None:
-        """Write the resolved settings, so that `--config` takes them again."""
+        """Write the resolved settings, so that `--config` takes them again. Raises UserError if that fails."""
         written = replace(self.config, resume_from_checkpoint=None, accept_changes=False)
         checkpoints.write_settings(written, self.accelerator.num_processes)
 
@@ -53,7 +57,11 @@ class RunOutputs:
             self.save_adapter(self.adapter, state)
 
     def save_adapter(self, path: Path, state: TrainingState) -> None:
-        """Write the adapter as of now, with settings and prompts inside; nothing private."""
+        """Write the adapter as of now, with settings and prompts inside; nothing private.
+
+        path: of the file. state: the run's, whose adapter is written as it is used in inference. Raises UserError as
+        `save_adapter` in `adapters.file`.
+        """
         config, private = self.config, marked(TrainingConfig, Mark.PRIVATE)
         training = {name: value for name, value in config.to_dict().items() if name not in (*private, "adapter")}
         training |= {"pretrained_model_name_or_path": self.public_base.name, "base_config": self.public_config}
@@ -65,7 +73,11 @@ class RunOutputs:
             save_adapter(path, state.adapter, base_model=self.public_base, training=training, prompts=prompts)
 
     def write_checkpoint(self, state: TrainingState, circumstances: Mapping[str, Any]) -> None:
-        """Write the state and the adapter, in the main process; the others wait."""
+        """Write the state and the adapter, in the main process; the others wait.
+
+        state: the run's. circumstances: as `circumstances` gave them. Raises UserError as
+        `checkpoints.write_checkpoint`.
+        """
         if self.accelerator.is_main_process:
             checkpoints.write_checkpoint(
                 self.folder,
@@ -77,7 +89,9 @@ class RunOutputs:
         self.accelerator.wait_for_everyone()
 
     def write_card(self) -> None:
-        """Write the model card, unless there is one that the user has written."""
+        """Write the model card, unless there is one that the user has written. Raises UserError if it cannot be
+        written.
+        """
         path, sheet = self.folder / CARD, latest_sheet(self.folder)
         picture = sheet.relative_to(self.folder).as_posix() if sheet else None
         if not may_write(path):

@@ -18,6 +18,10 @@ class Predictor(nn.Module):
     """
 
     def __init__(self, model: BaseModel, adapter: TrainableAdapter, prompts: Sequence[str]) -> None:
+        """model: the base model, whose text encoders compute once for all prompts what stays the same.
+        adapter: in the model already; its settings say whether the text encoders train.
+        prompts: all that the run trains on; `forward` takes their numbers.
+        """
         super().__init__()
         self.model = model  # no module: it says how those below work together
         self.network = model.denoiser
@@ -28,7 +32,13 @@ class Predictor(nn.Module):
         self.prompt_inputs = prompt_inputs  # each (prompts, …), on the device
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, views: Tensor) -> Tensor:
-        """The prediction (B, C, h, w) in float32, for the prompt and the view of each sample."""
+        """The prediction (B, C, h, w) in float32, for the prompt and the view of each sample.
+
+        noisy_latents: (B, C, h, w).
+        timesteps: (B,).
+        prompt_indices: (B,), whole numbers: places in the `prompts` that this was made with.
+        views: (B, 6), as `photos.crops.view` gives them.
+        """
         different, numbers = prompt_indices.unique(return_inverse=True)
         prompts = {name: tensor[different] for name, tensor in self.prompt_inputs.items()}
         if self.text_encoders:

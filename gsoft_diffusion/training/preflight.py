@@ -27,9 +27,13 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}
 def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> None:
     """Raise UserError if a training step takes more memory than there is, with the fewest switches that would help.
 
+    config: the run's settings.
+    model, adapter: the base model, on its devices, and what trains in it; they are not changed.
+    device: on which the step would run.
+
     Counted are the base model's weights, what a step holds at a time (see `step_bytes`) and the optimizer's state: a
-    lower bound, so that what is refused would not have run. What can be had is what is free and what the weights
-    that are on the device already take. A quantised base is not counted: bitsandbytes' parameters have no stand-ins.
+    lower bound, so that what is refused would not have run. What can be had is what is free and what the weights that
+    are on the device already take. A quantised base is not counted: bitsandbytes' parameters have no stand-ins.
     """
     if config.quantize_base:
         return
@@ -66,7 +70,14 @@ def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapt
 
 
 def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
-    """What weights, optimizer state and a training step with these settings take of the device, at least."""
+    """What weights, optimizer state and a training step with these settings take of the device, in bytes, at least.
+
+    config: the settings, whose precision counts and not the one that the model was loaded in.
+    model, adapter: the base model and what trains in it; they are not changed.
+    device: on which the step would run; on a CPU, `cpu_offload` saves nothing.
+
+    Raises as `step_bytes`.
+    """
     dtype = DTYPES[config.mixed_precision]
     on_device = _networks(model)
     if config.cpu_offload and device.type != "cpu":
@@ -90,7 +101,13 @@ def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAda
 
 
 def switches(config: TrainingConfig, device: torch.device) -> list[tuple[tuple[str, Any], ...]]:
-    """Changes of the settings that save memory and keep what is learned, fewest first; the last saves most."""
+    """Changes of the settings that save memory and keep what is learned, fewest first; the last saves most.
+
+    config: the settings to change; what they already do to save memory is not offered again.
+    device: on which the step would run.
+
+    Returns the plans, each as (name, new value) of the settings that it changes; none if nothing is left to change.
+    """
     size, batches = config.train_batch_size, config.gradient_accumulation_steps
     smaller = [count for count in range(size - 1, 0, -1) if size % count == 0]
     choices: list[list[tuple[tuple[str, Any], ...]]] = [

@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
-    """The settings with what only the model decides filled in: resolution, sampler, steps and learning rates."""
+    """The settings with what only the model decides filled in: resolution, sampler, steps and learning rates.
+
+    config: the resolved settings; what they say is kept, except that a text encoder that cannot be trained is left out
+    with a warning. model: the base model. Raises UserError for a resolution that the model does not take.
+    """
     resolution = config.resolution or model.resolution
     model.check_sides(resolution=resolution)
     usual = MINIATURE if model.resolution < MINIATURE_BELOW else FULL_SIZE
@@ -36,7 +40,11 @@ def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingCon
 
 
 def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
-    """Choose the backend of attention, and whether activations are recomputed. UserError for a backend not there."""
+    """Choose the model's backend of attention, and whether it recomputes activations, as the settings say.
+
+    config: names the backend in `attention_backend`; None leaves diffusers' choice. model: the base model, changed in
+    place. Raises UserError for a backend that is not known or not there.
+    """
     if config.attention_backend:
         try:
             model.denoiser.set_attention_backend(config.attention_backend)
@@ -47,7 +55,10 @@ def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
 
 
 def check_snr_gamma(config: TrainingConfig, model: BaseModel) -> None:
-    """Raise UserError if min-SNR weights are asked for of a model that learns by flow matching."""
+    """Raise UserError if min-SNR weights are asked for of a model that learns by flow matching.
+
+    config: its `snr_gamma` asks for them. model: the base model.
+    """
     if config.snr_gamma is not None and model.noise_scheduler().config.prediction_type == "flow_prediction":
         raise UserError(
             f"--snr_gamma: {model.name} learns by flow matching, which weights timesteps by drawing them; leave it out"
@@ -61,7 +72,13 @@ def make_dataset(
     prior: Sequence[Photo],
     say: Callable[[str], None],
 ) -> DreamBoothDataset:
-    """The data set of the subjects' photos and the class images; says which sizes there are."""
+    """The data set of the subjects' photos and the class images.
+
+    config: the run's settings.
+    model: the base model, which decides the shapes of latents and the number of timesteps.
+    instance, prior: the subjects' photos, and the class images or none.
+    say: is told which sizes there are, and if `center_crop` has no effect.
+    """
     resolution = config.resolution or model.resolution
     sizes = bucket_sizes(resolution, model.size_step) if config.aspect_buckets else [(resolution, resolution)]
     view_settings = ViewSettings(

@@ -67,6 +67,14 @@ class Run:
         instance: Sequence[Photo],
         make_adapter: MakeAdapter = inject,
     ) -> None:
+        """config: the settings, with nothing left open; see `with_model_defaults`.
+        accelerator: as `make_accelerator` gave it.
+        model: the base model, without an adapter; the run puts one in.
+        instance: the photos of all subjects.
+        make_adapter: puts what is trained into the model.
+
+        Raises UserError for what does not fit: the step into memory, the settings to the model, the class images.
+        """
         self.config, self.accelerator, self.model = config, accelerator, model
         assert config.max_train_steps is not None, "with_model_defaults sets it"
         self.max_train_steps = config.max_train_steps
@@ -95,13 +103,21 @@ class Run:
         )
 
     def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
-        """Load a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next."""
+        """Load a checkpoint's state: parameters, optimizer, schedule, scaler and step. `execute` is next.
+
+        checkpoint: its folder, for messages. state: as `read_state` gave it.
+
+        Raises UserError if what decides the training has changed, or the state does not fit the settings.
+        """
         checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
         self.state.load(checkpoint, state, self.config)
         self.accelerator.print(f"going on from step {self.state.step}")
 
     def execute(self) -> TrainingResult:
-        """Train from the current step to the last, or until a signal asks to stop; save; draw a last sheet."""
+        """Train from the current step to the last, or until a signal asks to stop; save; draw a last sheet.
+
+        Raises UserError if a loss or gradient is not finite, or if something cannot be written.
+        """
         accelerator, state = self.accelerator, self.state
         if accelerator.is_main_process:
             self.outputs.write_settings()

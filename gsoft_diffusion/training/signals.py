@@ -19,6 +19,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     """
 
     def __init__(self, launched: bool = False) -> None:
+        """launched: whether a launcher has started this process and others with it."""
         self.requested = False
         self.launched = launched
         self._before: dict[int, Any] = {}
@@ -73,10 +74,12 @@ class Stderr:
     """stderr for progress bars, which whoever read it may have left, as `tee` does on Ctrl-C: then nothing is shown."""
 
     def write(self, text: str) -> None:
+        """Write the text, if anybody reads it."""
         with suppress(OSError):
             sys.stderr.write(text)
 
     def flush(self) -> None:
+        """Flush stderr, if anybody reads it."""
         with suppress(OSError):
             sys.stderr.flush()
 

@@ -29,6 +29,14 @@ class TrainingState:
     def __init__(
         self, adapter: TrainableAdapter, predictor: nn.Module, optimizer: Any, lr_scheduler: Any, scaler: Any
     ) -> None:
+        """All are kept as attributes, see the class.
+
+        adapter: what trains.
+        predictor: the module that `adapter` is in, as accelerate prepared it.
+        optimizer: over the adapter's parameters, as accelerate prepared it.
+        lr_scheduler: as `make_lr_scheduler` gave it.
+        scaler: accelerate's of fp16's losses, or None.
+        """
         self.adapter, self.predictor = adapter, predictor
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
         self.step = self.skipped = 0
@@ -46,9 +54,14 @@ class TrainingState:
         }
 
     def load(self, checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
-        """Go on from what `to_dict` gave, with the settings it was made by in `state["settings"]`.
+        """Go on from what `to_dict` gave.
 
-        checkpoint: its folder, for the UserError that says that it does not fit.
+        checkpoint: its folder, for messages.
+        state: what `to_dict` gave, with the settings it was made by in `state["settings"]`.
+        config: the settings of the run that resumes; with `accept_changes` its learning rates and the like count, and
+        not the checkpoint's.
+
+        Raises UserError if the state does not fit the settings.
         """
         fresh = [dict(group) for group in self.optimizer.param_groups]
         try:

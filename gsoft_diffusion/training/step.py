@@ -27,11 +27,19 @@ class TrainingStep:
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator, model: BaseModel, state: TrainingState
     ) -> None:
+        """config: the run's settings, with nothing left open.
+        accelerator: runs the backward pass and gathers what processes have to agree on.
+        model: the base model, for encoding and noise.
+        state: the predictor and all that a step changes.
+        """
         self.config, self.accelerator, self.model, self.state = config, accelerator, model, state
         self.noise_scheduler = model.noise_scheduler()
 
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Forward and backward for one batch of this process; its loss."""
+        """Run forward and backward pass for one batch of this process.
+
+        batch: as `DreamBoothDataset` makes it, on the device. Returns its loss, a scalar without a graph.
+        """
         # All else has its own generators; this is for models with dropout.
         torch.manual_seed(derived_seed(self.config.seed, DROPOUT, self.state.step, self.accelerator.process_index))
         loss = self.loss(batch)
@@ -59,7 +67,10 @@ class TrainingStep:
         )
 
     def agree(self, losses: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
-        """The step's mean loss over all processes, and whether any of them was asked to stop.
+        """Find the step's mean loss over all processes, and whether any of them was asked to stop.
+
+        losses: scalars, one for each batch of this process since the last optimizer step.
+        stop: whether this process was asked to stop.
 
         A signal may reach one process alone, but if only one acted on it, the others would wait for it for ever.
         """
@@ -68,7 +79,12 @@ class TrainingStep:
         return told[:, :-1].mean().item(), bool(told[:, -1].any())
 
     def update(self, loss: float) -> None:
-        """The optimizer's step. Raises UserError if loss or gradient went wrong, which all processes find out alike."""
+        """Clip the gradients and take the optimizer's step; where fp16's scaler skips it, count that in
+        `state.skipped`.
+
+        loss: the step's, as `agree` gave it. Raises UserError if loss or gradient are not finite, which all processes
+        find out alike.
+        """
         config, accelerator, state = self.config, self.accelerator, self.state
         if not math.isfinite(loss):
             self._stop_at_bad_numbers("loss")

@@ -36,11 +36,15 @@ def step_bytes(
 ) -> int:
     """Largest number of bytes that a step holds at a time beyond what there was before it: activations and gradients.
 
-    batch_size: samples of one forward pass; latent_shape: `(C, h, w)`; trains_text: the adapter is in the text encoders
-    too; dtype: of everything that is frozen, instead of the one it has. Models and adapter are not changed.
+    model, adapter: the base model and what trains in it; they are not changed.
+    batch_size: samples of one forward pass.
+    latent_shape: `(C, h, w)` of a sample.
+    trains_text: whether the adapter is in the text encoders too.
+    gradient_checkpointing: whether activations are computed again in the backward pass instead of kept.
+    dtype: of everything that is frozen, instead of the one it has.
 
-    At least this is needed: what kernels take for themselves, and memory between allocations, is not seen. Attention
-    is fused, as it is by default. Raises whatever an architecture raises that cannot do without contents.
+    At least this is needed: what kernels take for themselves, and memory between allocations, is not seen. Attention is
+    fused, as it is by default. Raises whatever an architecture raises that cannot do without contents.
     """
     memory = _Memory()
     with memory:

@@ -20,7 +20,14 @@ from gsoft_diffusion.training.trainable import TrainableAdapter
 
 
 def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
-    """The photos of all subjects; says what was found. Raises UserError for what is wrong with them."""
+    """The photos of all subjects, one subject after the other.
+
+    config: the resolved settings, which name the subjects' folders and prompts.
+    say: is told, line by line, what was found and what is odd about it.
+
+    Raises UserError for a photo, caption or mask that is damaged or ambiguous, for a photo in two subjects' folders,
+    for a caption with another subject's name, and for a weight of masks where no photo has one.
+    """
     photos: list[Photo] = []
     owners: dict[Path, Concept] = {}
     for concept in config.concepts:
@@ -51,7 +58,10 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
 
 
 def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None]) -> None:
-    """Say so if a subfolder's name is not in the prompt, by which the subject is trained."""
+    """Say so if a subfolder's name is not in the prompt, by which the subject is trained.
+
+    concept: the subject. folder: its photos, and the subfolders they came from. say: takes the line.
+    """
     prompt = composed(concept.instance_prompt or "").casefold()
     words = dict.fromkeys(composed(found[2]).strip() for name in folder.subfolders if (found := KOHYA.fullmatch(name)))
     if others := [word for word in words if word.casefold() not in prompt]:
@@ -62,13 +72,19 @@ def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None
 
 
 def note_copies(photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which photos are the same picture."""
+    """Say which photos are the same picture.
+
+    photos: those of all subjects. say: takes a line for each copy.
+    """
     for first, copy in copies(photos):
         say(f"note: {copy.path} is the same picture as {first.path}, so it counts twice")
 
 
 def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> None:
-    """Raise UserError if a class image is a photo of a subject: it would teach that any member of the class is it."""
+    """Raise UserError if a class image is a photo of a subject: it would teach that any member of the class is it.
+
+    prior: the class images. instance: the photos of all subjects.
+    """
     subjects = set(map(id, instance))
     for first, copy in copies((*instance, *prior)):
         if id(first) in subjects and id(copy) not in subjects:
@@ -78,7 +94,10 @@ def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> Non
 
 
 def check_names(concept: Concept, photos: Sequence[Photo], concepts: Sequence[Concept]) -> None:
-    """Raise UserError if a caption names another subject than the one whose folder the photo is in."""
+    """Raise UserError if a caption names another subject than the one whose folder the photo is in.
+
+    concept: the subject. photos: those in its folder. concepts: all subjects of the run, this one included.
+    """
     for other in concepts:
         if not (concept.unique_token and other.unique_token and other is not concept):
             continue
@@ -91,7 +110,10 @@ def check_names(concept: Concept, photos: Sequence[Photo], concepts: Sequence[Co
 
 
 def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which prompts do not name the subject; it is not learned from their photos."""
+    """Say which prompts do not name the subject; it is not learned from their photos.
+
+    concept: the subject. photos: its own. say: takes a line for each word that is left out.
+    """
     word, prompt = concept.class_word, concept.instance_prompt or ""
     if word and not has_words(prompt, word) and any(photo.prompt == prompt for photo in photos):
         say(f'note: the class word "{word}" is not in the instance prompt; {{1}} in prompts stands for it nevertheless')
@@ -110,10 +132,16 @@ def class_photos(
     identity: BaseModelIdentity,
     instance: Sequence[Photo],
 ) -> list[Photo]:
-    """The class images of all subjects, whose photos are given; subjects of one class share them.
+    """The class images of all subjects; subjects of one class share them.
 
-    Those that are missing are drawn by the base model, with the adapter disabled. Raises UserError as
-    `ensure_class_images`, and if a class image is a photo of a subject.
+    config: the run's settings; without prior preservation there are no class images.
+    accelerator: the main process draws first, the others wait; prints what was found.
+    model: the base model, which draws those that are missing.
+    adapter: in the model already; disabled meanwhile.
+    identity: the base model's, as `identity_of` gave it.
+    instance: the photos of all subjects.
+
+    Raises UserError as `ensure_class_images`, and if a class image is a photo of a subject.
     """
     if not config.with_prior_preservation:
         return []

@@ -30,6 +30,7 @@ class Tracking:
     """What is reported to the trackers. A tracker that cannot write does not end the run."""
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
+        """config: the settings that trackers are told. accelerator: whose trackers they are; prints notes."""
         self.config, self.accelerator = config, accelerator
 
     def start(self) -> None:
@@ -37,11 +38,17 @@ class Tracking:
         self._track(lambda: self.accelerator.init_trackers("training", config=_flat(self.config.to_dict())))
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Report numbers of a step by their names."""
+        """Report numbers of a step.
+
+        numbers: by the names that trackers show. step: optimizer steps done.
+        """
         self._track(lambda: self.accelerator.log(dict(numbers), step=step))
 
     def log_sheet(self, sheet: Image.Image, number: int, step: int) -> None:
-        """Report a contact sheet, the only one of its step or one of several, to those that take pictures."""
+        """Report a contact sheet to those trackers that take pictures.
+
+        sheet: the picture. number: which of the step's sheets, from 1. step: optimizer steps done.
+        """
 
         def log_images() -> None:
             for tracker in self.accelerator.trackers:

@@ -27,8 +27,9 @@ from gsoft_diffusion.training.trainable import MakeAdapter
 def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> TrainingResult:
     """Train an adapter on the photos and write it to the output folder, with its settings and validation pictures.
 
+    config: the settings; what they leave open is filled in, from each other and by the model.
     make_adapter: puts what is trained into the denoiser and the text encoders; another than `inject` trains another
-      method, in everything else the same way.
+    method, in everything else the same way.
 
     SIGINT and SIGTERM end the run after the current step, with adapter and checkpoint saved. Raises UserError for
     anything that the user can put right, a loss that is not finite included.

@@ -14,7 +14,7 @@ from gsoft_diffusion.config import AdapterConfig
 class TrainableAdapter(Protocol):
     """An `nn.Module` whose parameters are all that trains; it is in the base model already.
 
-    Names of parameters start with `unet`, `transformer` or `text_encoder`.
+    Names of parameters start with `unet`, `transformer` or `text_encoder`. What has no docstring here is the module's.
     """
 
     @property

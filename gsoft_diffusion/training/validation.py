@@ -31,14 +31,21 @@ class Validation:
         state: TrainingState,
         tracking: Tracking,
     ) -> None:
+        """config: names the prompts, how many pictures of each, and the sampler.
+        accelerator: says which process draws.
+        model: the base model, which the adapter is in.
+        state: the run's; pictures are drawn with its adapter as in inference.
+        tracking: is given the sheets.
+        """
         self.config, self.accelerator, self.model = config, accelerator, model
         self.state, self.tracking = state, tracking
         self.folder = Path(config.output_dir or ".")
 
     def draw(self, stop: StopRequest) -> None:
-        """Draw and write them in the main process; the others wait.
+        """Draw and write the pictures in the main process; the others wait.
 
-        A request to stop does not wait for it: the sheet is left out then.
+        stop: a request to stop does not wait for the pictures; they are left out then. Raises UserError if a sheet
+        cannot be written.
         """
         config, accelerator = self.config, self.accelerator
         if config.num_validation_images and config.validation_prompts and accelerator.is_main_process:
