@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -138,25 +139,27 @@ def test_pictures_that_are_too_large_are_named(world, encoders, tmp_path, monkey
         score_folder(images, photos, encoders)
 
 
+def trained(world: Path, folder: Path, **settings) -> Path:
+    """A run with a checkpoint at every step; returns its folder."""
+    common = {
+        "pretrained_model_name_or_path": str(world / "base"),
+        "output_dir": str(folder),
+        "adapter": AdapterConfig(nblocks=4),
+        "train_batch_size": 1,
+        "checkpointing_steps": 1,
+        "num_validation_images": 0,
+        "report_to": "none",
+        "sampler": SamplerConfig(num_inference_steps=2),
+    }
+    train(TrainingConfig(**common, **settings))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def finished_run(world, tmp_path_factory):
     """A training run with two checkpoints and a result."""
-    folder = tmp_path_factory.mktemp("runs") / "rex"
-    config = TrainingConfig(
-        instance_data_dir=str(world / "subjects" / "rex"),
-        class_word="dog",
-        pretrained_model_name_or_path=str(world / "base"),
-        output_dir=str(folder),
-        adapter=AdapterConfig(nblocks=4),
-        max_train_steps=3,
-        train_batch_size=1,
-        checkpointing_steps=1,
-        num_validation_images=0,
-        report_to="none",
-        sampler=SamplerConfig(num_inference_steps=2),
-    )
-    train(config)
-    return folder
+    rex = {"instance_data_dir": str(world / "subjects" / "rex"), "class_word": "dog"}
+    return trained(world, tmp_path_factory.mktemp("runs") / "rex", max_train_steps=3, **rex)
 
 
 def test_picker_names_the_checkpoint_of_the_best_balance(finished_run, encoders, tmp_path, capsys):
@@ -182,20 +185,7 @@ def run_of_two(world, tmp_path_factory):
         Concept(str(world / "subjects" / "rex"), class_word="dog", unique_token="sks"),
         Concept(str(world / "subjects" / "cup"), class_word="cup", unique_token="zwx"),
     )
-    config = TrainingConfig(
-        concepts_list=concepts,
-        pretrained_model_name_or_path=str(world / "base"),
-        output_dir=str(folder),
-        adapter=AdapterConfig(nblocks=4),
-        max_train_steps=2,
-        train_batch_size=1,
-        checkpointing_steps=1,
-        num_validation_images=0,
-        report_to="none",
-        sampler=SamplerConfig(num_inference_steps=2),
-    )
-    train(config)
-    return folder
+    return trained(world, folder, max_train_steps=2, concepts_list=concepts)
 
 
 def test_picker_judges_each_subject_by_its_own_photos(world, run_of_two, encoders, tmp_path, capsys):
