@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 # Measured on a CPU: docs/performance.md.
 LAPACK_SIDE = 7  # up to this side LAPACK is the faster one
+# From this side on, PyTorch's batched LU gives wrong results where a CPU has several threads: MKL then uses threads of
+# its own in each of them (PyTorch issues 141358 and 142815; wrong from side 150 on).
+BATCHED_LU_SIDE = 128
 # Matrix entries that go through the products at a time: more of them leave a core's cache.
 ENTRIES_AT_ONCE = 2**18
 # Up to which ‖K‖² a polynomial of this degree in −K² gives (I − K²)⁻¹ to 2⁻²⁵, half of float32's rounding.
@@ -146,7 +149,12 @@ def _solve_by_products(degree: int, skew: Tensor, square: Tensor, fourth: Tensor
 
 def _solve_by_lapack(skew: Tensor) -> Tensor:
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return 2 * torch.linalg.inv_ex(identity - skew).inverse - identity
+    if skew.is_cpu and skew.shape[-1] >= BATCHED_LU_SIDE:
+        inverses = [torch.linalg.inv_ex(identity - one).inverse for one in skew.flatten(0, -3)]
+        inverse = torch.stack(inverses).reshape(skew.shape)
+    else:
+        inverse = torch.linalg.inv_ex(identity - skew).inverse
+    return 2 * inverse - identity
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor, square: Tensor) -> Tensor:
