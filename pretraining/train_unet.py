@@ -4,7 +4,7 @@
 
 v-prediction, 10 % empty captions; half of the timesteps uniform, half around the middle, where shapes are decided. The
 rate is constant and falls over the last fifth; resuming with a larger `--images` only moves that tail. Resumes from
-`<work>/unet.pt`.
+`<work>/unet.pt`. `--out` keeps a short run with another `--rate`, `--batch` or `--widths` apart.
 
 The weights are averaged over a shorter and a longer time. Every `--assemble-every` images `<work>/unet_loss.csv` gets a
 line with the loss of both averages on scenes that are held back, and the better one is written to `<work>/mini_base/`
@@ -39,18 +39,19 @@ from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_
 
 BATCH = 32
 PEAK_LR = 6e-4
+WIDTHS = (96, 192)
 EMPTY_CAPTIONS = 0.1
 AVERAGES = (0.9995, 0.9999)  # share that each average keeps at an update
 HELD_BACK = 2048  # scenes at the start of the set that no training uses
 JUDGED = 1024  # of them, whose loss is measured
 
 
-def build_unet(latent_channels: int = LATENT_CHANNELS) -> UNet2DConditionModel:
+def build_unet(latent_channels: int = LATENT_CHANNELS, widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=(96, 192),
+        block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
@@ -157,11 +158,13 @@ def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def training_state(
-    latent_channels: int = LATENT_CHANNELS, weights: dict[str, Tensor] | None = None
+    latent_channels: int = LATENT_CHANNELS,
+    weights: dict[str, Tensor] | None = None,
+    widths: tuple[int, int] = WIDTHS,
 ) -> tuple[UNet2DConditionModel, nn.ModuleList, AdamW]:
     """The denoiser, its averages and its optimizer as at the start, or as at the start from `weights`."""
     torch.manual_seed(0)
-    unet = build_unet(latent_channels)
+    unet = build_unet(latent_channels, widths)
     if weights is not None:
         unet.load_state_dict(weights)
     unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
@@ -175,7 +178,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_000_000, help="length of the training")
     parser.add_argument("--assemble-every", type=int, default=64_000, help="images between two saved pipelines")
     parser.add_argument("--start-from", type=expanded_path, help="kept weights to go on from where there is no unet.pt")
+    parser.add_argument("--rate", type=float, default=PEAK_LR, help="learning rate at its highest")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of a step")
+    parser.add_argument("--widths", type=int, nargs=2, default=WIDTHS, help="channels of the two levels")
+    parser.add_argument("--out", type=expanded_path, help="folder of the results, for short runs; default: --work")
     args = parser.parse_args()
+    out = args.out or args.work
+    out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
     captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()]
@@ -186,13 +195,13 @@ def main() -> None:
     prompts = Prompts(captions, tokenizer, encoder)
 
     channels = vae.config.latent_channels
-    unet, averages, optimizer = training_state(channels)
+    unet, averages, optimizer = training_state(channels, widths=args.widths)
     started = 0
     if args.start_from:
-        kept = build_unet(channels)
+        kept = build_unet(channels, args.widths)
         started = start_from(args.start_from, kept)
-        unet, averages, optimizer = training_state(channels, kept.state_dict())
-    checkpoint = Checkpoint(args.work / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
+        unet, averages, optimizer = training_state(channels, kept.state_dict(), args.widths)
+    checkpoint = Checkpoint(out / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
     seen = checkpoint.restore() or started
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
@@ -203,12 +212,12 @@ def main() -> None:
         rng = np.random.default_rng((4, seen))
         generator = torch.Generator().manual_seed(seen)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seen, args.images, PEAK_LR, warmup=16_000, tail=0.2)
-        batch = np.sort(rng.integers(HELD_BACK, len(latents), BATCH))
+            group["lr"] = learning_rate(seen, args.images, args.rate, warmup=16_000, tail=0.2)
+        batch = np.sort(rng.integers(HELD_BACK, len(latents), args.batch))
         x = torch.from_numpy(latents[batch]).float()
-        context = prompts.embed(np.where(rng.random(BATCH) < EMPTY_CAPTIONS, -1, batch))
+        context = prompts.embed(np.where(rng.random(args.batch) < EMPTY_CAPTIONS, -1, batch))
         noise = torch.randn(x.shape, generator=generator)
-        timesteps = draw_timesteps(BATCH, len(alphas), generator)
+        timesteps = draw_timesteps(args.batch, len(alphas), generator)
         noisy = scheduler.add_noise(x, noise, timesteps)
         target = scheduler.get_velocity(x, noise, timesteps)
         with fast_autocast():
@@ -220,22 +229,22 @@ def main() -> None:
         optimizer.zero_grad()
         for average in averages:
             cast(Average, average).update(unet)
-        seen += BATCH
+        seen += args.batch
         smooth = loss.item() if smooth is None else 0.995 * smooth + 0.005 * loss.item()
-        bar.update(BATCH)
+        bar.update(args.batch)
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         checkpoint.save_when_due(seen)
-        if seen % args.assemble_every < BATCH or seen >= args.images:
+        if seen % args.assemble_every < args.batch or seen >= args.images:
             candidates = []
             for average in averages:
-                candidates.append(build_unet(channels))
+                candidates.append(build_unet(channels, args.widths))
                 cast(Average, average).copy_to(candidates[-1])
             losses = [held_back_loss(candidate, latents, prompts) for candidate in candidates]
             best = candidates[int(np.argmin(losses))]
-            keep(args.work / "unet_kept.safetensors", best, seen)
+            keep(out / "unet_kept.safetensors", best, seen)
             best.set_attn_processor(AttnProcessor2_0())
-            assemble(args.work, best.half(), args.work / "mini_base")
-            with (args.work / "unet_loss.csv").open("a") as log:
+            assemble(args.work, best.half(), out / "mini_base")
+            with (out / "unet_loss.csv").open("a") as log:
                 log.write(",".join([str(seen), *(f"{loss:.5f}" for loss in (smooth, *losses))]) + "\n")
     checkpoint.save(seen)
 
