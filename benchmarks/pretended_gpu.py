@@ -1,7 +1,7 @@
 """A GPU that is not there: tensors say `cuda:0` while their numbers are in main memory.
 
-Inside `PretendedGPU()` an operation on tensors of both devices fails as on a real GPU, and branches on a tensor's device
-take the GPU's side. Operations that would start a kernel are counted, and so are those that would wait for the GPU. No
+Inside `PretendedGPU()` an operation on tensors of both devices fails as on a real GPU, and branches on a device take the
+GPU's side. Operations that would start a kernel are counted, and so are those that would wait for the GPU. No
 driver is needed, and PyTorch's CPU build is enough. It knows nothing of time and of a GPU's own rounding.
 
     with PretendedGPU() as gpu:
@@ -32,9 +32,36 @@ aten = torch.ops.aten
 
 # Operations that only look at memory in another way, or take memory without writing to it.
 STARTS_NO_KERNEL = frozenset(
-    """_reshape_alias _unsafe_view alias as_strided detach diagonal empty_like empty_strided expand is_pinned lift_fresh
-    movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze t transpose unbind
-    unfold unsqueeze view view_as_real""".split()
+    [
+        "_reshape_alias",
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "detach",
+        "diagonal",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "is_pinned",
+        "lift_fresh",
+        "movedim",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "select",
+        "set_",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+        "view_as_real",
+    ]
 )
 TAKES_CPU_INDICES = frozenset([aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default])
 CROSSES_DEVICES = frozenset([aten._to_copy.default, aten.copy_.default, aten._copy_from.default])
@@ -124,8 +151,8 @@ class PretendedGPU(TorchDispatchMode):
 
 def _driver_stand_ins() -> Iterator[Any]:
     """Answers that PyTorch's CUDA functions would get from a driver."""
-    yield mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
-    yield mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    yield mock.patch.object(torch.cuda, "_lazy_init")
+    yield mock.patch.object(torch.cuda, "synchronize")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
