@@ -1,7 +1,7 @@
 """A GPU that is not there: tensors say `cuda:0` while their numbers are in main memory.
 
-Inside `PretendedGPU()` an operation on tensors of both devices fails as on a real GPU, and branches on a device take the
-GPU's side. Operations that would start a kernel are counted, and so are those that would wait for the GPU. No
+Inside `PretendedGPU()` an operation on tensors of both devices fails as on a real GPU, and branches on a device take
+the GPU's side. Operations that would start a kernel are counted, and so are those that would wait for the GPU. No
 driver is needed, and PyTorch's CPU build is enough. It knows nothing of time and of a GPU's own rounding.
 
     with PretendedGPU() as gpu:
@@ -31,38 +31,12 @@ GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 
 # Operations that only look at memory in another way, or take memory without writing to it.
-STARTS_NO_KERNEL = frozenset(
-    [
-        "_reshape_alias",
-        "_unsafe_view",
-        "alias",
-        "as_strided",
-        "detach",
-        "diagonal",
-        "empty_like",
-        "empty_strided",
-        "expand",
-        "is_pinned",
-        "lift_fresh",
-        "movedim",
-        "new_empty",
-        "new_empty_strided",
-        "permute",
-        "select",
-        "set_",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unfold",
-        "unsqueeze",
-        "view",
-        "view_as_real",
-    ]
-)
+_VIEWS = """
+_reshape_alias _unsafe_view alias as_strided detach diagonal empty_like empty_strided expand is_pinned lift_fresh
+movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze t transpose unbind
+unfold unsqueeze view view_as_real
+"""
+STARTS_NO_KERNEL = frozenset(_VIEWS.split())
 TAKES_CPU_INDICES = frozenset([aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default])
 CROSSES_DEVICES = frozenset([aten._to_copy.default, aten.copy_.default, aten._copy_from.default])
 READS_VALUES = frozenset(
