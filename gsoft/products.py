@@ -31,26 +31,6 @@ from gsoft.group_and_shuffle import (
     scale_outputs_,
 )
 
-# While one entry of a tensor goes through all block products of a training step, on either side, a dense product does
-# about this many multiply-adds (measured on a CPU for blocks up to 32: see docs/performance.md). Times the item size,
-# because products in half precision run twice as fast.
-PASSES = 1600
-
-
-def weight_side_is_cheaper(tokens: int, weight: Tensor) -> bool:
-    """Whether a training step costs less with the weight rotated than with the activations, by counting.
-
-    tokens: how many vectors go through the layer. weight: `(out, in)`, of which shape and dtype count.
-
-    On the weight's side its `out·in` entries go through the blocks, and `tokens·out·in` multiply-adds make its
-    gradient; on the activations' side `tokens·in` entries go through the inner half of the blocks, `tokens·out` through
-    the outer half.
-    """
-    out_features, in_features = weight.shape
-    passes = PASSES // weight.element_size()
-    return out_features * in_features * (tokens + passes) <= tokens * (in_features + out_features) * passes / 2
-
-
 class RotationBlocks(NamedTuple):
     """What is put around one weight `(out, in)`.
 
