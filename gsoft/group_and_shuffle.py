@@ -91,6 +91,8 @@ def back_to_input_rows(blocks: Tensor, grad: Tensor) -> Tensor:
     which also turns columns into rows on its way.
     """
     first, grad = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (blocks[:, 0], grad))  # (r, N·b, b or T)
+    if torch.compiler.is_compiling():  # which cannot write into a transposed result
+        return torch.bmm(grad.mT, first).transpose(0, 1).flatten(1)
     rows = grad.new_empty(grad.shape[-1], len(first), first.shape[-1])
     torch.bmm(grad.mT, first, out=rows.transpose(0, 1))
     return rows.flatten(1)

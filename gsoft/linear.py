@@ -24,14 +24,14 @@ class RotatedLayer:
 
     rotation: the learned numbers, which belong to an `Adapter`. enabled: False leaves the layer as it is.
     cache, index: where what is made of the learned numbers is kept, shared with other layers after `share`.
-    prepared: `W'` as of the last call of the model, for graphs that `torch.compile` makes of it: see `prepare`.
+    prepared: what a graph of `torch.compile` computes with in this call of the model: see `prepare`.
     """
 
     def __init__(self, rotation: Rotation) -> None:
         self.rotation = rotation
         self.enabled = True
         self.cache, self.index = RotationCache([rotation]), 0
-        self.prepared: Tensor | None = None
+        self.prepared: Tensor | RotationBlocks | None = None
         self._keeps_weight = True
         self._kept_weight = KeptWeight()
 
@@ -44,15 +44,19 @@ class RotatedLayer:
         self.cache, self.index, self._keeps_weight = cache, index, keeps_weight
 
     def prepare(self, linear: nn.Linear) -> None:
-        """Make `W'` before the model computes, if that is the side that this layer takes.
+        """Make `W'` before the model computes, or the blocks where there is no room for it.
 
         linear: the frozen layer. In a graph of `torch.compile` the layer is then an ordinary product with the tensor
         `prepared`. What learned numbers have become is not looked up there: whoever calls a compiled part of a model by
         itself prepares its layers before. Raises GSOFTError as `check` does.
         """
         self.prepared = None
-        if self.active and self._keeps_weight and self.cache.expects_weight_side(self.index):
-            self.check(linear)
+        if not self.active:
+            return
+        self.check(linear)
+        if not self._keeps_weight:
+            self.prepared = self.cache.blocks(self.index, linear.weight.dtype)
+        elif self.cache.expects_weight_side(self.index):
             self.prepared = self.cache.weight(self.index, linear.weight)
 
     def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
@@ -68,8 +72,11 @@ class RotatedLayer:
         """
         if not self.active:
             return linear(x)
-        if self.prepared is not None and torch.compiler.is_compiling():
-            return F.linear(x, self.prepared, linear.bias)
+        if torch.compiler.is_compiling():
+            if isinstance(self.prepared, Tensor):
+                return F.linear(x, self.prepared, linear.bias)
+            if self.prepared is not None and not torch.is_autocast_enabled(x.device.type):
+                return rotate_activations(x, [(linear.weight, linear.bias)], [self.prepared], identity=False)[0]
         return self._compute(linear, x)
 
     @torch.compiler.disable
