@@ -5,29 +5,34 @@ take the GPU's side. Operations that would start a kernel are counted, and so ar
 driver is needed, and PyTorch's CPU build is enough. It knows nothing of time and of a GPU's own rounding.
 
     with PretendedGPU() as gpu:
-        model.to("cuda:0")              # with the index: "cuda" alone asks for a driver
-        model(x.to("cuda:0")).sum().backward()
+        model.to("cuda")
+        model(x.to("cuda")).sum().backward()
     print(gpu.kernels.total(), gpu.waits)
 
 A tensor "on the GPU" is a wrapper: to PyTorch's C++ code it is on the meta device, for which the autograd engine needs
-no device thread, and its Python attribute `device` is `cuda:0`. So nothing inside may use meta tensors for real, and
-models are loaded before.
+no device thread, and its Python attribute `device` is `cuda:0`. So nothing inside may use meta tensors for real. What
+does, such as transformers' and diffusers' loading of weights, has to run in `gpu.suspended()`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
+MEMORY = 2**34  # bytes that the GPU says it has, all of them free
 aten = torch.ops.aten
 
 # Operations that only look at memory in another way, or take memory without writing to it.
@@ -38,8 +43,10 @@ STARTS_NO_KERNEL = frozenset(
 )
 TAKES_CPU_INDICES = frozenset([aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default])
 CROSSES_DEVICES = frozenset([aten._to_copy.default, aten.copy_.default, aten._copy_from.default])
+# Operations whose result, or its shape, the program has to know before it goes on.
 READS_VALUES = frozenset(
-    [aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default]
+    """_local_scalar_dense _unique2 bincount equal is_nonzero masked_select nonzero repeat_interleave unique_consecutive
+    unique_dim""".split()
 )
 
 
@@ -52,6 +59,20 @@ class TensorOnGPU(Tensor):
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """A file has the numbers, and whoever reads it says where they go."""
+        return self.held.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorOnGPU:
+        copied = TensorOnGPU(self.held.detach().clone())
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, self.requires_grad)  # type: ignore[assignment]
+        memo[id(self)] = copied
+        return copied
 
     @staticmethod
     def __new__(cls, held: Tensor) -> TensorOnGPU:
@@ -81,8 +102,9 @@ class TensorOnGPU(Tensor):
 class PretendedGPU(TorchDispatchMode):
     """Counts what the operations inside the block would do on a GPU.
 
-    kernels: how often each operation that starts a kernel was called, by its name. waits: how often a value was asked
-    for, or a tensor copied to the CPU, for which the program waits until the GPU has finished.
+    kernels: how often each operation that starts a kernel was called, by its name. waits: how often the program waited
+    until the GPU had finished, as `<operation> at <file>:<line>`: where it asked for a value, or copied a tensor from or
+    to main memory. A copy to the GPU need not wait: it does not with `non_blocking=True`.
     """
 
     def __init__(self) -> None:
@@ -90,16 +112,30 @@ class PretendedGPU(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self._patches = contextlib.ExitStack()
+        self._calls = _Calls()
 
     def __enter__(self) -> PretendedGPU:
         torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
         for patch in _driver_stand_ins():
             self._patches.enter_context(patch)
+        self._calls.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._calls.__exit__(*error)
         self._patches.close()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside the block tensors are made where they would be without this: for code that uses the meta device."""
+        super().__exit__(None, None, None)
+        self._calls.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._calls.__enter__()
+            super().__enter__()
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -108,24 +144,86 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(leaf, TensorOnGPU) for leaf in tree_leaves((args, kwargs))):
+        if _result_on_gpu(func, args, kwargs) or any(isinstance(leaf, TensorOnGPU) for leaf in _tensors((args, kwargs))):
             self._count(func, args, kwargs)
         return _compute(func, args, kwargs)
 
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
         name = func.overloadpacket.__name__
-        if func in READS_VALUES or (func in CROSSES_DEVICES and not _result_on_gpu(func, args, kwargs)):
-            self.waits[name] += 1
-        elif func in TAKES_CPU_INDICES and any(leaf.dtype == torch.bool for leaf in _tensors(args[1:])):
-            self.waits[name] += 1  # how many are true decides the shape
+        if _waits(func, name, args, kwargs):
+            self.waits[f"{name} at {_caller()}"] += 1
         elif name not in STARTS_NO_KERNEL:
             self.kernels[name] += 1
 
 
+class _Calls(TorchFunctionMode):
+    """What PyTorch does in C++ code that asks the driver, or that knows no wrappers, before operations are dispatched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = [_indexed(arg) for arg in args], {key: _indexed(arg) for key, arg in (kwargs or {}).items()}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:
+            return func(*args, **(kwargs | {"device": "cpu"})).to(GPU)
+        if func is Tensor.cuda:
+            return args[0].to(GPU)
+        if func is Tensor.tolist and isinstance(args[0], TensorOnGPU):
+            return args[0].to("cpu").tolist()
+        return func(*args, **kwargs)
+
+
+def _indexed(argument: Any) -> Any:
+    """`cuda` is the current device, the only one."""
+    is_gpu = isinstance(argument, str | torch.device) and str(argument) in ("cuda", "cuda:0")
+    return GPU if is_gpu else argument
+
+
 def _driver_stand_ins() -> Iterator[Any]:
     """Answers that PyTorch's CUDA functions would get from a driver."""
-    yield mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
-    yield mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    properties = SimpleNamespace(name="pretended GPU", major=8, minor=0, total_memory=MEMORY, multi_processor_count=100)
+    answers = {
+        "_lazy_init": None,
+        "synchronize": None,
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "is_bf16_supported": True,
+        "get_device_name": properties.name,
+        "get_device_properties": properties,
+        "get_device_capability": (properties.major, properties.minor),
+        "mem_get_info": (MEMORY, MEMORY),
+        "max_memory_allocated": 0,
+        "memory_allocated": 0,
+        "reset_peak_memory_stats": None,
+        "empty_cache": None,
+        "manual_seed_all": None,
+    }
+    for name, answer in answers.items():
+        yield mock.patch.object(torch.cuda, name, lambda *args, answer=answer, **options: answer)
+    yield mock.patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    yield mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream)
+
+
+def _waits(func: Any, name: str, args: Any, kwargs: Any) -> bool:
+    tensors = _tensors((args, kwargs))
+    if func in CROSSES_DEVICES:
+        to_gpu = _result_on_gpu(func, args, kwargs)
+        from_gpu = isinstance(args[1 if func is aten.copy_.default else 0], TensorOnGPU)
+        at_once = kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
+        return to_gpu != from_gpu and not (to_gpu and at_once)
+    if func in TAKES_CPU_INDICES:  # booleans: how many are true decides the shape; others are copied first
+        return any(leaf.dtype == torch.bool or not isinstance(leaf, TensorOnGPU) for leaf in tensors[1:] if leaf.ndim)
+    return name in READS_VALUES
+
+
+def _caller() -> str:
+    """Who called PyTorch, as `<file>:<line>`."""
+    frame = sys._getframe(2)
+    inside = (str(Path(torch.__file__).parent), __file__)
+    while frame.f_back and frame.f_code.co_filename.startswith(inside):
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    root = next((root for root in (Path(__file__).parents[1], *map(Path, sys.path)) if path.is_relative_to(root)), None)
+    return f"{path.relative_to(root) if root else path}:{frame.f_lineno}"
 
 
 def _tensors(tree: Any) -> list[Tensor]:
