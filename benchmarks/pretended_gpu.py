@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils import pin_memory
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
@@ -201,6 +202,8 @@ def _driver_stand_ins() -> Iterator[Any]:
     yield mock.patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     stream = SimpleNamespace(is_capturing=lambda: False)
     yield mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream)
+    yield mock.patch.object(torch.accelerator, "set_device_index", lambda device: None)
+    yield mock.patch.object(pin_memory, "pin_memory", lambda data, device=None: data)  # of data loaders
 
 
 def _waits(func: Any, name: str, args: Any, kwargs: Any) -> bool:

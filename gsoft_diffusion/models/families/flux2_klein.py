@@ -127,12 +127,12 @@ class Flux2Klein(FluxModel):
             encoder_hidden_states=text,
             timestep=timesteps.expand(count) / 1000,
             guidance=None,
-            txt_ids=_places(1, 1, text.shape[1]).to(self.device),
-            img_ids=_places(height, width, 1).to(self.device),
+            txt_ids=_places(1, 1, text.shape[1], self.device),
+            img_ids=_places(height, width, 1, self.device),
         ).sample
         return tokens.mT.unflatten(2, (height, width)).float()
 
 
-def _places(height: int, width: int, length: int) -> Tensor:
-    """(height·width·length, 4): 0, row, column and place in the text of every token."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(length))
+def _places(height: int, width: int, length: int, device: torch.device) -> Tensor:
+    """(height·width·length, 4): 0, row, column and place in the text of every token, made on the device."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, height, width, length)))
