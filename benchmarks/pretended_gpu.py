@@ -43,6 +43,8 @@ STARTS_NO_KERNEL = frozenset(
     unfold unsqueeze view view_as_real""".split()
 )
 TAKES_CPU_INDICES = frozenset([aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default])
+# Elsewhere a tensor of no dimension on the CPU is a number to a GPU's kernels.
+TAKES_NO_NUMBERS = frozenset("cat gather index_add index_select scatter scatter_add stack".split())
 CROSSES_DEVICES = frozenset([aten._to_copy.default, aten.copy_.default, aten._copy_from.default])
 # Operations whose result, or its shape, the program has to know before it goes on.
 READS_VALUES = frozenset(
@@ -245,13 +247,16 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the numbers that are held, its result on the device where a GPU would have it."""
     tensors = _tensors((args, kwargs))
     on_gpu = any(isinstance(tensor, TensorOnGPU) for tensor in tensors)
-    on_cpu = [tensor for tensor in tensors if not isinstance(tensor, TensorOnGPU) and tensor.ndim > 0]
+    least = 0 if func.overloadpacket.__name__.rstrip("_") in TAKES_NO_NUMBERS else 1
+    on_cpu = [tensor for tensor in tensors if not isinstance(tensor, TensorOnGPU) and tensor.ndim >= least]
     if on_gpu and on_cpu and func not in CROSSES_DEVICES | TAKES_CPU_INDICES:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in on_cpu)
         raise RuntimeError(
             f"{func}: expected all tensors to be on the same device, but {shapes} on cpu, others on {GPU}"
         )
     result_on_gpu = _result_on_gpu(func, args, kwargs)
+    if result_on_gpu and any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((args, kwargs))):
+        raise RuntimeError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
     plain = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if plain.get("device") is not None:
         plain["device"] = torch.device("cpu")
