@@ -147,7 +147,9 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _result_on_gpu(func, args, kwargs) or any(isinstance(leaf, TensorOnGPU) for leaf in _tensors((args, kwargs))):
+        if _result_on_gpu(func, args, kwargs) or any(
+            isinstance(leaf, TensorOnGPU) for leaf in _tensors((args, kwargs))
+        ):
             self._count(func, args, kwargs)
         return _compute(func, args, kwargs)
 
@@ -201,10 +203,13 @@ def _driver_stand_ins() -> Iterator[Any]:
     }
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, lambda *args, answer=answer, **options: answer)
-    yield mock.patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    yield mock.patch.object(
+        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
+    )
     stream = SimpleNamespace(is_capturing=lambda: False)
     yield mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream)
     yield mock.patch.object(torch.accelerator, "set_device_index", lambda device: None)
+    yield mock.patch.object(torch.accelerator, "current_device_index", lambda: GPU.index)
     yield mock.patch.object(pin_memory, "pin_memory", lambda data, device=None: data)  # of data loaders
 
 

@@ -90,8 +90,9 @@ class Run:
         self.dataset = make_dataset(config, model, instance, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
         predictor = Predictor(model, adapter, self.dataset.prompts).train()
-        prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
+        # Before accelerate remembers the optimizer's `step`, which PyTorch's schedules put a counter around.
         lr_scheduler = make_lr_scheduler(config, optimizer)
+        prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
         self.state = TrainingState(adapter, prepared, prepared_optimizer, lr_scheduler, accelerator.scaler)
         self.tracking = Tracking(config, accelerator)
         self.training_step = TrainingStep(config, accelerator, model, self.state)

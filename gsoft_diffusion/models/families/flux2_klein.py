@@ -104,7 +104,9 @@ class Flux2Klein(FluxModel):
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        return norm.running_mean[:, None, None].to(device), std[:, None, None].to(device)
+        # With `cpu_offload` they are in main memory; nothing waits for these copies.
+        mean, std = (each[:, None, None].to(device, non_blocking=True) for each in (norm.running_mean, std))
+        return mean, std
 
     # Denoising
 
