@@ -13,7 +13,8 @@ A tensor "on the GPU" is a wrapper: to PyTorch's C++ code it is on the meta devi
 no device thread, and its Python attribute `device` is `cuda:0`. So nothing inside may use meta tensors for real. What
 does, such as transformers' and diffusers' loading of weights, has to run in `gpu.suspended()`.
 
-`PretendedGPU(numbers=False)` holds shapes alone, so that the operations of a model of any size are counted at once.
+`PretendedGPU(numbers=False)` holds shapes alone, so that the operations of a model of any size are counted at once. An
+attention product is one fused operation there, as on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ aten = torch.ops.aten
 
 # Operations that only look at memory in another way, or take memory without writing to it.
 STARTS_NO_KERNEL = frozenset(
-    """_reshape_alias _unsafe_view alias as_strided detach diagonal empty_like empty_strided expand is_pinned lift_fresh
+    """_reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand is_pinned lift_fresh
     movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze t transpose unbind
     unfold unsqueeze view view_as_real""".split()
 )
@@ -140,6 +141,9 @@ class PretendedGPU(TorchDispatchMode):
         torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
         for patch in _driver_stand_ins():
             self._patches.enter_context(patch)
+        if self._holds_on.type == "meta":
+            functional = torch.nn.functional
+            self._patches.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", self._attention))
         self._calls.__enter__()
         return super().__enter__()
 
@@ -174,6 +178,9 @@ class PretendedGPU(TorchDispatchMode):
             return 1
         return _compute(func, args, kwargs, self._holds_on)
 
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
+        return _FusedAttention.apply(self.kernels, query, key, value)
+
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
         name = func.overloadpacket.__name__
         if _waits(func, name, args, kwargs):
@@ -194,6 +201,24 @@ class _Calls(TorchFunctionMode):
         if func is Tensor.tolist and isinstance(args[0], TensorOnGPU):
             return args[0].to("cpu").tolist()
         return func(*args, **kwargs)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The shapes of fused attention: it keeps its inputs, its result, and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Counter[str], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kernels["scaled_dot_product_attention"] += 1
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, row_sums)
+        ctx.kernels = kernels
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        ctx.kernels["scaled_dot_product_attention_backward"] += 1
+        return None, *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _indexed(argument: Any) -> Any:

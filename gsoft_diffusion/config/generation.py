@@ -47,6 +47,7 @@ class GenerationConfig(Settings):
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
+    compile: fuse the denoiser's operations with torch.compile; the first picture takes minutes.
     cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
     """
@@ -69,6 +70,7 @@ class GenerationConfig(Settings):
     compare: bool = False
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    compile: bool = False
     cpu_offload: bool = False
     device: str | None = None
 
