@@ -1,8 +1,8 @@
 """A GPU that is not there: tensors say `cuda:0` while their numbers are in main memory.
 
-Inside `PretendedGPU()` an operation on tensors of both devices fails as on a real GPU, and branches on a tensor's device
-take the GPU's side. Operations that would start a kernel are counted, and so are those that would wait for the GPU. No
-driver is needed, and PyTorch's CPU build is enough. It knows nothing of time and of a GPU's own rounding.
+Inside `PretendedGPU()` an operation on tensors of both devices fails as on a real GPU, and branches on a tensor's
+device take the GPU's side. Operations that would start a kernel are counted, and so are those that would wait for the
+GPU. No driver is needed, and PyTorch's CPU build is enough. It knows nothing of time and of a GPU's own rounding.
 
     with PretendedGPU() as gpu:
         model.to("cuda")
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data._utils import pin_memory
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data._utils import pin_memory
 
 GPU = torch.device("cuda", 0)
 MEMORY = 2**34  # bytes that the GPU says it has, all of them free
@@ -38,18 +38,18 @@ aten = torch.ops.aten
 
 # Operations that only look at memory in another way, or take memory without writing to it.
 STARTS_NO_KERNEL = frozenset(
-    """_reshape_alias _unsafe_view alias as_strided detach diagonal empty_like empty_strided expand is_pinned lift_fresh
-    movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze t transpose unbind
-    unfold unsqueeze view view_as_real""".split()
+    """_reshape_alias _unsafe_view alias as_strided detach diagonal empty_like empty_strided expand is_pinned
+    lift_fresh movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze t
+    transpose unbind unfold unsqueeze view view_as_real""".split()  # noqa: SIM905 - a list takes a line for each
 )
 TAKES_CPU_INDICES = frozenset([aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default])
 # Elsewhere a tensor of no dimension on the CPU is a number to a GPU's kernels.
-TAKES_NO_NUMBERS = frozenset("cat gather index_add index_select scatter scatter_add stack".split())
+TAKES_NO_NUMBERS = frozenset("cat gather index_add index_select scatter scatter_add stack".split())  # noqa: SIM905
 CROSSES_DEVICES = frozenset([aten._to_copy.default, aten.copy_.default, aten._copy_from.default])
 # Operations whose result, or its shape, the program has to know before it goes on.
 READS_VALUES = frozenset(
-    """_local_scalar_dense _unique2 bincount equal is_nonzero masked_select nonzero repeat_interleave unique_consecutive
-    unique_dim""".split()
+    """_local_scalar_dense _unique2 bincount equal is_nonzero masked_select nonzero repeat_interleave
+    unique_consecutive unique_dim""".split()  # noqa: SIM905 - a list takes a line for each
 )
 
 
@@ -105,9 +105,9 @@ class TensorOnGPU(Tensor):
 class PretendedGPU(TorchDispatchMode):
     """Counts what the operations inside the block would do on a GPU.
 
-    kernels: how often each operation that starts a kernel was called, by its name. waits: how often the program waited
-    until the GPU had finished, as `<operation> at <file>:<line>`: where it asked for a value, or copied a tensor from or
-    to main memory. A copy to the GPU need not wait: it does not with `non_blocking=True`.
+    kernels: how often each operation that starts a kernel was called, by its name.
+    waits: how often the program waited until the GPU had finished, as `<operation> at <file>:<line>`: where it asked
+    for a value, or copied a tensor from or to main memory. A copy to the GPU with `non_blocking=True` does not wait.
     """
 
     def __init__(self) -> None:
@@ -147,9 +147,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _result_on_gpu(func, args, kwargs) or any(
-            isinstance(leaf, TensorOnGPU) for leaf in _tensors((args, kwargs))
-        ):
+        if _on_gpu(_tensors((args, kwargs))) or _result_on_gpu(func, args, kwargs):
             self._count(func, args, kwargs)
         return _compute(func, args, kwargs)
 
@@ -162,7 +160,7 @@ class PretendedGPU(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """What PyTorch does in C++ code that asks the driver, or that knows no wrappers, before operations are dispatched."""
+    """What PyTorch does before operations are dispatched, in code that asks the driver or knows no wrappers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = [_indexed(arg) for arg in args], {key: _indexed(arg) for key, arg in (kwargs or {}).items()}
@@ -202,14 +200,15 @@ def _driver_stand_ins() -> Iterator[Any]:
         "manual_seed_all": None,
     }
     for name, answer in answers.items():
-        yield mock.patch.object(torch.cuda, name, lambda *args, answer=answer, **options: answer)
-    yield mock.patch.object(
-        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
-    )
-    stream = SimpleNamespace(is_capturing=lambda: False)
-    yield mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream)
-    yield mock.patch.object(torch.accelerator, "set_device_index", lambda device: None)
-    yield mock.patch.object(torch.accelerator, "current_device_index", lambda: GPU.index)
+        yield mock.patch.object(torch.cuda, name, return_value=answer)
+    accelerator = {
+        "current_accelerator": torch.device("cuda"),
+        "current_device_index": GPU.index,
+        "set_device_index": None,
+        "current_stream": SimpleNamespace(is_capturing=lambda: False),
+    }
+    for name, answer in accelerator.items():
+        yield mock.patch.object(torch.accelerator, name, return_value=answer)
     yield mock.patch.object(pin_memory, "pin_memory", lambda data, device=None: data)  # of data loaders
 
 
@@ -240,21 +239,24 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def _on_gpu(tensors: list[Tensor]) -> bool:
+    return any(isinstance(tensor, TensorOnGPU) for tensor in tensors)
+
+
 def _result_on_gpu(func: Any, args: Any, kwargs: Any) -> bool:
     if func is aten.copy_.default:
         return isinstance(args[0], TensorOnGPU)
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"]).type in ("cuda", "meta")
-    return any(isinstance(tensor, TensorOnGPU) for tensor in _tensors((args, kwargs)))
+    return _on_gpu(_tensors((args, kwargs)))
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the numbers that are held, its result on the device where a GPU would have it."""
     tensors = _tensors((args, kwargs))
-    on_gpu = any(isinstance(tensor, TensorOnGPU) for tensor in tensors)
     least = 0 if func.overloadpacket.__name__.rstrip("_") in TAKES_NO_NUMBERS else 1
     on_cpu = [tensor for tensor in tensors if not isinstance(tensor, TensorOnGPU) and tensor.ndim >= least]
-    if on_gpu and on_cpu and func not in CROSSES_DEVICES | TAKES_CPU_INDICES:
+    if on_cpu and _on_gpu(tensors) and func not in CROSSES_DEVICES | TAKES_CPU_INDICES:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in on_cpu)
         raise RuntimeError(
             f"{func}: expected all tensors to be on the same device, but {shapes} on cpu, others on {GPU}"
