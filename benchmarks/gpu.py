@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.bases import BASES, device
@@ -88,14 +90,14 @@ def parts(bases: Sequence[str], batches: Sequence[int]) -> list[Part]:
 
 
 class Budget:
-    """The time that there is, from the start of the program."""
+    """The time that there is, from the start of this process, imports included."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._started = seconds, time.monotonic()
+        self.seconds, self._started = seconds, psutil.Process().create_time()
 
     @property
     def left(self) -> float:
-        return self.seconds - (time.monotonic() - self._started)
+        return self.seconds - (time.time() - self._started)
 
     def say(self, what: str) -> None:
         """Print what is done now, and how much of the time has passed."""
@@ -175,7 +177,7 @@ def _outcomes(path: Path) -> dict[str, Any]:
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(name)
         elif (skip := case.find("skipped")) is not None:
-            skipped.append(f"{name}: {skip.get('message')}")
+            skipped.append([name, skip.get("message")])
         else:
             passed += 1
     return {"passed": passed, "failed": failed, "skipped": skipped}
@@ -228,7 +230,11 @@ def _sections(content: dict[str, Any]) -> Iterator[str]:
     tests = content["tests"]
     counts = f"{tests['passed']} passed, {len(tests['failed'])} failed, {len(tests['skipped'])} were skipped"
     yield f"Device tests: {counts}{'; ' + tests['ended'] if tests['ended'] else ''}."
-    yield from ("\n".join(f"- {what}: {name}" for name in tests[what]) for what in ("failed", "skipped") if tests[what])
+    lines = [f"- failed: {name}" for name in tests["failed"]]
+    reasons = Counter(why for _, why in tests["skipped"])
+    lines += [f"- skipped: {count}, {why}" for why, count in reasons.items()]
+    if lines:
+        yield "\n".join(lines)
     for base, batch in dict.fromkeys((part["base"], part["batch"]) for part in content["parts"]):
         found = [part for part in content["parts"] if (part["base"], part["batch"]) == (base, batch)]
         yield f"**{TITLES[base]}, batch {batch}**"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data._utils import pin_memory
 
 GPU = torch.device("cuda", 0)
@@ -99,7 +98,7 @@ class TensorOnGPU(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _compute(func, args, kwargs or {})
+        return _compute(func, args, kwargs or {}, _tensors(args, kwargs or {}))
 
 
 class PretendedGPU(TorchDispatchMode):
@@ -147,13 +146,14 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _on_gpu(_tensors((args, kwargs))) or _result_on_gpu(func, args, kwargs):
-            self._count(func, args, kwargs)
-        return _compute(func, args, kwargs)
+        tensors = _tensors(args, kwargs)
+        if _on_gpu(tensors) or _result_on_gpu(func, args, kwargs, tensors):
+            self._count(func, args, kwargs, tensors)
+        return _compute(func, args, kwargs, tensors)
 
-    def _count(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         name = func.overloadpacket.__name__
-        if _waits(func, name, args, kwargs):
+        if _waits(func, name, args, kwargs, tensors):
             self.waits[f"{name} at {_caller()}"] += 1
         elif name not in STARTS_NO_KERNEL:
             self.kernels[name] += 1
@@ -212,15 +212,15 @@ def _driver_stand_ins() -> Iterator[Any]:
     yield mock.patch.object(pin_memory, "pin_memory", lambda data, device=None: data)  # of data loaders
 
 
-def _waits(func: Any, name: str, args: Any, kwargs: Any) -> bool:
-    tensors = _tensors((args, kwargs))
+def _waits(func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
     if func in CROSSES_DEVICES:
-        to_gpu = _result_on_gpu(func, args, kwargs)
+        to_gpu = _result_on_gpu(func, args, kwargs, tensors)
         from_gpu = isinstance(args[1 if func is aten.copy_.default else 0], TensorOnGPU)
         at_once = kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
         return to_gpu != from_gpu and not (to_gpu and at_once)
     if func in TAKES_CPU_INDICES:  # booleans: how many are true decides the shape; others are copied first
-        return any(leaf.dtype == torch.bool or not isinstance(leaf, TensorOnGPU) for leaf in tensors[1:] if leaf.ndim)
+        indices = (index for index in args[1] if isinstance(index, Tensor) and index.ndim)
+        return any(index.dtype == torch.bool or not isinstance(index, TensorOnGPU) for index in indices)
     return name in READS_VALUES
 
 
@@ -235,46 +235,63 @@ def _caller() -> str:
     return f"{path.relative_to(root) if root else path}:{frame.f_lineno}"
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """What is in lists and tuples."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(change, each) for each in value)
+    return change(value)
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor)]
 
 
 def _on_gpu(tensors: list[Tensor]) -> bool:
     return any(isinstance(tensor, TensorOnGPU) for tensor in tensors)
 
 
-def _result_on_gpu(func: Any, args: Any, kwargs: Any) -> bool:
+def _result_on_gpu(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
     if func is aten.copy_.default:
         return isinstance(args[0], TensorOnGPU)
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"]).type in ("cuda", "meta")
-    return _on_gpu(_tensors((args, kwargs)))
+    return _on_gpu(tensors)
 
 
-def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _compute(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
     """The operation on the numbers that are held, its result on the device where a GPU would have it."""
-    tensors = _tensors((args, kwargs))
     least = 0 if func.overloadpacket.__name__.rstrip("_") in TAKES_NO_NUMBERS else 1
     on_cpu = [tensor for tensor in tensors if not isinstance(tensor, TensorOnGPU) and tensor.ndim >= least]
-    if on_cpu and _on_gpu(tensors) and func not in CROSSES_DEVICES | TAKES_CPU_INDICES:
+    if on_cpu and _on_gpu(tensors) and func not in CROSSES_DEVICES and func not in TAKES_CPU_INDICES:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in on_cpu)
         raise RuntimeError(
             f"{func}: expected all tensors to be on the same device, but {shapes} on cpu, others on {GPU}"
         )
-    result_on_gpu = _result_on_gpu(func, args, kwargs)
-    if result_on_gpu and any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((args, kwargs))):
+    result_on_gpu = _result_on_gpu(func, args, kwargs, tensors)
+    if result_on_gpu and any(isinstance(leaf, torch.Generator) for leaf in (*args, *kwargs.values())):
         raise RuntimeError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
-    plain = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-    if plain.get("device") is not None:
-        plain["device"] = torch.device("cpu")
-    held_args, held_kwargs = tree_map(_held, (args, plain))
-    result = func(*held_args, **held_kwargs)
+    held = {name: _mapped(_held, value) for name, value in kwargs.items() if name != "pin_memory"}
+    if held.get("device") is not None:
+        held["device"] = torch.device("cpu")
+    result = func(*_mapped(_held, args), **held)
     if "out" in kwargs:
         return kwargs["out"]
     if func._schema.is_mutable and isinstance(result, Tensor) and result is _held(args[0]):
         return args[0]
-    return tree_map(lambda leaf: TensorOnGPU(leaf) if result_on_gpu and isinstance(leaf, Tensor) else leaf, result)
+    return _mapped(_wrapped, result) if result_on_gpu else result
 
 
 def _held(leaf: Any) -> Any:
     return leaf.held if isinstance(leaf, TensorOnGPU) else leaf
+
+
+def _wrapped(leaf: Any) -> Any:
+    return TensorOnGPU(leaf) if isinstance(leaf, Tensor) else leaf
