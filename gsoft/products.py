@@ -31,6 +31,7 @@ from gsoft.group_and_shuffle import (
     scale_outputs_,
 )
 
+
 class RotationBlocks(NamedTuple):
     """What is put around one weight `(out, in)`.
 
