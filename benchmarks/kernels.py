@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.bases import DTYPES
+from benchmarks.bases import DTYPES, SD15, SDXL
 from benchmarks.measure import Records, table
 from benchmarks.pretended_gpu import GPU, PretendedGPU, bytes_in_use
 from eval.baselines import inject_baseline
@@ -59,23 +59,11 @@ class Case:
 
 
 def sd15() -> UNet2DConditionModel:
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return UNet2DConditionModel(**SD15)
 
 
 def sdxl() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
+    return UNet2DConditionModel(**SDXL)
 
 
 def flux1() -> FluxTransformer2DModel:
