@@ -33,7 +33,7 @@ from gsoft_diffusion.config.command_line import expanded_path
 
 # BOFT is not among them: PEFT makes its permutations from numbers, and there are none.
 METHODS = {
-    "floor": "frozen, output biases train",
+    "floor": "frozen, biases train",
     "lora": "LoRA (PEFT)",
     "oft": "OFT v2 (PEFT)",
     "gsoft": "GSOFT",
@@ -195,7 +195,9 @@ def _put_in(method: str, denoiser: nn.Module, text_encoders: list[nn.Module]) ->
     """Put the method into the model; returns what it trains."""
     layers = find_linears(find_attentions(denoiser), find_clip_attentions(bool(text_encoders), text_encoders))
     if method == "floor":
-        return [layer.bias.requires_grad_() for layer in layers.values() if layer.bias is not None]
+        biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+        norms = [tensor for name, tensor in denoiser.named_parameters() if name.endswith("norm_k.weight")]
+        return [tensor.requires_grad_() for tensor in biases or norms]  # FLUX.2 has no biases
     config: Any = matched(method, "small", layers, bool(text_encoders))
     adapter: Any = (inject if "gsoft" in method else inject_baseline)(config, denoiser, text_encoders)
     return list(adapter.parameters())
