@@ -10,6 +10,7 @@ import pytest
 import torch
 from plain_models import Recurrent, TiedModel, encoder_layer, inputs, mlp, randomise
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gsoft
 from gsoft import Config, GSOFTError
@@ -316,3 +317,47 @@ def test_refusals_leave_the_model_as_it_was():
         gsoft.inject(model, Config(block_size=6))
     assert type(model[0]) is nn.Linear
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_large_layers_go_without_a_kept_weight_where_there_is_room_for_the_small_ones(monkeypatch):
+    """The same outputs and gradients, whatever there is room for."""
+    found = []
+    for room in (2**30, 4 * (12 * 24 + 24 * 3), 0):  # for all, for the first and the last layer, for none
+        monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
+        model = mlp()
+        adapter = gsoft.inject(model, Config(block_size=3, nfactors="dense"))
+        randomise(adapter)
+        y = model(inputs(5, 12))
+        y.square().sum().backward()
+        on_weights = [isinstance(rotated.prepared, torch.Tensor) for _, _, rotated in adapter.layers()]
+        found.append((on_weights, [y.detach(), *(p.grad for p in adapter.parameters())]))
+    assert [on_weights for on_weights, _ in found] == [[True] * 3, [True, False, True], [False] * 3]
+    for _, values in found[1:]:
+        for ours, reference in zip(values, found[0][1], strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_of_any_kind_is_one_graph(case):
+    """Of PyTorch's own classes, the compiler sees the hook that makes the weights: the graph begins behind it."""
+    make, x = case
+    whole = type(make()).__module__.partition(".")[0] != "torch"
+    results = []
+    for compiled in (False, True):
+        model = make()
+        adapter = gsoft.inject(model, Config(block_size=3, nfactors="dense"))
+        randomise(adapter)
+        counter = CompileCounterWithBackend("aot_eager")
+        called = torch.compile(model, backend=counter, fullgraph=whole) if compiled else model
+        values = []
+        for _ in range(3):
+            adapter.zero_grad()
+            called(x).square().sum().backward()
+            values += [p.grad.clone() for p in adapter.parameters()]
+            with torch.no_grad():
+                for p in adapter.parameters():
+                    p -= 1e-3 * p.grad.sign()
+        results.append(values)
+        torch._dynamo.reset()
+    assert counter.frame_count == 1
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
