@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 
+from gsoft.errors import FileError
 from gsoft_diffusion import (
     AdapterConfig,
     BaseModelIdentity,
@@ -23,7 +25,7 @@ from gsoft_diffusion import (
     read_adapter,
     save_adapter,
 )
-from gsoft_diffusion.adapters.file import read_adapters
+from gsoft_diffusion.adapters.file import FORMAT, read_adapters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = AdapterConfig(nblocks=4, nfactors="dense", parametrization="exp")
@@ -91,8 +93,37 @@ def test_the_file_is_plain_float32_safetensors_with_json(saved):
     with safe_open(saved, framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
         metadata = file.metadata()
-    assert metadata["gsoft_diffusion_adapter"] == "1"
+    assert metadata["gsoft_diffusion_adapter"] == "2"
     assert json.loads(metadata["config"])["nfactors"] == "dense"
+
+
+@pytest.mark.parametrize("parametrization", ["cayley", "exp"])
+def test_the_keys_say_what_shapes_do_not(tmp_path, parametrization):
+    """For programs that drop metadata; `AdapterFile` has the parameters alone."""
+    _, _, adapter, base_model = trained_adapter(replace(CONFIG, parametrization=parametrization))
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, adapter, base_model=base_model, training={}, prompts={})
+    tensors = load_file(path)
+    assert tensors.keys() - adapter.state_dict().keys() == {f"parametrization.{parametrization}"}
+    assert tensors[f"parametrization.{parametrization}"].shape == (0,)
+    assert read_adapter(path).tensors.keys() == adapter.state_dict().keys()
+
+
+def test_a_program_of_the_first_version_says_that_it_is_too_old(saved):
+    first = replace(FORMAT, version="1", earlier=())
+    with (
+        pytest.raises(FileError, match=r"format version '2' is unknown, '1' expected; update gsoft-diffusion"),
+        first.open(saved),
+    ):
+        pass
+
+
+def test_a_file_of_the_first_version_has_no_such_key(saved):
+    rewrite(saved, {"parametrization.exp": None}, {"gsoft_diffusion_adapter": "1"})
+    assert read_adapter(saved).config == CONFIG
+    rewrite(saved, {"parametrization.exp": torch.empty(0)})
+    with pytest.raises(UserError, match=r"unexpected key parametrization\.exp"):
+        read_adapter(saved)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -186,6 +217,19 @@ HOSTILE = {
     "integers": ({"tensors": {SCALE: torch.ones(64, dtype=torch.int32)}}, "output_scale is I32, not F32"),
     "nan": ({"tensors": {SCALE: torch.full((64,), torch.nan)}}, "output_scale has values that are not finite"),
     "infinity": ({"tensors": {SCALE: torch.full((64,), torch.inf)}}, "output_scale has values that are not finite"),
+    "no parametrization": ({"tensors": {"parametrization.exp": None}}, r"parametrization\.exp is missing"),
+    "another parametrization": (
+        {"tensors": {"parametrization.exp": None, "parametrization.cayley": torch.empty(0)}},
+        r"unexpected key parametrization\.cayley",
+    ),
+    "two parametrizations": (
+        {"tensors": {"parametrization.cayley": torch.empty(0)}},
+        r"unexpected key parametrization\.cayley",
+    ),
+    "numbers for the parametrization": (
+        {"tensors": {"parametrization.exp": torch.ones(1)}},
+        r"parametrization\.exp has shape \(1,\), but its format asks for \(0,\)",
+    ),
     "no format": ({"metadata": {"gsoft_diffusion_adapter": None}}, "it is something else"),
     "new format": ({"metadata": {"gsoft_diffusion_adapter": "99"}}, "format version '99' is unknown"),
     "no config": ({"metadata": {"config": None}}, "metadata has no config"),
@@ -232,7 +276,7 @@ def test_a_changed_file_is_refused_and_the_models_stay_untouched(saved, attack):
 
 
 def test_a_file_without_tensors_is_refused(saved):
-    rewrite(saved, dict.fromkeys(load_file(saved)))
+    rewrite(saved, dict.fromkeys(name for name in load_file(saved) if name != "parametrization.exp"))
     with pytest.raises(UserError, match="holds no tensors"):
         read_adapter(saved)
 
