@@ -74,9 +74,9 @@ def find_layer(module: str, tensors: Mapping[str, Tensor]) -> tuple[Layer, set[s
             "this adapter of gsoft-diffusion does not say its parametrization in its keys and is not used: "
             "an early version wrote it; comfyui/README.md says how to write it anew"
         )
-    parts = [f"{name}.{part}" for part in ("q_in", "q_out", "output_scale")]
-    layer = Layer(*(tensors.get(part) for part in parts), PARAMETRIZATIONS[marks[0]])  # type: ignore[arg-type]
-    return layer, {*marks, *(part for part in parts if part in tensors)}
+    parts = {part: tensors[f"{name}.{part}"] for part in Layer._fields[:3] if f"{name}.{part}" in tensors}
+    layer = Layer(parts["q_in"], parts.get("q_out"), parts.get("output_scale"), PARAMETRIZATIONS[marks[0]])
+    return layer, {*marks, *(f"{name}.{part}" for part in parts)}
 
 
 # Mathematics

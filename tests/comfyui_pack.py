@@ -44,6 +44,11 @@ def own_weight(config: RotationConfig, numbers: dict[str, Tensor], weight: Tenso
     return RotatedLayer(rotation).rotated_weight(weight).detach()
 
 
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two float32 tensors are the same within 1e-5."""
+    return torch.allclose(a, b, atol=1e-5, rtol=0)
+
+
 def close_in_half(a: Tensor, b: Tensor) -> bool:
     """Whether two float16 tensors are at most one unit in the last place apart everywhere.
 

@@ -47,6 +47,10 @@ class AdapterFile:
     prompts: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The tensors: so `save_adapter` takes a file as well, and writes one of an earlier version anew."""
+        return self.tensors
+
     @property
     def changes_nothing(self) -> bool:
         """Whether all rotations are identities and all scales 1, as at the start of training."""

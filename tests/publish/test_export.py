@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -602,8 +601,7 @@ def test_the_card_of_a_checkpoint_shows_no_later_sheet(base, tmp_path):
     run = tmp_path / "dog"
     path = write_adapter(base, run / "checkpoint-2" / "adapter.safetensors")
     file = read_adapter(path)
-    same = SimpleNamespace(config=file.config, state_dict=lambda: file.tensors)
-    save_adapter(path, same, base_model=file.base_model, training={"step": 2}, prompts=file.prompts)
+    save_adapter(path, file, base_model=file.base_model, training={"step": 2}, prompts=file.prompts)
     (run / "settings.yaml").touch()
     (run / "validation").mkdir()
     for step in (1, 4):
