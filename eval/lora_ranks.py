@@ -32,8 +32,9 @@ from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.publish.approximation import total_error
 from gsoft_diffusion.publish.export import lora_layers
-from gsoft_diffusion.publish.low_rank import LoraLayer, total_error
+from gsoft_diffusion.publish.low_rank import LoraLayer
 from gsoft_diffusion.publish.model_card import public_base
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import Row

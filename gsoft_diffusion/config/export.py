@@ -25,7 +25,8 @@ class ExportConfig(Settings):
     adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
       model act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
-      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it.
+      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it; diff is the whole
+      change of every layer, large and exact at strength 1, which ComfyUI, Forge and A1111 add to the weights.
     strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
     output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
       and, if there is one, the checkpoint.
@@ -35,7 +36,7 @@ class ExportConfig(Settings):
     """
 
     adapter: Annotated[tuple[str, ...], Mark.PATH]
-    format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+    format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"]
     strength: tuple[float, ...] = ()
     output: Annotated[str | None, Mark.PATH] = None
     rank: Annotated[int | None, POSITIVE] = None
@@ -59,8 +60,13 @@ class ExportConfig(Settings):
 
     @property
     def is_lora(self) -> bool:
-        """Whether the format is a LoRA's, and not a whole model's."""
+        """Whether the format is a LoRA's."""
         return self.format.endswith("_lora")
+
+    @property
+    def is_change(self) -> bool:
+        """Whether the format holds the change of the weights, and not a whole model."""
+        return self.is_lora or self.format == "diff"
 
 
 _RANK = OnlyWith(

@@ -1,8 +1,7 @@
-"""Adapters for other tools: a whole model with the adapter merged in, or a LoRA that approximates it."""
+"""Adapters for other tools: a whole model with the adapter merged in, or the change that it makes, as they take it."""
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,9 @@ from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import INDEX
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
-from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
+from gsoft_diffusion.publish.approximation import Approximation, total_error, write_report
+from gsoft_diffusion.publish.full_difference import write_differences
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.publish.model_card import model_card, public_base
 
 DEFAULT_RANK = 64
@@ -48,7 +49,7 @@ def export(config: ExportConfig) -> Path:
     target = Path(config.output or _default_target(files[0].path, config.format, rank))
     sheet = _sheet(files[0]) if strengths == [1.0] else None
     whole = config.format == "diffusers"
-    ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_lora else [])]
+    ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_change else [])]
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
@@ -56,8 +57,8 @@ def export(config: ExportConfig) -> Path:
         stack = AdapterStack(model.denoiser, model.text_encoders)
         for adapter in config.adapter:
             stack.load(adapter, adapter)
-        if config.is_lora:
-            said = _export_lora(config, rank, model, stack, files, place, places[".csv"])
+        if config.is_change:
+            said = _export_change(config, rank, model, stack, files, place, places[".csv"])
         else:
             said = _export_merged(config, model, stack, files, place)
         card, picture = (place / CARD, place / PREVIEW) if whole else (places[".md"], places.get(".png"))
@@ -67,14 +68,14 @@ def export(config: ExportConfig) -> Path:
             shutil.copyfile(sheet, picture)
     print(f"{target}: {said}")
     if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
-        print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them")
+        print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora or diff")
     return target
 
 
 def _default_target(adapter: Path, layout: str, rank: int) -> Path:
     """The default output: in the run's folder, named after the format and, if there is one, the checkpoint."""
     checkpoint = checkpoint_name(adapter)
-    stem = f"{layout}_rank{rank}" if layout.endswith("_lora") else "merged"
+    stem = {"diffusers": "merged", "checkpoint": "merged", "diff": "diff"}.get(layout, f"{layout}_rank{rank}")
     end = "" if layout == "diffusers" else ".safetensors"
     return run_folder(adapter) / f"{stem}{f'_{checkpoint}' if checkpoint else ''}{end}"
 
@@ -99,7 +100,7 @@ def _export_merged(
     return f"{model.name} with {what} merged in, {config.precision}"
 
 
-def _export_lora(
+def _export_change(
     config: ExportConfig,
     rank: int,
     model: BaseModel,
@@ -108,18 +109,39 @@ def _export_lora(
     place: Path,
     report: Path,
 ) -> str:
-    """Write the LoRA to `place` and the table of its layers to `report`; returns in words what it loses."""
+    """Write the change to `place` and the table of its layers to `report`; returns in words what it loses."""
     dtype: torch.dtype = getattr(torch, config.precision)
-    metadata = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
-    layers = lora_layers(stack, config.strengths, rank, dtype)
-    tensors = kohya_tensors(layers, model.kohya_place) if metadata else diffusers_tensors(layers)
-    write_tensors(place, rounded(tensors, dtype), provenance(files, config.strengths) | metadata)
+    metadata = provenance(files, config.strengths)
+    layers: Sequence[Approximation]
+    if config.format == "diff":
+        layers = write_differences(place, model, stack, config.strengths, dtype, metadata)
+        what = "full differences"
+    else:
+        layers = _write_lora(place, config, rank, model, stack, dtype, metadata)
+        what = f"LoRA of rank {rank}"
     write_report(report, layers)
     worst = max(layers, key=lambda layer: layer.error)
     return (
-        f"LoRA of rank {rank}, {config.precision}; it loses {total_error(layers):.1%} of the adapter's change of the "
-        f"weights, at most {worst.error:.1%} in a layer ({worst.name}); all in the .csv beside it"
+        f"{what}, {config.precision}; it loses {100 * total_error(layers):.3g}% of the adapter's change of the "
+        f"weights, at most {100 * worst.error:.3g}% in a layer ({worst.name}); all in the .csv beside it"
     )
+
+
+def _write_lora(
+    place: Path,
+    config: ExportConfig,
+    rank: int,
+    model: BaseModel,
+    stack: AdapterStack,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+) -> list[LoraLayer]:
+    """Write the LoRA; returns its layers."""
+    of_kohya = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
+    layers = lora_layers(stack, config.strengths, rank, dtype)
+    tensors = kohya_tensors(layers, model.kohya_place) if of_kohya else diffusers_tensors(layers)
+    write_tensors(place, rounded(tensors, dtype), metadata | of_kohya)
+    return layers
 
 
 # A whole model
@@ -177,17 +199,6 @@ def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, 
     total = len(stack.layers(strengths))
     layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
     return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]
-
-
-def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
-    """Write a table of the layers: name, `change` and `error` as in `LoraLayer`.
-
-    target: the CSV file. layers: of the LoRA.
-    """
-    with target.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["layer", "change", "error"])
-        table.writerows([layer.name, f"{layer.change:.3e}", f"{layer.error:.3e}"] for layer in layers)
 
 
 def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:

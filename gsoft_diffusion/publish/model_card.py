@@ -17,7 +17,7 @@ from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.models.families import BaseModel
 
-Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"]
 MARK = "<!-- Written by gsoft-diffusion. Remove this line to keep what you write here when the run is resumed. -->"
 
 WHAT = {
@@ -26,6 +26,7 @@ WHAT = {
     "checkpoint": "{base} with an adapter of rotations (GSOFT) merged in: a whole model in one file.",
     "diffusers_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
     "kohya_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
+    "diff": "The change of the weights that an adapter of rotations (GSOFT) makes to {base}.",
 }
 LOADING = {
     "adapter": """With gsoft-diffusion:
@@ -64,6 +65,9 @@ pipeline.load_lora_weights(".", weight_name="{file}")
 image = pipeline("{prompt}").images[0]
 ```""",
 }
+LOADING["diff"] = """In ComfyUI, Forge or A1111 among the LoRAs: `{file}`, at strength 1, with the prompt "{prompt}".
+
+It is added to the weights. At other strengths the weights are no longer rotated ones."""
 LOADING["kohya_lora"] = "In ComfyUI, A1111 or Forge among the LoRAs, or with diffusers:\n\n" + LOADING["diffusers_lora"]
 
 
@@ -91,7 +95,7 @@ def model_card(
     front = ModelCardData(
         base_model=hub_base,
         base_model_relation=hub_base and ("finetune" if kind in ("diffusers", "checkpoint") else "adapter"),
-        library_name="gsoft-diffusion" if kind == "adapter" else "diffusers",
+        library_name={"adapter": "gsoft-diffusion", "diff": None}.get(kind, "diffusers"),
         pipeline_tag="text-to-image",
         tags=["text-to-image", "dreambooth", "gsoft", "orthogonal-fine-tuning"] + ["lora"] * kind.endswith("_lora"),
         instance_prompt=prompts[0] if prompts else None,

@@ -19,8 +19,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_pack import PACK, close, close_in_half
+from conftest import write_base
 from other_programs import STRUCTURES, Tensors, Trained
+from tiny_models import randomise
 from torch import Tensor, nn
+
+from gsoft_diffusion import inject, save_adapter
+from gsoft_diffusion.adapters.identity import identity_of
+from gsoft_diffusion.config import AdapterConfig, ExportConfig
+from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.models.original_layout import unet_tensors
+from gsoft_diffusion.publish.export import export
 
 pytestmark = pytest.mark.skipif("COMFYUI" not in os.environ, reason="COMFYUI names no checkout of ComfyUI")
 
@@ -126,8 +135,9 @@ class Pair:
         assert not [message for message in caplog.messages if "not loaded" in message or "gsoft" in message]
         self.trained.check(found, strength, close)
 
-    def patched(self, strength: float) -> Tensors:
-        """ComfyUI's weights, after its node for LoRAs."""
+    def patched(self, strength: float, file: Path | None = None) -> Tensors:
+        """ComfyUI's weights, after its node for LoRAs; of our adapter's file, unless another is given."""
+        file = file or self.trained.file
         place = torch.device("cpu")
         model = comfy().model_patcher.ModelPatcher(self.model, load_device=place, offload_device=place)
         clip = None
@@ -136,8 +146,8 @@ class Pair:
             clip.cond_stage_model, clip.tokenizer, clip.layer_idx = self.clip, None, None
             clip.tokenizer_options, clip.use_clip_schedule, clip.apply_hooks_to_conds = {}, False, None
             clip.patcher = comfy().model_patcher.ModelPatcher(self.clip, load_device=place, offload_device=place)
-        comfy().folder_paths.add_model_folder_path("loras", str(self.trained.file.parent), is_default=True)
-        loaded = comfy().nodes.LoraLoader().load_lora(model, clip, self.trained.file.name, strength, strength)
+        comfy().folder_paths.add_model_folder_path("loras", str(file.parent), is_default=True)
+        loaded = comfy().nodes.LoraLoader().load_lora(model, clip, file.name, strength, strength)
         tensors: Tensors = {}
         for patcher in (loaded[0], *([loaded[1].patcher] if clip else [])):
             patched = patcher.patch_model(device_to=place)
@@ -162,3 +172,25 @@ def test_weights_are_ours(pair, strength, caplog):
 
 def test_the_exponential(tmp_path, caplog):
     Pair("SD 1.5", torch.float32, tmp_path, "exp").check(1.0, caplog, close)
+
+
+def test_full_differences(tmp_path, caplog):
+    """An export that ComfyUI reads without the pack: as near as float16 holds the differences."""
+    pair = Pair("SD 1.5", torch.float32, tmp_path)
+    base = write_base(tmp_path / "base")
+    pair.trained.denoiser.save_pretrained(base / "unet")
+    model = load_model(str(base))
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.unet)
+    randomise(adapter)
+    file = tmp_path / "of_unet.safetensors"
+    save_adapter(file, adapter, base_model=identity_of(load_model(str(base))), training={}, prompts={})
+    differences = export(ExportConfig((str(file),), "diff", output=str(tmp_path / "difference.safetensors")))
+    with caplog.at_level(logging.WARNING):
+        found = pair.patched(1.0, differences)
+    assert not [message for message in caplog.messages if "not loaded" in message]
+    untouched = {name: tensor.clone() for name, tensor in unet_tensors(model.unet).items()}
+    adapter.merge()
+    for name, wanted in unet_tensors(model.unet).items():
+        change = (wanted - untouched[name]).norm()
+        assert (found[f"diffusion_model.{name}"] - wanted).norm() <= 1e-3 * change + 1e-6
+        assert change > 0.1 or not name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsoft.config import RotationConfig
-from gsoft_diffusion.publish.low_rank import module_path
+from gsoft_diffusion.publish.layer_names import module_path
 
 STRENGTHS = (-0.5, 0.0, 0.5, 1.0, 1.7)
 

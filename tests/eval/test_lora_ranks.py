@@ -75,7 +75,7 @@ def test_errors_are_those_of_the_export(result, adapter, tmp_path):
 
 def test_a_lora_is_in_the_weights_for_a_while_only():
     weights = {"a": torch.ones(2, 2)}
-    layer = LoraLayer("a", torch.ones(2, 1), torch.ones(1, 2), 1.0, 1.0, 0.0)
+    layer = LoraLayer("a", 1.0, 1.0, 0.0, torch.ones(2, 1), torch.ones(1, 2))
     with added([layer], weights):
         assert weights["a"].eq(2).all()
     assert weights["a"].eq(1).all()

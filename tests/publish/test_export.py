@@ -34,8 +34,9 @@ from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.models.original_layout import original_layout
+from gsoft_diffusion.publish.approximation import total_error
 from gsoft_diffusion.publish.export import export, save_text_encoder, write_tensors
-from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, low_rank, total_error
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, low_rank
 
 WIDEST = 64  # the tiny bases' largest width: the full rank of every layer
 
@@ -203,20 +204,18 @@ def test_projections_of_text_encoders_keep_their_name(write, tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in model.text_encoder_2.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"])
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"])
 @pytest.mark.parametrize("umask", [0o022, 0o027])
 def test_files_have_the_modes_that_the_user_asks_for(adapter, tmp_path, layout, umask):
+    suffix = "" if layout == "diffusers" else ".safetensors"
     before = os.umask(umask)
     try:
-        export(ExportConfig((str(adapter),), layout, output=str(tmp_path / f"dog{SUFFIX[layout]}")))
+        export(ExportConfig((str(adapter),), layout, output=str(tmp_path / f"dog{suffix}")))
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 1
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
-
-
-SUFFIX = {"diffusers": "", "checkpoint": ".safetensors", "diffusers_lora": ".safetensors", "kohya_lora": ".safetensors"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -337,7 +336,7 @@ def test_errors_are_relative_to_the_change():
     untouched = approximate("untouched", weight, weight, 1, torch.float32)
     assert (untouched.change, untouched.error) == (0, 0)
     assert total_error([layer, untouched]) == pytest.approx(0.3 / 0.5)
-    assert total_error([layer, LoraLayer("other", untouched.up, untouched.down, 1, 1.2, 0)]) == pytest.approx(0.3 / 1.3)
+    assert total_error([layer, LoraLayer("other", 1, 1.2, 0, untouched.up, untouched.down)]) == pytest.approx(0.3 / 1.3)
 
 
 def with_lora(base: Path, path: Path) -> StableDiffusionPipeline:
@@ -427,6 +426,7 @@ def test_kohya_names_and_metadata(base, adapter, tmp_path):
         ("checkpoint", "merged.safetensors"),
         ("diffusers_lora", "diffusers_lora_rank64.safetensors"),
         ("kohya_lora", "kohya_lora_rank64.csv"),
+        ("diff", "diff.md"),
     ],
 )
 def test_nothing_is_written_over(base, tmp_path, layout, name):
@@ -482,7 +482,7 @@ def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
 def test_a_format_that_other_programs_read_in_part_is_said_to_be(adapter, tmp_path, capsys, layout):
     export(ExportConfig((str(adapter),), layout, output=str(tmp_path / "dog.safetensors")))
-    note = "ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them"
+    note = "ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora or diff"
     assert (note in capsys.readouterr().out) == (layout == "diffusers_lora")
 
 
@@ -516,6 +516,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     [
         ({"format": "checkpoint", "rank": 4}, "--rank"),
         ({"format": "kohya_lora", "rank": 0}, "--rank"),
+        ({"format": "diff", "rank": 4}, "--rank"),
         ({"format": "checkpoint", "output": "dog"}, r"\.safetensors"),
         ({"format": "diffusers", "output": "dog.safetensors"}, "folder"),
     ],
@@ -580,7 +581,7 @@ def test_a_lora_of_several_adapters(adapter, second, base, tmp_path):
 # Model cards
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "kohya_lora"])
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "kohya_lora", "diff"])
 def test_every_export_has_a_card(adapter, base, tmp_path, layout):
     run = tmp_path / "dog"
     (run / "validation").mkdir(parents=True)
