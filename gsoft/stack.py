@@ -113,10 +113,12 @@ class AdapterStack(Stack):
         super().__init__()
         self._model = model
 
-    def load(self, name: str, path: str | Path) -> AdapterFile:
+    def load(self, name: str, path: str | Path, *, accept_other_base: bool = False) -> AdapterFile:
         """Read an adapter, to be used by this name.
 
-        name: what `use` calls it. path: the file. Returns what the file says. Raises GSOFTError as in `gsoft.load`, if
+        name: what `use` calls it. path: the file. accept_other_base: as in `gsoft.load`.
+
+        Returns what the file says. Raises GSOFTError as in `gsoft.load`, if
         the name is taken, or if the adapter has modules of its own (`modules_to_save`), of which only one can be in the
         model.
         """
@@ -128,5 +130,5 @@ class AdapterStack(Stack):
                 "which a stack cannot compose; load it by itself (gsoft.load)"
             )
         with self.disabled():
-            self.add(name, adapter_for(file, self._model), file.tensors)
+            self.add(name, adapter_for(file, self._model, accept_other_base=accept_other_base), file.tensors)
         return file

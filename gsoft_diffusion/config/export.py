@@ -33,6 +33,8 @@ class ExportConfig(Settings):
     rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
+      says how far away they are.
     """
 
     adapter: Annotated[tuple[str, ...], Mark.PATH]
@@ -42,6 +44,7 @@ class ExportConfig(Settings):
     rank: Annotated[int | None, POSITIVE] = None
     precision: Literal["float16", "float32"] = "float16"
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+    accept_other_base: bool = False
 
     def __post_init__(self) -> None:
         settle_paths(self)

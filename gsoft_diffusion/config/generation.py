@@ -46,6 +46,8 @@ class GenerationConfig(Settings):
       for a checkpoint's adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
+      says how far away they are.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
     cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
@@ -68,6 +70,7 @@ class GenerationConfig(Settings):
     output_dir: Annotated[str | None, Mark.PATH] = None
     compare: bool = False
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+    accept_other_base: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     cpu_offload: bool = False
     device: str | None = None

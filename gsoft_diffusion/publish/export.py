@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapters
+from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
@@ -56,14 +58,17 @@ def export(config: ExportConfig) -> Path:
         model = load_base(files[0], config.pretrained_model_name_or_path)
         stack = AdapterStack(model.denoiser, model.text_encoders)
         for adapter in config.adapter:
-            stack.load(adapter, adapter)
+            stack.load(adapter, adapter, accept_other_base=config.accept_other_base)
+        base = public_identity_of(model) if config.accept_other_base else files[0].base_model
+        metadata = provenance(files, config.strengths, base)
         if config.is_change:
-            said = _export_change(config, rank, model, stack, files, place, places[".csv"])
+            said = _export_change(config, rank, model, stack, metadata, place, places[".csv"])
         else:
-            said = _export_merged(config, model, stack, files, place)
+            said = _export_merged(config, model, stack, metadata, place)
         card, picture = (place / CARD, place / PREVIEW) if whole else (places[".md"], places.get(".png"))
         shown = (PREVIEW if whole else paths[".png"].name) if sheet else None
-        card.write_text(model_card(config.format, target.name, files, strengths, model=model, picture=shown), "utf-8")
+        text = model_card(config.format, target.name, files, strengths, model=model, base=base, picture=shown)
+        card.write_text(text, "utf-8")
         if sheet and picture:
             shutil.copyfile(sheet, picture)
     print(f"{target}: {said}")
@@ -87,7 +92,7 @@ def _sheet(file: AdapterFile) -> Path | None:
 
 
 def _export_merged(
-    config: ExportConfig, model: BaseModel, stack: AdapterStack, files: Sequence[AdapterFile], place: Path
+    config: ExportConfig, model: BaseModel, stack: AdapterStack, metadata: dict[str, str], place: Path
 ) -> str:
     """Write the whole model to `place`; returns what it is, in words."""
     stack.use(config.strengths)
@@ -95,8 +100,8 @@ def _export_merged(
     if config.format == "diffusers":
         write_folder(place, model, dtype)
     else:
-        write_tensors(place, rounded(model.original_layout(), dtype), provenance(files, config.strengths))
-    what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
+        write_tensors(place, rounded(model.original_layout(), dtype), metadata)
+    what = "the adapter" if len(config.adapter) == 1 else f"{len(config.adapter)} adapters"
     return f"{model.name} with {what} merged in, {config.precision}"
 
 
@@ -105,13 +110,12 @@ def _export_change(
     rank: int,
     model: BaseModel,
     stack: AdapterStack,
-    files: Sequence[AdapterFile],
+    metadata: dict[str, str],
     place: Path,
     report: Path,
 ) -> str:
     """Write the change to `place` and the table of its layers to `report`; returns in words what it loses."""
     dtype: torch.dtype = getattr(torch, config.precision)
-    metadata = provenance(files, config.strengths)
     layers: Sequence[Approximation]
     if config.format == "diff":
         layers = write_differences(place, model, stack, config.strengths, dtype, metadata)
@@ -213,15 +217,16 @@ def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
 # Files
 
 
-def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> dict[str, str]:
+def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float], base: BaseModelIdentity) -> dict[str, str]:
     """Metadata of an exported file: its base model, and the prompts that call the subjects.
 
-    files: the adapters in it, of one base model. strengths: by adapter, in the same order.
+    files: the adapters in it. strengths: by adapter, in the same order. base: their base model, or the one that was
+    taken for it.
 
     Returns texts by name, as safetensors takes them; no folder of this machine is in them.
     """
     prompts = files[0].prompts if len(files) == 1 else {"subjects": [one for file in files for one in file.subjects]}
-    base_model = asdict(files[0].base_model) | {"name": public_base(files[0].base_model.name)[1]}
+    base_model = asdict(base) | {"name": public_base(base.name)[1]}
     origin = {"base_model": base_model, "prompts": prompts, "strengths": list(strengths.values())}
     return {"format": "pt", "gsoft_diffusion": json.dumps(origin)}
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
+from gsoft.fingerprint import BaseModelIdentity, difference, distance
 from gsoft_diffusion.adapters.file import AdapterFile
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
@@ -44,7 +45,9 @@ adapter, file = load_adapter("{file}", {denoiser}, [{text_encoders}])
 adapter.merge()  # from here on the pipeline is an ordinary one
 ```
 
-Its `export.py` makes whole models and LoRAs for other tools.""",
+Its `export.py` makes whole models and LoRAs for other tools. `--accept_other_base` with
+`--pretrained_model_name_or_path <model>` uses the adapter on another base model of the same architecture, such as a
+fine-tune, and says how far its weights are from those trained on.""",
     "diffusers": """```python
 from diffusers import DiffusionPipeline
 
@@ -78,6 +81,7 @@ def model_card(
     strengths: Sequence[float] = (1.0,),
     *,
     model: BaseModel,
+    base: BaseModelIdentity | None = None,
     picture: str | None = None,
 ) -> str:
     """The card, in Markdown with Hugging Face's YAML front matter. It states no licence: that is the user's to choose.
@@ -86,12 +90,14 @@ def model_card(
     result: name of the file or folder, as the card's neighbour.
     files: the adapters in it, of one base model.
     strengths: of the adapters, one for each.
-    model: their base model.
+    model: the base model that they act on.
+    base: its identity, if it is not the one that they were trained on.
     picture: a contact sheet's path from the card; None for no picture.
     """
     subjects = [subject for file in files for subject in file.subjects]
     prompts = [_one_line(subject["instance_prompt"]) for subject in subjects if "instance_prompt" in subject]
-    hub_base, base = public_base(files[0].base_model.name)
+    identity = base or files[0].base_model
+    hub_base, base_name = public_base(identity.name)
     front = ModelCardData(
         base_model=hub_base,
         base_model_relation=hub_base and ("finetune" if kind in ("diffusers", "checkpoint") else "adapter"),
@@ -103,7 +109,8 @@ def model_card(
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {', '.join(_in_text(_title(subject)) for subject in subjects)}",
-        WHAT[kind].format(base=_in_text(base)),
+        WHAT[kind].format(base=_in_text(base_name)),
+        *_other_bases(files, identity),
     ]
     if prompts:
         parts.append(f"Trained on the prompts: {', '.join(f'`{_in_code(prompt)}`' for prompt in prompts)}")
@@ -113,7 +120,7 @@ def model_card(
         )
     places = {id(getattr(model, part)): f"pipeline.{part}" for part in model.parts()}
     code = {
-        "base": _in_code(base),
+        "base": _in_code(base_name),
         "file": result,
         "pipeline": model.pipeline,
         "prompt": _in_code(*prompts[:1] or [""]),
@@ -131,6 +138,17 @@ def model_card(
         MARK,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _other_bases(files: Sequence[AdapterFile], base: BaseModelIdentity) -> list[str]:
+    """A sentence for each adapter that was trained on another base model than this."""
+    return [
+        f"The adapter was trained on {_in_text(public_base(file.base_model.name)[1])}. The attention weights of this "
+        f"base model are about {100 * distance(file.base_model.fingerprint, base.fingerprint):.2g}% away from that "
+        "one's (unrelated ones: 140%)."
+        for file in files
+        if difference(file.base_model.fingerprint, base.fingerprint)
+    ]
 
 
 def public_base(name: str) -> tuple[str | None, str]:

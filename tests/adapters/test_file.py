@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -393,3 +394,35 @@ def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_dir", refuse)
     with pytest.raises(UserError, match=r"adapter\.safetensors: cannot be read \(Permission denied\)"):
         read_adapter(tmp_path / "adapter.safetensors")
+
+    def test_other_weights_are_taken_if_asked_for_and_that_is_said(self, saved, caplog):
+        unet, text_encoder = tiny_unet(1), tiny_text_encoder(1)
+        with pytest.raises(UserError, match=r"away .*; --accept_other_base takes it all the same"):
+            load_adapter(saved, unet, [text_encoder])
+        adapter, _ = load_adapter(saved, unet, [text_encoder], accept_other_base=True)
+        assert adapter.merge() is None
+        (message,) = caplog.messages
+        assert re.search(
+            r"trained on the base model tiny base, but the model given, .*, has other weights, about 1\d\d% away from "
+            r"those it was trained on \(unrelated ones: 140%\)$",
+            message,
+        )
+
+    def test_how_far_a_fine_tune_is(self, saved, caplog):
+        unet, text_encoder = model()
+        for parameter in (*unet.parameters(), *text_encoder.parameters()):
+            if parameter.ndim == 2:
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                parameter.data += 0.1 * noise * parameter.norm() / noise.norm()
+        load_adapter(saved, unet, [text_encoder], accept_other_base=True)
+        (far,) = re.findall(r"about ([\d.]+)% away", caplog.text)
+        assert 4 < float(far) < 16
+
+    def test_another_architecture_is_never_taken(self, saved):
+        with pytest.raises(UserError, match=r"has another architecture$"):
+            load_adapter(saved, tiny_unet(layers_per_block=2), [tiny_text_encoder()], accept_other_base=True)
+
+    def test_the_model_itself_needs_no_words(self, saved, caplog):
+        unet, text_encoder = model()
+        load_adapter(saved, unet, [text_encoder], accept_other_base=True)
+        assert not caplog.messages

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -533,6 +534,39 @@ def test_adapters_that_cannot_be_read_and_bases_that_do_not_fit(base, any_base, 
     with pytest.raises(UserError, match="another architecture"):
         export(ExportConfig((str(adapter),), "checkpoint", pretrained_model_name_or_path=str(other)))
     assert not (adapter.parent / "merged.safetensors").exists()
+
+
+def sibling_of(base: Path, folder: Path) -> Path:
+    """A base of the same architecture whose UNet was trained on."""
+    shutil.copytree(base, folder)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    for parameter in unet.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "diff"])
+def test_an_export_for_a_sibling_of_the_base_says_so(base, adapter, tmp_path, caplog, layout):
+    other = sibling_of(base, tmp_path / "fine-tune")
+    config = ExportConfig(
+        (str(adapter),), layout, output=str(tmp_path / "x.safetensors"), pretrained_model_name_or_path=str(other)
+    )
+    with pytest.raises(UserError, match=r"has other weights, about .*; --accept_other_base takes it all the same"):
+        export(config)
+    path = export(replace(config, accept_other_base=True))
+    assert len([message for message in caplog.messages if "has other weights, about" in message]) == 1
+    card = path.with_suffix(".md").read_text()
+    trained_on = base.name.replace("_", r"\_")  # as Markdown has it
+    assert f"The adapter was trained on {trained_on}. The attention weights of this base model are about " in card
+    with safe_open(path, "pt") as file:
+        origin = json.loads(file.metadata()["gsoft_diffusion"])["base_model"]
+    assert origin == {"name": "fine-tune", "fingerprint": identity_of(load_model(str(other))).fingerprint}
+    if layout == "checkpoint":
+        model = load_model(str(other))
+        load_adapter(adapter, model.unet, [model.text_encoder], accept_other_base=True)[0].merge()
+        found, wanted = load_file(path), original_layout(model.unet, model.vae, model.text_encoder)
+        assert all(torch.equal(found[name], wanted[name].half()) for name in wanted)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7, 12])
