@@ -83,6 +83,11 @@ def distance(one: str, other: str) -> float:
     return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
 
+def how_far(one: str, other: str) -> str:
+    """`distance` in words, such as "about 12% away (unrelated ones: 140%)"."""
+    return f"about {100 * distance(one, other):.2g}% away (unrelated ones: 140%)"
+
+
 def check_base(
     path: Path, trained: BaseModelIdentity, given: BaseModelIdentity, accept_other_base: bool, permission: str
 ) -> None:
@@ -98,8 +103,7 @@ def check_base(
     words = f"{path}: trained on the base model {trained.name}, but the model given, {given.name}, has {found}"
     if found == OTHER_ARCHITECTURE:
         raise FileError(words)
-    far = distance(trained.fingerprint, given.fingerprint)
-    words += f", about {100 * far:.2g}% away from those it was trained on (unrelated ones: 140%)"
+    words += f", {how_far(trained.fingerprint, given.fingerprint)}"
     if not accept_other_base:
         raise FileError(f"{words}; {permission} takes it all the same")
     log.warning("%s", one_line(words))

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
-from gsoft.fingerprint import BaseModelIdentity, difference, distance
+from gsoft.fingerprint import BaseModelIdentity, difference, how_far
 from gsoft_diffusion.adapters.file import AdapterFile
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.models.families import BaseModel
 
 Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"]
+OTHER_BASE = "other_base"  # in what a file says of its training: that a run went on with another base model
 MARK = "<!-- Written by gsoft-diffusion. Remove this line to keep what you write here when the run is resumed. -->"
 
 WHAT = {
@@ -143,9 +144,8 @@ def model_card(
 def _other_bases(files: Sequence[AdapterFile], base: BaseModelIdentity) -> list[str]:
     """A sentence for each adapter that was trained on another base model than this."""
     return [
-        f"The adapter was trained on {_in_text(public_base(file.base_model.name)[1])}. The attention weights of this "
-        f"base model are about {100 * distance(file.base_model.fingerprint, base.fingerprint):.2g}% away from that "
-        "one's (unrelated ones: 140%)."
+        f"The adapter was trained on {_in_text(public_base(file.base_model.name)[1])}. Compared with that one's, the "
+        f"attention weights of this base model are {how_far(file.base_model.fingerprint, base.fingerprint)}."
         for file in files
         if difference(file.base_model.fingerprint, base.fingerprint)
     ]
@@ -194,6 +194,7 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
         "aspect_buckets": "aspect buckets",
         "mixed_precision": "mixed precision",
         "seed": "seed",
+        OTHER_BASE: "base model of the last steps",
     }
     for name, label in names.items():
         value = training.get(name)

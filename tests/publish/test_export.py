@@ -558,7 +558,7 @@ def test_an_export_for_a_sibling_of_the_base_says_so(base, adapter, tmp_path, ca
     assert len([message for message in caplog.messages if "has other weights, about" in message]) == 1
     card = path.with_suffix(".md").read_text()
     trained_on = base.name.replace("_", r"\_")  # as Markdown has it
-    assert f"The adapter was trained on {trained_on}. The attention weights of this base model are about " in card
+    assert f"The adapter was trained on {trained_on}. Compared with that one's, the attention weights of" in card
     with safe_open(path, "pt") as file:
         origin = json.loads(file.metadata()["gsoft_diffusion"])["base_model"]
     assert origin == {"name": "fine-tune", "fingerprint": identity_of(load_model(str(other))).fingerprint}
