@@ -106,7 +106,7 @@ def check_base(
     words += f", {how_far(trained.fingerprint, given.fingerprint)}"
     if not accept_other_base:
         raise FileError(f"{words}; {permission} takes it all the same")
-    log.warning("%s", one_line(words))
+    log.warning("%s", one_line(f"{words}; it is used all the same"))
 
 
 def name_of(model: nn.Module) -> str:

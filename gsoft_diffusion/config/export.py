@@ -26,7 +26,7 @@ class ExportConfig(Settings):
       model act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
       with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it; diff is the whole
-      change of every layer, large and exact at strength 1, which ComfyUI, Forge and A1111 add to the weights.
+      change of every layer, large, and at strength 1 exact but for rounding; ComfyUI, Forge and A1111 add it.
     strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
     output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
       and, if there is one, the checkpoint.
