@@ -36,6 +36,7 @@ from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, kohya_tenso
 
 STRENGTHS = (0.5, 1.0, 1.5)
 RANKS = (16, 64, 128)
+CONFIG = AdapterConfig(nblocks=32)
 ANGLE = 0.01  # standard deviation of the learned numbers
 HALF = torch.float16
 
@@ -96,7 +97,7 @@ def measure(file: Path) -> dict[str, Any]:
         sizes[f"kohya_lora, rank {rank}"] = size_of(kohya_tensors(truncated, lambda path: (path.replace(".", "_"), 0)))
     norms = [linear.weight.norm().item() for linear in linears.values()]
     return {
-        "adapter": AdapterConfig(nblocks=32).to_dict(),
+        "adapter": CONFIG.to_dict(),
         "angle": ANGLE,
         "change": math.hypot(*changes[1.0]) / math.hypot(*norms),
         "formats": [
@@ -113,7 +114,7 @@ def measure(file: Path) -> dict[str, Any]:
 def write_adapter(file: Path, unet: Any, text_encoder: Any) -> None:
     """An adapter with random angles and scales."""
     identity = BaseModelIdentity("sd15", fingerprint(unet, [text_encoder]))
-    adapter = inject(AdapterConfig(nblocks=32), unet, [text_encoder])
+    adapter = inject(CONFIG, unet, [text_encoder])
     generator = torch.Generator().manual_seed(0)
     for parameter in adapter.parameters():
         parameter += ANGLE * torch.randn(parameter.shape, generator=generator)

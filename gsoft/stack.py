@@ -67,7 +67,8 @@ class Stack:
     def composed(self, strengths: Mapping[str, float]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Every layer that these adapters change: its name, the base model's `W`, and `W'` in float32 or more.
 
-        To be asked while no adapter is in use. Raises GSOFTError as `use` does.
+        To be asked while no adapter is in use, and to be gone through before it is asked again: an adapter has one
+        strength at a time. Raises GSOFTError as `use` does.
         """
         self._check(strengths)
         assert not any(kept.replaced for kept in self._kept_weights.values()), "W is not in its place"

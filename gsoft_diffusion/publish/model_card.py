@@ -46,7 +46,8 @@ adapter, file = load_adapter("{file}", {denoiser}, [{text_encoders}])
 adapter.merge()  # from here on the pipeline is an ordinary one
 ```
 
-Its `export.py` makes whole models and LoRAs for other tools. `--accept_other_base` with
+In ComfyUI and Forge among the LoRAs, as it is, with the node pack in its folder `comfyui`. Its `export.py` makes whole
+models and LoRAs for other tools. `--accept_other_base` with
 `--pretrained_model_name_or_path <model>` uses the adapter on another base model of the same architecture, such as a
 fine-tune, and says how far its weights are from those trained on.""",
     "diffusers": """```python
@@ -194,7 +195,7 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
         "aspect_buckets": "aspect buckets",
         "mixed_precision": "mixed precision",
         "seed": "seed",
-        OTHER_BASE: "base model of the last steps",
+        OTHER_BASE: "base model, compared with the first steps'",
     }
     for name, label in names.items():
         value = training.get(name)

@@ -110,7 +110,8 @@ class Run:
         Raises UserError if what decides the training has changed, or the state does not fit the settings.
         """
         checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
-        self.outputs.resumed_from(checkpoint / ADAPTER, state["circumstances"][BASE_WEIGHTS])
+        base = state["circumstances"].get(BASE_WEIGHTS, self.circumstances[BASE_WEIGHTS])
+        self.outputs.resumed_from(checkpoint / ADAPTER, base)
         self.state.load(checkpoint, state, self.config)
         self.accelerator.print(f"going on from step {self.state.step}")
 

@@ -175,7 +175,7 @@ def test_another_base_model_is_named_and_the_card_says_so(config, tmp_path, capf
     assert "note: compared with the checkpoint's, the base model has other weights, about" in capfd.readouterr().out
     said = read_adapter(accepted).training["other_base"]
     assert said.startswith("has other weights, about")
-    assert f"| base model of the last steps | {said} |" in (accepted.parent / "README.md").read_text()
+    assert f"| base model, compared with the first steps' | {said} |" in (accepted.parent / "README.md").read_text()
     train(replace(again, max_train_steps=3))  # it is the run's base model now
     assert read_adapter(accepted).training["other_base"] == said
 
