@@ -58,7 +58,7 @@ def measure(base: str, dtype: str, latents: int, batch: int, gradient_checkpoint
 
     def loss(denoiser: Predictor) -> Tensor:
         zeros = torch.zeros(batch, dtype=torch.long)
-        return denoiser(torch.zeros(batch, *shape), zeros, zeros, torch.zeros(batch, 6)).square().mean()
+        return denoiser(torch.zeros(batch, *shape), zeros, zeros[:1], zeros, torch.zeros(batch, 6)).square().mean()
 
     adapter = inject(AdapterConfig(nblocks=32), model.denoiser, model.text_encoders)
     started = time.process_time()

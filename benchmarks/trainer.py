@@ -65,10 +65,10 @@ def bare_step(config: TrainingConfig, steps: int) -> float:
     keep_freed_memory()
     size = config.train_batch_size
     latents = torch.randn(size, *model.latent_shape(model.resolution))
-    timesteps, prompts = torch.randint(1000, (size,)), torch.zeros(size, dtype=torch.long)
+    timesteps, prompt_of = torch.randint(1000, (size,)), torch.zeros(size, dtype=torch.long)
 
     def step() -> None:
-        denoiser(latents, timesteps, prompts, torch.zeros(size, 6)).square().mean().backward()
+        denoiser(latents, timesteps, prompt_of[:1], prompt_of, torch.zeros(size, 6)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gsoft.cache import RotationCache
 from gsoft.config import RotationConfig
+from gsoft.costs import KEPT_WEIGHT_BYTES
 from gsoft.linear import RotatedLayer, RotatedLinear, put_on, take_off
 from gsoft.rotation import Rotation, parameter_count
 from gsoft.submodules import add_submodule
@@ -42,6 +46,7 @@ class Adapter(nn.Module):
             add_submodule(self, name, rotation)
             self._rotated[name] = RotatedLayer(rotation)
         self._required_grad: list[nn.Parameter] = []
+        self._preparing: list[RemovableHandle] = []  # hooks
 
     def attach(self) -> None:
         """Freeze the models and rotate their layers; until something is learned, outputs stay bit-equal."""
@@ -51,6 +56,18 @@ class Adapter(nn.Module):
         for name in self.self_rotating():
             put_on(self._linears[name], self._rotated[name])
         self._share_caches()
+        for model in self._models:
+            modules = set(model.modules())
+            names = [name for name, linear in self._linears.items() if linear in modules]
+            self._preparing.append(model.register_forward_pre_hook(partial(self._prepare, names)))
+
+    @torch.compiler.disable
+    def _prepare(self, names: Sequence[str], model: nn.Module, inputs: Any) -> None:
+        """Before a model computes: make the rotated weights of its layers, so that its compiled graph has them whole."""
+        for name in names:
+            self._rotated[name].prepared = None  # all of the last pass, before there are new ones
+        for name in names:
+            self._rotated[name].prepare(self._linears[name])
 
     def self_rotating(self) -> Iterable[str]:
         """Layers that rotate themselves when the model calls them: all, unless a subclass computes with some."""
@@ -58,18 +75,33 @@ class Adapter(nn.Module):
 
     def _share_caches(self) -> None:
         """Let equal-shaped layers of a model on one device share a cache."""
-        groups: dict[object, list[str]] = defaultdict(list)
+        within = self._within_bound()
+        groups: dict[tuple[bool, object], list[str]] = defaultdict(list)
         for name, linear in self._linears.items():
-            groups[name.partition(".")[0], linear.weight.device, linear.weight.shape].append(name)
-        for names in groups.values():
+            shape = name.partition(".")[0], linear.weight.device, linear.weight.shape
+            groups[name in within, shape].append(name)
+        for (keeps_weights, _), names in groups.items():
             rotations = [self._rotated[name].rotation for name in names]
             cache = RotationCache(rotations, [self._linears[name] for name in names])
             for index, name in enumerate(names):
-                self._rotated[name].share(cache, index)
+                self._rotated[name].share(cache, index, keeps_weights)
+
+    def _within_bound(self) -> set[str]:
+        """The layers whose rotated weights may be kept together, the small ones first."""
+        within, total = set(), 0
+        for name, linear in sorted(self._linears.items(), key=lambda item: item[1].weight.numel()):
+            total += linear.weight.numel() * linear.weight.element_size()
+            if total > KEPT_WEIGHT_BYTES:
+                break
+            within.add(name)
+        return within
 
     def remove(self) -> None:
         """Restore the models exactly: weights, layers and `requires_grad`."""
         self.unmerge()
+        for hook in self._preparing:
+            hook.remove()
+        self._preparing.clear()
         for linear in self._linears.values():
             if isinstance(linear, RotatedLinear):
                 take_off(linear)

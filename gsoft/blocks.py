@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,9 @@ def skew_symmetric(free: Tensor, size: int) -> Tensor:
 
     free: the entries, row by row, `(…, b(b−1)/2)`. size: the side `b`. Returns `(…, b, b)` of the same dtype.
     """
-    upper, lower = _places(size, free.device)
-    place, sign = upper.new_zeros(size * size), free.new_zeros(size * size)
-    place[upper] = place[lower] = torch.arange(len(upper), device=free.device)
-    sign[upper], sign[lower] = 1, -1
+    place, sign = _origins(size, free.device)
     rows = free.reshape(-1, free.shape[-1])  # PyTorch selects from a matrix much faster than with more dimensions
-    return (rows.index_select(1, place) * sign).reshape(*free.shape[:-1], size, size)
+    return (rows.index_select(1, place) * sign.to(free.dtype)).reshape(*free.shape[:-1], size, size)
 
 
 def _skew_gradient(grad: Tensor) -> Tensor:
@@ -57,10 +54,23 @@ def _skew_gradient(grad: Tensor) -> Tensor:
     return entries.index_select(-1, upper).sub_(entries.index_select(-1, lower))
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the free numbers are in a flattened matrix: above the diagonal, and mirrored below."""
-    row, column = torch.triu_indices(size, size, offset=1, device=device)
-    return row * size + column, column * size + row
+    row, column = torch.triu_indices(size, size, offset=1)
+    return (row * size + column).to(device), (column * size + row).to(device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _origins(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which free number is at each place of a flattened matrix, and its sign there, float32: 0 on the diagonal."""
+    upper, lower = _places(size, torch.device("cpu"))
+    place, sign = torch.zeros(size * size, dtype=torch.long), torch.zeros(size * size)
+    place[upper] = place[lower] = torch.arange(len(upper))
+    sign[upper], sign[lower] = 1, -1
+    return place.to(device), sign.to(device)
 
 
 class _Cayley(torch.autograd.Function):
@@ -71,10 +81,12 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, size: int, dtype: torch.dtype, *free: Tensor) -> tuple[Tensor, ...]:
-        made = free[0].new_empty(len(free), *free[0].shape[:-1], size, size, dtype=dtype)
-        for run in _runs(len(free), made[0]):
-            made[run] = _solve(skew_symmetric(torch.stack(free[run]), size))
-        rotations = made.unbind()
+        runs = _runs(len(free), free[0].shape[:-1].numel() * size * size, free[0].device)
+        rotations = tuple(
+            rotation
+            for run in runs
+            for rotation in _solve(skew_symmetric(torch.stack(free[run]), size)).to(dtype).unbind()
+        )
         ctx.save_for_backward(*rotations)
         return rotations
 
@@ -82,7 +94,7 @@ class _Cayley(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         by_free: list[Tensor] = []
-        for run in _runs(len(grads), grads[0]):
+        for run in _runs(len(grads), grads[0].numel(), grads[0].device):
             q, grad = (torch.stack(tensors[run]).flatten(0, -3) for tensors in (ctx.saved_tensors, grads))
             q, grad = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (q, grad))
             half = torch.baddbmm(grad, q.mT, grad)
@@ -102,9 +114,9 @@ def cayley(free: Sequence[Tensor], size: int, dtype: torch.dtype) -> tuple[Tenso
     return _Cayley.apply(size, dtype, *free)
 
 
-def _runs(count: int, one: Tensor) -> list[slice]:
-    """Runs of so many tensors that are computed at a time: on a CPU what a core's cache holds, else all."""
-    step = max(1, ENTRIES_AT_ONCE // one.numel()) if one.is_cpu else count
+def _runs(count: int, entries: int, device: torch.device) -> list[slice]:
+    """Runs of so many tensors of so many entries that are computed at a time: on a CPU what a core's cache holds."""
+    step = max(1, ENTRIES_AT_ONCE // entries) if device.type == "cpu" else count
     return [slice(first, first + step) for first in range(0, count, step)]
 
 

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gsoft.blocks import orthogonal_blocks
-from gsoft.products import RotationBlocks, rotate_weights, weight_side_is_cheaper
+from gsoft.costs import weight_side_is_cheaper, weights_at_once
+from gsoft.products import RotationBlocks, rotate_weights
 from gsoft.rotation import Rotation
-
-# Entries of weights that are made at a time: more calls cost time below, and a core's cache above.
-WEIGHT_ENTRIES_AT_ONCE = 2**18
 
 
 class RotationCache:
@@ -29,12 +27,14 @@ class RotationCache:
 
     A parameter has changed if PyTorch counted a new version of it, or if its value differs after a backward pass: some
     optimizers write behind the version's back. The first time that this has to be asked there is nothing to compare
-    with yet, and it is taken to have changed.
+    with yet, and it is taken to have changed. So it always is on a GPU, where a comparison would wait for the device.
     """
 
     def __init__(self, rotations: Sequence[Rotation], linears: Sequence[nn.Linear] = ()) -> None:
         """rotations: of equal shape. linears: their layers in the same order; without them, one weight at a time."""
         self._rotations, self._linears = tuple(rotations), tuple(linears)
+        self._on_activations: set[int] = set()  # layers that rotated their activations the last time
+        self._trained = False  # whether there has been a backward pass
         self._compares = False  # whether values have been needed: until then no copy of them is made
         self.clear()
 
@@ -44,7 +44,7 @@ class RotationCache:
         self._weights: dict[int, tuple[object, Tensor]] = {}  # and the states of the weights that they were made from
         self._values: Tensor | None = None  # of all parameters, from which all this was made
         self._states: list[list[object]] = []
-        self._all_identity = False
+        self._all_identity: bool | None = None  # not known yet
         self._has_graph = self._differentiated = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,16 +52,28 @@ class RotationCache:
         empty = RotationCache(())
         return vars(empty) | {"_rotations": self._rotations, "_linears": self._linears}
 
-    def weight_side(self, tokens: int, weight: Tensor) -> bool:
-        """Whether a layer should rotate its weight in training; see `weight_side_is_cheaper`.
+    def weight_side(self, index: int, tokens: int, weight: Tensor) -> bool:
+        """Whether a layer should rotate its weight in training; see `gsoft.costs.weight_side_is_cheaper`.
 
-        tokens: how many vectors go through the layer. weight: `(out, in)`.
+        index: the layer's place. tokens: how many vectors go through it. weight: its `W (out, in)`.
         """
-        return self._weights_at_once(weight) > 1 or weight_side_is_cheaper(tokens, weight)
+        chosen = weight_side_is_cheaper(tokens, weight, self._weights_at_once(weight))
+        (self._on_activations.discard if chosen else self._on_activations.add)(index)
+        return chosen
+
+    def expects_weight_side(self, index: int) -> bool:
+        """Whether a layer is expected to rotate its weight in the next pass. index: the layer's place."""
+        return index not in self._on_activations
 
     @property
     def all_identity(self) -> bool:
-        """Whether all rotations are identities and all scales 1, as of the last call of `blocks` or `weight`."""
+        """Whether all rotations are identities and all scales 1, as of the last call of `blocks` or `weight`.
+
+        After the first backward pass they are taken to have learned something, so that a training step need not wait
+        for a GPU to look.
+        """
+        if self._all_identity is None:
+            self._all_identity = not self._trained and all(rotation.is_identity for rotation in self._rotations)
         return self._all_identity
 
     def blocks(self, index: int, dtype: torch.dtype = torch.float32) -> RotationBlocks:
@@ -84,7 +96,7 @@ class RotationCache:
             indices, weights = [index], [weight]
             if count > 1:
                 near = range(index - index % count, len(self._linears))[:count]
-                indices = [i for i in near if self._linears[i].weight.dtype == weight.dtype]
+                indices = [i for i in near if i == index or self._goes_along(i, weight.dtype)]
                 weights = [self._linears[i].weight for i in indices]
             rotated = self._rotated(weights, [self._all_blocks(torch.float32)[i] for i in indices])
             for i, base, made in zip(indices, weights, rotated, strict=True):
@@ -93,14 +105,18 @@ class RotationCache:
 
     def differentiated(self) -> None:
         """Call it when a gradient went through a cached tensor: an optimizer may change parameters next."""
-        self._differentiated = True
+        self._differentiated = self._trained = True
 
     def drop_weight(self, index: int) -> None:
         """Drop one cached weight, which has been merged."""
         self._weights.pop(index, None)
 
     def _weights_at_once(self, weight: Tensor) -> int:
-        return max(1, WEIGHT_ENTRIES_AT_ONCE // weight.numel()) if self._linears else 1
+        return weights_at_once(weight) if self._linears else 1
+
+    def _goes_along(self, index: int, dtype: torch.dtype) -> bool:
+        """Whether a layer's weight is made together with another of this dtype."""
+        return self._linears[index].weight.dtype == dtype and self.expects_weight_side(index)
 
     def _drop_outdated(self, index: int) -> None:
         own = list(self._rotations[index].parameters())
@@ -113,13 +129,13 @@ class RotationCache:
         same = states == self._states
         if same and self._differentiated:
             # Gradients are accumulated, or an optimizer wrote behind the version's back: only the values tell.
-            same, self._compares = self._values is not None and torch.equal(_values(parameters), self._values), True
+            self._compares = parameters[0].is_cpu
+            same = self._compares and self._values is not None and torch.equal(_values(parameters), self._values)
         if not same or (wants_graph and not self._has_graph):
             self.clear()
             if self._compares:
                 self._values = _values(parameters)
             self._has_graph = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-            self._all_identity = all(rotation.is_identity for rotation in self._rotations)
         self._states, self._differentiated = states, False
 
     def _all_blocks(self, dtype: torch.dtype) -> list[RotationBlocks]:

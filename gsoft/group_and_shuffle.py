@@ -23,55 +23,51 @@ from torch import Tensor
 from gsoft.errors import GSOFTError
 
 
-def rotate(blocks: Tensor, x: Tensor) -> Tensor:
+def rotate(blocks: Tensor, x: Tensor, *, rows: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """`Q x`, factor by factor (paper, Definitions 5.1 and 5.2; for `m = 2`, §6.1).
 
-    blocks: `(…, m, r, b, b)`, the diagonal blocks of `B_1 … B_m`. x: `(…, n, T)` of the same dtype, and so the result.
-    Leading dimensions, equal in both, are a batch.
+    blocks: `(…, m, r, b, b)`, the diagonal blocks of `B_1 … B_m`. x: `(…, n, T)` of any layout, taken in the dtype of
+    the blocks. Leading dimensions, equal in both, are a batch. rows: return `(Q x)ᵀ (…, T, n)` instead of `(…, n, T)`.
+    dtype: of the result, unless it is that of the blocks. The result is contiguous.
     """
-    nfactors, nblocks, size, _ = blocks.shape[-4:]
-    x = x.unflatten(-2, (nblocks, size))
+    nfactors = blocks.shape[-4]
+    x = _grouped(x, blocks)
     for index in range(nfactors):
         x = group(blocks[..., index, :, :, :], shuffle(x) if index else x)
-    for _ in range(nfactors - 1):
-        x = unshuffle(x)
-    return x.flatten(-3, -2)
+    return _ungrouped(x, nfactors - 1, rows, dtype or blocks.dtype)
 
 
-def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
-    """`Qᵀ x`, which undoes `rotate` as far as the blocks are orthogonal.
-
-    blocks: `(…, m, r, b, b)`. x: `(…, n, T)` of the same dtype, and so the result.
-    """
-    nfactors, nblocks, size, _ = blocks.shape[-4:]
-    x = x.unflatten(-2, (nblocks, size))
+def rotate_back(blocks: Tensor, x: Tensor, *, rows: bool = False) -> Tensor:
+    """`Qᵀ x`, which undoes `rotate` as far as the blocks are orthogonal. Arguments and result as in `rotate`."""
+    nfactors = blocks.shape[-4]
+    x = _grouped(x, blocks)
     for _ in range(nfactors - 1):
         x = shuffle(x)
     for index in reversed(range(nfactors)):
         x = group(blocks[..., index, :, :, :].mT, x)
         if index:
             x = unshuffle(x)
-    return x.flatten(-3, -2)
+    return _ungrouped(x, 0, rows, blocks.dtype)
 
 
 def rotate_gradients(blocks: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a loss by `blocks` and by `B_1 x` from its gradient by `y = Q x`, in closed form.
 
-    blocks: `(…, m, r, b, b)`. x: `(…, n, T)`. grad: the gradient by `y`, `(…, n, T)`. All of one dtype, and so the
-    results `(…, m, r, b, b)` and `(…, r, b, T)`.
+    blocks: `(…, m, r, b, b)`. x: `(…, n, T)`. grad: the gradient by `y`, `(…, n, T)`. Both of any layout, taken in the
+    dtype of the blocks, which the results `(…, m, r, b, b)` and `(…, r, b, T)` have.
 
     The gradient by `B_1 x` is one product before that by `x`, which not everyone needs: `back_to_input`. What the
     factors made of `x` on the way is not kept from the forward pass but made again. For `y = Qᵀ x` the gradient by the
     blocks is that of `rotate_gradients(blocks, grad, x)`: `⟨g, Qᵀx⟩ = ⟨x, Q g⟩`.
     """
-    nfactors, nblocks, size, _ = blocks.shape[-4:]
-    inputs = [x.unflatten(-2, (nblocks, size))]
+    nfactors = blocks.shape[-4]
+    inputs = [_laid_out(_grouped(x, blocks), blocks.dtype)]  # contiguous, as it goes into two products
     for index in range(nfactors - 1):
-        inputs.append(shuffle(group(blocks[..., index, :, :, :], inputs[-1])).contiguous())  # for two products
-    grad = grad.unflatten(-2, (nblocks, size))
+        inputs.append(shuffle(group(blocks[..., index, :, :, :], inputs[-1])).contiguous())
+    grad = _grouped(grad, blocks)
     for _ in range(nfactors - 1):
         grad = shuffle(grad)
-    grad = grad.contiguous()  # for two products as well
+    grad = _laid_out(grad, blocks.dtype)
     by_block = []
     for index in reversed(range(nfactors)):
         by_block.append(batched_product(grad, inputs.pop().mT))
@@ -95,6 +91,8 @@ def back_to_input_rows(blocks: Tensor, grad: Tensor) -> Tensor:
     which also turns columns into rows on its way.
     """
     first, grad = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (blocks[:, 0], grad))  # (r, N·b, b or T)
+    if torch.compiler.is_compiling():  # which cannot write into a transposed result
+        return torch.bmm(grad.mT, first).transpose(0, 1).flatten(1)
     rows = grad.new_empty(grad.shape[-1], len(first), first.shape[-1])
     torch.bmm(grad.mT, first, out=rows.transpose(0, 1))
     return rows.flatten(1)
@@ -126,9 +124,34 @@ def scale_gradient(blocks: Tensor, grad: Tensor) -> Tensor:
     return by_scale.flatten(-3)
 
 
+def _grouped(x: Tensor, blocks: Tensor) -> Tensor:
+    """A view of x `(…, n, T)` as one matrix for each block, `(…, r, b, T)`."""
+    return x.unflatten(-2, blocks.shape[-3:-1])
+
+
+def _ungrouped(x: Tensor, unshuffles: int, rows: bool, dtype: torch.dtype) -> Tensor:
+    """Columns `(…, n, T)` or rows `(…, T, n)` of x `(…, r, b, T)` after so many `unshuffle`; the last copy does it all."""
+    for _ in range(unshuffles - 1):
+        x = unshuffle(x)
+    if unshuffles:
+        x = x.transpose(-3, -2)
+    x = _laid_out(x.movedim(-1, -3) if rows else x, dtype)
+    return x.flatten(-2) if rows else x.flatten(-3, -2)
+
+
+def _laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous and of this dtype, in one copy or none."""
+    return x.contiguous() if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
 def group(factor: Tensor, x: Tensor) -> Tensor:
-    """`B x`: block `i` of the factor `(…, r, b, b)` acts on the `i`-th run of `b` entries of x `(…, r, b, T)`."""
-    return factor * x if factor.shape[-1] == 1 else batched_product(factor, x)
+    """`B x`: block `i` of the factor `(…, r, b, b)` acts on the `i`-th run of `b` entries of x `(…, r, b, T)`.
+
+    x may be of another dtype; the result has the factor's.
+    """
+    if factor.shape[-1] == 1:
+        return factor * x.to(factor.dtype)
+    return batched_product(factor, x if x.dtype == factor.dtype else _laid_out(x, factor.dtype))
 
 
 def shuffle(x: Tensor) -> Tensor:

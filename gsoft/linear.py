@@ -24,22 +24,41 @@ class RotatedLayer:
 
     rotation: the learned numbers, which belong to an `Adapter`. enabled: False leaves the layer as it is.
     cache, index: where what is made of the learned numbers is kept, shared with other layers after `share`.
+    prepared: what a graph of `torch.compile` computes with in this call of the model: see `prepare`.
     """
 
     def __init__(self, rotation: Rotation) -> None:
         self.rotation = rotation
         self.enabled = True
         self.cache, self.index = RotationCache([rotation]), 0
+        self.prepared: Tensor | RotationBlocks | None = None
+        self._keeps_weight = True
         self._kept_weight = KeptWeight()
 
-    def share(self, cache: RotationCache, index: int) -> None:
+    def share(self, cache: RotationCache, index: int, keeps_weight: bool = True) -> None:
         """Have blocks and weights made together with those of a cache's other layers.
 
-        cache: holds this layer's rotation among others. index: its place there.
+        cache: holds this layer's rotation among others. index: its place there. keeps_weight: False if there is no room
+        for another weight of this layer's size (see `gsoft.costs.KEPT_WEIGHT_BYTES`): it then rotates its activations.
         """
-        self.cache, self.index = cache, index
+        self.cache, self.index, self._keeps_weight = cache, index, keeps_weight
 
-    @torch.compiler.disable
+    def prepare(self, linear: nn.Linear) -> None:
+        """Make `W'` before the model computes, or the blocks where there is no room for it.
+
+        linear: the frozen layer. In a graph of `torch.compile` the layer is then an ordinary product with the tensor
+        `prepared`. What learned numbers have become is not looked up there: whoever calls a compiled part of a model by
+        itself prepares its layers before. Raises GSOFTError as `check` does.
+        """
+        self.prepared = None
+        if not self.active:
+            return
+        self.check(linear)
+        if not self._keeps_weight:
+            self.prepared = self.cache.blocks(self.index, linear.weight.dtype)
+        elif self.cache.expects_weight_side(self.index):
+            self.prepared = self.cache.weight(self.index, linear.weight)
+
     def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """What the rotated layer makes of x (paper, §6.1 and §6.2).
 
@@ -53,6 +72,15 @@ class RotatedLayer:
         """
         if not self.active:
             return linear(x)
+        if torch.compiler.is_compiling():
+            if isinstance(self.prepared, Tensor):
+                return F.linear(x, self.prepared, linear.bias)
+            if self.prepared is not None and not torch.is_autocast_enabled(x.device.type):
+                return rotate_activations(x, [(linear.weight, linear.bias)], [self.prepared], identity=False)[0]
+        return self._compute(linear, x)
+
+    @torch.compiler.disable
+    def _compute(self, linear: nn.Linear, x: Tensor) -> Tensor:
         self.check(linear)
         if self.rotates_activations(linear, x):
             return _with_rotated_activations([self], [linear], x)[0]
@@ -82,10 +110,12 @@ class RotatedLayer:
         linear: the frozen layer. x: `(…, in_features)`. autocast decides by itself what is computed in which precision;
         it is left to do so in one plain product.
         """
+        if not self._keeps_weight:
+            return not torch.is_autocast_enabled(x.device.type)
         rotation = self.rotation
         if not (torch.is_grad_enabled() and rotation.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
             return False
-        return not self.cache.weight_side(x.numel() // rotation.in_features, linear.weight)
+        return not self.cache.weight_side(self.index, x.numel() // rotation.in_features, linear.weight)
 
     def rotated_weight(self, weight: Tensor) -> Tensor:
         """`W' = s·Q_out W Q_in` (paper, §6.2; §6.1 without `Q_out`), in the dtype of W `(out, in)`.
@@ -130,13 +160,14 @@ class RotatedLayer:
         return max(errors)
 
 
-@torch.compiler.disable
 def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
     """What each of several layers makes of the same x; equal-shaped ones that rotate it do so together.
 
     layers: one or more. linears: their frozen layers, in the same order. x: `(…, in_features)`. Returns one tensor
     `(…, out_features)` for each. Raises GSOFTError as `RotatedLayer.check` does.
     """
+    if torch.compiler.is_compiling():
+        return [layer(linear, x) for layer, linear in zip(layers, linears, strict=True)]
     first = layers[0]
     alike = all(layer.cache is first.cache and layer.active for layer in layers)
     if alike:

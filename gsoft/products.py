@@ -31,25 +31,6 @@ from gsoft.group_and_shuffle import (
     scale_outputs_,
 )
 
-# While one entry of a tensor goes through all block products of a training step, on either side, a dense product does
-# about this many multiply-adds (measured on a CPU for blocks up to 32: see docs/performance.md). Times the item size,
-# because products in half precision run twice as fast.
-PASSES = 1600
-
-
-def weight_side_is_cheaper(tokens: int, weight: Tensor) -> bool:
-    """Whether a training step costs less with the weight rotated than with the activations, by counting.
-
-    tokens: how many vectors go through the layer. weight: `(out, in)`, of which shape and dtype count.
-
-    On the weight's side its `out·in` entries go through the blocks, and `tokens·out·in` multiply-adds make its
-    gradient; on the activations' side `tokens·in` entries go through the inner half of the blocks, `tokens·out` through
-    the outer half.
-    """
-    out_features, in_features = weight.shape
-    passes = PASSES // weight.element_size()
-    return out_features * in_features * (tokens + passes) <= tokens * (in_features + out_features) * passes / 2
-
 
 class RotationBlocks(NamedTuple):
     """What is put around one weight `(out, in)`.
@@ -95,25 +76,24 @@ class _RotatedWeights(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         weights, *rotations = _split(tensors, 4)
-        transposed = _stacked_transposed(weights)
-        with torch.autocast(transposed.device.type, enabled=False):
-            q_in, scaled_q_out = _blocks(transposed.dtype, *rotations)
-            rotated = _transposed(rotate_back(q_in, transposed))
-            if scaled_q_out is not None:
-                rotated = rotate(scaled_q_out, rotated)
-        return rotated.to(weights[0].dtype).unbind()
+        with torch.autocast(weights[0].device.type, enabled=False):
+            stacked = torch.stack(weights)
+            q_in, scaled_q_out = _blocks(_computed_in(stacked), *rotations)
+            if scaled_q_out is None:
+                return rotate_back(q_in, stacked.mT, rows=True).to(stacked.dtype).unbind()
+            return rotate(scaled_q_out, rotate_back(q_in, stacked.mT).mT, dtype=stacked.dtype).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights, *rotations = _split(ctx.saved_tensors, 4)
-        transposed = _stacked_transposed(weights)
-        q_in, scaled_q_out = _blocks(transposed.dtype, *rotations)
-        grad, by_scaled_q_out = torch.stack(grads).to(transposed.dtype), None
+        transposed = torch.stack(weights).mT
+        q_in, scaled_q_out = _blocks(_computed_in(transposed), *rotations)
+        grad, by_scaled_q_out = torch.stack(grads), None
         if scaled_q_out is not None:
-            by_scaled_q_out, grad = rotate_gradients(scaled_q_out, _transposed(rotate_back(q_in, transposed)), grad)
+            by_scaled_q_out, grad = rotate_gradients(scaled_q_out, rotate_back(q_in, transposed).mT, grad)
             grad = back_to_input(scaled_q_out, grad)
-        by_q_in, _ = rotate_gradients(q_in, _transposed(grad), transposed)
+        by_q_in, _ = rotate_gradients(q_in, grad.mT, transposed)
         return *(None for _ in weights), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 
@@ -128,7 +108,7 @@ class _RotatedActivations(torch.autograd.Function):
         weights, biases, *rotations = _split(tensors, 5)
         ctx.shape = x.shape
         x = x.reshape(-1, x.shape[-1])  # (T, in)
-        columns = _transposed(x)
+        columns = x.mT.contiguous()
         q_in, scaled_q_out = _blocks(x.dtype, *rotations)
         if identity:
             outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -136,7 +116,7 @@ class _RotatedActivations(torch.autograd.Function):
         else:
             z = rotate(q_in, columns.expand(count, -1, -1))  # (N, in, T)
             h = _products(weights, z)  # (N, out, T)
-            outputs = [_transposed(y) for y in (h if scaled_q_out is None else rotate(scaled_q_out, h))]
+            outputs = list(h.mT.contiguous() if scaled_q_out is None else rotate(scaled_q_out, h, rows=True))
             outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
         ctx.save_for_backward(columns, None if scaled_q_out is None else h, *weights, *chain(*rotations))
         return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
@@ -148,7 +128,7 @@ class _RotatedActivations(torch.autograd.Function):
         weights, *rotations = _split(tensors, 4)
         q_in, scaled_q_out = _blocks(x.dtype, *rotations)
         count, by_scaled_q_out = len(grads), None
-        grad = torch.stack([_transposed(grad.reshape(-1, grad.shape[-1])) for grad in grads])  # (N, out, T)
+        grad = torch.stack([grad.reshape(-1, grad.shape[-1]) for grad in grads]).mT  # (N, out, T)
         if scaled_q_out is not None:
             by_scaled_q_out, grad = rotate_gradients(scaled_q_out, h, grad)
             grad = back_to_input(scaled_q_out, grad)
@@ -168,7 +148,7 @@ def _blocks(
     dtype: torch.dtype, q_ins: Sequence[Tensor], q_outs: Sequence[Tensor | None], scales: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of `Q_in` and of `S = diag(s)·Q_out` of N layers, `(N, m, r, b, b)`; no S if there is neither."""
-    q_in = torch.stack(tuple(q_ins)).to(dtype)
+    q_in = _stacked_blocks(q_ins).to(dtype)
     scaled_q_out = _unscaled(q_outs, scales)
     if scaled_q_out is not None and scales[0] is not None:
         scaled_q_out = scale_outputs_(scaled_q_out, torch.stack(tuple(scales)))  # type: ignore[arg-type]
@@ -178,8 +158,13 @@ def _blocks(
 def _unscaled(q_outs: Sequence[Any], scales: Sequence[Any]) -> Tensor | None:
     """Blocks of `Q_out`, a copy; without it, but with a scale, of an identity in blocks of side 1."""
     if q_outs[0] is not None:
-        return torch.stack(tuple(q_outs))
+        return _stacked_blocks(q_outs)
     return None if scales[0] is None else scales[0].new_ones(len(scales), 1, len(scales[0]), 1, 1)
+
+
+def _stacked_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks `(m, r, b, b)` of N layers as `(N, m, r, b, b)`, in memory factor by factor, as they are used."""
+    return torch.stack(tuple(blocks), dim=1).transpose(0, 1)
 
 
 def _rotation_gradients(
@@ -210,11 +195,6 @@ def _products(weights: Sequence[Tensor], vectors: Tensor) -> Tensor:
     return made
 
 
-def _stacked_transposed(weights: Sequence[Tensor]) -> Tensor:
-    """`Wᵀ (N, in, out)`, in float32 or float64."""
-    return _transposed(torch.stack([weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]))
-
-
-def _transposed(x: Tensor) -> Tensor:
-    """The transposed matrix, contiguous: block products on contiguous columns are several times faster."""
-    return x.mT.contiguous()
+def _computed_in(weights: Tensor) -> torch.dtype:
+    """Float32 or float64: in which weights are rotated, whatever their own dtype."""
+    return torch.promote_types(weights.dtype, torch.float32)

@@ -38,7 +38,7 @@ from pretraining.precision import fast_autocast
 from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_pixels
 
 BATCH = 32
-PEAK_LR = 6e-4
+PEAK_LR = 1e-3
 WIDTHS = (96, 192)
 EMPTY_CAPTIONS = 0.1
 AVERAGES = (0.9995, 0.9999)  # share that each average keeps at an update

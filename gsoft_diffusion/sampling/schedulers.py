@@ -90,18 +90,19 @@ def denoise(
 ) -> Tensor:
     """Latents (N, C, h, w) that the scheduler makes of noise.
 
-    scheduler: one of diffusers', with its steps set.
+    scheduler: one of diffusers', with its steps set, and its timesteps on the CPU: by a timestep a scheduler looks up
+      numbers, for which it would wait for a GPU.
     noise: (N, C, h, w), standard normal; the latents have its dtype and device.
-    predict: called as `predict(noisy_latents, timestep)` at each step, with a timestep (); returns the prediction in
-      the latents' shape.
+    predict: called as `predict(noisy_latents, timestep)` at each step, with a timestep () on the latents' device;
+      returns the prediction in the latents' shape.
     generators: one for each sample, for what some schedulers draw on the way.
     """
     latents = noise * getattr(scheduler, "init_noise_sigma", 1)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": list(generators)} if takes_generator else {}
-    for timestep in scheduler.timesteps:
+    for timestep, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(latents.device), strict=True):
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        latents = scheduler.step(predict(scaled, timestep), timestep, latents, **options).prev_sample
+        latents = scheduler.step(predict(scaled, on_device), timestep, latents, **options).prev_sample
     return latents
 
 

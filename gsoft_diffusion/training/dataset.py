@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from gsoft_diffusion.photos.crops import Variant, nearest_size, pixels, subject_weights, variants, view
@@ -61,7 +61,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     `moments` (2·C, h, w) if latents are cached, else `pixels` (3, H, W) in [-1, 1];
     `view` (6,), how the photo is shown (see `crops.view`); `weights` (1, h, w) of the loss, if masks are used;
     `latent_noise` and `noise` (C, h, w): what draws the latents, and what diffusion adds; `offset` (C, 1, 1);
-    `timestep` (); `prompt` (), a number in `prompts`; `is_prior` (), bool.
+    `timestep` (), a whole number; `prompt` (), a number in `prompts`; `is_prior` (), bool.
 
     All samples of a batch have one size. A cycle of as many batches as there are subject's photos gives each size as
     many batches as photos have it, in random order, so all photos come up equally often. Class photos are cropped to
@@ -177,6 +177,18 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
             _, height, width = self.view_settings.sizes[variant.size]
             picture["weights"] = subject_weights(photo, variant, (width, height), self.view_settings.unmasked_weight)
         return picture
+
+
+def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch: the samples' tensors stacked, and prompts that several samples share only once.
+
+    samples: one or more, as `DreamBoothDataset` makes them. In place of each sample's `prompt`, the batch has the
+    different prompts' numbers, `prompts` (K,), and the place of each sample's among them, `prompt_of` (B,).
+    """
+    batch = default_collate(samples)
+    # Here, and not where they are encoded: a GPU would be waited for to tell how many they are.
+    batch["prompts"], batch["prompt_of"] = batch.pop("prompt").unique(return_inverse=True)
+    return batch
 
 
 class BatchPositions(Sampler[list[int]]):

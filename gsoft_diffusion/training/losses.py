@@ -53,14 +53,18 @@ def denoising_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = 
 def dreambooth_loss(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Tensor:
     """`mean over the subject's samples + prior_loss_weight · mean over the class's samples`, a scalar.
 
+    A batch without class samples has the first term alone.
+
     losses: (B,), already weighted sample by sample, so each half has been weighted by its own timesteps.
     is_prior: (B,), bool: whether a sample is of the class.
     prior_loss_weight: of the class's half.
 
     Source: Ruiz et al., *DreamBooth*, §3.3.
     """
-    instance = losses[~is_prior].mean()
-    return instance + prior_loss_weight * losses[is_prior].mean() if is_prior.any() else instance
+    # No tensor's shape depends on the values of `is_prior`, for which a GPU would have to be waited for.
+    instance = losses.where(~is_prior, 0).sum() / (~is_prior).sum()
+    prior = losses.where(is_prior, 0).sum() / is_prior.sum().clamp(min=1)
+    return instance + prior_loss_weight * prior
 
 
 def training_loss(

@@ -44,8 +44,9 @@ def make_optimizer(config: TrainingConfig, adapter: TrainableAdapter) -> torch.o
     if config.optimizer == "schedulefree":
         options["warmup_steps"] = config.lr_warmup_steps
     if config.optimizer == "adamw":
-        # Hundreds of small tensors in one call; on a GPU PyTorch knows best.
-        options["fused"] = next(adapter.parameters()).is_cpu
+        # Hundreds of small tensors in one call, which leaves out a step by itself where fp16's gradients overflowed:
+        # PyTorch's other ways wait for the GPU to tell.
+        options["fused"] = True
     assert config.learning_rate is not None, "with_model_defaults sets it"
     return optimizer_class(list(groups.values()), lr=config.learning_rate, **options)
 

@@ -31,17 +31,19 @@ class Predictor(nn.Module):
             prompt_inputs = model.prepare(prompts) if self.text_encoders else model.encode_prompts(prompts)
         self.prompt_inputs = prompt_inputs  # each (prompts, …), on the device
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, views: Tensor) -> Tensor:
+    def forward(
+        self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, prompt_of: Tensor, views: Tensor
+    ) -> Tensor:
         """The prediction (B, C, h, w) in float32, for the prompt and the view of each sample.
 
         noisy_latents: (B, C, h, w).
         timesteps: (B,).
-        prompt_indices: (B,), whole numbers: places in the `prompts` that this was made with.
+        prompts: (K,), whole numbers: the prompts that are encoded, as places in the `prompts` that this was made with.
+        prompt_of: (B,), whole numbers: the place among those K of each sample's.
         views: (B, 6), as `photos.crops.view` gives them.
         """
-        different, numbers = prompt_indices.unique(return_inverse=True)
-        prompts = {name: tensor[different] for name, tensor in self.prompt_inputs.items()}
+        encoded = {name: tensor[prompts] for name, tensor in self.prompt_inputs.items()}
         if self.text_encoders:
-            prompts = self.model.encode(prompts)
-        conditioning = {name: tensor[numbers] for name, tensor in prompts.items()}
+            encoded = self.model.encode(encoded)
+        conditioning = {name: tensor[prompt_of] for name, tensor in encoded.items()}
         return self.model.predict(noisy_latents, timesteps, conditioning, views)

@@ -25,7 +25,7 @@ from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.circumstances import BASE_WEIGHTS, circumstances
-from gsoft_diffusion.training.dataset import BatchPositions
+from gsoft_diffusion.training.dataset import BatchPositions, collate
 from gsoft_diffusion.training.optimizer import make_lr_scheduler, make_optimizer
 from gsoft_diffusion.training.outputs import RunOutputs
 from gsoft_diffusion.training.predictor import Predictor
@@ -90,8 +90,9 @@ class Run:
         self.dataset = make_dataset(config, model, instance, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
         predictor = Predictor(model, adapter, self.dataset.prompts).train()
-        prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
+        # Before accelerate remembers the optimizer's `step`, which PyTorch's schedules put a counter around.
         lr_scheduler = make_lr_scheduler(config, optimizer)
+        prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
         self.state = TrainingState(adapter, prepared, prepared_optimizer, lr_scheduler, accelerator.scaler)
         self.tracking = Tracking(config, accelerator)
         self.training_step = TrainingStep(config, accelerator, model, self.state)
@@ -154,9 +155,9 @@ class Run:
                     losses.append(step.backward(batch))
                     if not accelerator.sync_gradients:
                         continue
-                    loss, stopping = step.agree(losses, stop.requested)
+                    loss, norm, stopping = step.agree(losses, step.clip(), stop.requested)
                     losses.clear()
-                    step.update(loss)
+                    step.update(loss, norm)
                 state.step += 1
                 recent.append(loss)
                 self._report(recent, progress)
@@ -168,16 +169,19 @@ class Run:
                     self.validation.draw(stop)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """The run's remaining batches, on the device."""
-        config, accelerator = self.config, self.accelerator
+        """The run's remaining batches, on the device: as `collate` makes them, with the model's timesteps."""
+        config, device = self.config, self.accelerator.device
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.positions(),
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",  # so that copies to the GPU need not wait for what it is doing
             num_workers=0 if config.cache_latents else config.dataloader_num_workers,
             worker_init_fn=leave_signals_to_the_run,
         )
         for batch in loader:
-            yield {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            batch["timestep"] = self.model.draw_timesteps(batch["timestep"])
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def positions(self) -> BatchPositions:
         """What this process's remaining batches consist of."""

@@ -22,7 +22,10 @@ from gsoft_diffusion.training.state import TrainingState
 
 
 class TrainingStep:
-    """The parts of a step, in their order: `backward` for each batch, `agree`, `update`. It counts no steps itself."""
+    """The parts of a step, in their order: `backward` for each batch, `clip`, `agree`, `update`.
+
+    It counts no steps itself. Only `agree` waits for the device, once; all else can be queued there meanwhile.
+    """
 
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator, model: BaseModel, state: TrainingState
@@ -38,7 +41,7 @@ class TrainingStep:
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Run forward and backward pass for one batch of this process.
 
-        batch: as `DreamBoothDataset` makes it, on the device. Returns its loss, a scalar without a graph.
+        batch: as `Run.batches` gives it. Returns its loss, a scalar without a graph.
         """
         # All else has its own generators; this is for models with dropout.
         torch.manual_seed(derived_seed(self.config.seed, DROPOUT, self.state.step, self.accelerator.process_index))
@@ -47,14 +50,13 @@ class TrainingStep:
         return loss.detach()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss, a scalar, of a batch as `DreamBoothDataset` makes it, on the device."""
-        config, model = self.config, self.model
-        timesteps = model.draw_timesteps(batch["timestep"])
+        """The loss, a scalar, of a batch as `Run.batches` gives it."""
+        config, model, timesteps = self.config, self.model, batch["timestep"]
         moments = batch["moments"] if "moments" in batch else model.encode_images(batch["pixels"])
         latents = model.sample_latents(moments, batch["latent_noise"])
         noise = add_offset(batch["noise"], batch["offset"], config.offset_noise)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        model_pred = self.state.predictor(noisy_latents, timesteps, batch["prompt"], batch["view"])
+        model_pred = self.state.predictor(noisy_latents, timesteps, batch["prompts"], batch["prompt_of"], batch["view"])
         return training_loss(
             model_pred,
             prediction_target(self.noise_scheduler, latents, noise, timesteps),
@@ -66,33 +68,38 @@ class TrainingStep:
             weights=batch.get("weights"),
         )
 
-    def agree(self, losses: Sequence[Tensor], stop: bool) -> tuple[float, bool]:
-        """Find the step's mean loss over all processes, and whether any of them was asked to stop.
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their norm before that, a scalar on the device."""
+        max_norm = self.config.max_grad_norm or math.inf
+        return self.accelerator.clip_grad_norm_(self.state.adapter.parameters(), max_norm)
+
+    def agree(self, losses: Sequence[Tensor], norm: Tensor, stop: bool) -> tuple[float, float, bool]:
+        """Find the step's mean loss over all processes, the gradients' norm, and whether any was asked to stop.
 
         losses: scalars, one for each batch of this process since the last optimizer step.
+        norm: what `clip` returned.
         stop: whether this process was asked to stop.
 
         A signal may reach one process alone, but if only one acted on it, the others would wait for it for ever.
         """
-        told = self.accelerator.gather(torch.stack([*losses, torch.full_like(losses[0], float(stop))]))
-        told = told.view(self.accelerator.num_processes, -1)
-        return told[:, :-1].mean().item(), bool(told[:, -1].any())
+        known = self.accelerator.gather(torch.stack([*losses, norm, torch.full_like(norm, float(stop))]))
+        known = known.view(self.accelerator.num_processes, -1).cpu()
+        return known[:, :-2].mean().item(), known[:, -2].max().item(), bool(known[:, -1].any())
 
-    def update(self, loss: float) -> None:
-        """Clip the gradients and take the optimizer's step; where fp16's scaler skips it, count that in
-        `state.skipped`.
+    def update(self, loss: float, norm: float) -> None:
+        """Take the optimizer's step; where fp16's scaler skips it, count that in `state.skipped`.
 
-        loss: the step's, as `agree` gave it. Raises UserError if loss or gradient are not finite, which all processes
-        find out alike.
+        loss, norm: the step's, as `agree` gave them. Raises UserError if loss or gradient are not finite, which all
+        processes find out alike.
         """
-        config, accelerator, state = self.config, self.accelerator, self.state
+        state = self.state
         if not math.isfinite(loss):
             self._stop_at_bad_numbers("loss")
-        norm = accelerator.clip_grad_norm_(state.adapter.parameters(), config.max_grad_norm or math.inf)
-        if state.scaler is None and not norm.isfinite():
+        if state.scaler is None and not math.isfinite(norm):
             self._stop_at_bad_numbers("gradient")
         state.optimizer.step()
-        if accelerator.optimizer_step_was_skipped:
+        if not math.isfinite(norm):
+            # The scaler has seen to it. Whether it says so, too, it knows only of optimizers that are not fused.
             state.skipped += 1
             if state.scaler.get_scale() < 1:  # it has tried everything
                 self._stop_at_bad_numbers("gradient")

@@ -300,22 +300,3 @@ def test_attentions_stay_attentions(adapted):
     assert {type(module) for module in modules} == {GuardedAttention}
     adapter.remove()
     assert {type(module) for module in modules} == {Attention}
-
-
-@pytest.mark.slow
-def test_a_compiled_model_has_the_same_gradients():
-    """The projections stay out of the compiled graphs: what they compute depends on what has changed."""
-    unet = tiny_unet()
-    adapter = inject(CONFIG, unet)
-    randomise(adapter, size=0.1)
-
-    def gradients(model):
-        adapter.zero_grad()
-        run(model).square().sum().backward()
-        return [parameter.grad for parameter in adapter.parameters()]
-
-    plain = gradients(unet)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        compiled = gradients(torch.compile(unet, backend="aot_eager"))
-    for ours, reference in zip(compiled, plain, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gsoft.blocks import free_numbers, orthogonal_blocks
 from gsoft.group_and_shuffle import dense_reference
-from gsoft.products import RotationBlocks, rotate_activations, rotate_weights, weight_side_is_cheaper
+from gsoft.products import RotationBlocks, rotate_activations, rotate_weights
 
 SIDES = ["weight", "activations"]
 MAPS = ("q_in", "q_out", "output_scale")
@@ -150,12 +150,3 @@ def test_layers_together_are_layers_one_by_one(outer):
         results.append([*made, *torch.autograd.grad(loss, leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
-
-
-def test_the_cheaper_side_by_shape():
-    """Stable Diffusion 1.5 at 64×64 latents: the weight only where tokens far outnumber features."""
-    with torch.device("meta"):
-        weights = {n: torch.empty(n, n, dtype=torch.bfloat16) for n in (320, 640, 1280)}
-    assert weight_side_is_cheaper(4096, weights[320])
-    assert not weight_side_is_cheaper(256, weights[1280])
-    assert not weight_side_is_cheaper(77, weights[320])

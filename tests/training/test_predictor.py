@@ -20,7 +20,8 @@ def test_prompt_embeddings_are_those_of_the_prompts(config, text_encoder):
     adapter = inject(AdapterConfig(nblocks=4, text_encoder=text_encoder), model.unet, [model.text_encoder])
     denoiser = Predictor(model, adapter, ["a dog", "a cat"])
     latents, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
-    prediction = denoiser(latents, timesteps, torch.tensor([1, 0, 1]), whole_view(32, 32).repeat(3, 1))
+    views = whole_view(32, 32).repeat(3, 1)
+    prediction = denoiser(latents, timesteps, torch.tensor([1, 0]), torch.tensor([0, 1, 0]), views)
     wanted = model.unet(latents, timesteps, encoder_hidden_states=expected[[1, 0, 1]]).sample
     torch.testing.assert_close(prediction, wanted)
     trained = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}

@@ -13,10 +13,10 @@ from training_runs import assert_same, difference, weights
 
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.training import run as run_module
 from gsoft_diffusion.training import step as step_module
 from gsoft_diffusion.training import train as training
 from gsoft_diffusion.training.checkpoints import read_state
+from gsoft_diffusion.training.dataset import collate
 from gsoft_diffusion.training.run import Run
 from gsoft_diffusion.training.train import train
 
@@ -38,8 +38,7 @@ def test_loss_falls(any_base, config, text_encoder, prior):
     class Measured(Run):
         def measure(self) -> None:
             with torch.no_grad():
-                samples = [self.dataset[position] for position in range(1000, 1032)]
-                batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+                batch = collate([self.dataset[position] for position in range(1000, 1032)])
                 losses.append(self.training_step.loss(batch).item())
 
         def execute(self):
@@ -120,17 +119,7 @@ def fp16_scaler(monkeypatch):
         accelerator.scaler, accelerator.native_amp = scaler, True
         return accelerator
 
-    plain = run_module.make_optimizer
-
-    def make_optimizer(*arguments):
-        optimizer = plain(*arguments)
-        for group in optimizer.param_groups:  # as on GPUs; a fused step would look at the overflow by itself
-            group["fused"] = False
-        optimizer._step_supports_amp_scaling = False
-        return optimizer
-
     monkeypatch.setattr(training, "make_accelerator", make_accelerator)
-    monkeypatch.setattr(run_module, "make_optimizer", make_optimizer)
     return scaler
 
 

@@ -33,7 +33,7 @@ def test_captions_become_prompts(config, monkeypatch, capfd):
     (Path(config.instance_data_dir) / "1.txt").write_text("sks in the snow")
     run, seen = batches(replace(config, with_prior_preservation=True, num_class_images=2), monkeypatch)
     assert run.dataset.prompts == ["a photo of a sks dog", "sks in the snow", "a photo of a dog"]
-    drawn = torch.cat([batch["prompt"] for batch in seen])
+    drawn = torch.cat([batch["prompts"][batch["prompt_of"]] for batch in seen])
     assert set(drawn.tolist()) == {0, 1, 2}
     assert torch.equal(drawn == 2, torch.cat([batch["is_prior"] for batch in seen]))
     assert "subject: 4 pictures, 1 with captions; left out: notes.txt" in capfd.readouterr().out
@@ -81,7 +81,7 @@ def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):
     config = replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=6)
     run, seen = batches(config, monkeypatch)
     assert run.dataset.prompts == [f"a photo of a {name}" for name in ("sks dog", "zwx mug", "dog", "mug")]
-    drawn = torch.cat([batch["prompt"] for batch in seen])
+    drawn = torch.cat([batch["prompts"][batch["prompt_of"]] for batch in seen])
     assert torch.bincount(drawn).tolist() == [8, 4, 6, 6]  # two epochs of the photos, three of the class images
     printed = capfd.readouterr().out
     assert "subject a zwx mug: 2 pictures" in printed

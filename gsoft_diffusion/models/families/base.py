@@ -132,7 +132,7 @@ class BaseModel(ABC):
         return uniform
 
     def make_scheduler(self, kind: Any, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> Any:
-        """A diffusers scheduler with all it takes of the model's settings, its steps set.
+        """A diffusers scheduler with all it takes of the model's settings, its steps set and its timesteps on the CPU.
 
         kind: the scheduler's class.
         num_inference_steps: how many steps it takes from noise to picture.
@@ -141,7 +141,7 @@ class BaseModel(ABC):
         Raises ValueError, as diffusers does, if the scheduler cannot have so many or so few steps.
         """
         scheduler = kind.from_config(self.scheduler.config, clip_sample=False)  # latents go beyond [-1, 1]
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        scheduler.set_timesteps(num_inference_steps)
         return scheduler
 
     def keeps_schedule(self, scheduler: Any) -> bool:

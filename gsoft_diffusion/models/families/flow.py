@@ -49,7 +49,7 @@ class FlowModel(BaseModel):
         scheduler = kind.from_config(config, use_dynamic_shifting=False, shift=shift, **flow)
         takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
         options = {"sigmas": self.sigmas(num_inference_steps)} if takes_sigmas else {}
-        scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
+        scheduler.set_timesteps(num_inference_steps, **options)
         return scheduler
 
     def keeps_schedule(self, scheduler: Any) -> bool:

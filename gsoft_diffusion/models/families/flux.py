@@ -82,7 +82,7 @@ class Flux(FluxModel):
             timestep=timesteps.expand(count) / 1000,
             guidance=torch.full((count,), guidance_scale, device=self.device) if self.takes_guidance else None,
             txt_ids=torch.zeros(text_length, 3, device=self.device),
-            img_ids=places(height // 2, width // 2).to(self.device),
+            img_ids=places(height // 2, width // 2, self.device),
             **conditioning,
         ).sample
         return unpack(packed, height, width).float()
@@ -118,10 +118,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def places(height: int, width: int) -> Tensor:
+def places(height: int, width: int, device: torch.device) -> Tensor:
     """The place of every token of a picture: 0, row and column, (height·width, 3), float32.
 
-    height, width: in tokens.
+    height, width: in tokens. device: where the result is made, so that no copy has to wait.
     """
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+    sides = [torch.arange(side, dtype=torch.float32, device=device) for side in (1, height, width)]
+    return torch.cartesian_prod(*sides)

@@ -104,7 +104,9 @@ class Flux2Klein(FluxModel):
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        return norm.running_mean[:, None, None].to(device), std[:, None, None].to(device)
+        # With `cpu_offload` they are in main memory; nothing waits for these copies.
+        mean, std = (each[:, None, None].to(device, non_blocking=True) for each in (norm.running_mean, std))
+        return mean, std
 
     # Denoising
 
@@ -127,12 +129,12 @@ class Flux2Klein(FluxModel):
             encoder_hidden_states=text,
             timestep=timesteps.expand(count) / 1000,
             guidance=None,
-            txt_ids=_places(1, 1, text.shape[1]).to(self.device),
-            img_ids=_places(height, width, 1).to(self.device),
+            txt_ids=_places(1, 1, text.shape[1], self.device),
+            img_ids=_places(height, width, 1, self.device),
         ).sample
         return tokens.mT.unflatten(2, (height, width)).float()
 
 
-def _places(height: int, width: int, length: int) -> Tensor:
-    """(height·width·length, 4): 0, row, column and place in the text of every token."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(length))
+def _places(height: int, width: int, length: int, device: torch.device) -> Tensor:
+    """(height·width·length, 4): 0, row, column and place in the text of every token, made on the device."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, height, width, length)))

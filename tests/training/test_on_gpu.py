@@ -1,0 +1,136 @@
+"""Every family's whole life on a GPU, a pretended one: training, validation, resuming, drawing, merging, exporting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PIXELS
+from PIL import Image
+from pretended import PretendedTraining, pretended_gpu, pretended_training
+from tiny_families import WRITERS
+from torch import Tensor
+from training_runs import assert_same, difference
+
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.models.families import FAMILIES, Flux2Klein
+from gsoft_diffusion.publish.export import export
+from gsoft_diffusion.sampling.generation import draw
+from gsoft_diffusion.training.train import train
+
+ALONE = AdapterConfig(nblocks=4, text_encoder=False)
+WITH_TEXT_ENCODERS = {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def family_base(family, tmp_path_factory) -> Path:
+    """A tiny model of the family. Read only."""
+    return WRITERS[family](tmp_path_factory.mktemp("base") / family.__name__)
+
+
+@pytest.fixture
+def config(family_base, photos, tmp_path) -> TrainingConfig:
+    """Three steps, with a checkpoint after the second, and a validation picture at the end."""
+    return TrainingConfig(
+        str(photos),
+        class_word="dog",
+        output_dir=str(tmp_path / "run"),
+        pretrained_model_name_or_path=str(family_base),
+        adapter=ALONE,
+        resolution=PIXELS,
+        max_train_steps=3,
+        checkpointing_steps=2,
+        train_batch_size=2,
+        learning_rate=1.0,
+        adam_epsilon=0.1,  # large, so that rounding is not blown up where a gradient is next to nothing
+        num_validation_images=1,
+        validation_prompts=("a dog",),
+        report_to="none",
+        sampler=SamplerConfig(num_inference_steps=2, guidance_scale=2.0),
+    )
+
+
+def learned(config: TrainingConfig) -> dict[str, Tensor]:
+    """The adapter in a run's folder, which must have learned something in every part of the model that it is in."""
+    tensors = read_adapter(config.output_dir or "").tensors
+    changed = {name for name, tensor in tensors.items() if (tensor != name.endswith("output_scale")).any()}
+    assert {name.partition(".")[0] for name in changed} == {name.partition(".")[0] for name in tensors}
+    return tensors
+
+
+def sheet(config: TrainingConfig) -> np.ndarray:
+    """The validation picture of a run."""
+    (path,) = (Path(config.output_dir or "") / "validation").iterdir()
+    return np.asarray(Image.open(path), dtype=int)
+
+
+def assert_resumes(config: TrainingConfig) -> None:
+    """What a whole run has written is what one writes that goes on from the checkpoint."""
+    whole = learned(config)
+    (Path(config.output_dir or "") / "adapter.safetensors").unlink()
+    pretended_training(replace(config, resume_from_checkpoint="latest"))
+    assert_same(whole, learned(config))
+
+
+def assert_waits_once(run: PretendedTraining) -> None:
+    """For the loss, and the gradients' norm with it, in the second step: the first copies tables to the GPU."""
+    assert sum(run.waits[1].values()) == 1, run.waits[1]
+    assert str(*run.waits[1]).startswith("_to_copy at gsoft_diffusion/training/step.py:")
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_the_cpu(family, config, tmp_path):
+    """In float32, with activations computed again and class images; then drawn, merged and exported on the GPU."""
+    config = replace(
+        config,
+        with_prior_preservation=True,
+        num_class_images=2,
+        aspect_buckets=True,
+        gradient_checkpointing=True,
+        **({} if family is Flux2Klein else WITH_TEXT_ENCODERS),
+    )
+    on_cpu = replace(config, output_dir=str(tmp_path / "cpu"))
+    train(on_cpu)
+    assert_waits_once(pretended_training(config))
+    assert difference(learned(config), learned(on_cpu)) < 1e-4
+    assert np.abs(sheet(config) - sheet(on_cpu)).max() <= 2
+    assert_resumes(config)
+    with pretended_gpu() as gpu:
+        adapter = (config.output_dir or "",)
+        draw(GenerationConfig(adapter, prompts=("a dog",), num_images=1, compare=True))
+        draw(GenerationConfig(adapter, prompts=("a dog",), num_images=2, cpu_offload=True, mixed_precision="fp16"))
+        assert gpu.kernels.total() > 1000
+        merged = export(ExportConfig(adapter, "diffusers"))
+        lora = export(ExportConfig(adapter, "diffusers_lora", rank=4))
+    assert (merged / "model_index.json").is_file()
+    assert lora.is_file()
+
+
+@pytest.mark.slow
+def test_half_precision_with_all_but_the_denoiser_in_main_memory(config):
+    config = replace(config, mixed_precision="bf16", cpu_offload=True)
+    assert_waits_once(pretended_training(config))
+    learned(config)
+
+
+@pytest.mark.slow
+def test_scaled_losses_with_latents_made_in_each_batch(family, config):
+    """In float16, with photos from a worker process and gradients accumulated."""
+    config = replace(
+        config,
+        mixed_precision="fp16",
+        cache_latents=False,
+        dataloader_num_workers=1,
+        gradient_accumulation_steps=2,
+        **({} if family is Flux2Klein else WITH_TEXT_ENCODERS),
+    )
+    assert_waits_once(pretended_training(config))
+    assert_resumes(config)
