@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -16,17 +17,34 @@ import torch
 
 from benchmarks.demo import processor
 
-# Seconds on the wall, or of the processor: for machines on which other programs run at the same time.
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+def when_gpu_is_done() -> float:
+    """Seconds on the wall, once the GPU has finished all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# Seconds on the wall, also behind a GPU, or of the processor: for machines on which other programs run meanwhile.
+CLOCKS: dict[str, Callable[[], float]] = {
+    "wall": time.perf_counter,
+    "cpu": time.process_time,
+    "gpu": when_gpu_is_done,
+}
+CPU = torch.device("cpu")
+
+
+def clock_for(device: torch.device) -> str:
+    """The clock to measure by, unless another is asked for."""
+    return "gpu" if device.type == "cuda" else "wall"
 
 
 class Records:
     """Measurements in a JSON file that is written after each one, so that a run that was stopped goes on from there."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], device: torch.device = CPU) -> None:
         """Raises SystemExit if the file holds measurements of other settings."""
         self.path = path
-        here = {"settings": settings, "machine": machine()}
+        here = {"settings": settings, "machine": machine(device)}
         self.content = json.loads(path.read_text()) if path.exists() else here | {"records": []}
         if {name: self.content[name] for name in here} != here:
             raise SystemExit(f"{path}: measured with other settings or on another machine; give another --out")
@@ -46,13 +64,37 @@ class Records:
         unfinished.replace(self.path)
 
 
-def machine() -> dict[str, Any]:
-    return {
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """What the measurements depend on besides their settings."""
+    gpu = {"gpu": gpu_facts(device)} if device.type == "cuda" else {}
+    return gpu | {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
     }
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """The card's name, memory and compute capability, its driver, and the CUDA version that PyTorch was built with."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _driver_version() -> str | None:
+    """As the driver's own program says it; None where that is not to be found."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.splitlines()[0].strip() if said.strip() else None
 
 
 def median(values: Iterable[float]) -> float:
@@ -85,8 +127,12 @@ class _MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO2]
 
 
-def bytes_in_use() -> int | None:
-    """What the process holds of its memory, to the byte; None where the C library does not count it (not glibc)."""
+def bytes_in_use(device: torch.device = CPU) -> int | None:
+    """What tensors hold on a GPU, or the process of its memory, to the byte; None where the C library does not count
+    that (not glibc).
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
         return None
@@ -95,8 +141,12 @@ def bytes_in_use() -> int | None:
     return info.uordblks + info.hblkhd
 
 
-def reset_peak() -> None:
-    """Give back what is free, and have the peak counted from now on, where the system can (glibc, Linux)."""
+def reset_peak(device: torch.device = CPU) -> None:
+    """Give back what is free, and have the peak counted from now on, where the system can (GPU; glibc, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
@@ -105,8 +155,10 @@ def reset_peak() -> None:
         clear_refs.write_text("5")
 
 
-def peak_bytes() -> int | None:
-    """Largest resident memory since `reset_peak`."""
+def peak_bytes(device: torch.device = CPU) -> int | None:
+    """The most that tensors held on a GPU, or the largest resident memory, since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
         return None

@@ -44,5 +44,6 @@ def compute_as_peft(models: Iterable[nn.Module]) -> None:
             layer.block_butterfly_perm(layer.in_features, nblocks // 2**level, size // 2, nfactors - 1)
             for level in range(nfactors)
         ]
-        layer.boft_P = torch.stack([layer.perm2mat(permutation) for permutation in permutations])
+        matrices = torch.stack([layer.perm2mat(permutation) for permutation in permutations])
+        layer.boft_P = matrices.to(layer.boft_R[PEFT_NAME].device)
         layer.__class__ = PeftButterflyLinear

@@ -29,6 +29,7 @@ class PublishedLinear(nn.Module):
             self.register_parameter(f"q_{name}", nn.Parameter(torch.zeros(nfactors, nblocks, size, size)))
             self.register_buffer(f"shuffle_{name}", permutation_matrix(nblocks, width).argmax(1), persistent=False)
         self.output_scale = nn.Parameter(torch.ones(linear.out_features))
+        self.to(linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.linear.bias
@@ -40,7 +41,7 @@ class PublishedLinear(nn.Module):
 def rotate(free: Any, shuffle: Any, x: Tensor) -> Tensor:
     """`Q x = Pᵀ L P R x` along the last dimension."""
     skew = free - free.mT
-    identity = torch.eye(skew.shape[-1])
+    identity = torch.eye(skew.shape[-1], device=skew.device)
     right, left = torch.linalg.solve(identity - skew, identity + skew, left=False).to(x.dtype)
     x = torch.einsum("...rj,rij->...ri", x.unflatten(-1, right.shape[:2]), right).flatten(-2)[..., shuffle]
     x = torch.einsum("...rj,rij->...ri", x.unflatten(-1, left.shape[:2]), left).flatten(-2)

@@ -4,7 +4,8 @@ python -m benchmarks.step --base sd15 --latents 64 --out benchmarks/results/step
 
 Every repetition puts each method in turn into the same model, takes a step to warm up and a few that are timed, and
 takes it out again; ratios are medians over the repetitions, each within its own. A run that was stopped goes on where
-it was; run with the same arguments again it only prints the table.
+it was; run with the same arguments again it only prints the table. With `--device cuda` every step waits until the
+GPU has finished, and memory is what tensors hold of the card's.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.bases import BASES, DTYPES, load_base
-from benchmarks.measure import CLOCKS, Records, bytes_in_use, median, peak_bytes, reset_peak, table
+from benchmarks.bases import BASES, DTYPES, USUAL, added_conditions, device, load_base, random_text
+from benchmarks.measure import CLOCKS, Records, bytes_in_use, clock_for, median, peak_bytes, reset_peak, table
 from benchmarks.peft_boft import compute_as_peft
 from benchmarks.published import PublishedAdapter
 from eval.baselines import inject_baseline
@@ -45,23 +46,24 @@ METHODS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=BASES, default="sd15")
-    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 for sd15, float32 for mini, unless given")
-    parser.add_argument("--latents", type=int, help="side of the latents; 64 for sd15, 16 for mini, unless given")
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 for mini, else bfloat16, unless given")
+    parser.add_argument("--latents", type=int, help="their side; sd15 64, sdxl 128, mini 16, unless given")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="the UNet by torch.compile")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--text_encoder", action="store_true", help="adapt and train it as well")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each repetition")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
+    parser.add_argument("--clock", choices=CLOCKS, help="cpu where other programs run at the same time")
     parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
-    args.dtype = args.dtype or {"sd15": "bfloat16", "mini": "float32"}[args.base]
-    args.latents = args.latents or {"sd15": 64, "mini": 16}[args.base]
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("out", "methods", "repetitions", "steps")
-    }
-    records = Records(args.out, settings)
+    args.dtype, args.latents = args.dtype or USUAL[args.base][0], args.latents or USUAL[args.base][1]
+    args.clock = args.clock or clock_for(args.device)
+    if args.text_encoder and args.base == "sdxl":
+        parser.error("--text_encoder: sdxl is measured without its text encoders")
+    records = Records(args.out, settings_of(args), args.device)
     wanted = [
         (repetition, method)
         for repetition in range(args.repetitions)
@@ -69,11 +71,21 @@ def main() -> None:
         if not records.has(repetition=repetition, method=method)
     ]
     if wanted:
-        keep_freed_memory()  # as training on a CPU does
+        if args.device.type == "cpu":
+            keep_freed_memory()  # as training does
         bench = Bench(args)
         for repetition, method in tqdm(wanted, unit="method"):
-            records.add(repetition=repetition, method=method, **bench.measure(method, args.steps))
+            records.add(repetition=repetition, method=method, **bench.measured(method, args.steps))
     print(report(records.records))
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a file of measurements is about: what may not change when more are added to it."""
+    left_out = {"out", "methods", "repetitions", "steps", "device"}  # the device is in what is said of the machine
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    if not args.compile:
+        del settings["compile"]  # which files of before do not speak of
+    return settings
 
 
 SIZED_AS = {"published": "double_gsoft", "lora_half": "lora", "boft_peft": "boft"}
@@ -83,9 +95,10 @@ ANGLE = 0.02  # standard deviation of what a rotation is made from: what Cayley'
 def turned(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Rotations away from the identity, as they are after some training; scales as they are."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=ANGLE, generator=generator)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.ndim > 1:
+                parameter.copy_(torch.normal(0, ANGLE, parameter.shape, generator=generator))
     return parameters
 
 
@@ -93,34 +106,59 @@ class Bench:
     """The model, and the one batch that every method trains on."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        dtype = DTYPES[args.dtype]
-        self.unet, self.text_encoder, length = load_base(args.base, dtype)
+        self.device, dtype = args.device, DTYPES[args.dtype]
+        self.unet, self.text_encoder, length = load_base(args.base, dtype, self.device)
+        self.call, self.compiles = self.unet, args.compile
         self.trains_text, self.clock = args.text_encoder, CLOCKS[args.clock]
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
         generator = torch.Generator().manual_seed(0)
-        self.latents = torch.randn(args.batch, 4, args.latents, args.latents, generator=generator).to(dtype)
-        self.noise = torch.randn(self.latents.shape, generator=generator)
-        self.timesteps = torch.randint(1000, (args.batch,), generator=generator)
-        self.tokens = torch.randint(self.text_encoder.config.vocab_size, (1, length), generator=generator)
-        with torch.no_grad():
-            self.text = self.text_encoder(self.tokens)[0]
+        latents = torch.randn(args.batch, 4, args.latents, args.latents, generator=generator)
+        self.latents = latents.to(self.device, dtype)
+        self.noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        self.timesteps = torch.randint(1000, (args.batch,), generator=generator).to(self.device)
+        self.conditions = added_conditions(self.unet, args.batch)
+        if self.text_encoder is None:
+            self.text = random_text(self.unet, length)
+        else:
+            tokens = torch.randint(self.text_encoder.config.vocab_size, (1, length), generator=generator)
+            self.tokens = tokens.to(self.device)
+            with torch.no_grad():
+                self.text = self.text_encoder(self.tokens)[0]
         text_encoders = [self.text_encoder] if self.trains_text else []
         self.layers = find_linears(find_attentions(self.unet), find_clip_attentions(self.trains_text, text_encoders))
 
+    def measured(self, method: str, steps: int) -> dict[str, Any]:
+        """What `measure` returns, or what it ran out of."""
+        try:
+            return self.measure(method, steps)
+        except torch.OutOfMemoryError:
+            return {"error": "out of memory"}
+
     def measure(self, method: str, steps: int) -> dict[str, Any]:
-        """Seconds of each timed step, memory, and how many numbers are trained."""
+        """Seconds of the first step, which compiles, and of each timed one; memory; how many numbers are trained."""
         gc.collect()
-        before = bytes_in_use()
+        before = bytes_in_use(self.device)
         parameters, remove = self._put_in(method)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # as in training on a CPU
+        if self.compiles:
+            torch.compiler.reset()
+            self.call = torch.compile(self.unet)
+        try:
+            return self._measure(parameters, before, steps)
+        finally:
+            remove()
+
+    def _measure(self, parameters: list[nn.Parameter], before: int | None, steps: int) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # as in training
+        started = self.clock()
         self._step(optimizer)
-        reset_peak()
+        first = self.clock() - started
+        reset_peak(self.device)
         loss = self._loss()
-        kept = None if before is None else bytes_in_use() - before  # type: ignore[operator]
+        kept = None if before is None else bytes_in_use(self.device) - before  # type: ignore[operator]
         loss.backward()
-        peak = peak_bytes()
+        peak = peak_bytes(self.device)
         del loss
         optimizer.zero_grad()
         seconds = []
@@ -128,14 +166,13 @@ class Bench:
             started = self.clock()
             self._step(optimizer)
             seconds.append(self.clock() - started)
-        result = {
+        return {
+            "first_seconds": first,
             "seconds": seconds,
             "kept_bytes": kept,  # for the backward pass, by the optimizer, and by the adapter itself
             "peak_bytes": peak,
             "parameters": sum(parameter.numel() for parameter in parameters),
         }
-        remove()
-        return result
 
     def _put_in(self, method: str) -> tuple[list[nn.Parameter], Callable[[], None]]:
         """Put the method into the model; returns its trainable parameters and what takes it out again."""
@@ -177,14 +214,14 @@ class Bench:
     def _loss(self) -> Tensor:
         text = self.text_encoder(self.tokens)[0] if self.trains_text else self.text
         text = text.expand(len(self.latents), -1, -1)
-        prediction = self.unet(self.latents, self.timesteps, encoder_hidden_states=text).sample
+        prediction = self.call(self.latents, self.timesteps, encoder_hidden_states=text, **self.conditions).sample
         return (prediction.float() - self.noise).square().mean()
 
 
 def report(records: list[dict[str, Any]]) -> str:
-    """The table: medians over repetitions; ratios within each repetition."""
+    """The table: medians over repetitions; ratios within each repetition; without what could not be measured."""
     by_method: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records:
+    for record in (record for record in records if "error" not in record):
         by_method.setdefault(record["method"], {})[record["repetition"]] = record
     seconds = {name: {i: min(r["seconds"]) for i, r in found.items()} for name, found in by_method.items()}
 
@@ -209,7 +246,7 @@ def report(records: list[dict[str, Any]]) -> str:
         for name, title in METHODS.items()
         if name in by_method
     ]
-    count = max(len(found) for found in by_method.values())
+    count = max(map(len, by_method.values()), default=0)
     header = ["", "step, s", "/ floor", "/ LoRA", "kept, MiB", "peak, MiB", "stored numbers"]
     return f"{table(header, rows)}\n\n{count} repetitions; the faster of each repetition's steps."
 

@@ -63,7 +63,7 @@ class Adapter(nn.Module):
 
     @torch.compiler.disable
     def _prepare(self, names: Sequence[str], model: nn.Module, inputs: Any) -> None:
-        """Before a model computes: make the rotated weights of its layers, so that its compiled graph has them whole."""
+        """Before a model computes: make its layers' rotated weights, so that its compiled graph has them whole."""
         for name in names:
             self._rotated[name].prepared = None  # all of the last pass, before there are new ones
         for name in names:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,35 +42,48 @@ def skew_symmetric(free: Tensor, size: int) -> Tensor:
 
     free: the entries, row by row, `(…, b(b−1)/2)`. size: the side `b`. Returns `(…, b, b)` of the same dtype.
     """
-    place, sign = _origins(size, free.device)
+    place, sign = _remembered(_origins, size, free)
     rows = free.reshape(-1, free.shape[-1])  # PyTorch selects from a matrix much faster than with more dimensions
     return (rows.index_select(1, place) * sign.to(free.dtype)).reshape(*free.shape[:-1], size, size)
 
 
 def _skew_gradient(grad: Tensor) -> Tensor:
     """Gradient of a loss by the free numbers from its gradient by the skew-symmetric matrices `(…, b, b)`."""
-    upper, lower = _places(grad.shape[-1], grad.device)
+    upper, lower = _remembered(_places, grad.shape[-1], grad)
     entries = grad.flatten(-2)
     return entries.index_select(-1, upper).sub_(entries.index_select(-1, lower))
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+def _remembered(make: Callable[[int, torch.device], tuple[Tensor, Tensor]], size: int, tensor: Tensor) -> Any:
+    """What `make` makes for a side and the tensor's device, made once, so that a GPU need not make it in every step.
+
+    Not for tensors of other classes: such stand-ins belong to what is being looked at with them.
+    """
+    key = make, size, tensor.device
+    if type(tensor.detach()) is not Tensor:
+        return make(size, tensor.device)
+    if key not in _REMEMBERED:
+        with torch.inference_mode(False):  # for use in training later
+            _REMEMBERED[key] = make(size, tensor.device)
+    return _REMEMBERED[key]
+
+
+_REMEMBERED: dict[Any, tuple[Tensor, Tensor]] = {}
+
+
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the free numbers are in a flattened matrix: above the diagonal, and mirrored below."""
-    row, column = torch.triu_indices(size, size, offset=1)
-    return (row * size + column).to(device), (column * size + row).to(device)
+    row, column = torch.triu_indices(size, size, offset=1, device=device)
+    return row * size + column, column * size + row
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
 def _origins(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which free number is at each place of a flattened matrix, and its sign there, float32: 0 on the diagonal."""
-    upper, lower = _places(size, torch.device("cpu"))
-    place, sign = torch.zeros(size * size, dtype=torch.long), torch.zeros(size * size)
-    place[upper] = place[lower] = torch.arange(len(upper))
+    upper, lower = _places(size, device)
+    place, sign = upper.new_zeros(size * size), torch.zeros(size * size, device=device)
+    place[upper] = place[lower] = torch.arange(len(upper), device=device)
     sign[upper], sign[lower] = 1, -1
-    return place.to(device), sign.to(device)
+    return place, sign
 
 
 class _Cayley(torch.autograd.Function):

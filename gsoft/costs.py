@@ -31,20 +31,23 @@ class DeviceCosts(NamedTuple):
 
     launch: seconds to start one operation. bandwidth: bytes of memory a second. madds: multiply-adds a second in half
     precision. entries_at_once: entries of the weights that are rotated in one call; more take more memory on the way.
+    doubt: how many times cheaper the activations' side has to look before it is taken. Where costs are not measured,
+    the weight's side has the benefit: it starts the fewest operations.
     """
 
     launch: float
     bandwidth: float
     madds: float
     entries_at_once: int
+    doubt: float
 
 
 # Fitted by `python -m benchmarks.sides` to the measured steps in benchmarks/results/sides.json. More entries than a
 # core's cache holds are slower on a CPU.
-CPU = DeviceCosts(launch=3.3e-5, bandwidth=1.3e10, madds=2.6e11, entries_at_once=2**18)
-# Not measured: an H100's data sheet (3.35 TB/s, 990 TFLOPS in bfloat16), of which three quarters and a half are taken as
-# reached, and 10 microseconds of PyTorch for each operation.
-GPU = DeviceCosts(launch=1e-5, bandwidth=2.5e12, madds=2.5e14, entries_at_once=2**26)
+CPU = DeviceCosts(launch=3.3e-5, bandwidth=1.3e10, madds=2.6e11, entries_at_once=2**18, doubt=1)
+# Not measured: an H100's data sheet (3.35 TB/s, 990 TFLOPS in bfloat16), of which three quarters and a half are taken
+# as reached, and 10 microseconds of PyTorch for each operation.
+GPU = DeviceCosts(launch=1e-5, bandwidth=2.5e12, madds=2.5e14, entries_at_once=2**26, doubt=2)
 
 
 def device_costs(device: torch.device) -> DeviceCosts:
@@ -73,4 +76,4 @@ def weight_side_is_cheaper(tokens: int, weight: Tensor, together: int = 1) -> bo
     by_activations = (
         ACTIVATION_LAUNCHES * costs.launch + tokens * sum(weight.shape) * ACTIVATION_ACCESSES * size / costs.bandwidth
     )
-    return by_weight <= by_activations
+    return by_weight <= costs.doubt * by_activations

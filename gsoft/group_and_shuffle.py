@@ -130,7 +130,7 @@ def _grouped(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _ungrouped(x: Tensor, unshuffles: int, rows: bool, dtype: torch.dtype) -> Tensor:
-    """Columns `(…, n, T)` or rows `(…, T, n)` of x `(…, r, b, T)` after so many `unshuffle`; the last copy does it all."""
+    """Columns `(…, n, T)` or rows `(…, T, n)` of x `(…, r, b, T)`, after so many `unshuffle`; with one copy less."""
     for _ in range(unshuffles - 1):
         x = unshuffle(x)
     if unshuffles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class RotatedLayer:
         self.prepared: Tensor | RotationBlocks | None = None
         self._keeps_weight = True
         self._kept_weight = KeptWeight()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have nothing prepared: PyTorch does not copy tensors that are part of a graph."""
+        return vars(self) | {"prepared": None}
 
     def share(self, cache: RotationCache, index: int, keeps_weight: bool = True) -> None:
         """Have blocks and weights made together with those of a cache's other layers.

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from conftest import PIXELS
 from torch import Tensor
 
 from gsoft_diffusion.adapters.file import read_adapter
-from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.training.run import Run
 from gsoft_diffusion.training.train import train
+
+
+def few_steps(base: Path, photos: Path, folder: Path) -> TrainingConfig:
+    """Three steps of a tiny model without its text encoders, a checkpoint after the second, a picture at the end."""
+    return TrainingConfig(
+        str(photos),
+        class_word="dog",
+        output_dir=str(folder),
+        pretrained_model_name_or_path=str(base),
+        adapter=AdapterConfig(nblocks=4, text_encoder=False),
+        resolution=PIXELS,
+        max_train_steps=3,
+        checkpointing_steps=2,
+        train_batch_size=2,
+        learning_rate=1.0,
+        adam_epsilon=0.1,  # large, so that rounding is not blown up where a gradient is next to nothing
+        num_validation_images=1,
+        validation_prompts=("a dog",),
+        report_to="none",
+        sampler=SamplerConfig(num_inference_steps=2, guidance_scale=2.0),
+    )
 
 
 def weights(config: TrainingConfig, folder: str | None = None) -> dict[str, Tensor]:

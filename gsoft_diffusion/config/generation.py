@@ -49,6 +49,7 @@ class GenerationConfig(Settings):
     accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
       says how far away they are.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
+    compile: fuse the denoiser's operations with torch.compile; the first picture takes minutes.
     cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
     """
@@ -72,6 +73,7 @@ class GenerationConfig(Settings):
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
     accept_other_base: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    compile: bool = False
     cpu_offload: bool = False
     device: str | None = None
 

@@ -53,7 +53,7 @@ def check_launched(settings: Mapping[str, Any]) -> None:
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         raise UserError(
-            f"ACCELERATE_DYNAMO_BACKEND={compiler}: compilation is not supported; launch without --dynamo_backend"
+            f"ACCELERATE_DYNAMO_BACKEND={compiler}: launch without --dynamo_backend, and give --compile instead"
         )
     if os.environ.get("ACCELERATE_GRADIENT_CLIPPING"):
         raise UserError("ACCELERATE_GRADIENT_CLIPPING is DeepSpeed's; unset it, and give --max_grad_norm")

@@ -70,6 +70,7 @@ class TrainingConfig(Settings):
     train_batch_size: photos in a batch, on each device (and as many class images with prior preservation).
     gradient_accumulation_steps: batches in one optimizer step; by default what accelerate's launcher says.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
+    compile: fuse the denoiser's operations with torch.compile; the first step takes minutes.
     cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they are not in use.
     quantize_base: store layers that no adapter uses, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
     learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 1e-3 on a miniature base.
@@ -138,6 +139,7 @@ class TrainingConfig(Settings):
     train_batch_size: Annotated[int, POSITIVE] = 4
     gradient_accumulation_steps: Annotated[int, POSITIVE] = 1
     gradient_checkpointing: bool = False
+    compile: bool = False
     cpu_offload: bool = False
     quantize_base: Literal["nf4"] | None = None
     learning_rate: Annotated[float | None, POSITIVE] = None

@@ -25,6 +25,7 @@ from gsoft_diffusion.foundation.files import check_writable
 from gsoft_diffusion.foundation.memory import running_out_explained
 from gsoft_diffusion.foundation.run_folder import checkpoint_name, run_folder
 from gsoft_diffusion.foundation.text_files import composed, read_prompts
+from gsoft_diffusion.models.compilation import compile_networks
 from gsoft_diffusion.models.families import BaseModel, Conditioning, whole_view
 from gsoft_diffusion.models.loading import DTYPES, best_device, known_device
 from gsoft_diffusion.sampling.pictures import Row, contact_sheets, next_number, save_png, slug
@@ -158,6 +159,8 @@ def draw(config: GenerationConfig) -> list[Path]:
             stack.load(path, path, accept_other_base=config.accept_other_base)
         base_model = public_identity_of(model) if config.accept_other_base else file.base_model
         stack.use(config.strengths)
+    if config.compile:
+        compile_networks([model.denoiser], model.device)
     resolution = resolution or model.resolution
     width, height = config.width or resolution, config.height or resolution
     sampler = with_model_sampler(model, sampler)

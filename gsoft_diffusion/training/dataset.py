@@ -179,7 +179,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         return picture
 
 
-def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch: the samples' tensors stacked, and prompts that several samples share only once.
 
     samples: one or more, as `DreamBoothDataset` makes them. In place of each sample's `prompt`, the batch has the

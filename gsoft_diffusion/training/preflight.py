@@ -96,6 +96,7 @@ def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAda
         trains_text=adapter.config.text_encoder,
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=dtype,
+        device=device,
     )
     return weights + step + trained * OPTIMIZER_BYTES[config.optimizer]
 

@@ -1,4 +1,4 @@
-"""Preparation before the first step: settings that only the model decides, attention, and the data set."""
+"""Preparation before the first step: settings that only the model decides, how networks compute, and the data set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.defaults import FULL_SIZE, MINIATURE, MINIATURE_BELOW
 from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.models.compilation import compile_networks
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.crops import bucket_sizes
 from gsoft_diffusion.photos.folder import Photo
@@ -39,11 +40,12 @@ def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingCon
     return replace(config, resolution=resolution, sampler=with_model_sampler(model, config.sampler), **left_open)
 
 
-def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
-    """Choose the model's backend of attention, and whether it recomputes activations, as the settings say.
+def set_up_networks(config: TrainingConfig, model: BaseModel) -> None:
+    """Choose how the networks that train compute: backend of attention, recomputed activations, compiled graphs.
 
-    config: names the backend in `attention_backend`; None leaves diffusers' choice. model: the base model, changed in
-    place. Raises UserError for a backend that is not known or not there.
+    config: says so in `attention_backend` (None leaves diffusers' choice), `gradient_checkpointing` and `compile`.
+    model: the base model, changed in place. Raises UserError for a backend that is not known or not there, and if there
+    is nothing to compile with.
     """
     if config.attention_backend:
         try:
@@ -52,6 +54,9 @@ def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:
             raise UserError(f"--attention_backend {config.attention_backend}: {first_line(error)}") from error
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
+    if config.compile:
+        text_encoders = model.text_encoders if config.adapter.text_encoder else []
+        compile_networks([model.denoiser, *text_encoders], model.device)
 
 
 def check_snr_gamma(config: TrainingConfig, model: BaseModel) -> None:

@@ -30,7 +30,7 @@ from gsoft_diffusion.training.optimizer import make_lr_scheduler, make_optimizer
 from gsoft_diffusion.training.outputs import RunOutputs
 from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.preflight import check_step
-from gsoft_diffusion.training.preparation import check_snr_gamma, make_dataset, set_up_attention
+from gsoft_diffusion.training.preparation import check_snr_gamma, make_dataset, set_up_networks
 from gsoft_diffusion.training.signals import Stderr, StopRequest, leave_signals_to_the_run
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.step import TrainingStep
@@ -84,7 +84,7 @@ class Run:
         # First what may turn out not to fit, then what takes long.
         adapter = make_adapter(config.adapter, model.denoiser, model.text_encoders)
         check_step(config, model, adapter, accelerator.device)
-        set_up_attention(config, model)
+        set_up_networks(config, model)
         optimizer = make_optimizer(config, adapter)
         prior = class_photos(config, accelerator, model, adapter, identity, instance)
         self.dataset = make_dataset(config, model, instance, prior, accelerator.print)

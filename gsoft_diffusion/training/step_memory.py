@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
+CPU = torch.device("cpu")
 META = torch.device("meta")  # PyTorch's device for tensors without contents
 # Who asks for contents is told yes: parameters have not changed within the step, and masks hide nothing.
 CONTENTS = (torch.ops.aten.equal.default, torch.ops.aten._local_scalar_dense.default)
@@ -33,6 +34,7 @@ def step_bytes(
     trains_text: bool,
     gradient_checkpointing: bool = False,
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
 ) -> int:
     """Largest number of bytes that a step holds at a time beyond what there was before it: activations and gradients.
 
@@ -42,11 +44,12 @@ def step_bytes(
     trains_text: whether the adapter is in the text encoders too.
     gradient_checkpointing: whether activations are computed again in the backward pass instead of kept.
     dtype: of everything that is frozen, instead of the one it has.
+    device: on which the step would run, as the adapter's layers choose by it what they rotate.
 
     At least this is needed: what kernels take for themselves, and memory between allocations, is not seen. Attention is
     fused, as it is by default. Raises whatever an architecture raises that cannot do without contents.
     """
-    memory = _Memory()
+    memory = _Memory(device)
     with memory:
         model, adapter = _without_contents(model, adapter, dtype)
         if gradient_checkpointing:
@@ -69,13 +72,22 @@ def step_bytes(
 class _Memory(TorchDispatchMode):
     """Inside the block every operation gives a `_Shape`, and all that is alive is counted.
 
-    held, peak: bytes now, and at most.
+    held, peak: bytes now, and at most. device: what the shapes say they are on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.held = self.peak = 0
+        self._device = device
         self._known: set[int] = set()
+
+    def __enter__(self) -> Self:
+        _Shape.said = self._device
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _Shape.said = CPU
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in CONTENTS:
@@ -102,9 +114,14 @@ class _Memory(TorchDispatchMode):
 
 
 class _Shape(Tensor):
-    """A tensor that says it is on the CPU, so that code takes its usual way, and has a meta tensor for contents."""
+    """A tensor that says it is on the step's device, so that code takes its usual way, with a meta tensor for contents.
+
+    said: that device. To PyTorch's own C++ code it is the CPU, which needs no driver.
+    """
 
     meta: Tensor
+    said: ClassVar[torch.device] = CPU
+    device = property(lambda self: _Shape.said)
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> Self:
@@ -114,7 +131,7 @@ class _Shape(Tensor):
             strides=meta.stride(),
             storage_offset=meta.storage_offset(),
             dtype=meta.dtype,
-            device=torch.device("cpu"),
+            device=CPU,
         )
         shape.meta = meta
         return shape

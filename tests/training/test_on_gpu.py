@@ -7,21 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PIXELS
 from PIL import Image
 from pretended import PretendedTraining, pretended_gpu, pretended_training
 from tiny_families import WRITERS
 from torch import Tensor
-from training_runs import assert_same, difference
+from training_runs import assert_same, difference, few_steps
 
 from gsoft_diffusion.adapters.file import read_adapter
-from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig, SamplerConfig, TrainingConfig
+from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.models.families import FAMILIES, Flux2Klein
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import draw
 from gsoft_diffusion.training.train import train
 
-ALONE = AdapterConfig(nblocks=4, text_encoder=False)
 WITH_TEXT_ENCODERS = {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0}
 
 
@@ -38,24 +36,7 @@ def family_base(family, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(family_base, photos, tmp_path) -> TrainingConfig:
-    """Three steps, with a checkpoint after the second, and a validation picture at the end."""
-    return TrainingConfig(
-        str(photos),
-        class_word="dog",
-        output_dir=str(tmp_path / "run"),
-        pretrained_model_name_or_path=str(family_base),
-        adapter=ALONE,
-        resolution=PIXELS,
-        max_train_steps=3,
-        checkpointing_steps=2,
-        train_batch_size=2,
-        learning_rate=1.0,
-        adam_epsilon=0.1,  # large, so that rounding is not blown up where a gradient is next to nothing
-        num_validation_images=1,
-        validation_prompts=("a dog",),
-        report_to="none",
-        sampler=SamplerConfig(num_inference_steps=2, guidance_scale=2.0),
-    )
+    return few_steps(family_base, photos, tmp_path / "run")
 
 
 def learned(config: TrainingConfig) -> dict[str, Tensor]:
