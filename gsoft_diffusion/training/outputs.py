@@ -14,7 +14,7 @@ from gsoft.whole_file import whole_file
 from gsoft_diffusion.adapters.file import FORMAT, read_adapter, save_adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import Mark, marked
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, user_errors
 from gsoft_diffusion.foundation.model_names import public_name
 from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, latest_sheet
 from gsoft_diffusion.models.families import BaseModel
@@ -48,8 +48,10 @@ class RunOutputs:
         """Say, and keep for the card, if the run goes on with another base model than it had.
 
         adapter: the checkpoint's, which says if there was another before. fingerprint: of the checkpoint's base model.
+
+        Raises UserError if the adapter cannot be read.
         """
-        with FORMAT.open(adapter) as file:
+        with user_errors(), FORMAT.open(adapter) as file:
             self.other_base = file.sections["training"].get(OTHER_BASE)
         if fingerprint != self.public_base.fingerprint:
             self.other_base = checkpoints.other_base(fingerprint, self.public_base.fingerprint)
