@@ -123,8 +123,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"machine": machine(on) | {"python": platform.python_version()}, "parts": []}
     if on.type == "cuda":
-        gpu = content["machine"]["gpu"]
-        print(f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}")
+        print(_card(content["machine"]["gpu"]))
     budget.say("device tests")
     content["tests"] = run_tests(out / "tests.xml", min(TESTS_SECONDS, budget.left))
     for part in parts(args.bases, args.batches):
@@ -221,10 +220,9 @@ def report(content: dict[str, Any]) -> str:
 
 def _sections(content: dict[str, Any]) -> Iterator[str]:
     here = content["machine"]
-    gpu = here.get("gpu", {"name": here["processor"], "memory_gib": "–", "driver": "–", "cuda": "–"})
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield (
-        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}; {versions}. "
+        f"{_card(here['gpu']) if 'gpu' in here else here['processor']}; {versions}. "
         "Steps are the fastest of a few; `peak` is the most that tensors held during forward and backward pass."
     )
     tests = content["tests"]
@@ -243,6 +241,10 @@ def _sections(content: dict[str, Any]) -> Iterator[str]:
     if lines:
         yield "Not measured:"
         yield "\n".join(f"- {line}" for line in lines)
+
+
+def _card(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
 
 
 def _left_out(part: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.bases import DTYPES
+from benchmarks.bases import DTYPES, SD15, SDXL
 from benchmarks.measure import Records, table
 from benchmarks.pretended_gpu import GPU, PretendedGPU, bytes_in_use
 from eval.baselines import inject_baseline
@@ -33,7 +33,7 @@ from gsoft_diffusion.config.command_line import expanded_path
 
 # BOFT is not among them: PEFT makes its permutations from numbers, and there are none.
 METHODS = {
-    "floor": "frozen, output biases train",
+    "floor": "frozen, biases train",
     "lora": "LoRA (PEFT)",
     "oft": "OFT v2 (PEFT)",
     "gsoft": "GSOFT",
@@ -59,23 +59,11 @@ class Case:
 
 
 def sd15() -> UNet2DConditionModel:
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return UNet2DConditionModel(**SD15)
 
 
 def sdxl() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
+    return UNet2DConditionModel(**SDXL)
 
 
 def flux1() -> FluxTransformer2DModel:
@@ -207,7 +195,9 @@ def _put_in(method: str, denoiser: nn.Module, text_encoders: list[nn.Module]) ->
     """Put the method into the model; returns what it trains."""
     layers = find_linears(find_attentions(denoiser), find_clip_attentions(bool(text_encoders), text_encoders))
     if method == "floor":
-        return [layer.bias.requires_grad_() for layer in layers.values() if layer.bias is not None]
+        biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+        norms = [tensor for name, tensor in denoiser.named_parameters() if name.endswith("norm_k.weight")]
+        return [tensor.requires_grad_() for tensor in biases or norms]  # FLUX.2 has no biases
     config: Any = matched(method, "small", layers, bool(text_encoders))
     adapter: Any = (inject if "gsoft" in method else inject_baseline)(config, denoiser, text_encoders)
     return list(adapter.parameters())

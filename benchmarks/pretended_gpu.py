@@ -11,7 +11,8 @@ GPU. No driver is needed, and PyTorch's CPU build is enough. It knows nothing of
 
 A tensor "on the GPU" is a wrapper: to PyTorch's C++ code it is on the meta device, for which the autograd engine needs
 no device thread, and its Python attribute `device` is `cuda:0`. So nothing inside may use meta tensors for real. What
-does, such as transformers' and diffusers' loading of weights, has to run in `gpu.suspended()`.
+does, such as transformers' and diffusers' loading of weights, has to run in `gpu.suspended()`. Without gradients use
+`torch.no_grad()`: in inference mode PyTorch does not take operations apart before they are seen here.
 
 `PretendedGPU(numbers=False)` holds shapes alone, so that the operations of a model of any size are counted at once. An
 attention product is one fused operation there, as on a GPU.

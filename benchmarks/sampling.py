@@ -68,7 +68,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return settings | ({"states": args.states} if args.states != list(USUAL_STATES) else {})
 
 
-@torch.inference_mode()
 def measure(args: argparse.Namespace, repetitions: list[int], records: Records) -> None:
     """Add a record for each repetition.
 
@@ -90,13 +89,14 @@ class Bench:
         if text_encoder is None:
             text = random_text(self.unet, length)
         else:
-            text = text_encoder(torch.zeros(1, length, dtype=torch.long, device=args.device))[0]
+            with torch.no_grad():
+                text = text_encoder(torch.zeros(1, length, dtype=torch.long, device=args.device))[0]
         generator = torch.Generator().manual_seed(0)
         latents = torch.randn(count, 4, args.latents, args.latents, generator=generator)
         self.inputs = (latents.to(args.device, dtype), torch.tensor(500, device=args.device))
         self.conditions = {"encoder_hidden_states": text.repeat(count, 1, 1), **added_conditions(self.unet, count)}
-        self._timed(self.unet)
 
+    @torch.no_grad()  # as `generate` does
     def measured(self, states: Sequence[str]) -> dict[str, Any]:
         """Seconds of a call in each of the states, of making the rotated weights, and of merging."""
         result: dict[str, Any] = {"seconds": {}}
@@ -105,19 +105,16 @@ class Bench:
             if state == "base":
                 seconds[state] = self._call()[1]
             elif state == "published":
-                with torch.inference_mode(False):
-                    published = PublishedAdapter(self._config("double_gsoft"), self.unet, [])
+                published = PublishedAdapter(self._config("double_gsoft"), self.unet, [])
                 seconds[state] = self._call()[1]
                 published.remove()
             elif state in ("lora", "boft", "oft"):
-                with torch.inference_mode(False):
-                    baseline = inject_baseline(self._config(state), self.unet)
+                baseline = inject_baseline(self._config(state), self.unet)
                 seconds[state] = self._call()[1]
                 baseline.remove()
         if {"merged", "unmerged"} & set(states):
-            with torch.inference_mode(False):
-                adapter = inject(self._config("double_gsoft"), self.unet)
-                turned(list(adapter.parameters()))
+            adapter = inject(self._config("double_gsoft"), self.unet)
+            turned(list(adapter.parameters()))
             first, seconds["unmerged"] = self._call()
             started = self.clock()
             adapter.merge()

@@ -65,7 +65,7 @@ def pretended_training(config: TrainingConfig) -> PretendedTraining:
 
     def watched(step: TrainingStep, *arguments: Any) -> None:
         update(step, *arguments)
-        waits.append(Counter({place: n for place, n in gpu.waits.items()}))
+        waits.append(gpu.waits.copy())
         gpu.reset()
 
     with pretended_gpu() as gpu, mock.patch.object(TrainingStep, "update", watched):

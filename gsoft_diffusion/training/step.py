@@ -98,8 +98,7 @@ class TrainingStep:
         if state.scaler is None and not math.isfinite(norm):
             self._stop_at_bad_numbers("gradient")
         state.optimizer.step()
-        if not math.isfinite(norm):
-            # The scaler has seen to it. Whether it says so, too, it knows only of optimizers that are not fused.
+        if not math.isfinite(norm):  # accelerate's `optimizer_step_was_skipped` is wrong with a fused optimizer
             state.skipped += 1
             if state.scaler.get_scale() < 1:  # it has tried everything
                 self._stop_at_bad_numbers("gradient")

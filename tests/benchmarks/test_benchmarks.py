@@ -5,12 +5,15 @@ from argparse import Namespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
 from benchmarks import sampling, trainer
-from benchmarks.measure import CLOCKS, Records, bytes_in_use
+from benchmarks.bases import SDXL
+from benchmarks.measure import Records, bytes_in_use
 from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
+from benchmarks.pretended_gpu import PretendedGPU
 from benchmarks.published import PublishedAdapter, PublishedLinear
 from benchmarks.step import METHODS, Bench, report
 from eval.baselines import BaselineConfig, inject_baseline
@@ -69,13 +72,18 @@ def test_boft_as_peft_computes_it_is_the_same_map():
     assert any(isinstance(module, PeftButterflyLinear) for module in unet.modules())
 
 
+def settings(device: str = "cpu", **changes: object) -> Namespace:
+    """What a benchmark's command line says of a tiny model."""
+    usual = {"base": "tiny", "dtype": "float32", "latents": 8, "batch": 2, "clock": "wall", "compile": False}
+    return Namespace(**(usual | {"device": torch.device(device)} | changes))
+
+
 @pytest.mark.parametrize("text_encoder", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_measured_and_taken_out(monkeypatch, method, text_encoder):
     unet, text = tiny_unet().requires_grad_(False), tiny_text_encoder().requires_grad_(False)
-    monkeypatch.setattr("benchmarks.step.load_base", lambda name, dtype: (unet, text, 8))
-    settings = {"base": "tiny", "dtype": "float32", "latents": 8, "batch": 2, "clock": "wall"}
-    bench = Bench(Namespace(gradient_checkpointing=False, text_encoder=text_encoder, **settings))
+    monkeypatch.setattr("benchmarks.step.load_base", lambda name, dtype, device: (unet, text, 8))
+    bench = Bench(settings(gradient_checkpointing=False, text_encoder=text_encoder))
     before, modules = run(unet), dict(unet.named_modules())
     names = {name for name, _ in unet.named_parameters()}
     result = bench.measure(method, steps=1)
@@ -87,14 +95,83 @@ def test_every_method_is_measured_and_taken_out(monkeypatch, method, text_encode
 
 def test_sampling_is_measured_in_every_state(monkeypatch, tmp_path):
     unet, text = tiny_unet().requires_grad_(False), tiny_text_encoder().requires_grad_(False)
-    monkeypatch.setattr("benchmarks.sampling.load_base", lambda name, dtype: (unet, text, 8))
+    monkeypatch.setattr("benchmarks.sampling.load_base", lambda name, dtype, device: (unet, text, 8))
     before, modules = run(unet), dict(unet.named_modules())
     records = Records(tmp_path / "sampling.json", {})
-    sampling.measure("tiny", torch.float32, 8, [0, 1], records, CLOCKS["wall"])
+    sampling.measure(settings(states=list(sampling.STATES)), [0, 1], records)
     assert [set(record["seconds"]) for record in records.records] == [set(sampling.STATES)] * 2
     assert "as published" in sampling.report(records.records)
     assert dict(unet.named_modules()) == modules
     assert torch.equal(run(unet), before)
+
+
+def tiny_sdxl() -> UNet2DConditionModel:
+    """A UNet of one level that is told of pooled text and sizes."""
+    unet = tiny_unet(
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    return unet.requires_grad_(False)
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_on_a_gpu(monkeypatch, tmp_path):
+    """A pretended one, which shows that nothing is left on the CPU."""
+    unet = tiny_sdxl()
+    for module in ("step", "sampling"):
+        monkeypatch.setattr(f"benchmarks.{module}.load_base", lambda name, dtype, device: (unet.to(device), None, 8))
+    options = {"gradient_checkpointing": False, "text_encoder": False}
+    with PretendedGPU() as gpu:
+        bench = Bench(settings("cuda", **options, clock="gpu"))
+        for method in METHODS:
+            gpu.reset()
+            assert bench.measure(method, steps=1)["parameters"] > 0
+            assert gpu.kernels.total() > 500
+        records = Records(tmp_path / "sampling.json", {}, torch.device("cuda"))
+        sampling.measure(settings("cuda", states=list(sampling.STATES), clock="gpu"), [0], records)
+    assert set(records.records[0]["seconds"]) == set(sampling.STATES)
+    assert records.content["machine"]["gpu"]["name"] == "pretended GPU"
+
+
+def test_memory_that_runs_out_is_recorded_and_the_method_taken_out(monkeypatch):
+    unet = tiny_sdxl()
+    monkeypatch.setattr("benchmarks.step.load_base", lambda name, dtype, device: (unet, None, 8))
+    bench = Bench(settings(gradient_checkpointing=False, text_encoder=False))
+    modules = dict(unet.named_modules())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "_loss", full)
+    found = bench.measured("lora", steps=1)
+    assert found == {"error": "out of memory"}
+    assert dict(unet.named_modules()) == modules
+    assert report([{"repetition": 0, "method": "lora", **found}]).startswith("|  | step, s |")
+
+
+def test_a_compiled_model_is_measured(monkeypatch, tmp_path):
+    """Compiled for each method anew, as the one before has left its mark."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda unet: compiled.append(unet) or unet)
+    unet = tiny_sdxl()
+    for module in ("step", "sampling"):
+        monkeypatch.setattr(f"benchmarks.{module}.load_base", lambda name, dtype, device: (unet, None, 8))
+    bench = Bench(settings(gradient_checkpointing=False, text_encoder=False, compile=True))
+    for method in ("floor", "lora"):
+        bench.measure(method, steps=1)
+    records = Records(tmp_path / "sampling.json", {})
+    sampling.measure(settings(compile=True, states=["base", "lora"]), [0], records)
+    assert compiled == [unet] * 4
+
+
+def test_sdxl_is_as_large_as_the_published_one():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
 
 
 @pytest.mark.slow

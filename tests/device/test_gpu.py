@@ -40,10 +40,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
+def exact_convolutions():
     """float32 as on the CPU: GPUs round convolutions to TF32 unless they are told not to."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)

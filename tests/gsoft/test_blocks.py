@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gsoft import blocks as module
 from gsoft.blocks import REACH, cayley, exponential, free_numbers, orthogonal_blocks, skew_symmetric
@@ -20,6 +21,23 @@ def test_skew_symmetric_has_its_free_numbers_above_the_diagonal(size):
     assert torch.equal(skew, -skew.mT)
     above = torch.ones(size, size).triu(1).bool()
     assert torch.equal(skew[:, above], free)
+
+
+def test_what_is_remembered_of_a_side_serves_training_after_sampling():
+    module._REMEMBERED.clear()
+    free = random_free(4, free_numbers(9))
+    with torch.inference_mode():
+        skew_symmetric(free, 9)
+    skew_symmetric(free.requires_grad_(), 9).square().sum().backward()
+    torch.testing.assert_close(free.grad, 4 * free.detach())  # each number is in the matrix twice
+
+
+def test_stand_ins_for_tensors_leave_nothing_behind():
+    module._REMEMBERED.clear()
+    with FakeTensorMode():
+        skew_symmetric(torch.empty(4, free_numbers(9)), 9)
+    assert not module._REMEMBERED
+    assert type(skew_symmetric(random_free(4, free_numbers(9)), 9)) is torch.Tensor
 
 
 @pytest.mark.parametrize("parametrization", MAPS)

@@ -55,6 +55,20 @@ def test_pictures_do_not_depend_on_the_batch_size(base, scheduler, batch_size):
     assert max(np.abs(a - b).max() for a, b in zip(alone, together, strict=True)) <= 1
 
 
+def test_compiled_pictures_are_the_same_with_the_base_beside(adapter_file, tmp_path, monkeypatch):
+    original = torch.compile  # without the part that makes machine code, which takes minutes
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **_: original(*arguments, backend="aot_eager"))
+    config = GenerationConfig((str(adapter_file),), prompts=("a sks dog",), num_images=1, compare=True)
+    drawn = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        draw(replace(config, compile=compiled, output_dir=str(folder)))
+        drawn.append({name: picture for name, (picture, _) in pictures_in(folder).items()})
+    plain, compiled = drawn
+    assert plain.keys() == compiled.keys()
+    assert max(np.abs(plain[name].astype(int) - compiled[name]).max() for name in plain) <= 1
+
+
 class Oracle(torch.nn.Module):
     """A UNet that knows the clean latents and predicts them perfectly, in the way the scheduler's config asks for."""
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
-from conftest import PIXELS
+from conftest import PIXELS, write_base
+from pretended import pretended_gpu
 from tiny_families import WRITERS, write_flux, write_sdxl
 
 from gsoft_diffusion.config import SamplerConfig
@@ -104,3 +105,28 @@ def test_what_the_model_decides_is_filled_in(base, monkeypatch):
     assert with_model_sampler(model, wanted) == wanted
     monkeypatch.setattr(type(model), "resolution", 512)
     assert with_model_sampler(model, SamplerConfig()).guidance_scale == GUIDANCE
+
+
+@pytest.mark.parametrize("write", [write_base, write_flux])
+def test_drawing_on_a_gpu_waits_no_more_for_more_steps(write, tmp_path):
+    with pretended_gpu() as gpu:
+        model = load_model(str(write(tmp_path / "base")), device="cuda")
+        counted = []
+        for steps in (2, 5):
+            gpu.reset()
+            sampler = replace(FEW_STEPS, num_inference_steps=steps)
+            (sample,) = generate(model, [("a dog", 3)], sampler, resolution=PIXELS)
+            counted.append((gpu.waits.total(), gpu.kernels.total()))
+    assert np.asarray(sample.image).std() > 1
+    assert counted[0][0] == counted[1][0]
+    assert counted[0][1] < counted[1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [write_base, write_flux])
+def test_the_same_schedulers_fit_on_a_gpu(write, tmp_path):
+    """Whatever a scheduler raises means that it does not fit, so mixed devices would only make the list shorter."""
+    base = str(write(tmp_path / "base"))
+    expected = fitting(load_model(base))
+    with pretended_gpu():
+        assert fitting(load_model(base, device="cuda")) == expected

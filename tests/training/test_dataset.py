@@ -13,7 +13,7 @@ from PIL import Image
 
 from gsoft_diffusion.photos.crops import CROPS
 from gsoft_diffusion.photos.folder import Photo, read_folder
-from gsoft_diffusion.training.dataset import BatchPositions, DreamBoothDataset, ViewSettings, derived_seed
+from gsoft_diffusion.training.dataset import BatchPositions, DreamBoothDataset, ViewSettings, collate, derived_seed
 
 SQUARE = {(16, 16): (4, 8, 8)}
 BUCKETS = {(16, 16): (4, 8, 8), (20, 12): (4, 6, 10), (12, 20): (4, 10, 6)}
@@ -52,6 +52,16 @@ def named(photos: Sequence[Photo], prefix: str = "") -> list[Photo]:
 
 def shown(samples: DreamBoothDataset, positions: Sequence[int]) -> list[str]:
     return [samples.prompts[int(samples[position]["prompt"])] for position in positions]
+
+
+def test_a_batch_has_each_prompt_once(some):
+    samples = dataset(named(some), [replace(photo, prompt="class") for photo in some])
+    chosen = [samples[position] for position in range(8)]
+    batch = collate(chosen)
+    assert [int(number) for number in batch["prompts"][batch["prompt_of"]]] == [int(s["prompt"]) for s in chosen]
+    assert len(batch["prompts"]) == len({int(sample["prompt"]) for sample in chosen}) < 8
+    assert torch.equal(batch["noise"][5], chosen[5]["noise"])
+    assert "prompt" not in batch
 
 
 def test_a_sample_is_a_function_of_seed_and_position(some):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from benchmarks.pretended_gpu import PretendedGPU
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.noise import prediction_target
 from gsoft_diffusion.training.losses import (
@@ -127,6 +128,22 @@ def test_dreambooth_loss_is_the_sum_of_two_means():
     is_prior = torch.tensor([False, True, False, True, True])
     assert dreambooth_loss(losses, is_prior, 0.5).item() == 2.0 + 0.5 * 20.0
     assert dreambooth_loss(losses, torch.zeros(5, dtype=torch.bool), 0.5).item() == losses.mean().item()
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_no_part_of_the_loss_waits_for_a_gpu(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    with PretendedGPU() as gpu:
+        latents, noise = torch.randn(2, 4, 2, 8, 8, device="cuda")
+        timesteps, is_prior = torch.tensor([3, 5, 7, 9], device="cuda"), torch.tensor([True, False] * 2, device="cuda")
+        for _ in range(2):  # the first time, tables go to the GPU
+            gpu.reset()
+            target = prediction_target(scheduler, latents, noise, timesteps)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            options = {"snr_gamma": 5.0, "prior_loss_weight": 0.5, "weights": torch.ones(4, 1, 8, 8, device="cuda")}
+            training_loss(noisy, target, timesteps, is_prior, scheduler, **options)
+        assert gpu.kernels
+        assert not gpu.waits
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)

@@ -99,6 +99,15 @@ def test_gradient_checkpointing_changes_nothing(config):
     assert difference(weights(config, "plain"), checkpointed) < 1e-4
 
 
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_compiling_changes_nothing_but_rounding(config, monkeypatch, text_encoder):
+    config = replace(config, adapter=replace(config.adapter, text_encoder=text_encoder))
+    plain = weights(config, "plain")
+    original = torch.compile  # without the part that makes machine code, which takes minutes
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **_: original(*arguments, backend="aot_eager"))
+    assert difference(plain, weights(replace(config, compile=True), "compiled")) < 1e-3
+
+
 def test_what_is_printed(config, capfd):
     exif = Image.Exif()
     exif[0x0112] = 6
