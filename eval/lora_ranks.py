@@ -26,14 +26,16 @@ from tqdm.auto import tqdm
 from eval.score import add_encoder_options, chosen_encoders, embed
 from eval.sheets import save_sheets
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapter
+from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
+from gsoft_diffusion.publish.approximation import total_error
 from gsoft_diffusion.publish.export import lora_layers
-from gsoft_diffusion.publish.low_rank import LoraLayer, total_error
+from gsoft_diffusion.publish.low_rank import LoraLayer
 from gsoft_diffusion.publish.model_card import public_base
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import Row
@@ -65,13 +67,14 @@ def study(
     seeds: int,
     encoders: Encoders,
     moved_to: str | None = None,
+    accept_other_base: bool = False,
 ) -> tuple[dict[str, Any], list[Row]]:
     """All that is measured, as JSON values, and the rows of a contact sheet.
 
     path: the adapter file. ranks: of the LoRAs, in any order. prompts: what is drawn; if empty, what the run validated
     with. seeds: pictures for each prompt. encoders: for the distances, on the device that draws. moved_to: where the
-    base model is now, if not where the adapter says. Raises UserError if adapter or base model cannot be read, or the
-    adapter changes nothing.
+    base model is now, if not where the adapter says. accept_other_base: as in `load_adapter`. Raises UserError if
+    adapter or base model cannot be read, or the adapter changes nothing.
     """
     file = read_adapter(path)
     if file.changes_nothing:
@@ -79,7 +82,8 @@ def study(
     prompts = prompts or validation_prompts(file)
     model = load_base(file, moved_to, device=encoders.clip.device)
     stack = AdapterStack(model.denoiser, model.text_encoders)
-    stack.load("adapter", path)
+    stack.load("adapter", path, accept_other_base=accept_other_base)
+    base_model = public_identity_of(model)
     jobs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     sampler = SamplerConfig.from_dict(file.training.get("sampler", {}))
     resolution = file.training.get("resolution") or model.resolution
@@ -114,7 +118,7 @@ def study(
     result = {
         "adapter": file.path.resolve().parent.name,
         "config": file.config.to_dict(),
-        "base_model": {"name": public_base(file.base_model.name)[1], "fingerprint": file.base_model.fingerprint},
+        "base_model": {"name": public_base(base_model.name)[1], "fingerprint": base_model.fingerprint},
         "precision": str(PRECISION).removeprefix("torch."),
         "change": {layer.name: layer.change for layer in largest},
         "prompts": list(prompts),
@@ -217,13 +221,19 @@ def main() -> int:
     parser.add_argument("--prompts", nargs="+", default=[], help="what to draw (default: the run's validation prompts)")
     parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt (default: %(default)s)")
     parser.add_argument("--pretrained_model_name_or_path", help="where the base model is now, if it has moved")
+    parser.add_argument(
+        "--accept_other_base",
+        action="store_true",
+        help="take a base model with other weights than the adapter was trained on; says how far away they are",
+    )
     add_encoder_options(parser)
     args = parser.parse_args()
     if min(args.ranks) < 1 or args.seeds < 1:
         raise UserError("--ranks, --seeds: must be 1 or more")
     ranks, base = sorted(set(args.ranks)), args.pretrained_model_name_or_path
     with new_places("--out", args.out) as (folder,):
-        result, rows = study(args.adapter, ranks, args.prompts, args.seeds, chosen_encoders(args), base)
+        encoders = chosen_encoders(args)
+        result, rows = study(args.adapter, ranks, args.prompts, args.seeds, encoders, base, args.accept_other_base)
         folder.mkdir()
         (folder / "ranks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         plot(result).savefig(folder / "ranks.svg")

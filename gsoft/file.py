@@ -32,14 +32,16 @@ MAX_HEADER = 4 * 2**20  # bytes; the largest adapters have about two thousand te
 class Format:
     """A kind of adapter file.
 
-    key: the metadata entry that tells the kind, and holds the version. sections: the other entries, JSON objects.
-    program: what reads and writes it, for error messages.
+    key: the metadata entry that tells the kind, and holds the version. version: the one that is written. sections: the
+    other entries, JSON objects. program: what reads and writes it, for error messages. earlier: versions that are read
+    beside that.
     """
 
     key: str
     version: str
     sections: tuple[str, ...]
     program: str
+    earlier: tuple[str, ...] = ()
 
     def write(self, path: str | Path, tensors: Mapping[str, Tensor], sections: Mapping[str, Mapping[str, Any]]) -> None:
         """Write a file, complete or not at all: beside the target first, then renamed over it.
@@ -76,14 +78,16 @@ class Format:
         try:
             check_header(path)
             with safe_open(path, framework="pt") as file:
-                yield OpenFile(path, self._read_sections(path, file.metadata() or {}), file)
+                metadata = file.metadata() or {}
+                sections = self._read_sections(path, metadata)
+                yield OpenFile(path, metadata[self.key], sections, file)
         except (OSError, SafetensorError) as error:
             raise FileError(f"{path}: not a readable safetensors file ({error})") from error
 
     def _read_sections(self, path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         if self.key not in metadata:
             refuse(path, f"its metadata has no {self.key}; it is something else, such as a LoRA or a whole model")
-        if metadata[self.key] != self.version:
+        if metadata[self.key] not in (self.version, *self.earlier):
             refuse(
                 path,
                 f"format version {metadata[self.key]!r} is unknown, {self.version!r} expected; update {self.program}",
@@ -105,11 +109,12 @@ class Format:
 class OpenFile:
     """An adapter file whose header is sound and whose tensors are not read yet.
 
-    sections: the metadata's JSON objects; shapes and dtypes ("F32" and others): of the tensors, by name.
+    version: of the format. sections: the metadata's JSON objects; shapes and dtypes ("F32" and others): of the tensors,
+    by name.
     """
 
-    def __init__(self, path: Path, sections: dict[str, dict[str, Any]], file: Any) -> None:
-        self.path, self.sections = path, sections
+    def __init__(self, path: Path, version: str, sections: dict[str, dict[str, Any]], file: Any) -> None:
+        self.path, self.version, self.sections = path, version, sections
         headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         self.shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
         self.dtypes = {name: header.get_dtype() for name, header in headers.items()}

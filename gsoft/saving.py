@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gsoft.config import Config
-from gsoft.errors import ConfigError, FileError
+from gsoft.errors import ConfigError
 from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
-from gsoft.fingerprint import BaseModelIdentity, difference
+from gsoft.fingerprint import BaseModelIdentity, check_base
 from gsoft.model_adapter import ROOT, ModelAdapter
 from gsoft.rotation import at_strength
 
@@ -77,35 +77,34 @@ def read(path: str | Path) -> AdapterFile:
         return AdapterFile(file.path, config, base_model, file.sections["notes"], file.tensors())
 
 
-def load(path: str | Path, model: nn.Module, *, strength: float = 1.0) -> ModelAdapter:
+def load(path: str | Path, model: nn.Module, *, strength: float = 1.0, accept_other_base: bool = False) -> ModelAdapter:
     """Read an adapter file and put it on its base model, with the configuration that it was trained with.
 
     path: what `save` wrote. model: the base model. strength: from 0, the base model, to 1, what was trained; see
-    `gsoft.rotation.at_strength`. Modules to save are taken as they were trained. Returns the adapter, attached. For
-    several adapters on one model see `AdapterStack`.
+    `gsoft.rotation.at_strength`. accept_other_base: see `adapter_for`. Modules to save are taken as they were trained.
+    Returns the adapter, attached. For several adapters on one model see `AdapterStack`.
 
     Raises GSOFTError, with the model unchanged, if the file is not valid, belongs to another base model, or does not
     have exactly the parameters that the model asks for.
     """
     file = read(path)
-    adapter = adapter_for(file, model)
+    adapter = adapter_for(file, model, accept_other_base=accept_other_base)
     adapter.attach()
     adapter.load_state_dict(at(file, strength))
     return adapter
 
 
-def adapter_for(file: AdapterFile, model: nn.Module) -> ModelAdapter:
+def adapter_for(file: AdapterFile, model: nn.Module, *, accept_other_base: bool = False) -> ModelAdapter:
     """A new adapter as the file asks for, not attached: its numbers are not loaded yet.
 
-    file: what `read` gave. model: the base model, left unchanged. Raises FileError unless the file belongs to this
-    model, and GSOFTError if its layers are not there.
+    file: what `read` gave. model: the base model, left unchanged. accept_other_base: take a model of the same
+    architecture with other weights as well, such as a fine-tune of the base model; how far away its weights are is a
+    warning of the logger `gsoft`.
+
+    Raises FileError unless the file belongs to this model, and GSOFTError if its layers are not there.
     """
     adapter = ModelAdapter(file.config, model)
-    if found := difference(file.base_model.fingerprint, adapter.base_model.fingerprint):
-        raise FileError(
-            f"{file.path}: trained on the base model {file.base_model.name}, "
-            f"but the model given, {adapter.base_model.name}, has {found}"
-        )
+    check_base(file.path, file.base_model, adapter.base_model, accept_other_base, "accept_other_base=True")
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     compare_shapes(file.path, shapes, expected, "its base model")

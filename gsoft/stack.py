@@ -67,7 +67,8 @@ class Stack:
     def composed(self, strengths: Mapping[str, float]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Every layer that these adapters change: its name, the base model's `W`, and `W'` in float32 or more.
 
-        To be asked while no adapter is in use. Raises GSOFTError as `use` does.
+        To be asked while no adapter is in use, and to be gone through before it is asked again: an adapter has one
+        strength at a time. Raises GSOFTError as `use` does.
         """
         self._check(strengths)
         assert not any(kept.replaced for kept in self._kept_weights.values()), "W is not in its place"
@@ -113,10 +114,12 @@ class AdapterStack(Stack):
         super().__init__()
         self._model = model
 
-    def load(self, name: str, path: str | Path) -> AdapterFile:
+    def load(self, name: str, path: str | Path, *, accept_other_base: bool = False) -> AdapterFile:
         """Read an adapter, to be used by this name.
 
-        name: what `use` calls it. path: the file. Returns what the file says. Raises GSOFTError as in `gsoft.load`, if
+        name: what `use` calls it. path: the file. accept_other_base: as in `gsoft.load`.
+
+        Returns what the file says. Raises GSOFTError as in `gsoft.load`, if
         the name is taken, or if the adapter has modules of its own (`modules_to_save`), of which only one can be in the
         model.
         """
@@ -128,5 +131,5 @@ class AdapterStack(Stack):
                 "which a stack cannot compose; load it by itself (gsoft.load)"
             )
         with self.disabled():
-            self.add(name, adapter_for(file, self._model), file.tensors)
+            self.add(name, adapter_for(file, self._model, accept_other_base=accept_other_base), file.tensors)
         return file

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from gsoft_diffusion import load_adapter, read_adapter
+from gsoft_diffusion import load_adapter, read_adapter, save_adapter
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.models.loading import load_model
@@ -41,6 +41,22 @@ def test_an_adapter_loads_to_the_bit(base, place):
     assert file.config == AdapterConfig(nblocks=4)
     assert file.base_model.name == "base"
     assert (file.prompts["instance_prompt"], file.training["resolution"]) == ("a photo of a sks dog", 32)
+
+
+def test_an_adapter_is_written_anew_to_the_bit(tmp_path):
+    """For programs that read the parametrization in the keys: comfyui/README.md."""
+    file, path = read_adapter(FIRST / "adapter.safetensors"), tmp_path / "adapter.safetensors"
+    save_adapter(path, file, base_model=file.base_model, training=file.training, prompts=file.prompts)
+    written, again = load_file(FIRST / "adapter.safetensors"), load_file(path)
+    assert again.keys() - written.keys() == {"parametrization.cayley"}
+    assert all(torch.equal(again[name], tensor) for name, tensor in written.items())
+    found = read_adapter(path)
+    assert (found.config, found.base_model, found.training, found.prompts) == (
+        file.config,
+        file.base_model,
+        file.training,
+        file.prompts,
+    )
 
 
 def test_a_checkpoint_is_resumed(base, photos, tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 Tensors: the adapter's parameters, float32, under their names in `Adapter.state_dict()`. Metadata: the key
 `gsoft_diffusion_adapter` holds the version of the format; `config`, `base_model`, `training` and `prompts` hold JSON.
+
+Other programs read tensors without metadata. What they could not know from shapes is the name of an empty tensor:
+`parametrization.cayley` or `parametrization.exp`. Version 1 of the format had none.
 """
 
 from __future__ import annotations
@@ -12,16 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from gsoft.file import Format, check_rotation_shapes, refuse
+from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.config.settings import Settings
 from gsoft_diffusion.foundation.errors import UserError, user_errors
 from gsoft_diffusion.foundation.run_folder import ADAPTER
 
-FORMAT = Format("gsoft_diffusion_adapter", "1", ("config", "base_model", "training", "prompts"), "gsoft-diffusion")
+FIRST_VERSION = "1"
+FORMAT = Format(
+    "gsoft_diffusion_adapter",
+    "2",
+    ("config", "base_model", "training", "prompts"),
+    "gsoft-diffusion",
+    earlier=(FIRST_VERSION,),
+)
+PARAMETRIZATION = "parametrization."  # what the name of the empty tensor starts with
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,10 @@ class AdapterFile:
     training: dict[str, Any]
     prompts: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The tensors: so `save_adapter` takes a file as well, and writes one of an earlier version anew."""
+        return self.tensors
 
     @property
     def changes_nothing(self) -> bool:
@@ -84,7 +100,9 @@ def save_adapter(
         "training": training,
         "prompts": prompts,
     }
-    FORMAT.write(path, adapter.state_dict(), sections)
+    config = adapter.config
+    mark = {f"{PARAMETRIZATION}{config.parametrization}": torch.empty(0)} if isinstance(config, AdapterConfig) else {}
+    FORMAT.write(path, {**mark, **adapter.state_dict()}, sections)
 
 
 @user_errors()
@@ -103,8 +121,13 @@ def read_adapter(path: str | Path) -> AdapterFile:
             refuse(file.path, f"bad adapter settings ({error})")
         for name in file.shapes:
             file.check_float32(name)
-        check_rotation_shapes(file.path, config, file.shapes)
+        marks = {name: shape for name, shape in file.shapes.items() if name.startswith(PARAMETRIZATION)}
+        wanted = {f"{PARAMETRIZATION}{config.parametrization}": (0,)} if file.version != FIRST_VERSION else {}
+        compare_shapes(file.path, marks, wanted, "its format")
+        rotations = {name: shape for name, shape in file.shapes.items() if name not in marks}
+        check_rotation_shapes(file.path, config, rotations)
         tensors, base_model = file.tensors(), file.base_model()
+        tensors = {name: tensors[name] for name in rotations}
         return AdapterFile(file.path, config, base_model, file.sections["training"], file.sections["prompts"], tensors)
 
 

@@ -10,7 +10,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 import gsoft.fingerprint
 from gsoft.fingerprint import BaseModelIdentity
-from gsoft_diffusion.foundation.model_names import lasting_name
+from gsoft_diffusion.foundation.model_names import lasting_name, public_name
 from gsoft_diffusion.models.attention_layers import ATTENTIONS, attention_layers, clip_attention_layers
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.quantization import numbers_in
@@ -19,6 +19,11 @@ from gsoft_diffusion.models.quantization import numbers_in
 def identity_of(model: BaseModel) -> BaseModelIdentity:
     """The base model's identity, which an adapter's file keeps. Ask before an adapter is injected."""
     return BaseModelIdentity(lasting_name(model.name), fingerprint=fingerprint(model.denoiser, model.text_encoders))
+
+
+def public_identity_of(model: BaseModel) -> BaseModelIdentity:
+    """As `identity_of`, with a name that others may read."""
+    return BaseModelIdentity(public_name(model.name), fingerprint=fingerprint(model.denoiser, model.text_encoders))
 
 
 def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str:

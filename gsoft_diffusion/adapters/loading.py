@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+import gsoft.fingerprint
 from gsoft.file import compare_shapes
-from gsoft.fingerprint import BaseModelIdentity, difference, name_of
+from gsoft.fingerprint import BaseModelIdentity, name_of
 from gsoft.rotation import at_strength
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapter
 from gsoft_diffusion.adapters.identity import fingerprint
@@ -24,7 +25,12 @@ from gsoft_diffusion.models.loading import load_model
 
 
 def load_adapter(
-    path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), *, strength: float = 1.0
+    path: str | Path,
+    unet: nn.Module,
+    text_encoders: Sequence[nn.Module] = (),
+    *,
+    strength: float = 1.0,
+    accept_other_base: bool = False,
 ) -> tuple[Adapter, AdapterFile]:
     """Read an adapter file and put it into its base model, with the settings it was trained with.
 
@@ -33,29 +39,30 @@ def load_adapter(
     text_encoders: those that were given to `fingerprint` in training, in the pipeline's order.
     strength: from 0, the base model, to 1, what was trained; see `gsoft.rotation.at_strength`. For several adapters on
     one model see `AdapterStack`.
+    accept_other_base: see `check_base`.
 
     Returns the adapter, which is attached, and what its file says. Raises UserError, with the models unchanged, if the
     file is not valid, belongs to another base model, or does not have exactly the parameters that the model asks for.
     """
     file = read_adapter(path)
-    check_base(file, unet, text_encoders)
+    check_base(file, unet, text_encoders, accept_other_base=accept_other_base)
     adapter = inject(file.config, unet, text_encoders)
     adapter.load_state_dict(at_strength(file.tensors, strength))
     return adapter, file
 
 
 @user_errors()
-def check_base(file: AdapterFile, unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> None:
+def check_base(
+    file: AdapterFile, unet: nn.Module, text_encoders: Sequence[nn.Module] = (), *, accept_other_base: bool = False
+) -> None:
     """Raise UserError unless the adapter was trained on these models, which it looks at without changing them.
 
-    file: the adapter. unet, text_encoders: as in `load_adapter`.
+    file: the adapter. unet, text_encoders: as in `load_adapter`. accept_other_base: take models of the same
+    architecture with other weights as well, such as a fine-tune of the base model; how far away their weights are is a
+    warning of the logger `gsoft`.
     """
     given = BaseModelIdentity(name_of(unet), fingerprint(unet, text_encoders))
-    if found := difference(file.base_model.fingerprint, given.fingerprint):
-        raise UserError(
-            f"{file.path}: trained on the base model {file.base_model.name}, "
-            f"but the model given, {given.name}, has {found}"
-        )
+    gsoft.fingerprint.check_base(file.path, file.base_model, given, accept_other_base, "--accept_other_base")
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     compare_shapes(file.path, shapes, expected_shapes(file.config, unet, text_encoders), "its base model")
 

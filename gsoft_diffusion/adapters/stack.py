@@ -25,17 +25,17 @@ class AdapterStack(Stack):
         self._models = (denoiser, text_encoders)
 
     @user_errors()
-    def load(self, name: str, path: str | Path) -> AdapterFile:
+    def load(self, name: str, path: str | Path, *, accept_other_base: bool = False) -> AdapterFile:
         """Read an adapter, to be used by this name.
 
-        name: by which `use` calls it. path: as in `read_adapter`.
+        name: by which `use` calls it. path: as in `read_adapter`. accept_other_base: as in `load_adapter`.
 
         Returns what the file says. Raises UserError as `load_adapter`, or if the name is taken.
         """
         self.check_new(name)
         file = read_adapter(path)
         with self.disabled():
-            check_base(file, *self._models)
+            check_base(file, *self._models, accept_other_base=accept_other_base)
         self.add(name, Adapter(file.config, *self._models), file.tensors)
         return file
 

@@ -25,22 +25,26 @@ class ExportConfig(Settings):
     adapter: adapter file that training wrote, or the folder of a run or of a checkpoint; several for the same base
       model act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
-      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it.
+      with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it; diff is the whole
+      change of every layer, large, and at strength 1 exact but for rounding; ComfyUI, Forge and A1111 add it.
     strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
     output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
       and, if there is one, the checkpoint.
     rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
+      says how far away they are.
     """
 
     adapter: Annotated[tuple[str, ...], Mark.PATH]
-    format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+    format: Literal["diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"]
     strength: tuple[float, ...] = ()
     output: Annotated[str | None, Mark.PATH] = None
     rank: Annotated[int | None, POSITIVE] = None
     precision: Literal["float16", "float32"] = "float16"
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+    accept_other_base: bool = False
 
     def __post_init__(self) -> None:
         settle_paths(self)
@@ -59,8 +63,13 @@ class ExportConfig(Settings):
 
     @property
     def is_lora(self) -> bool:
-        """Whether the format is a LoRA's, and not a whole model's."""
+        """Whether the format is a LoRA's."""
         return self.format.endswith("_lora")
+
+    @property
+    def is_change(self) -> bool:
+        """Whether the format holds the change of the weights, and not a whole model."""
+        return self.is_lora or self.format == "diff"
 
 
 _RANK = OnlyWith(

@@ -46,6 +46,8 @@ class GenerationConfig(Settings):
       for a checkpoint's adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
+      says how far away they are.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
     compile: fuse the denoiser's operations with torch.compile; the first picture takes minutes.
     cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
@@ -69,6 +71,7 @@ class GenerationConfig(Settings):
     output_dir: Annotated[str | None, Mark.PATH] = None
     compare: bool = False
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+    accept_other_base: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False
     cpu_offload: bool = False

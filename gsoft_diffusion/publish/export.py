@@ -1,8 +1,7 @@
-"""Adapters for other tools: a whole model with the adapter merged in, or a LoRA that approximates it."""
+"""Adapters for other tools: a whole model with the adapter merged in, or the change that it makes, as they take it."""
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapters
+from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
@@ -27,7 +28,9 @@ from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import INDEX
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
-from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors, total_error
+from gsoft_diffusion.publish.approximation import Approximation, total_error, write_report
+from gsoft_diffusion.publish.full_difference import write_differences
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.publish.model_card import model_card, public_base
 
 DEFAULT_RANK = 64
@@ -48,33 +51,36 @@ def export(config: ExportConfig) -> Path:
     target = Path(config.output or _default_target(files[0].path, config.format, rank))
     sheet = _sheet(files[0]) if strengths == [1.0] else None
     whole = config.format == "diffusers"
-    ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_lora else [])]
+    ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_change else [])]
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
         model = load_base(files[0], config.pretrained_model_name_or_path)
         stack = AdapterStack(model.denoiser, model.text_encoders)
         for adapter in config.adapter:
-            stack.load(adapter, adapter)
-        if config.is_lora:
-            said = _export_lora(config, rank, model, stack, files, place, places[".csv"])
+            stack.load(adapter, adapter, accept_other_base=config.accept_other_base)
+        base = public_identity_of(model) if config.accept_other_base else files[0].base_model
+        metadata = provenance(files, config.strengths, base)
+        if config.is_change:
+            said = _export_change(config, rank, model, stack, metadata, place, places[".csv"])
         else:
-            said = _export_merged(config, model, stack, files, place)
+            said = _export_merged(config, model, stack, metadata, place)
         card, picture = (place / CARD, place / PREVIEW) if whole else (places[".md"], places.get(".png"))
         shown = (PREVIEW if whole else paths[".png"].name) if sheet else None
-        card.write_text(model_card(config.format, target.name, files, strengths, model=model, picture=shown), "utf-8")
+        text = model_card(config.format, target.name, files, strengths, model=model, base=base, picture=shown)
+        card.write_text(text, "utf-8")
         if sheet and picture:
             shutil.copyfile(sheet, picture)
     print(f"{target}: {said}")
     if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
-        print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them")
+        print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora or diff")
     return target
 
 
 def _default_target(adapter: Path, layout: str, rank: int) -> Path:
     """The default output: in the run's folder, named after the format and, if there is one, the checkpoint."""
     checkpoint = checkpoint_name(adapter)
-    stem = f"{layout}_rank{rank}" if layout.endswith("_lora") else "merged"
+    stem = {"diffusers": "merged", "checkpoint": "merged", "diff": "diff"}.get(layout, f"{layout}_rank{rank}")
     end = "" if layout == "diffusers" else ".safetensors"
     return run_folder(adapter) / f"{stem}{f'_{checkpoint}' if checkpoint else ''}{end}"
 
@@ -86,7 +92,7 @@ def _sheet(file: AdapterFile) -> Path | None:
 
 
 def _export_merged(
-    config: ExportConfig, model: BaseModel, stack: AdapterStack, files: Sequence[AdapterFile], place: Path
+    config: ExportConfig, model: BaseModel, stack: AdapterStack, metadata: dict[str, str], place: Path
 ) -> str:
     """Write the whole model to `place`; returns what it is, in words."""
     stack.use(config.strengths)
@@ -94,32 +100,52 @@ def _export_merged(
     if config.format == "diffusers":
         write_folder(place, model, dtype)
     else:
-        write_tensors(place, rounded(model.original_layout(), dtype), provenance(files, config.strengths))
-    what = "the adapter" if len(files) == 1 else f"{len(files)} adapters"
+        write_tensors(place, rounded(model.original_layout(), dtype), metadata)
+    what = "the adapter" if len(config.adapter) == 1 else f"{len(config.adapter)} adapters"
     return f"{model.name} with {what} merged in, {config.precision}"
 
 
-def _export_lora(
+def _export_change(
     config: ExportConfig,
     rank: int,
     model: BaseModel,
     stack: AdapterStack,
-    files: Sequence[AdapterFile],
+    metadata: dict[str, str],
     place: Path,
     report: Path,
 ) -> str:
-    """Write the LoRA to `place` and the table of its layers to `report`; returns in words what it loses."""
+    """Write the change to `place` and the table of its layers to `report`; returns in words what it loses."""
     dtype: torch.dtype = getattr(torch, config.precision)
-    metadata = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
-    layers = lora_layers(stack, config.strengths, rank, dtype)
-    tensors = kohya_tensors(layers, model.kohya_place) if metadata else diffusers_tensors(layers)
-    write_tensors(place, rounded(tensors, dtype), provenance(files, config.strengths) | metadata)
+    layers: Sequence[Approximation]
+    if config.format == "diff":
+        layers = write_differences(place, model, stack, config.strengths, dtype, metadata)
+        what = "full differences"
+    else:
+        layers = _write_lora(place, config, rank, model, stack, dtype, metadata)
+        what = f"LoRA of rank {rank}"
     write_report(report, layers)
     worst = max(layers, key=lambda layer: layer.error)
     return (
-        f"LoRA of rank {rank}, {config.precision}; it loses {total_error(layers):.1%} of the adapter's change of the "
-        f"weights, at most {worst.error:.1%} in a layer ({worst.name}); all in the .csv beside it"
+        f"{what}, {config.precision}; it loses {100 * total_error(layers):.3g}% of the adapter's change of the "
+        f"weights, at most {100 * worst.error:.3g}% in a layer ({worst.name}); all in the .csv beside it"
     )
+
+
+def _write_lora(
+    place: Path,
+    config: ExportConfig,
+    rank: int,
+    model: BaseModel,
+    stack: AdapterStack,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+) -> list[LoraLayer]:
+    """Write the LoRA; returns its layers."""
+    of_kohya = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
+    layers = lora_layers(stack, config.strengths, rank, dtype)
+    tensors = kohya_tensors(layers, model.kohya_place) if of_kohya else diffusers_tensors(layers)
+    write_tensors(place, rounded(tensors, dtype), metadata | of_kohya)
+    return layers
 
 
 # A whole model
@@ -179,17 +205,6 @@ def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, 
     return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]
 
 
-def write_report(target: Path, layers: Sequence[LoraLayer]) -> None:
-    """Write a table of the layers: name, `change` and `error` as in `LoraLayer`.
-
-    target: the CSV file. layers: of the LoRA.
-    """
-    with target.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["layer", "change", "error"])
-        table.writerows([layer.name, f"{layer.change:.3e}", f"{layer.error:.3e}"] for layer in layers)
-
-
 def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
     """What web UIs read to tell what a LoRA is for, and how large it is.
 
@@ -202,15 +217,16 @@ def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
 # Files
 
 
-def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float]) -> dict[str, str]:
+def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float], base: BaseModelIdentity) -> dict[str, str]:
     """Metadata of an exported file: its base model, and the prompts that call the subjects.
 
-    files: the adapters in it, of one base model. strengths: by adapter, in the same order.
+    files: the adapters in it. strengths: by adapter, in the same order. base: their base model, or the one that was
+    taken for it.
 
     Returns texts by name, as safetensors takes them; no folder of this machine is in them.
     """
     prompts = files[0].prompts if len(files) == 1 else {"subjects": [one for file in files for one in file.subjects]}
-    base_model = asdict(files[0].base_model) | {"name": public_base(files[0].base_model.name)[1]}
+    base_model = asdict(base) | {"name": public_base(base.name)[1]}
     origin = {"base_model": base_model, "prompts": prompts, "strengths": list(strengths.values())}
     return {"format": "pt", "gsoft_diffusion": json.dumps(origin)}
 

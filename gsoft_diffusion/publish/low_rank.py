@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,31 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gsoft_diffusion.publish.approximation import Approximation
+from gsoft_diffusion.publish.layer_names import module_path
+
 
 @dataclass(frozen=True)
-class LoraLayer:
-    """The factors `up (out, rank)` and `down (rank, in)` of one layer, and how near they come to the adapter.
+class LoraLayer(Approximation):
+    """The factors `up (out, rank)` and `down (rank, in)` of one layer, and how near they come to the adapter."""
 
-    name: the layer's name in the adapter.
-    weight_norm, change_norm, lost_norm: `‖W‖`, `‖W' − W‖` and `‖W' − W − up·down‖`, Frobenius, rounding included.
-    """
-
-    name: str
     up: Tensor
     down: Tensor
-    weight_norm: float
-    change_norm: float
-    lost_norm: float
-
-    @property
-    def change(self) -> float:
-        """How much the adapter changes the layer, relative to the layer."""
-        return _ratio(self.change_norm, self.weight_norm)
-
-    @property
-    def error(self) -> float:
-        """How much of that change the LoRA loses, relative to the change."""
-        return _ratio(self.lost_norm, self.change_norm)
 
     def truncated(self, rank: int) -> LoraLayer:
         """The same at a smaller rank, without another decomposition.
@@ -58,7 +42,8 @@ def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: to
     change = rotated - weight
     up, down = (factor.to(dtype) for factor in low_rank(change, rank))
     lost = change - up.float() @ down.float()
-    return LoraLayer(name, up, down, *(matrix.norm().item() for matrix in (weight, change, lost)))
+    weight_norm, change_norm, lost_norm = (matrix.norm().item() for matrix in (weight, change, lost))
+    return LoraLayer(name, weight_norm, change_norm, lost_norm, up, down)
 
 
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -74,13 +59,6 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
     missing = rank - len(root)
     return F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))
-
-
-def total_error(layers: Sequence[LoraLayer]) -> float:
-    """The error of all layers taken as one vector of weights."""
-    return _ratio(
-        math.hypot(*(layer.lost_norm for layer in layers)), math.hypot(*(layer.change_norm for layer in layers))
-    )
 
 
 def diffusers_tensors(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
@@ -112,18 +90,3 @@ def kohya_tensors(layers: Sequence[LoraLayer], place_of: Callable[[str], tuple[s
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return tensors
-
-
-def module_path(name: str) -> str:
-    """Where a layer of the adapter (see `Adapter`) is in a diffusers pipeline.
-
-    In text encoders by the names of transformers before 5.6, which every tool's loader understands.
-    """
-    if name.startswith("text_encoder"):
-        return re.sub(r"^(\w+)\.layers\.(\d+)", r"\1.text_model.encoder.layers.\2.self_attn", name)
-    return re.sub(r"\.to_out$", ".to_out.0", name)
-
-
-def _ratio(part: float, whole: float) -> float:
-    """`part / whole`, and nothing of nothing is 0."""
-    return part / whole if whole else 0.0

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
+from gsoft.fingerprint import BaseModelIdentity, difference, how_far
 from gsoft_diffusion.adapters.file import AdapterFile
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.models.families import BaseModel
 
-Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora"]
+Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"]
+OTHER_BASE = "other_base"  # in what a file says of its training: that a run went on with another base model
 MARK = "<!-- Written by gsoft-diffusion. Remove this line to keep what you write here when the run is resumed. -->"
 
 WHAT = {
@@ -26,6 +28,7 @@ WHAT = {
     "checkpoint": "{base} with an adapter of rotations (GSOFT) merged in: a whole model in one file.",
     "diffusers_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
     "kohya_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
+    "diff": "The change of the weights that an adapter of rotations (GSOFT) makes to {base}.",
 }
 LOADING = {
     "adapter": """With gsoft-diffusion:
@@ -43,7 +46,10 @@ adapter, file = load_adapter("{file}", {denoiser}, [{text_encoders}])
 adapter.merge()  # from here on the pipeline is an ordinary one
 ```
 
-Its `export.py` makes whole models and LoRAs for other tools.""",
+In ComfyUI and Forge among the LoRAs, as it is, with the node pack in its folder `comfyui`. Its `export.py` makes whole
+models and LoRAs for other tools. `--accept_other_base` with
+`--pretrained_model_name_or_path <model>` uses the adapter on another base model of the same architecture, such as a
+fine-tune, and says how far its weights are from those trained on.""",
     "diffusers": """```python
 from diffusers import DiffusionPipeline
 
@@ -64,6 +70,9 @@ pipeline.load_lora_weights(".", weight_name="{file}")
 image = pipeline("{prompt}").images[0]
 ```""",
 }
+LOADING["diff"] = """In ComfyUI, Forge or A1111 among the LoRAs: `{file}`, at strength 1, with the prompt "{prompt}".
+
+It is added to the weights. At other strengths the weights are no longer rotated ones."""
 LOADING["kohya_lora"] = "In ComfyUI, A1111 or Forge among the LoRAs, or with diffusers:\n\n" + LOADING["diffusers_lora"]
 
 
@@ -74,6 +83,7 @@ def model_card(
     strengths: Sequence[float] = (1.0,),
     *,
     model: BaseModel,
+    base: BaseModelIdentity | None = None,
     picture: str | None = None,
 ) -> str:
     """The card, in Markdown with Hugging Face's YAML front matter. It states no licence: that is the user's to choose.
@@ -82,16 +92,18 @@ def model_card(
     result: name of the file or folder, as the card's neighbour.
     files: the adapters in it, of one base model.
     strengths: of the adapters, one for each.
-    model: their base model.
+    model: the base model that they act on.
+    base: its identity, if it is not the one that they were trained on.
     picture: a contact sheet's path from the card; None for no picture.
     """
     subjects = [subject for file in files for subject in file.subjects]
     prompts = [_one_line(subject["instance_prompt"]) for subject in subjects if "instance_prompt" in subject]
-    hub_base, base = public_base(files[0].base_model.name)
+    identity = base or files[0].base_model
+    hub_base, base_name = public_base(identity.name)
     front = ModelCardData(
         base_model=hub_base,
         base_model_relation=hub_base and ("finetune" if kind in ("diffusers", "checkpoint") else "adapter"),
-        library_name="gsoft-diffusion" if kind == "adapter" else "diffusers",
+        library_name={"adapter": "gsoft-diffusion", "diff": None}.get(kind, "diffusers"),
         pipeline_tag="text-to-image",
         tags=["text-to-image", "dreambooth", "gsoft", "orthogonal-fine-tuning"] + ["lora"] * kind.endswith("_lora"),
         instance_prompt=prompts[0] if prompts else None,
@@ -99,7 +111,8 @@ def model_card(
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {', '.join(_in_text(_title(subject)) for subject in subjects)}",
-        WHAT[kind].format(base=_in_text(base)),
+        WHAT[kind].format(base=_in_text(base_name)),
+        *_other_bases(files, identity),
     ]
     if prompts:
         parts.append(f"Trained on the prompts: {', '.join(f'`{_in_code(prompt)}`' for prompt in prompts)}")
@@ -109,7 +122,7 @@ def model_card(
         )
     places = {id(getattr(model, part)): f"pipeline.{part}" for part in model.parts()}
     code = {
-        "base": _in_code(base),
+        "base": _in_code(base_name),
         "file": result,
         "pipeline": model.pipeline,
         "prompt": _in_code(*prompts[:1] or [""]),
@@ -127,6 +140,16 @@ def model_card(
         MARK,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _other_bases(files: Sequence[AdapterFile], base: BaseModelIdentity) -> list[str]:
+    """A sentence for each adapter that was trained on another base model than this."""
+    return [
+        f"The adapter was trained on {_in_text(public_base(file.base_model.name)[1])}. Compared with that one's, the "
+        f"attention weights of this base model are {how_far(file.base_model.fingerprint, base.fingerprint)}."
+        for file in files
+        if difference(file.base_model.fingerprint, base.fingerprint)
+    ]
 
 
 def public_base(name: str) -> tuple[str | None, str]:
@@ -172,6 +195,7 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
         "aspect_buckets": "aspect buckets",
         "mixed_precision": "mixed precision",
         "seed": "seed",
+        OTHER_BASE: "base model, compared with the first steps'",
     }
     for name, label in names.items():
         value = training.get(name)

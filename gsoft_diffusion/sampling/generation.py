@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapters
+from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
@@ -155,7 +156,8 @@ def draw(config: GenerationConfig) -> list[Path]:
     stack = AdapterStack(model.denoiser, model.text_encoders)
     with model.on_device(*model.text_encoders):  # elsewhere their weights would be rounded otherwise
         for path in config.adapter:
-            stack.load(path, path)
+            stack.load(path, path, accept_other_base=config.accept_other_base)
+        base_model = public_identity_of(model) if config.accept_other_base else file.base_model
         stack.use(config.strengths)
     if config.compile:
         compile_networks([model.denoiser], model.device)
@@ -173,7 +175,7 @@ def draw(config: GenerationConfig) -> list[Path]:
             for run, each, strength in zip(runs, files, strengths, strict=True)
         ],
         "subjects": subjects,
-        "base_model": asdict(file.base_model),
+        "base_model": asdict(base_model),
         "sampler": sampler.to_dict(),
         "width": width,
         "height": height,

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from gsoft.fingerprint import OTHER_ARCHITECTURE, difference, how_far
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import Mark, marked
@@ -33,6 +34,7 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.files import locked, sync_folder, whole_file
 from gsoft_diffusion.foundation.model_names import lasting_name
 from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, SETTINGS, sheet_of, step_of
+from gsoft_diffusion.training.circumstances import BASE_WEIGHTS
 
 STATE, SUMS = "state.pt", "SHA256SUMS"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")  # on which a run's numbers depend
@@ -158,9 +160,23 @@ def check_unchanged(
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
     both = [name for name in now if name in before and name not in free and before[name] != now[name]]
-    changes += [f"{name} is {now[name]} and was {before[name]}" for name in both]
+    changes += [
+        f"the base model {other_base(before[name], now[name])}"
+        if name == BASE_WEIGHTS
+        else f"{name} is {now[name]} and was {before[name]}"
+        for name in both
+    ]
     if changes:
         raise UserError(f"cannot resume {checkpoint}: {', '.join(changes)}; put it back, or give --accept_changes")
+
+
+def other_base(before: str, now: str) -> str:
+    """What differs between two base models, in words that follow "the base model".
+
+    before, now: their fingerprints, which are not equal.
+    """
+    found = difference(before, now)
+    return f"has {found}" if found == OTHER_ARCHITECTURE else f"has other weights, {how_far(before, now)}"
 
 
 def step_of_result(folder: Path) -> int:

@@ -12,6 +12,8 @@ from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.training.dataset import DreamBoothDataset
 
+BASE_WEIGHTS = "weights of the base model"  # by their fingerprint
+
 
 def circumstances(
     config: TrainingConfig, dataset: DreamBoothDataset, identity: BaseModelIdentity, num_processes: int
@@ -34,5 +36,5 @@ def circumstances(
             photo_sum.update(photo.mask.read_bytes())
         photo_sum.update(photo.prompt.encode())
     photo_sums = {name: photo_sum.hexdigest() for name, photo_sum in sums.items()}
-    base = {"weights of the base model": identity.fingerprint}
+    base = {BASE_WEIGHTS: identity.fingerprint}
     return {"number of processes": num_processes, **base, **photo_sums}

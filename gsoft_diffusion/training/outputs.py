@@ -11,14 +11,14 @@ from accelerate import Accelerator
 
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft.whole_file import whole_file
-from gsoft_diffusion.adapters.file import read_adapter, save_adapter
+from gsoft_diffusion.adapters.file import FORMAT, read_adapter, save_adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import Mark, marked
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, user_errors
 from gsoft_diffusion.foundation.model_names import public_name
 from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, latest_sheet
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.publish.model_card import may_write, model_card
+from gsoft_diffusion.publish.model_card import OTHER_BASE, may_write, model_card
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.state import TrainingState
 
@@ -42,6 +42,20 @@ class RunOutputs:
         self.recorded = checkpoints.recorded(config)
         self.public_base = replace(identity, name=public_name(identity.name))
         self.public_config = config.base_config and public_name(config.base_config)
+        self.other_base: str | None = None  # if the run went on with another base model, how far from the one before
+
+    def resumed_from(self, adapter: Path, fingerprint: str) -> None:
+        """Say, and keep for the card, if the run goes on with another base model than it had.
+
+        adapter: the checkpoint's, which says if there was another before. fingerprint: of the checkpoint's base model.
+
+        Raises UserError if the adapter cannot be read.
+        """
+        with user_errors(), FORMAT.open(adapter) as file:
+            self.other_base = file.sections["training"].get(OTHER_BASE)
+        if fingerprint != self.public_base.fingerprint:
+            self.other_base = checkpoints.other_base(fingerprint, self.public_base.fingerprint)
+            self.accelerator.print(f"note: compared with the checkpoint's, the base model {self.other_base}")
 
     def write_settings(self) -> None:
         """Write the resolved settings, so that `--config` takes them again. Raises UserError if that fails."""
@@ -69,7 +83,7 @@ class RunOutputs:
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
         prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
         with state.evaluated():
-            training["step"] = state.step
+            training |= {"step": state.step} | ({OTHER_BASE: self.other_base} if self.other_base else {})
             save_adapter(path, state.adapter, base_model=self.public_base, training=training, prompts=prompts)
 
     def write_checkpoint(self, state: TrainingState, circumstances: Mapping[str, Any]) -> None:

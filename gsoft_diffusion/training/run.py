@@ -20,11 +20,11 @@ from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.command_line import command
-from gsoft_diffusion.foundation.run_folder import SETTINGS
+from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
 from gsoft_diffusion.training import checkpoints
-from gsoft_diffusion.training.circumstances import circumstances
+from gsoft_diffusion.training.circumstances import BASE_WEIGHTS, circumstances
 from gsoft_diffusion.training.dataset import BatchPositions, collate
 from gsoft_diffusion.training.optimizer import make_lr_scheduler, make_optimizer
 from gsoft_diffusion.training.outputs import RunOutputs
@@ -111,6 +111,8 @@ class Run:
         Raises UserError if what decides the training has changed, or the state does not fit the settings.
         """
         checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
+        base = state["circumstances"].get(BASE_WEIGHTS, self.circumstances[BASE_WEIGHTS])
+        self.outputs.resumed_from(checkpoint / ADAPTER, base)
         self.state.load(checkpoint, state, self.config)
         self.accelerator.print(f"going on from step {self.state.step}")
 

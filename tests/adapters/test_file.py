@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 
+from gsoft.errors import FileError
 from gsoft_diffusion import (
     AdapterConfig,
     BaseModelIdentity,
@@ -23,7 +26,7 @@ from gsoft_diffusion import (
     read_adapter,
     save_adapter,
 )
-from gsoft_diffusion.adapters.file import read_adapters
+from gsoft_diffusion.adapters.file import FORMAT, read_adapters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = AdapterConfig(nblocks=4, nfactors="dense", parametrization="exp")
@@ -91,8 +94,37 @@ def test_the_file_is_plain_float32_safetensors_with_json(saved):
     with safe_open(saved, framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
         metadata = file.metadata()
-    assert metadata["gsoft_diffusion_adapter"] == "1"
+    assert metadata["gsoft_diffusion_adapter"] == "2"
     assert json.loads(metadata["config"])["nfactors"] == "dense"
+
+
+@pytest.mark.parametrize("parametrization", ["cayley", "exp"])
+def test_the_keys_say_what_shapes_do_not(tmp_path, parametrization):
+    """For programs that drop metadata; `AdapterFile` has the parameters alone."""
+    _, _, adapter, base_model = trained_adapter(replace(CONFIG, parametrization=parametrization))
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, adapter, base_model=base_model, training={}, prompts={})
+    tensors = load_file(path)
+    assert tensors.keys() - adapter.state_dict().keys() == {f"parametrization.{parametrization}"}
+    assert tensors[f"parametrization.{parametrization}"].shape == (0,)
+    assert read_adapter(path).tensors.keys() == adapter.state_dict().keys()
+
+
+def test_a_program_of_the_first_version_says_that_it_is_too_old(saved):
+    first = replace(FORMAT, version="1", earlier=())
+    with (
+        pytest.raises(FileError, match=r"format version '2' is unknown, '1' expected; update gsoft-diffusion"),
+        first.open(saved),
+    ):
+        pass
+
+
+def test_a_file_of_the_first_version_has_no_such_key(saved):
+    rewrite(saved, {"parametrization.exp": None}, {"gsoft_diffusion_adapter": "1"})
+    assert read_adapter(saved).config == CONFIG
+    rewrite(saved, {"parametrization.exp": torch.empty(0)})
+    with pytest.raises(UserError, match=r"unexpected key parametrization\.exp"):
+        read_adapter(saved)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -186,6 +218,19 @@ HOSTILE = {
     "integers": ({"tensors": {SCALE: torch.ones(64, dtype=torch.int32)}}, "output_scale is I32, not F32"),
     "nan": ({"tensors": {SCALE: torch.full((64,), torch.nan)}}, "output_scale has values that are not finite"),
     "infinity": ({"tensors": {SCALE: torch.full((64,), torch.inf)}}, "output_scale has values that are not finite"),
+    "no parametrization": ({"tensors": {"parametrization.exp": None}}, r"parametrization\.exp is missing"),
+    "another parametrization": (
+        {"tensors": {"parametrization.exp": None, "parametrization.cayley": torch.empty(0)}},
+        r"unexpected key parametrization\.cayley",
+    ),
+    "two parametrizations": (
+        {"tensors": {"parametrization.cayley": torch.empty(0)}},
+        r"unexpected key parametrization\.cayley",
+    ),
+    "numbers for the parametrization": (
+        {"tensors": {"parametrization.exp": torch.ones(1)}},
+        r"parametrization\.exp has shape \(1,\), but its format asks for \(0,\)",
+    ),
     "no format": ({"metadata": {"gsoft_diffusion_adapter": None}}, "it is something else"),
     "new format": ({"metadata": {"gsoft_diffusion_adapter": "99"}}, "format version '99' is unknown"),
     "no config": ({"metadata": {"config": None}}, "metadata has no config"),
@@ -232,7 +277,7 @@ def test_a_changed_file_is_refused_and_the_models_stay_untouched(saved, attack):
 
 
 def test_a_file_without_tensors_is_refused(saved):
-    rewrite(saved, dict.fromkeys(load_file(saved)))
+    rewrite(saved, dict.fromkeys(name for name in load_file(saved) if name != "parametrization.exp"))
     with pytest.raises(UserError, match="holds no tensors"):
         read_adapter(saved)
 
@@ -349,3 +394,35 @@ def test_a_file_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_dir", refuse)
     with pytest.raises(UserError, match=r"adapter\.safetensors: cannot be read \(Permission denied\)"):
         read_adapter(tmp_path / "adapter.safetensors")
+
+    def test_other_weights_are_taken_if_asked_for_and_that_is_said(self, saved, caplog):
+        unet, text_encoder = tiny_unet(1), tiny_text_encoder(1)
+        with pytest.raises(UserError, match=r"away .*; --accept_other_base takes it all the same"):
+            load_adapter(saved, unet, [text_encoder])
+        adapter, _ = load_adapter(saved, unet, [text_encoder], accept_other_base=True)
+        assert adapter.merge() is None
+        (message,) = caplog.messages
+        assert re.search(
+            r"trained on the base model tiny base, but the model given, .*, has other weights, about 1\d\d% away "
+            r"\(unrelated ones: 140%\); it is used all the same$",
+            message,
+        )
+
+    def test_how_far_a_fine_tune_is(self, saved, caplog):
+        unet, text_encoder = model()
+        for parameter in (*unet.parameters(), *text_encoder.parameters()):
+            if parameter.ndim == 2:
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                parameter.data += 0.1 * noise * parameter.norm() / noise.norm()
+        load_adapter(saved, unet, [text_encoder], accept_other_base=True)
+        (far,) = re.findall(r"about ([\d.]+)% away", caplog.text)
+        assert 4 < float(far) < 16
+
+    def test_another_architecture_is_never_taken(self, saved):
+        with pytest.raises(UserError, match=r"has another architecture$"):
+            load_adapter(saved, tiny_unet(layers_per_block=2), [tiny_text_encoder()], accept_other_base=True)
+
+    def test_the_model_itself_needs_no_words(self, saved, caplog):
+        unet, text_encoder = model()
+        load_adapter(saved, unet, [text_encoder], accept_other_base=True)
+        assert not caplog.messages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -75,7 +76,7 @@ def test_errors_are_those_of_the_export(result, adapter, tmp_path):
 
 def test_a_lora_is_in_the_weights_for_a_while_only():
     weights = {"a": torch.ones(2, 2)}
-    layer = LoraLayer("a", torch.ones(2, 1), torch.ones(1, 2), 1.0, 1.0, 0.0)
+    layer = LoraLayer("a", 1.0, 1.0, 0.0, torch.ones(2, 1), torch.ones(1, 2))
     with added([layer], weights):
         assert weights["a"].eq(2).all()
     assert weights["a"].eq(1).all()
@@ -97,6 +98,26 @@ def test_the_command_writes_figures_a_plot_and_pictures(world, adapter, tmp_path
     monkeypatch.setattr(lora_ranks, "study", lambda *arguments: pytest.fail("worked in vain"))
     with pytest.raises(UserError, match="exists and is not overwritten: choose another name with --out"):
         lora_ranks.main()
+
+
+def test_a_sibling_of_the_base_if_asked_for(world, adapter, tmp_path, monkeypatch, caplog):
+    sibling = shutil.copytree(world / "base", tmp_path / "sibling")
+    model = load_model(str(sibling))
+    for parameter in model.denoiser.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
+    model.denoiser.save_pretrained(sibling / "unet")
+    out = tmp_path / "results"
+    arguments = ["--adapter", str(adapter), "--out", str(out), "--ranks", "2", "--seeds", "1", "--prompts", "a"]
+    arguments += ["--clip", str(world / "mini_clip"), "--dino", str(world / "mini_dino")]
+    arguments += ["--pretrained_model_name_or_path", str(sibling)]
+    monkeypatch.setattr(sys, "argv", ["lora_ranks", *arguments])
+    with pytest.raises(UserError, match="--accept_other_base takes it all the same"):
+        lora_ranks.main()
+    monkeypatch.setattr(sys, "argv", ["lora_ranks", *arguments, "--accept_other_base"])
+    assert lora_ranks.main() == 0
+    assert "has other weights, about" in caplog.text
+    written = json.loads((out / "ranks.json").read_text())["base_model"]
+    assert written == {"name": "sibling", "fingerprint": identity_of(load_model(str(sibling))).fingerprint}
 
 
 def test_an_adapter_that_changes_nothing_has_nothing_to_lose(world, tmp_path):

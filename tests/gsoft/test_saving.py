@@ -204,3 +204,19 @@ def test_what_cannot_be_written(path):
     with pytest.raises(FileError, match="no such adapter file"):
         gsoft.read(path.parent / "other")
     assert path.read_bytes() == before
+
+
+def test_other_weights_are_taken_if_asked_for_and_that_is_said(path, caplog):
+    written(path)
+    other = mlp(1)
+    with pytest.raises(
+        gsoft.FileError, match=r"has other weights, about .*; accept_other_base=True takes it all the same"
+    ):
+        gsoft.load(path, other)
+    gsoft.load(path, other, accept_other_base=True).remove()
+    stack = gsoft.AdapterStack(other)
+    stack.load("a", path, accept_other_base=True)
+    said = [message for message in caplog.messages if "has other weights, about" in message]
+    assert len(said) == 2
+    with pytest.raises(gsoft.FileError, match="has another architecture"):
+        gsoft.load(path, nn.Sequential(*mlp()[:2], nn.Linear(24, 12)), accept_other_base=True)

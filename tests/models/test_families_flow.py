@@ -165,7 +165,7 @@ def test_kohya_loras_of_flux_are_read_in_the_published_width(rank):
     model.transformer = transformer
     generator = torch.Generator().manual_seed(0)
     layers = [
-        LoraLayer(name, *(torch.randn(shape, generator=generator) for shape in ((3072, rank), (rank, 3072))), 1, 1, 0)
+        LoraLayer(name, 1, 1, 0, *(torch.randn(shape, generator=generator) for shape in ((3072, rank), (rank, 3072))))
         for name in find_linears(find_attentions(transformer), {})
     ]
     tensors = kohya_tensors(layers, model.kohya_place)

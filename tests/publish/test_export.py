@@ -10,8 +10,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,8 +35,9 @@ from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.models.original_layout import original_layout
+from gsoft_diffusion.publish.approximation import total_error
 from gsoft_diffusion.publish.export import export, save_text_encoder, write_tensors
-from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, low_rank, total_error
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, low_rank
 
 WIDEST = 64  # the tiny bases' largest width: the full rank of every layer
 
@@ -204,20 +205,18 @@ def test_projections_of_text_encoders_keep_their_name(write, tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in model.text_encoder_2.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "diffusers_lora", "kohya_lora"])
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"])
 @pytest.mark.parametrize("umask", [0o022, 0o027])
 def test_files_have_the_modes_that_the_user_asks_for(adapter, tmp_path, layout, umask):
+    suffix = "" if layout == "diffusers" else ".safetensors"
     before = os.umask(umask)
     try:
-        export(ExportConfig((str(adapter),), layout, output=str(tmp_path / f"dog{SUFFIX[layout]}")))
+        export(ExportConfig((str(adapter),), layout, output=str(tmp_path / f"dog{suffix}")))
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 1
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
-
-
-SUFFIX = {"diffusers": "", "checkpoint": ".safetensors", "diffusers_lora": ".safetensors", "kohya_lora": ".safetensors"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -338,7 +337,7 @@ def test_errors_are_relative_to_the_change():
     untouched = approximate("untouched", weight, weight, 1, torch.float32)
     assert (untouched.change, untouched.error) == (0, 0)
     assert total_error([layer, untouched]) == pytest.approx(0.3 / 0.5)
-    assert total_error([layer, LoraLayer("other", untouched.up, untouched.down, 1, 1.2, 0)]) == pytest.approx(0.3 / 1.3)
+    assert total_error([layer, LoraLayer("other", 1, 1.2, 0, untouched.up, untouched.down)]) == pytest.approx(0.3 / 1.3)
 
 
 def with_lora(base: Path, path: Path) -> StableDiffusionPipeline:
@@ -428,6 +427,7 @@ def test_kohya_names_and_metadata(base, adapter, tmp_path):
         ("checkpoint", "merged.safetensors"),
         ("diffusers_lora", "diffusers_lora_rank64.safetensors"),
         ("kohya_lora", "kohya_lora_rank64.csv"),
+        ("diff", "diff.md"),
     ],
 )
 def test_nothing_is_written_over(base, tmp_path, layout, name):
@@ -483,7 +483,7 @@ def test_an_adapter_that_changes_nothing_is_not_exported(base, adapter, tmp_path
 @pytest.mark.parametrize("layout", ["diffusers_lora", "kohya_lora"])
 def test_a_format_that_other_programs_read_in_part_is_said_to_be(adapter, tmp_path, capsys, layout):
     export(ExportConfig((str(adapter),), layout, output=str(tmp_path / "dog.safetensors")))
-    note = "ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora for them"
+    note = "ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora or diff"
     assert (note in capsys.readouterr().out) == (layout == "diffusers_lora")
 
 
@@ -517,6 +517,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     [
         ({"format": "checkpoint", "rank": 4}, "--rank"),
         ({"format": "kohya_lora", "rank": 0}, "--rank"),
+        ({"format": "diff", "rank": 4}, "--rank"),
         ({"format": "checkpoint", "output": "dog"}, r"\.safetensors"),
         ({"format": "diffusers", "output": "dog.safetensors"}, "folder"),
     ],
@@ -533,6 +534,39 @@ def test_adapters_that_cannot_be_read_and_bases_that_do_not_fit(base, any_base, 
     with pytest.raises(UserError, match="another architecture"):
         export(ExportConfig((str(adapter),), "checkpoint", pretrained_model_name_or_path=str(other)))
     assert not (adapter.parent / "merged.safetensors").exists()
+
+
+def sibling_of(base: Path, folder: Path) -> Path:
+    """A base of the same architecture whose UNet was trained on."""
+    shutil.copytree(base, folder)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    for parameter in unet.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "diff"])
+def test_an_export_for_a_sibling_of_the_base_says_so(base, adapter, tmp_path, caplog, layout):
+    other = sibling_of(base, tmp_path / "fine-tune")
+    config = ExportConfig(
+        (str(adapter),), layout, output=str(tmp_path / "x.safetensors"), pretrained_model_name_or_path=str(other)
+    )
+    with pytest.raises(UserError, match=r"has other weights, about .*; --accept_other_base takes it all the same"):
+        export(config)
+    path = export(replace(config, accept_other_base=True))
+    assert len([message for message in caplog.messages if "has other weights, about" in message]) == 1
+    card = path.with_suffix(".md").read_text()
+    trained_on = base.name.replace("_", r"\_")  # as Markdown has it
+    assert f"The adapter was trained on {trained_on}. Compared with that one's, the attention weights of" in card
+    with safe_open(path, "pt") as file:
+        origin = json.loads(file.metadata()["gsoft_diffusion"])["base_model"]
+    assert origin == {"name": "fine-tune", "fingerprint": identity_of(load_model(str(other))).fingerprint}
+    if layout == "checkpoint":
+        model = load_model(str(other))
+        load_adapter(adapter, model.unet, [model.text_encoder], accept_other_base=True)[0].merge()
+        found, wanted = load_file(path), original_layout(model.unet, model.vae, model.text_encoder)
+        assert all(torch.equal(found[name], wanted[name].half()) for name in wanted)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7, 12])
@@ -581,7 +615,7 @@ def test_a_lora_of_several_adapters(adapter, second, base, tmp_path):
 # Model cards
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "kohya_lora"])
+@pytest.mark.parametrize("layout", ["diffusers", "checkpoint", "kohya_lora", "diff"])
 def test_every_export_has_a_card(adapter, base, tmp_path, layout):
     run = tmp_path / "dog"
     (run / "validation").mkdir(parents=True)
@@ -602,8 +636,7 @@ def test_the_card_of_a_checkpoint_shows_no_later_sheet(base, tmp_path):
     run = tmp_path / "dog"
     path = write_adapter(base, run / "checkpoint-2" / "adapter.safetensors")
     file = read_adapter(path)
-    same = SimpleNamespace(config=file.config, state_dict=lambda: file.tensors)
-    save_adapter(path, same, base_model=file.base_model, training={"step": 2}, prompts=file.prompts)
+    save_adapter(path, file, base_model=file.base_model, training={"step": 2}, prompts=file.prompts)
     (run / "settings.yaml").touch()
     (run / "validation").mkdir()
     for step in (1, 4):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -494,3 +495,21 @@ def test_a_base_that_has_moved(adapter_file, base, tmp_path, monkeypatch):
     draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1, pretrained_model_name_or_path=str(moved)))
     with pytest.raises(UserError, match="no model folder"):
         draw(GenerationConfig((str(adapter_file),), prompts=("a",), pretrained_model_name_or_path="./nowhere"))
+
+
+def test_a_sibling_of_the_base_draws_if_asked_for_and_pictures_say_so(adapter_file, base, tmp_path, caplog):
+    sibling = shutil.copytree(base, tmp_path / "sibling")
+    unet = load_model(str(base)).unet
+    for parameter in unet.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
+    unet.save_pretrained(sibling / "unet")
+    config = GenerationConfig(
+        (str(adapter_file),), prompts=("a",), num_images=1, pretrained_model_name_or_path=str(sibling)
+    )
+    with pytest.raises(UserError, match=r"has other weights, about .*; --accept_other_base takes it all the same"):
+        draw(config)
+    draw(replace(config, accept_other_base=True))
+    assert len([message for message in caplog.messages if "has other weights, about" in message]) == 1
+    ((_, facts),) = pictures_in(adapter_file.parent / "images").values()
+    identity = identity_of(load_model(str(sibling)))
+    assert facts["base_model"] == {"name": "sibling", "fingerprint": identity.fingerprint}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from training_runs import assert_same, difference, weights
 
@@ -15,6 +17,7 @@ from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.checkpoints import read_state
 from gsoft_diffusion.training.step import TrainingStep
@@ -151,6 +154,30 @@ def test_changes_that_cannot_be_accepted(config, changes):
     with pytest.raises(UserError, match="checkpoint-1 does not fit the settings"):
         train(replace(config, resume_from_checkpoint="latest", accept_changes=True, **changes))
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_base_model_is_named_and_the_card_says_so(config, tmp_path, capfd):
+    """Trained on meanwhile, in the same folder."""
+    base = shutil.copytree(Path(config.pretrained_model_name_or_path).resolve(), tmp_path / "own")
+    config = replace(config, max_train_steps=1, checkpointing_steps=1, pretrained_model_name_or_path=str(base))
+    train(config)
+    unet = load_model(str(base)).unet
+    for parameter in unet.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
+    unet.save_pretrained(base / "unet")
+    again = replace(config, resume_from_checkpoint="latest", max_train_steps=2)
+    with pytest.raises(
+        UserError,
+        match=r"the base model has other weights, about [\d.]+% away \(unrelated ones: 140%\); .*accept_changes",
+    ):
+        train(again)
+    accepted = train(replace(again, accept_changes=True)).adapter
+    assert "note: compared with the checkpoint's, the base model has other weights, about" in capfd.readouterr().out
+    said = read_adapter(accepted).training["other_base"]
+    assert said.startswith("has other weights, about")
+    assert f"| base model, compared with the first steps' | {said} |" in (accepted.parent / "README.md").read_text()
+    train(replace(again, max_train_steps=3))  # it is the run's base model now
+    assert read_adapter(accepted).training["other_base"] == said
 
 
 def test_a_changed_photo_is_named(config):

@@ -161,7 +161,7 @@ class BaseModel(ABC):
 
         Raises UserError if the format is not known for the family.
         """
-        raise UserError(f"--format kohya_lora: not known for {self.title}; use --format diffusers_lora")
+        raise UserError(f"--format kohya_lora: not known for {self.title}; use --format diffusers_lora or diff")
 
     def kohya_place(self, module: str) -> tuple[str, int]:
         """What kohya's LoRAs call a module of the diffusers pipeline, such as `unet.mid_block.….to_q`.
