@@ -11,6 +11,9 @@ through memory, and multiply-adds of the products with the weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -50,9 +53,22 @@ CPU = DeviceCosts(launch=3.3e-5, bandwidth=1.3e10, madds=2.6e11, entries_at_once
 GPU = DeviceCosts(launch=1e-5, bandwidth=2.5e12, madds=2.5e14, entries_at_once=2**26, doubt=2)
 
 
+_assumed: ContextVar[torch.device | None] = ContextVar("device that costs are assumed for", default=None)
+
+
+@contextmanager
+def assumed(device: torch.device) -> Iterator[None]:
+    """Inside the block layers choose their side as on this device, wherever their tensors are. device: any."""
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def device_costs(device: torch.device) -> DeviceCosts:
     """The costs that are assumed for a device: those of a CPU, or of a GPU."""
-    return CPU if device.type == "cpu" else GPU
+    return CPU if (_assumed.get() or device).type == "cpu" else GPU
 
 
 def weights_at_once(weight: Tensor) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gsoft.costs import assumed
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
@@ -49,8 +50,8 @@ def step_bytes(
     At least this is needed: what kernels take for themselves, and memory between allocations, is not seen. Attention is
     fused, as it is by default. Raises whatever an architecture raises that cannot do without contents.
     """
-    memory = _Memory(device)
-    with memory:
+    memory = _Memory()
+    with memory, assumed(device):
         model, adapter = _without_contents(model, adapter, dtype)
         if gradient_checkpointing:
             model.checkpoint_gradients()
@@ -72,22 +73,13 @@ def step_bytes(
 class _Memory(TorchDispatchMode):
     """Inside the block every operation gives a `_Shape`, and all that is alive is counted.
 
-    held, peak: bytes now, and at most. device: what the shapes say they are on.
+    held, peak: bytes now, and at most.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self._device = device
         self._known: set[int] = set()
-
-    def __enter__(self) -> Self:
-        _Shape.said = self._device
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        _Shape.said = CPU
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in CONTENTS:
@@ -114,14 +106,9 @@ class _Memory(TorchDispatchMode):
 
 
 class _Shape(Tensor):
-    """A tensor that says it is on the step's device, so that code takes its usual way, with a meta tensor for contents.
-
-    said: that device. To PyTorch's own C++ code it is the CPU, which needs no driver.
-    """
+    """A tensor that says it is on the CPU, so that code takes its usual way, and has a meta tensor for contents."""
 
     meta: Tensor
-    said: ClassVar[torch.device] = CPU
-    device = property(lambda self: _Shape.said)
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> Self:

@@ -8,6 +8,7 @@ from conftest import PIXELS
 from tiny_families import WRITERS
 
 from eval.baselines import BaselineConfig, inject_baseline
+from gsoft.costs import CPU, GPU, device_costs, weights_at_once
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.models.loading import load_model
@@ -80,3 +81,20 @@ def test_other_methods_are_counted_as_well(base):
         assert saved < estimated < 1.5 * saved
         adapter.remove()
         gc.collect()
+
+
+@pytest.mark.parametrize(("device", "costs"), [("cpu", CPU), ("cuda", GPU)])
+def test_layers_choose_their_side_for_the_device_of_the_step(base, monkeypatch, device, costs):
+    asked = []
+
+    def watched(weight):
+        asked.append(device_costs(weight.device))
+        return weights_at_once(weight)
+
+    monkeypatch.setattr("gsoft.cache.weights_at_once", watched)
+    model = load_model(str(base))
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
+    shape = model.latent_shape(model.resolution)
+    assert step_bytes(model, adapter, BATCH, shape, trains_text=False, device=torch.device(device)) > 0
+    assert set(asked) == {costs}
+    assert device_costs(torch.device("cpu")) == CPU  # afterwards
