@@ -170,6 +170,7 @@ def test_a_compiled_model_is_measured(monkeypatch, tmp_path):
     assert compiled == [unet] * 4
 
 
+@pytest.mark.slow
 def test_sdxl_is_as_large_as_the_published_one_and_every_method_fits():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL)
