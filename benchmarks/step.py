@@ -46,7 +46,7 @@ METHODS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=BASES, default="sd15")
-    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 for mini, else bfloat16, unless given")
     parser.add_argument("--latents", type=int, help="their side; sd15 64, sdxl 128, mini 16, unless given")
     parser.add_argument("--batch", type=int, default=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gsoft_diffusion.adapters.injection import Adapter
 from gsoft_diffusion.config import TrainingConfig
@@ -110,13 +110,12 @@ class TrainingState:
         """A line for each part of the model whose rotations are still identities, up to rounding."""
         if not isinstance(self.adapter, Adapter):
             return
-        largest: dict[str, float] = {}
+        largest: dict[str, list[Tensor]] = {}
         for name, parameter in self.adapter.named_parameters():
             if not name.endswith("output_scale"):
-                part = name.partition(".")[0]
-                largest[part] = max(largest.get(part, 0.0), parameter.abs().max().item())
-        for part, angle in largest.items():
-            if angle < torch.finfo(torch.float32).eps:
+                largest.setdefault(name.partition(".")[0], []).append(parameter.detach().abs().max())
+        for part, angles in largest.items():
+            if torch.stack(angles).max().item() < torch.finfo(torch.float32).eps:
                 rate = "text_encoder_lr" if part.startswith("text_encoder") else "learning_rate"
                 why = f"raise --{rate} or --max_train_steps"
                 if self.skipped == self.step:

@@ -17,10 +17,12 @@ from benchmarks.pretended_gpu import PretendedGPU
 from benchmarks.published import PublishedAdapter, PublishedLinear
 from benchmarks.step import METHODS, Bench, report
 from eval.baselines import BaselineConfig, inject_baseline
+from eval.methods import count_parameters, matched
 from gsoft.blocks import skew_symmetric
 from gsoft.linear import RotatedLayer
 from gsoft.rotation import Rotation
 from gsoft_diffusion import AdapterConfig
+from gsoft_diffusion.adapters.injection import find_attentions, find_linears
 
 
 def test_the_published_formulation_is_the_same_map():
@@ -168,10 +170,17 @@ def test_a_compiled_model_is_measured(monkeypatch, tmp_path):
     assert compiled == [unet] * 4
 
 
-def test_sdxl_is_as_large_as_the_published_one():
+@pytest.mark.slow
+def test_sdxl_is_as_large_as_the_published_one_and_every_method_fits():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
+    layers = find_linears(find_attentions(unet), {})
+    sizes = {
+        method: count_parameters(matched(method, "small", layers, text_encoder=False), layers)
+        for method in ("lora", "oft", "boft", "double_gsoft")
+    }
+    assert all(55e6 < (size or 0) < 75e6 for size in sizes.values())
 
 
 @pytest.mark.slow

@@ -51,17 +51,17 @@ class Observe:
 
     def __call__(self) -> None:
         seen: dict[str, Any] = {"positions": [], "gradients": {}, "written": []}
-        sample, update = DreamBoothDataset.__getitem__, TrainingStep.update
+        sample, clip = DreamBoothDataset.__getitem__, TrainingStep.clip
 
         def getitem(dataset: DreamBoothDataset, position: int) -> Any:
             seen["positions"].append(position)
             return sample(dataset, position)
 
-        def observed(step: TrainingStep, loss: float) -> None:
+        def observed(step: TrainingStep) -> torch.Tensor:
             if step.state.step == 0:
                 seen["gradients"] = {name: p.grad.clone() for name, p in step.state.adapter.named_parameters()}
-            update(step, loss)
             torch.save(seen, self.file)
+            return clip(step)
 
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
             writes = event in ("os.mkdir", "os.rename", "os.remove") or (
@@ -70,7 +70,7 @@ class Observe:
             if writes and str(arguments[0]).startswith(self.output):
                 seen["written"].append(str(arguments[0]))
 
-        DreamBoothDataset.__getitem__, TrainingStep.update = getitem, observed  # type: ignore[method-assign]
+        DreamBoothDataset.__getitem__, TrainingStep.clip = getitem, observed  # type: ignore[method-assign]
         sys.addaudithook(audit)
 
 
