@@ -74,7 +74,7 @@ def test_a_checkpoint_is_resumed(base, photos, tmp_path, monkeypatch):
     assert all(torch.equal(state["adapter"][name], tensor) for name, tensor in written.items())
     ended, expected = read_adapter(train(config).adapter).tensors, load_file(FIRST / "adapter.safetensors")
     for name, tensor in expected.items():
-        # As a whole: Adam divides by tiny numbers, so that rounding, which is the processor's own, moves single entries.
+        # As a whole: Adam divides by tiny numbers, so that rounding, which is the processor's own, moves single ones.
         # Without the optimizer's state from the checkpoint it would be tenths.
         assert (ended[name] - tensor).norm() <= 5e-3 * tensor.norm(), name
     AcceleratorState._reset_state(reset_partial_state=True)
