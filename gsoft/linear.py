@@ -178,7 +178,10 @@ def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear]
     if alike:
         for layer, linear in zip(layers, linears, strict=True):
             layer.check(linear)
-    if not (alike and first.rotates_activations(linears[0], x)):
+        # Every layer is asked, for it is remembered what it takes.
+        sides = [layer.rotates_activations(linear, x) for layer, linear in zip(layers, linears, strict=True)]
+        alike = all(sides)
+    if not alike:
         return [layer(linear, x) for layer, linear in zip(layers, linears, strict=True)]
     return _with_rotated_activations(layers, linears, x)
 

@@ -201,6 +201,18 @@ def test_several_layers_of_one_input(how):
         torch.testing.assert_close(ours, one)
 
 
+def test_layers_that_rotated_together_have_no_weights_made_for_the_next_pass():
+    linears = [nn.Linear(400, 1200).requires_grad_(False) for _ in range(3)]
+    layers = [RotatedLayer(Rotation(RotationConfig(nblocks=20), 400, 1200)) for _ in linears]
+    cache = RotationCache([rotated.rotation for rotated in layers], linears)
+    for index, rotated in enumerate(layers):
+        rotated.share(cache, index)
+    rotate_together(layers, linears, torch.randn(5, 400))
+    for linear, rotated in zip(linears, layers, strict=True):
+        rotated.prepare(linear)
+        assert rotated.prepared is None
+
+
 class TestRotatedLinear:
     def test_stays_the_layer_that_it_was(self):
         linear, rotated = layer_and_rotated()
