@@ -59,6 +59,12 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(list(values))
 
 
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """A fourth, half and three fourths of the values are no larger; they are two or more."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

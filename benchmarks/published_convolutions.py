@@ -1,9 +1,9 @@
 """The orthogonal convolutions as they were published, by their formulas: what ours are measured against.
 
-SOC (Singla and Feizi, ICML 2021, arXiv 2105.11417), and GS-SOC as the group-and-shuffle paper's code has it. Facts that
-matter: Taylor's series with 5 terms in training and 12 in evaluation; norms by power iteration, whose vectors are made
-for other weights than those that the layer starts with, and move on in training only; in layers of stride 2 channels
-are shuffled before space-to-depth, and the first outputs are kept.
+SOC (Singla and Feizi, ICML 2021, arXiv 2105.11417), and GS-SOC as the group-and-shuffle paper's code has it. Taylor's
+series has 5 terms in training and 12 in evaluation. Norms come by power iteration; its vectors are made for other
+weights than those that the layer starts with, and they move on in training only. In layers of stride 2 channels are
+shuffled before space-to-depth, and the first outputs are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from gsoft.channel_shuffle import channel_shuffle
 
 TRAIN_TERMS, EVAL_TERMS = 5, 12
-ITERATIONS_AT_START = 50
+MANY_ITERATIONS = 50  # at the start and at every so many steps; else 1
+MANY_EVERY = 200
 
 
 class PublishedExponential(nn.Module):
@@ -30,17 +31,21 @@ class PublishedExponential(nn.Module):
         self.radius = 1.0 if kernel_size == 1 else 0.7 * kernel_size
         size = channels // groups
         self.weight = nn.Parameter(torch.randn(channels, size, kernel_size, kernel_size) / math.sqrt(size))
-        for index, matrix in enumerate(self._matrices(self._skew())):
-            self.register_buffer(f"right_{index}", F.normalize(torch.randn(groups, matrix.shape[2], 1), dim=1))
         with torch.no_grad():
-            for _ in range(ITERATIONS_AT_START):
-                self._norm(self._skew(), iterate=True)
+            for index, matrix in enumerate(self._matrices(self._skew())):
+                self.register_buffer(f"left_{index}", torch.empty(groups, matrix.shape[1], 1))
+                self.register_buffer(f"right_{index}", F.normalize(torch.randn(groups, matrix.shape[2], 1), dim=1))
+            self._iterate(self._skew(), MANY_ITERATIONS)
+        self.steps = 0
         nn.init.normal_(self.weight, std=1 / math.sqrt(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `(B, channels, H, W)`, as the result."""
         skew = self._skew()
-        norm = self._norm(skew, iterate=self.training) * self.kernel_size
+        if self.training:
+            self._iterate(skew, 1 if self.steps % MANY_EVERY else MANY_ITERATIONS)
+            self.steps += 1
+        norm = self._norm(skew) * self.kernel_size
         kernel = skew * (self.radius / norm).repeat_interleave(len(skew) // self.groups)[:, None, None, None]
         term = result = x
         for number in range(1, (TRAIN_TERMS if self.training else EVAL_TERMS) + 1):
@@ -59,16 +64,20 @@ class PublishedExponential(nn.Module):
         mixed = [kernel.permute(0, *order).flatten(1, 2).flatten(2, 3) for order in orders[0]]
         return [*mixed, kernel.flatten(2), kernel.permute(0, 1, 3, 4, 2).flatten(1, 3)]
 
-    def _norm(self, skew: Tensor, iterate: bool) -> Tensor:
-        """The least of the four norms, `(groups,)`, as far as the iterated vectors know them."""
-        norms = []
+    @torch.no_grad()
+    def _iterate(self, skew: Tensor, iterations: int) -> None:
         for index, matrix in enumerate(self._matrices(skew)):
-            right = getattr(self, f"right_{index}")
-            with torch.no_grad():
-                left = F.normalize(matrix @ right, dim=1)
-                if iterate:
-                    right.copy_(F.normalize(matrix.mT @ left, dim=1))
-            norms.append((left.mT @ matrix @ right).flatten())
+            left, right = getattr(self, f"left_{index}"), getattr(self, f"right_{index}")
+            for _ in range(iterations):
+                left.copy_(F.normalize(matrix @ right, dim=1))
+                right.copy_(F.normalize(matrix.mT @ left, dim=1))
+
+    def _norm(self, skew: Tensor) -> Tensor:
+        """The least of the four norms, `(groups,)`, as far as the vectors know them."""
+        norms = [
+            (getattr(self, f"left_{index}").mT @ matrix @ getattr(self, f"right_{index}")).flatten()
+            for index, matrix in enumerate(self._matrices(skew))
+        ]
         return torch.stack(norms).amin(0)
 
 

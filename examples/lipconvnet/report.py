@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.measure import quartiles, table
 from gsoft_diffusion.config.command_line import expanded_path, run
 
 # Student's t at 97.5 % for 1, 2 … degrees of freedom.
@@ -63,8 +64,8 @@ def report(results: Record) -> str:
         [
             f"LipConvnet-{settings['depth']}, width {settings['width']}, {settings['epochs']} epochs, "
             f"{len({record['seed'] for record in results['runs']})} seeds. Percent: mean over the seeds, in brackets "
-            "the difference from SOC with the same seed and its 95 % interval (Student's t). Accuracies are of the epoch "
-            "that was best on the validation part.",
+            "the difference from SOC with the same seed and its 95 % interval (Student's t). Accuracies are of the "
+            "epoch that was best on the validation part.",
             main_table(results, [name for name in names if "not paired" not in name]),
             paired_table(results, [name for name in names if name != "SOC"]),
             f"Attack: projected gradient descent within 36/255, {settings['attack_steps']} steps, on "
@@ -89,7 +90,7 @@ def main_table(results: Record, names: Sequence[str]) -> str:
             mean = f"{100 * statistics.mean(_values(results, name, part, score)):.1f}"
             row.append(mean if name == "SOC" else f"{mean} ({difference(results, name, 'SOC', part, score)})")
         rows.append(row)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def paired_table(results: Record, names: Sequence[str]) -> str:
@@ -100,7 +101,7 @@ def paired_table(results: Record, names: Sequence[str]) -> str:
         for name in names
         if f"{name} not paired" in names
     ]
-    return "Paired minus not paired:\n\n" + _table(["groups", *(title for *_, title in scores)], rows)
+    return "Paired minus not paired:\n\n" + table(["groups", *(title for *_, title in scores)], rows)
 
 
 def difference(results: Record, name: str, other: str, part: str, score: str) -> str:
@@ -118,8 +119,7 @@ def step_ratio(results: Record, name: str) -> tuple[float, float, float]:
     """Quartiles of a step's time over that of SOC, which was measured next to it."""
     seconds = results["step_seconds"]
     ratios = [mine / soc for mine, soc in zip(seconds[name], seconds["SOC"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, middle, high
+    return quartiles(ratios)
 
 
 def accuracy_plot(results: Record) -> Figure:
@@ -156,11 +156,6 @@ def _values(results: Record, name: str, part: str, score: str) -> list[float]:
 def _scores(results: Record) -> list[tuple[str, str, str]]:
     """The scores that these results have: CIFAR-100 has no part of familiar things."""
     return [score for score in SCORES if score[0] in results["runs"][0]["scores"]]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
