@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from gsoft.channel_shuffle import channel_shuffle
 from gsoft.errors import GSOFTError
-from gsoft.exponential import coefficients, exponential_conv2d, exponential_kernel, truncation_error
+from gsoft.exponential import check_series, coefficients, exponential_conv2d, exponential_kernel, truncation_error
 from gsoft.skew_kernels import kernel_numbers, norm_bound, skew_kernel
+
+SMALLEST_NORM = 1e-12  # kernels that are smaller still are not scaled up to the radius: zeros stay zeros
 
 
 class ExponentialConv2d(nn.Module):
@@ -44,6 +46,8 @@ class ExponentialConv2d(nn.Module):
     ) -> None:
         """channels: of input and output, divisible by groups. kernel_size: odd. radius, terms: see `GSConv2d`."""
         super().__init__()
+        for terms in (train_terms, eval_terms):
+            check_series(radius, terms)
         self.channels, self.kernel_size, self.groups = channels, kernel_size, groups
         self.radius, self.train_terms, self.eval_terms = radius, train_terms, eval_terms
         size = channels // groups
@@ -64,7 +68,7 @@ class ExponentialConv2d(nn.Module):
         with torch.autocast(self.free.device.type, enabled=False):
             free = self.free.to(torch.promote_types(self.free.dtype, torch.float32))
             skew = skew_kernel(free, self.channels // self.groups, self.kernel_size)
-            bound = norm_bound(skew).clamp(min=torch.finfo(skew.dtype).tiny)
+            bound = norm_bound(skew).clamp(min=SMALLEST_NORM)
             skew = skew * (self.radius / bound)[:, None, None, None]
         return skew.flatten(0, 1).unflatten(1, (self.kernel_size, self.kernel_size)).permute(0, 3, 1, 2).contiguous()
 

@@ -29,7 +29,7 @@ def truncation_error(radius: float, terms: int) -> float:
     close to 1, because `exp(L)` is orthogonal and commutes with it. From `|J_k(R)| ≤ (R/2)^k / k!`. Raises GSOFTError
     if an argument is out of range.
     """
-    _check(radius, terms)
+    check_series(radius, terms)
     half = radius / 2
     return 2 * half ** (terms + 1) / math.factorial(terms + 1) / (1 - half / (terms + 2))
 
@@ -40,7 +40,7 @@ def coefficients(radius: float, terms: int) -> tuple[float, ...]:
 
     radius: above 0, up to π. terms: the highest power of `L`, 1 or more. Raises GSOFTError if one is out of range.
     """
-    _check(radius, terms)
+    check_series(radius, terms)
     before, now = [1.0] + terms * [0.0], [0.0, 1 / radius] + (terms - 1) * [0.0]
     total = [_bessel(0, radius) * a + 2 * _bessel(1, radius) * b for a, b in zip(before, now, strict=True)]
     for order in range(2, terms + 1):
@@ -82,7 +82,8 @@ def _bessel(order: int, x: float) -> float:
     return sum((-1) ** s * (x / 2) ** (2 * s + order) / math.factorial(s) / math.factorial(s + order) for s in terms)
 
 
-def _check(radius: float, terms: int) -> None:
+def check_series(radius: float, terms: int) -> None:
+    """Raise GSOFTError unless there is a series of so many terms for this radius."""
     if not 0 < radius <= math.pi:
         raise GSOFTError(f"radius is {radius}; valid: above 0, up to π, where exp reaches every rotation")
     if terms < 1:
