@@ -68,7 +68,7 @@ def world_pictures(folder: Path, seed: int, training: int, held_out: int) -> Pic
         world = World(folder)
     except FileNotFoundError as error:
         raise UserError(
-            f"--things: {error}; run: npm install --prefix {folder} @lobehub/fluent-emoji-3d@1.1.0"
+            f"--folder: {error}; run: npm install --prefix {folder} @lobehub/fluent-emoji-3d@1.1.0"
         ) from None
     rng = np.random.default_rng(seed)
     others = [*world.held_out.values(), *world.tuning.values()]
