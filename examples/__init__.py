@@ -1,1 +1,1 @@
-"""Systems that are trained with the library, each in a package of its own."""
+"""The paper's other systems, each a program of its own that uses the library gsoft by its public interface."""

@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,17 @@ from benchmarks.demo import processor
 from examples.lipconvnet.flags import add_picture_flags, add_training_flags, at_least, read_pictures
 from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet
 from examples.lipconvnet.pictures import Pictures
-from examples.lipconvnet.report import write_report
-from examples.lipconvnet.scores import test_scores
+from examples.lipconvnet.report import RUNS, SETTINGS, STEPS, write_report
+from examples.lipconvnet.scores import check_attack, test_scores
 from examples.lipconvnet.training import Run, Settings, make_optimizer, train, train_step
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.files import whole_file
+from gsoft_diffusion.foundation.files import check_writable, locked, whole_file
 
 GROUPS: tuple[tuple[int, int | None], ...] = ((4, None), (4, 1), (4, 2), (4, 4))
 ROWS = (Convolutions(), *(Convolutions(groups, paired) for paired in (True, False) for groups in GROUPS))
-RESULTS = "results.json"
-FREE_TO_CHANGE = {"seeds"}  # decides which runs there are, not what is in one
+CLASSES_OF_STEPS = 100  # of the networks whose steps are measured, as in CIFAR-100
+NOT_SETTINGS = {"out", "folder", "seeds"}  # where things are, and which runs there are, but not what is in one
 
 
 def main() -> int:
@@ -46,7 +48,7 @@ def main() -> int:
     )
     add_picture_flags(parser)
     add_training_flags(parser, epochs=10)
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="runs of each kind of network")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="of each kind of network")
     parser.add_argument(
         "--step_repetitions", type=at_least(2), default=10, help="measured steps of each kind of network"
     )
@@ -57,25 +59,35 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Do the runs that are not in the results yet, and write the report.
+    """Do the runs of these seeds that have not been done yet, and write the report.
 
-    args: what the flags say. Raises UserError if the folder holds results of other settings, or something is missing.
+    args: what the flags say. Raises UserError if the folder holds results of other settings, if another process is at
+    work on one of the seeds, or if something is missing.
     """
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "folder")}
-    results = read_results(args.out / RESULTS, settings)
-    done = {(run["name"], run["seed"]) for run in results["runs"]}
-    missing = [(seed, row) for seed in range(args.seeds) for row in ROWS if (row.name, seed) not in done]
+    check_writable(args.out, "--out")
+    check_attack(args.attacked)
+    settle(args)
+    missing = [(seed, row) for seed in args.seeds for row in ROWS if not record_of(args.out, row, seed).exists()]
     with tqdm(total=len(missing) * args.epochs, unit="epoch", disable=not missing) as bar:
         for seed in sorted({seed for seed, _ in missing}):
-            pictures = read_pictures(args, seed)
-            for row in [row for its_seed, row in missing if its_seed == seed]:
-                results["runs"].append(_one_run(args, row, seed, pictures, bar))
-                write_results(args.out / RESULTS, results)
-                checkpoint_of(args.out, row, seed).unlink()
-    if "step_seconds" not in results:
-        results["step_seconds"] = step_seconds(args, len(results["runs"][0]["classes"]))
-        write_results(args.out / RESULTS, results)
-    print(write_report(results, args.out).read_text())
+            with _alone(args.out / "work" / str(seed), seed):
+                pictures = read_pictures(args, seed)
+                for row in [row for its_seed, row in missing if its_seed == seed]:
+                    write_json(record_of(args.out, row, seed), _one_run(args, row, seed, pictures, bar))
+                    checkpoint_of(args.out, row, seed).unlink()
+    if not (args.out / STEPS).exists():
+        write_json(args.out / STEPS, {"machine": machine(), "seconds": step_seconds(args)})
+    print(write_report(args.out).read_text())
+
+
+@contextmanager
+def _alone(folder: Path, seed: int) -> Iterator[None]:
+    """Inside the block no other process can begin with this seed. Raises UserError if one has."""
+    try:
+        with locked(folder):
+            yield
+    except BlockingIOError as error:
+        raise UserError(f"--seeds {seed}: {error} is at work on it; wait for it, or give other seeds") from error
 
 
 def _one_run(args: argparse.Namespace, row: Convolutions, seed: int, pictures: Pictures, bar: tqdm) -> dict[str, Any]:
@@ -87,8 +99,8 @@ def _one_run(args: argparse.Namespace, row: Convolutions, seed: int, pictures: P
         bar.update()
         bar.set_postfix(validation=f"{run.history[-1]['validation_accuracy']:.3f}")
 
-    run = train(settings, pictures, checkpoint_of(args.out, row, seed), progress)
-    network = run.best_network()
+    trained = train(settings, pictures, checkpoint_of(args.out, row, seed), progress)
+    network = trained.best_network()
     scores = {"test": test_scores(network, pictures.test, args.attacked, args.attack_steps)}
     if pictures.familiar is not None:
         scores["familiar"] = test_scores(network, pictures.familiar, 0, args.attack_steps)
@@ -98,9 +110,9 @@ def _one_run(args: argparse.Namespace, row: Convolutions, seed: int, pictures: P
         "seed": seed,
         "classes": pictures.classes,
         **parameters(network),
-        "epoch": run.best_epoch,
+        "epoch": trained.best_epoch,
         "scores": {part: asdict(found) for part, found in scores.items()},
-        "history": run.history,
+        "history": trained.history,
     }
 
 
@@ -116,17 +128,17 @@ def parameters(network: LipConvnet) -> dict[str, int]:
     }
 
 
-def step_seconds(args: argparse.Namespace, classes: int) -> dict[str, list[float]]:
+def step_seconds(args: argparse.Namespace) -> dict[str, list[float]]:
     """Processor seconds of a training step of each kind of network, one after the other, as often as asked for.
 
     The n-th numbers of all kinds were measured one right after the other. The processor's clock does not count what
     other programs do.
     """
     pictures = torch.rand(args.batch_size, 3, PICTURE_SIZE, PICTURE_SIZE)
-    labels = torch.randint(classes, (args.batch_size,))
+    labels = torch.randint(CLASSES_OF_STEPS, (args.batch_size,))
     networks = {}
     for row in ROWS:
-        network = LipConvnet(args.depth, args.width, classes, row, torch.zeros(3), torch.ones(()))
+        network = LipConvnet(args.depth, args.width, CLASSES_OF_STEPS, row, torch.zeros(3), torch.ones(()))
         optimizer = make_optimizer(network, args.learning_rate)
         networks[row.name] = network, optimizer
     seconds: dict[str, list[float]] = {name: [] for name in networks}
@@ -141,31 +153,33 @@ def step_seconds(args: argparse.Namespace, classes: int) -> dict[str, list[float
 
 def checkpoint_of(out: Path, row: Convolutions, seed: int) -> Path:
     """Where a run that is not finished keeps its checkpoint."""
-    groups = "soc" if row.groups is None else "-".join(str(count or 0) for count in row.groups)
-    return out / "work" / f"{groups}{'' if row.paired else '-not-paired'}-{seed}.pt"
+    return out / "work" / str(seed) / f"{row.slug}.pt"
 
 
-def read_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the file has, or what a new one starts with. Raises UserError if it is of other settings, or unreadable."""
+def record_of(out: Path, row: Convolutions, seed: int) -> Path:
+    """What a finished run found."""
+    return out / RUNS / f"{row.slug}-{seed}.json"
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Write down the settings, or raise UserError if the folder's results are of other ones."""
+    path, settings = args.out / SETTINGS, {name: getattr(args, name) for name in vars(args) if name not in NOT_SETTINGS}
     if not path.exists():
-        return {"settings": settings, "machine": machine(), "runs": []}
+        write_json(path, settings)
     try:
-        results = json.loads(path.read_text())
-        theirs = results["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has no results of this program; give another --out") from error
-    other = sorted(name for name in settings.keys() - FREE_TO_CHANGE if theirs.get(name) != settings[name])
+        theirs = json.loads(path.read_text())
+        other = sorted(name for name in settings if theirs.get(name) != settings[name])
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} has no settings of this program; give another --out") from error
     if other:
-        raise UserError(f"{path} has results of another --{', --'.join(other)}; give another --out")
-    results["settings"] = settings
-    return results
+        raise UserError(f"{args.out} has results of another --{', --'.join(other)}; give another --out")
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write the file, which takes its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
-        file.write((json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def machine() -> dict[str, Any]:

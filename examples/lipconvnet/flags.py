@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 from examples.lipconvnet.pictures import Pictures, cifar_pictures, world_pictures
@@ -29,7 +30,7 @@ def add_training_flags(parser: argparse.ArgumentParser, epochs: int) -> None:
     parser.add_argument("--width", type=at_least(1), default=16, help="channels of the first stage")
     parser.add_argument("--epochs", type=at_least(1), default=epochs)
     parser.add_argument("--batch_size", type=at_least(1), default=128)
-    parser.add_argument("--learning_rate", type=float, default=0.1, help="at first; a tenth after 1/2 and 3/4")
+    parser.add_argument("--learning_rate", type=positive, default=0.1, help="at first; a tenth after 1/2 and 3/4")
     parser.add_argument("--attacked", type=at_least(0), default=500, help="test pictures to attack")
     parser.add_argument("--attack_steps", type=at_least(1), default=50, help="of projected gradient descent")
 
@@ -54,6 +55,14 @@ def groups(text: str) -> tuple[int, int | None] | None:
         return int(first), None if second.strip() in ("-", "–", "−") else int(second)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not soc, a,- or a,b with numbers a and b") from None
+
+
+def positive(text: str) -> float:
+    """The type of an option that is a number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -31,6 +31,14 @@ class Convolutions:
         first, second = self.groups
         return f"({first},{second or '–'}){'' if self.paired else ' not paired'}"
 
+    @property
+    def slug(self) -> str:
+        """What files call it, such as `4-none-not-paired`."""
+        if self.groups is None:
+            return "soc"
+        first, second = self.groups
+        return f"{first}-{second or 'none'}{'' if self.paired else '-not-paired'}"
+
 
 class Normalized(nn.Module):
     """Shift the colours by their means and divide all by one number, the Lipschitz constant's inverse."""

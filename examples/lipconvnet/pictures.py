@@ -58,7 +58,10 @@ def deal_out(things: list[Sprite], rng: np.random.Generator) -> tuple[list[Sprit
 
 
 def world_pictures(folder: Path, seed: int, training: int, held_out: int) -> Pictures:
-    """Scenes of the miniature world, in which validation and test show things that no training picture shows.
+    """Scenes of the miniature world. Those for the test show things that no training picture shows.
+
+    Those for validation show other such things in one half, and things of training in the other: few things alone
+    would make the choice of an epoch a lottery.
 
     folder: where npm installed the pictures of things. seed: deals each class's things out to the parts, and draws.
     training, held_out: how many scenes for training, and for each other part; classes come equally often. Classes are
@@ -79,7 +82,9 @@ def world_pictures(folder: Path, seed: int, training: int, held_out: int) -> Pic
     def draw(part: int, count: int) -> Part:
         return _draw(world, [(word, parts[part]) for word, parts in dealt.items()], count, rng)
 
-    return Pictures(draw(0, training), draw(1, held_out), draw(2, held_out), tuple(classes), draw(0, held_out))
+    new, known_ones = draw(1, held_out // 2), draw(0, held_out - held_out // 2)
+    validation = Part(torch.cat([new.pictures, known_ones.pictures]), torch.cat([new.labels, known_ones.labels]))
+    return Pictures(draw(0, training), validation, draw(2, held_out), tuple(classes), draw(0, held_out))
 
 
 def _draw(world: World, things: list[tuple[str, list[Sprite]]], count: int, rng: np.random.Generator) -> Part:

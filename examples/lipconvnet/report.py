@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import quartiles, table
 from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.foundation.errors import UserError
 
 # Student's t at 97.5 % for 1, 2 … degrees of freedom.
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -27,6 +28,8 @@ SCORES = (  # part, score, and what tables call it
     ("familiar", "accuracy", "accuracy, familiar"),
     ("familiar", "certified", "certified, familiar"),
 )
+
+SETTINGS, STEPS, RUNS = "settings.json", "step_seconds.json", "runs"  # in a comparison's folder
 
 Record = dict[str, Any]
 
@@ -40,23 +43,45 @@ def main() -> int:
     )
     parser.add_argument("out", type=expanded_path, help="folder that examples.lipconvnet.compare wrote to")
     args = parser.parse_args()
-    print(write_report(json.loads((args.out / "results.json").read_text()), args.out))
+    print(write_report(args.out))
     return 0
 
 
-def write_report(results: Record, out: Path) -> Path:
-    """Write `report.md` and `accuracy.png` into the folder; returns the first.
+def write_report(out: Path) -> Path:
+    """Write `report.md` and `accuracy.png` into the folder that has the runs' files; returns the first.
 
-    results: as `results.json` has them.
+    Raises UserError if the folder has no whole comparison.
     """
+    results = read_results(out)
     path = out / "report.md"
     path.write_text(f"{report(results)}\n")
     accuracy_plot(results).savefig(out / "accuracy.png", dpi=110)
     return path
 
 
+def read_results(out: Path) -> Record:
+    """Settings, step times, and the runs of all seeds from which every kind of network was trained.
+
+    Raises UserError if the folder has no such results.
+    """
+    try:
+        settings, steps = (json.loads((out / name).read_text()) for name in (SETTINGS, STEPS))
+        runs = [json.loads(path.read_text()) for path in sorted((out / RUNS).glob("*.json"))]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} has no whole comparison: {error}") from None
+    order = list(steps["seconds"])
+    seeds = {run["seed"] for run in runs}
+    whole = {seed for seed in seeds if sum(run["seed"] == seed for run in runs) == len(order)}
+    if not whole:
+        raise UserError(f"{out} has no seed from which every kind of network was trained")
+    found = sorted(
+        (run for run in runs if run["seed"] in whole), key=lambda run: (order.index(run["name"]), run["seed"])
+    )
+    return {"settings": settings, "step_seconds": steps["seconds"], "runs": found}
+
+
 def report(results: Record) -> str:
-    """The tables as Markdown."""
+    """The tables as Markdown; results: as `read_results` gives them."""
     names = list(dict.fromkeys(record["name"] for record in results["runs"]))
     attacked = [record["scores"]["test"] for record in results["runs"]]
     settings = results["settings"]
@@ -146,7 +171,7 @@ def accuracy_plot(results: Record) -> Figure:
 
 def _runs(results: Record, name: str) -> list[Record]:
     """The runs of a kind of network, by seed."""
-    return sorted((record for record in results["runs"] if record["name"] == name), key=lambda record: record["seed"])
+    return [record for record in results["runs"] if record["name"] == name]
 
 
 def _values(results: Record, name: str, part: str, score: str) -> list[float]:

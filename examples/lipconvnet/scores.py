@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +71,7 @@ def attack(network: nn.Module, part: Part, steps: int) -> Tensor:
     """
     if not len(part):
         return torch.empty(0, dtype=torch.bool)
-    try:
-        import foolbox
-    except ImportError as error:
-        raise UserError(f'the attack needs foolbox ({error}); run: pip install ".[lipconvnet]"') from None
+    foolbox = _foolbox()
     model = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
     descent = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
     withstood = []
@@ -83,6 +81,22 @@ def attack(network: nn.Module, part: Part, steps: int) -> Tensor:
             _, _, success = descent(model, pictures.float() / 255, labels, epsilons=EPSILON)
             withstood.append(~success)
     return torch.cat(withstood)
+
+
+def check_attack(attacked: int) -> None:
+    """Raise UserError if pictures are to be attacked and there is no foolbox: before a training, not after it."""
+    if attacked:
+        _foolbox()
+
+
+def _foolbox() -> ModuleType:
+    try:
+        import foolbox
+    except ImportError as error:
+        raise UserError(
+            f'the attack needs foolbox ({error}); run: pip install ".[lipconvnet]", or leave it out by --attacked 0'
+        ) from None
+    return foolbox
 
 
 @torch.no_grad()

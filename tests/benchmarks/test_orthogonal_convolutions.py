@@ -1,0 +1,108 @@
+"""The speed of orthogonal convolutions, and that what they are measured against is what was published."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import torch
+from torch import nn
+
+import gsoft
+from benchmarks import orthogonal_convolutions
+from benchmarks.orthogonal_convolutions import KINDS, shapes
+from benchmarks.published_convolutions import PublishedConv2d
+from gsoft.blocks import skew_symmetric
+
+SIDE = 4
+STRIDE = (16, 32, 3, 2), (4, None)
+
+
+@torch.no_grad()
+def singular_values(layer: nn.Module, inputs: int) -> torch.Tensor:
+    pictures = torch.eye(inputs * SIDE**2).unflatten(1, (inputs, SIDE, SIDE))
+    return torch.linalg.svdvals((layer(pictures) - layer(torch.zeros_like(pictures[:1]))).flatten(1).double())
+
+
+def dead_inputs(layer: nn.Module, inputs: int) -> float:
+    """The share of input channels on which no output depends."""
+    x = torch.randn(2, inputs, SIDE, SIDE, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x)
+    return float((grad.abs().amax((0, 2, 3)) == 0).double().mean())
+
+
+def dead_numbers(layer: nn.Module, inputs: int) -> float:
+    """The share of kernel numbers with a gradient of exactly zero."""
+    kernels = [parameter for name, parameter in layer.named_parameters() if name != "bias"]
+    y = layer(torch.randn(4, inputs, SIDE, SIDE))
+    grads = torch.autograd.grad((y * torch.randn(y.shape)).sum(), kernels)
+    return sum(int((grad == 0).sum()) for grad in grads) / sum(grad.numel() for grad in grads)
+
+
+def test_the_published_faults_and_ours():
+    """The table of docs/lipconvnet.md, as far as layers go."""
+    torch.manual_seed(0)
+    (shape, groups), inputs = STRIDE, STRIDE[0][0]
+    published, ours = PublishedConv2d(*shape, groups=groups), gsoft.GSConv2d(*shape, groups=groups)
+    fresh = singular_values(published.eval(), inputs)
+    assert not math.isclose(float(fresh.max()), 1, rel_tol=0.1)
+    assert (singular_values(ours.eval(), inputs) - 1).abs().max() < 4e-6
+    assert dead_inputs(published.train(), inputs) == 0.5
+    assert dead_inputs(ours.train(), inputs) == 0
+    assert dead_numbers(published, inputs) > 0.5
+    assert dead_numbers(ours, inputs) == 0
+
+
+def test_after_a_training_step_the_published_layer_is_orthogonal():
+    torch.manual_seed(0)
+    layer = PublishedConv2d(8, 8, 3, groups=(2, 1))
+    layer(torch.randn(1, 8, SIDE, SIDE))
+    assert (singular_values(layer.eval(), 8) - 1).abs().max() < 1e-5
+
+
+def test_the_published_soc_is_the_same_map_as_ours():
+    """With equal kernels, in evaluation mode; the bound that ours is scaled by may be larger, so radii differ."""
+    torch.manual_seed(0)
+    ours, published = gsoft.SOCConv2d(4, 4, 1).eval(), PublishedConv2d(4, 4, 1)
+    x = torch.randn(2, 4, SIDE, SIDE)
+    free = ours.spatial.free.detach() / 2**0.5
+    with torch.no_grad():
+        published.spatial.weight.copy_(skew_symmetric(free, 4)[0, :, :, None, None])
+    published(x)  # its vectors have to find the norm first
+    kernel = ours.spatial.kernel()
+    ratio = torch.linalg.matrix_norm(kernel[:, :, 0, 0], ord=2)
+    assert 0.97 < ratio <= 1
+    ours.spatial.radius = 1 / ratio.item()
+    torch.testing.assert_close(ours(x), published.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+def test_shapes_are_those_of_the_network():
+    found = shapes(15, 32)
+    assert len(found) == 14
+    assert found[0] == (32, 32, 3, 1, 32)
+    assert found[1] == (32, 64, 3, 2, 32)
+    assert found[-1] == (512, 1024, 1, 2, 2)
+
+
+def test_measures_every_layer_and_goes_on(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "found.json"
+    options = f"--depth 5 --width 8 --batch_size 2 --repetitions 2 --clock cpu --out {path}"
+    monkeypatch.setattr(sys, "argv", ["orthogonal_convolutions", *options.split()])
+    orthogonal_convolutions.main()
+    printed, content = capsys.readouterr().out, json.loads(path.read_text())
+    assert [tuple(record["shape"]) for record in content["records"]] == shapes(5, 8)
+    assert all(set(record["seconds"]) == set(KINDS) for record in content["records"])
+    assert "| SOC as published |" in printed
+    orthogonal_convolutions.main()
+    assert capsys.readouterr().out == printed
+    assert json.loads(path.read_text()) == content
+
+
+def test_the_table_is_of_times_that_were_measured_together():
+    layers = [(1, 1, 1, 1, 1), (2, 2, 1, 1, 1)]
+    seconds = {name: [1.0, 2.0] for name in KINDS} | {"SOC": [4.0, 6.0]}
+    records = [{"shape": list(layer), "seconds": seconds} for layer in layers]
+    assert "| (4,–) | 3.00 | 3.50 (3.25 to 3.75) | 1.00 (1.00 to 1.00) |" in orthogonal_convolutions.report(
+        records, layers
+    )
