@@ -86,9 +86,11 @@ class ExponentialConv2d(nn.Module):
         """The layer as it is now, in evaluation mode, for inference: an `nn.Conv2d` if its kernel is 1×1."""
         series = coefficients(self.radius, self.eval_terms)
         with torch.no_grad():
+            kernel = self.kernel()
             if self.kernel_size > 1:
-                return FixedExponentialConv2d(self.kernel(), self.groups, series)
-            return _fixed_conv2d(exponential_kernel(self.kernel(), self.groups, series), None, groups=self.groups)
+                return FixedExponentialConv2d(kernel.to(self.free.dtype), self.groups, series)
+            kernel = exponential_kernel(kernel, self.groups, series)
+            return _fixed_conv2d(kernel.to(self.free.dtype), None, groups=self.groups)
 
     def extra_repr(self) -> str:
         return (
@@ -174,8 +176,11 @@ class GroupAndShuffle2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: `(B, in_channels, H, W)`, or without B, H and W divisible by the stride.
 
-        Returns `(B, out_channels, H/stride, W/stride)`, or without B, in the dtype of x.
+        Returns `(B, out_channels, H/stride, W/stride)`, or without B, in the dtype of x. Raises GSOFTError if x has
+        another number of channels.
         """
+        if x.shape[-3] != self.layout.in_channels:
+            raise GSOFTError(f"pictures have {x.shape[-3]} channels, and the layer takes {self.layout.in_channels}")
         layout, first, last = self.layout, self.layout.groups[0], self.layout.last_groups
         x = channel_shuffle(F.pixel_unshuffle(x, layout.stride), first, layout.paired_shuffle)
         missing = layout.channels - layout.unfolded
@@ -282,12 +287,11 @@ class GSConv2d(GroupAndShuffle2d):
     @torch.no_grad()
     def _matrix(self) -> Tensor:
         """What 1×1 kernels, shuffles and space-to-depth are together: a kernel as large as the stride."""
-        inputs, side = self.layout.in_channels, self.layout.stride
-        parts = [part.plain() for part in self.exponentials()]
-        layer = GroupAndShuffle2d(self.layout, parts[0], parts[1] if len(parts) > 1 else None, None)
-        patches = torch.eye(self.layout.unfolded, device=self.spatial.free.device)
-        outputs = layer(patches.unflatten(1, (inputs, side, side)))
-        return outputs.flatten(1).mT.unflatten(1, (inputs, side, side)).contiguous()
+        layer = copy.deepcopy(self).cpu().double().eval()
+        layer.bias = None
+        patch = self.layout.in_channels, self.layout.stride, self.layout.stride
+        outputs = layer(torch.eye(self.layout.unfolded, dtype=torch.float64).unflatten(1, patch))
+        return outputs.flatten(1).mT.unflatten(1, patch).contiguous().to(self.spatial.free)
 
     def extra_repr(self) -> str:
         layout = self.layout

@@ -25,9 +25,9 @@ from gsoft.errors import GSOFTError
 def truncation_error(radius: float, terms: int) -> float:
     """How far the polynomial is from `exp(L)` at most, in the spectral norm, if `‖L‖ ≤ radius`.
 
-    radius: from 0 to π. terms: the highest power of `L`, 1 or more. Every singular value of the polynomial of `L` is as
-    close to 1, because `exp(L)` is orthogonal and commutes with it. From `|J_k(R)| ≤ (R/2)^k / k!`. Raises GSOFTError
-    if an argument is out of range.
+    radius: above 0, up to π. terms: the highest power of `L`, 1 or more. Every singular value of the polynomial is as
+    close to 1, since `exp(L)` is orthogonal. From `|J_k(R)| ≤ (R/2)^k / k!`. Raises GSOFTError if an argument is out of
+    range.
     """
     check_series(radius, terms)
     half = radius / 2

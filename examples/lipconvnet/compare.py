@@ -27,7 +27,7 @@ from examples.lipconvnet.flags import add_picture_flags, add_training_flags, at_
 from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet
 from examples.lipconvnet.pictures import Pictures
 from examples.lipconvnet.report import RUNS, SETTINGS, STEPS, write_report
-from examples.lipconvnet.scores import check_attack, test_scores
+from examples.lipconvnet.scores import check_attack, score
 from examples.lipconvnet.training import Run, Settings, make_optimizer, train, train_step
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.foundation.errors import UserError
@@ -101,9 +101,9 @@ def _one_run(args: argparse.Namespace, row: Convolutions, seed: int, pictures: P
 
     trained = train(settings, pictures, checkpoint_of(args.out, row, seed), progress)
     network = trained.best_network()
-    scores = {"test": test_scores(network, pictures.test, args.attacked, args.attack_steps)}
+    scores = {"test": score(network, pictures.test, args.attacked, args.attack_steps)}
     if pictures.familiar is not None:
-        scores["familiar"] = test_scores(network, pictures.familiar, 0, args.attack_steps)
+        scores["familiar"] = score(network, pictures.familiar, 0, args.attack_steps)
     return {
         "name": row.name,
         **asdict(row),

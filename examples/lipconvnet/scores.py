@@ -23,8 +23,8 @@ class Scores:
 
     accuracy: rightly named. certified: so, and nothing within `EPSILON` is named otherwise, by the certificate.
     attacked_accuracy: rightly named before and after the attack, of the attacked pictures. attacked_certified: the
-    certified share of these, which cannot be larger. attacked: how many were attacked. beaten: how many certified
-    pictures the attack had named otherwise, which has to be 0.
+    certified share of these, which cannot be larger; both 0 if none were attacked. attacked: how many were attacked.
+    beaten: how many certified pictures the attack had named otherwise, which has to be 0.
     """
 
     accuracy: float
@@ -40,16 +40,16 @@ def accuracy(network: nn.Module, part: Part) -> float:
     return _share(_logits(network, part.pictures).argmax(1) == part.labels)
 
 
-def test_scores(network: LipConvnet, part: Part, attacked: int, steps: int) -> Scores:
-    """How the network does in evaluation mode.
+def score(network: LipConvnet, part: Part, attacked: int, steps: int) -> Scores:
+    """How a network does.
 
-    network: what is scored. part: the pictures. attacked: how many of them, from the first, are attacked by projected
-    gradient descent in `steps` steps; 0 for none. Raises UserError if there is no foolbox.
+    network: what is scored, in evaluation mode. part: the pictures. attacked: how many of them, from the first, are
+    attacked by projected gradient descent in `steps` steps; 0 for none. Raises UserError if there is no foolbox.
     """
     plain = gsoft.plain_copy(network)
     logits = _logits(plain, part.pictures)
     right = logits.argmax(1) == part.labels
-    radius = gsoft.certified_radius(logits, gsoft.lipschitz_bound(network.eval()))
+    radius = gsoft.certified_radius(logits, gsoft.lipschitz_bound(network))
     certified = right & (radius >= EPSILON)
     few = Part(part.pictures[:attacked], part.labels[:attacked])
     withstood = right[:attacked] & attack(plain, few, steps)

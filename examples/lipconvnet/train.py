@@ -20,7 +20,7 @@ from tqdm import tqdm
 import gsoft
 from examples.lipconvnet.flags import add_picture_flags, add_training_flags, groups, read_pictures
 from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet
-from examples.lipconvnet.scores import check_attack, test_scores
+from examples.lipconvnet.scores import check_attack, score
 from examples.lipconvnet.training import Run, Settings, train
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.foundation.files import check_writable, whole_file
@@ -55,7 +55,7 @@ def main() -> int:
 
         trained = train(settings, pictures, args.out / "checkpoint.pt", progress)
     network = trained.best_network()
-    scores = test_scores(network, pictures.test, args.attacked, args.attack_steps)
+    scores = score(network, pictures.test, args.attacked, args.attack_steps)
     record = {"epoch": trained.best_epoch, "test": asdict(scores), "history": trained.history}
     with whole_file(args.out / "scores.json") as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())

@@ -204,6 +204,11 @@ def test_what_cannot_be_a_layer(arguments, options, message):
         GSConv2d(*arguments, **options)
 
 
+def test_pictures_with_other_channels():
+    with pytest.raises(GSOFTError, match="pictures have 3 channels, and the layer takes 16"):
+        make("equal")(torch.zeros(2, 3, SIDE, SIDE))
+
+
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -225,6 +230,11 @@ class TestPlainCopy:
         assert not plain.training
         torch.testing.assert_close(plain(x), network.eval()(x))
         torch.testing.assert_close(plain_copy(network[0])(x), network[0](x))
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.1)])
+    def test_keeps_the_dtype(self, dtype, tolerance):
+        network, x = model().to(dtype).eval(), torch.randn(5, 3, 4, 4, dtype=dtype)
+        torch.testing.assert_close(plain_copy(network)(x), network(x), atol=tolerance, rtol=0)
 
     def test_has_nothing_to_learn_or_to_make(self):
         plain = plain_copy(model())

@@ -8,29 +8,34 @@ import numpy as np
 import pytest
 import torch
 
-from examples.lipconvnet.pictures import augmented, cifar_pictures, deal_out, world_pictures
+from examples.lipconvnet.pictures import Part, augmented, cifar_pictures, deal_out, world_pictures
 from gsoft_diffusion.foundation.errors import UserError
 from pretraining.sprites import Sprite
 
 
 class TestWorld:
-    def test_things_of_validation_and_test_are_never_shown_in_training(self, things, monkeypatch):
-        shown: dict[str, set[str]] = {}
-        from examples.lipconvnet import pictures as module
+    def test_what_training_shows_is_not_in_the_test_and_half_of_validation_is_new(self, things, monkeypatch):
+        shown: list[tuple[int, set[str]]] = []
 
         def draw(world, classes, count, rng):
-            shown[f"part {len(shown)}"] = {sprite.code for _, sprites in classes for sprite in sprites}
             assert all(sprites for _, sprites in classes)
+            shown.append((count, {sprite.code for _, sprites in classes for sprite in sprites}))
+            return Part(torch.full((count, 3, 32, 32), len(shown)), torch.zeros(count))
 
-        monkeypatch.setattr(module, "_draw", draw)
-        found = world_pictures(things, 0, 10, 10)
-        training, validation, test, familiar = shown.values()
-        assert not training & validation
+        monkeypatch.setattr("examples.lipconvnet.pictures._draw", draw)
+        found = world_pictures(things, 0, 30, 11)
+
+        def things_of(pictures: torch.Tensor) -> set[str]:
+            return set().union(*(shown[number - 1][1] for number in pictures.unique().tolist()))
+
+        training, test = things_of(found.training.pictures), things_of(found.test.pictures)
+        new, known = (things_of(found.validation.pictures[part]) for part in (slice(5), slice(5, None)))
         assert not training & test
-        assert not validation & test
-        assert familiar == training
+        assert not training & new
+        assert not test & new
+        assert known == things_of(found.familiar.pictures) == training
+        assert (len(found.training), len(found.validation), len(found.test), len(found.familiar)) == (30, 11, 11, 11)
         assert len(found.classes) == 10
-        assert len(test) >= 10
 
     def test_scenes_are_drawn_by_turns_and_again_the_same(self, things):
         found = world_pictures(things, 0, 20, 10)

@@ -9,11 +9,10 @@ import gsoft
 from examples.lipconvnet import scores
 from examples.lipconvnet.network import Convolutions, LipConvnet
 from examples.lipconvnet.pictures import Part
-from examples.lipconvnet.scores import EPSILON, accuracy, attack, test_scores
+from examples.lipconvnet.scores import EPSILON, accuracy, attack, score
 from gsoft_diffusion.foundation.errors import UserError
 
 foolbox = pytest.importorskip("foolbox", reason="of the extra lipconvnet")
-test_scores.__test__ = False  # the name is that of the test part
 
 
 def logit_by_brightness(threshold: float) -> torch.nn.Module:
@@ -24,7 +23,7 @@ def logit_by_brightness(threshold: float) -> torch.nn.Module:
             over = (pictures[:, 0, 0, 0] - threshold) / 2**0.5
             return torch.stack([-over, over], 1)
 
-    return Brightness()
+    return Brightness().eval()
 
 
 def test_the_attack_finds_what_there_is_to_find_and_nothing_else():
@@ -40,12 +39,12 @@ def test_the_attack_finds_what_there_is_to_find_and_nothing_else():
 
 def test_what_is_certified_withstands_the_attack(pictures):
     torch.manual_seed(0)
-    network = LipConvnet(5, 8, 3, Convolutions((4, None)), *pictures.mean_and_scale())
-    found = test_scores(network, pictures.test, attacked=12, steps=10)
+    network = LipConvnet(5, 8, 3, Convolutions((4, None)), *pictures.mean_and_scale()).eval()
+    found = score(network, pictures.test, attacked=12, steps=10)
     assert found.attacked == 12
     assert found.beaten == 0
     assert 0 <= found.attacked_certified <= found.attacked_accuracy <= 1
-    assert found.certified <= found.accuracy == accuracy(network.eval(), pictures.test)
+    assert found.certified <= found.accuracy == accuracy(network, pictures.test)
 
 
 def test_a_certificate_that_does_not_hold_is_counted(pictures, monkeypatch):
@@ -56,15 +55,15 @@ def test_a_certificate_that_does_not_hold_is_counted(pictures, monkeypatch):
     part = Part(pictures.test.pictures, labels.detach())
     monkeypatch.setattr(scores, "EPSILON", 30.0)
     monkeypatch.setattr(gsoft, "lipschitz_bound", lambda network: 1e-6)
-    found = test_scores(network, part, attacked=30, steps=10)
+    found = score(network, part, attacked=30, steps=10)
     assert found.attacked_certified == 1
     assert found.beaten > 0
 
 
 def test_nothing_is_attacked_without_foolbox_only_if_nothing_is_to_be(pictures, monkeypatch):
     torch.manual_seed(0)
-    network = LipConvnet(5, 8, 3, Convolutions(), *pictures.mean_and_scale())
+    network = LipConvnet(5, 8, 3, Convolutions(), *pictures.mean_and_scale()).eval()
     monkeypatch.setitem(sys.modules, "foolbox", None)
-    assert test_scores(network, pictures.test, attacked=0, steps=1).attacked == 0
+    assert score(network, pictures.test, attacked=0, steps=1).attacked == 0
     with pytest.raises(UserError, match=r'^the attack needs foolbox .*pip install "\.\[lipconvnet\]"'):
-        test_scores(network, pictures.test, attacked=3, steps=1)
+        score(network, pictures.test, attacked=3, steps=1)
