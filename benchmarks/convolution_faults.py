@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +34,11 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(args.out) as file:
         file.write((json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
+    print(report(records))
+
+
+def report(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row for each kind."""
     header = [
         "layers",
         "kernel numbers with a gradient of exactly 0",
@@ -42,11 +49,11 @@ def main() -> None:
     for record in records:
         low, high = record["fresh_singular_values"]
         row = [record["kind"], f"{record['dead_numbers']:.0%}", f"{record['dead_inputs_at_stride_2']:.0%}"]
-        rows.append([*row, f"{low:.6g} to {high:.6g}"])
-    print(table(header, rows))
+        rows.append([*row, f"{low:.6f} to {high:.6g}"])
+    return table(header, rows)
 
 
-def measure(kind: str, width: int) -> dict[str, object]:
+def measure(kind: str, width: int) -> dict[str, Any]:
     """Shares of numbers and inputs that are dead, and the singular values, over the layers of the network."""
     torch.manual_seed(0)
     dead = numbers = 0

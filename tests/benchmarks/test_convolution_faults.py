@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks import convolution_faults
 from benchmarks.convolution_faults import dead_inputs, dead_numbers, singular_values
 from benchmarks.published_convolutions import PublishedConv2d
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE, GROUPS = (16, 32, 3, 2), (4, None)
 
 
@@ -45,3 +47,8 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     assert (ours["dead_numbers"], ours["dead_inputs_at_stride_2"]) == (0, 0)
     assert ours["fresh_singular_values"] == pytest.approx([1, 1], abs=4e-6)
     assert "| (4,–) | 0% | 0% |" in capsys.readouterr().out
+
+
+def test_the_page_has_the_committed_table():
+    records = json.loads((REPOSITORY / "benchmarks" / "results" / "convolution_faults.json").read_text())
+    assert convolution_faults.report(records) in (REPOSITORY / "docs" / "lipconvnet.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,8 @@ from benchmarks import orthogonal_convolutions
 from benchmarks.orthogonal_convolutions import KINDS, shapes
 from benchmarks.published_convolutions import PublishedConv2d
 from gsoft.blocks import skew_symmetric
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_published_soc_is_the_same_map_as_ours():
@@ -59,3 +62,12 @@ def test_the_table_is_of_times_that_were_measured_together():
     assert "| (4,–) | 3.00 | 3.50 (3.25 to 3.75) | 1.00 (1.00 to 1.00) |" in orthogonal_convolutions.report(
         records, layers
     )
+
+
+def test_the_page_has_the_committed_table_and_beats_the_papers_speed_up():
+    content = json.loads((REPOSITORY / "benchmarks" / "results" / "orthogonal_convolutions.json").read_text())
+    settings = content["settings"]
+    table = orthogonal_convolutions.report(content["records"], shapes(settings["depth"], settings["width"]))
+    assert table in (REPOSITORY / "docs" / "lipconvnet.md").read_text()
+    (row,) = (line for line in table.splitlines() if line.startswith("| (4,–) |"))
+    assert float(row.split("|")[3].split()[0]) > 1.64
