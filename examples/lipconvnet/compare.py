@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.demo import processor
 from examples.lipconvnet.flags import add_picture_flags, add_training_flags, at_least, read_pictures
-from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet
+from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet, check_fits
 from examples.lipconvnet.pictures import Pictures
 from examples.lipconvnet.report import RUNS, SETTINGS, STEPS, write_report
 from examples.lipconvnet.scores import check_attack, score
@@ -66,6 +66,8 @@ def compare(args: argparse.Namespace) -> None:
     """
     check_writable(args.out, "--out")
     check_attack(args.attacked)
+    for row in ROWS:
+        check_fits(args.depth, args.width, row)
     settle(args)
     missing = [(seed, row) for seed in args.seeds for row in ROWS if not record_of(args.out, row, seed).exists()]
     with tqdm(total=len(missing) * args.epochs, unit="epoch", disable=not missing) as bar:

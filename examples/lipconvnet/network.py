@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 import gsoft
@@ -94,6 +95,12 @@ class LipConvnet(nn.Sequential):
     def orthogonal_layers(self) -> list[gsoft.GSConv2d]:
         """The convolutions, SOC among them."""
         return [layer for layer in self if isinstance(layer, gsoft.GSConv2d)]
+
+
+def check_fits(depth: int, width: int, convolutions: Convolutions) -> None:
+    """Raise UserError as `LipConvnet` does, without making one: before pictures are drawn."""
+    with torch.device("meta"):
+        LipConvnet(depth, width, 2, convolutions, torch.zeros(3), torch.ones(()))
 
 
 def _convolution(inputs: int, outputs: int, kernel_size: int, stride: int, convolutions: Convolutions) -> nn.Module:

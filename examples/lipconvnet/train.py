@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import gsoft
 from examples.lipconvnet.flags import add_picture_flags, add_training_flags, groups, read_pictures
-from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet
+from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet, check_fits
 from examples.lipconvnet.scores import check_attack, score
 from examples.lipconvnet.training import Run, Settings, train
 from gsoft_diffusion.config.command_line import expanded_path, run
@@ -42,8 +42,9 @@ def main() -> int:
     args = parser.parse_args()
     check_writable(args.out, "--out")
     check_attack(args.attacked)
-    pictures = read_pictures(args, args.seed)
     convolutions = Convolutions(args.groups, not args.not_paired)
+    check_fits(args.depth, args.width, convolutions)
+    pictures = read_pictures(args, args.seed)
     settings = Settings(
         convolutions, args.depth, args.width, args.epochs, args.batch_size, args.learning_rate, args.seed
     )

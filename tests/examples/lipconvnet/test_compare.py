@@ -59,6 +59,11 @@ def test_a_comparison_that_was_stopped_does_only_what_is_missing(few_rows, tmp_p
         run(monkeypatch, out, "--width", "16")
 
 
+def test_a_width_that_one_kind_does_not_take(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--width or --groups does not fit"):
+        run(monkeypatch, tmp_path, "--depth", "10", "--width", "6")
+
+
 def test_settings_that_are_none(few_rows, tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text("[]")
     with pytest.raises(UserError, match=r"settings\.json has no settings of this program; give another --out"):

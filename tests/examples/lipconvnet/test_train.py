@@ -53,6 +53,14 @@ def test_values_that_flags_do_not_take(options, message, monkeypatch, capsys, tm
     assert message in capsys.readouterr().err
 
 
+def test_a_network_that_does_not_fit_is_refused_before_pictures_are_drawn(tmp_path, monkeypatch):
+    options = ["--folder", "none", "--out", str(tmp_path / "out"), "--attacked", "0"]
+    with pytest.raises(UserError, match="--depth 7 is not a multiple of 5"):
+        run(monkeypatch, *options, "--depth", "7")
+    with pytest.raises(UserError, match=r"--width or --groups does not fit: GSConv2d\(16, 32.* 3 groups"):
+        run(monkeypatch, *options, "--groups", "3,-")
+
+
 def test_more_pictures_in_a_batch_than_there_are(things, tmp_path, monkeypatch):
     options = ["--folder", str(things), "--out", str(tmp_path / "out"), "--attacked", "0", "--batch_size", "64"]
     with pytest.raises(UserError, match="--batch_size 64 is more than the 32 training pictures"):
