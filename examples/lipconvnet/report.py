@@ -151,7 +151,7 @@ def accuracy_plot(results: Record) -> Figure:
     """Accuracy and certified accuracy of each kind of network, a mark for each seed."""
     names = list(dict.fromkeys(record["name"] for record in results["runs"]))
     parts = list(results["runs"][0]["scores"])
-    figure = Figure(figsize=(5 * len(parts), 3.8), layout="constrained")
+    figure = Figure(figsize=(5 * len(parts), 4.2), layout="constrained")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for panel, part in zip(panels, parts, strict=True):
         for score, color in (("accuracy", "C0"), ("attacked_accuracy", "C1"), ("certified", "C2")):
@@ -164,8 +164,8 @@ def accuracy_plot(results: Record) -> Figure:
                 panel.plot(values, [row] * len(values), ".", color=color, alpha=0.6)
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
-        panel.set(xlabel="% of pictures", title={"test": "held-out", "familiar": "familiar things"}[part])
-        panel.legend(fontsize=8)
+        panel.set(xlabel="% of pictures", title={"test": "test", "familiar": "familiar things"}[part])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

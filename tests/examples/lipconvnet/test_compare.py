@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from examples.lipconvnet.pictures import Pictures
 from examples.lipconvnet.training import Run
 from gsoft_diffusion.foundation.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 QUICK = "--depth 5 --width 8 --batch_size 16 --epochs 1 --attack_steps 2 --attacked 0 --seeds 0 --step_repetitions 2"
 
 
@@ -140,3 +142,18 @@ def test_a_folder_without_a_whole_comparison(folder):
     (folder / "settings.json").unlink()
     with pytest.raises(UserError, match=r"has no whole comparison: .*settings\.json"):
         report.write_report(folder)
+
+
+def test_the_committed_comparison_is_on_its_page_and_no_certificate_was_beaten():
+    committed = REPOSITORY / "results" / "lipconvnet"
+    results = report.read_results(committed)
+    text = report.report(results)
+    assert (committed / "report.md").read_text() == f"{text}\n"
+    page = (REPOSITORY / "docs" / "lipconvnet.md").read_text()
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 2
+    assert all(table in page for table in tables)
+    scores = [run["scores"]["test"] for run in results["runs"]]
+    assert len(scores) == 3 * len(compare.ROWS)
+    assert all(found["beaten"] == 0 for found in scores)
+    assert all(found["attacked_certified"] <= found["attacked_accuracy"] for found in scores)
