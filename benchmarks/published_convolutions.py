@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsoft.channel_shuffle import channel_shuffle
+from gsoft import channel_shuffle
 
 TRAIN_TERMS, EVAL_TERMS = 5, 12
 MANY_ITERATIONS = 50  # at the start and at every so many steps; else 1

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gsoft.model_adapter import ModelAdapter, inject
     from gsoft.parametrizations import OrthogonalLinear, orthogonal
     from gsoft.saving import AdapterFile, load, read, save
+    from gsoft.shuffles import channel_shuffle
     from gsoft.stack import AdapterStack
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RotationConfig",
     "SOCConv2d",
     "certified_radius",
+    "channel_shuffle",
     "inject",
     "lipschitz_bound",
     "load",
@@ -60,6 +62,7 @@ _MODULES = {
     "OrthogonalLinear": "parametrizations",
     "SOCConv2d": "convolution",
     "certified_radius": "lipschitz",
+    "channel_shuffle": "shuffles",
     "inject": "model_adapter",
     "lipschitz_bound": "lipschitz",
     "load": "saving",

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsoft.channel_shuffle import channel_shuffle
 from gsoft.errors import GSOFTError
 from gsoft.exponential import check_series, coefficients, exponential_conv2d, exponential_kernel, truncation_error
+from gsoft.shuffles import channel_shuffle
 from gsoft.skew_kernels import kernel_numbers, norm_bound, skew_kernel
 
 SMALLEST_NORM = 1e-12  # kernels that are smaller still are not scaled up to the radius: zeros stay zeros

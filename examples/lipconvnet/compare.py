@@ -97,9 +97,9 @@ def _one_run(args: argparse.Namespace, row: Convolutions, seed: int, pictures: P
     bar.set_description(f"{row.name}, seed {seed}")
     settings = Settings(row, args.depth, args.width, args.epochs, args.batch_size, args.learning_rate, seed)
 
-    def progress(run: Run) -> None:
+    def progress(so_far: Run) -> None:
         bar.update()
-        bar.set_postfix(validation=f"{run.history[-1]['validation_accuracy']:.3f}")
+        bar.set_postfix(validation=f"{so_far.history[-1]['validation_accuracy']:.3f}")
 
     trained = train(settings, pictures, checkpoint_of(args.out, row, seed), progress)
     network = trained.best_network()

@@ -58,6 +58,7 @@ class Normalized(nn.Module):
         return (pictures - self.mean) / self.scale
 
     def lipschitz_bound(self) -> float:
+        """How much further apart two pictures are afterwards: `1/scale`."""
         return 1 / float(self.scale)
 
 

@@ -50,9 +50,9 @@ def main() -> int:
     )
     with tqdm(total=args.epochs, unit="epoch") as bar:
 
-        def progress(run: Run) -> None:
-            bar.update(len(run.history) - bar.n)
-            bar.set_postfix(validation=f"{run.history[-1]['validation_accuracy']:.3f}")
+        def progress(so_far: Run) -> None:
+            bar.update(len(so_far.history) - bar.n)
+            bar.set_postfix(validation=f"{so_far.history[-1]['validation_accuracy']:.3f}")
 
         trained = train(settings, pictures, args.out / "checkpoint.pt", progress)
     network = trained.best_network()

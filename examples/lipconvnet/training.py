@@ -42,14 +42,14 @@ class Run:
     """A training so far: what a checkpoint holds.
 
     history: for each epoch its mean loss, validation accuracy and seconds. best: the weights of the first epoch with
-    the highest validation accuracy, None before one has ended.
+    the highest validation accuracy, empty before one has ended.
     """
 
     settings: Settings
     network: LipConvnet
     optimizer: torch.optim.SGD
     history: list[dict[str, float]]
-    best: dict[str, Tensor] | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def best_epoch(self) -> int:
@@ -60,7 +60,7 @@ class Run:
     def best_network(self) -> LipConvnet:
         """A network with the weights of `best`, in evaluation mode."""
         network = copy.deepcopy(self.network)
-        network.load_state_dict(self.best or {})
+        network.load_state_dict(self.best)
         return network.eval()
 
     def save(self, path: Path) -> None:
@@ -80,16 +80,17 @@ class Run:
         """Go on from a checkpoint. Raises UserError if it cannot be read, or belongs to other settings."""
         try:
             content = torch.load(path, weights_only=True)
-            theirs = content["settings"]
+            theirs, network, optimizer = content["settings"], content["network"], content["optimizer"]
+            history, best = content["history"], content["best"]
         except Exception as error:
             raise UserError(f"{path} is no checkpoint of this program; give another --out") from error
         ours = _settings_record(self.settings)
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
             raise UserError(f"{path} was trained with another {', '.join(other)}; give another --out")
-        self.network.load_state_dict(content["network"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.history, self.best = content["history"], content["best"]
+        self.network.load_state_dict(network)
+        self.optimizer.load_state_dict(optimizer)
+        self.history, self.best = history, best
 
 
 def new_run(settings: Settings, pictures: Pictures) -> Run:

@@ -153,8 +153,7 @@ def test_gradients_are_those_of_the_layer():
 
 def test_pointwise_kernels_are_the_same_map_on_few_and_on_many_pixels():
     layer, x = make("pointwise"), torch.randn(40, 8, 4, 4)
-    few = torch.cat([layer(x[:, :, i : i + 1, j : j + 1][n : n + 1]) for n in range(2) for i in (0,) for j in (0,)])
-    torch.testing.assert_close(few, layer(x)[:2, :, :1, :1])
+    torch.testing.assert_close(layer(x[:1, :, :1, :1]), layer(x)[:1, :, :1, :1])
 
 
 def test_half_precision_autocast_and_pictures_without_a_batch():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gsoft.channel_shuffle import channel_shuffle
+from gsoft import channel_shuffle
 from gsoft.group_and_shuffle import permutation_matrix
 
 
