@@ -93,6 +93,36 @@ def test_every_number_learns_and_every_input_matters(name):
     assert (jacobian(layer, layer.layout.in_channels).abs().amax(0) > 1e-6).all()
 
 
+def dealt(channels: int, groups: int, paired: bool) -> list[int]:
+    """Which channel comes to each place in a shuffle, by the paper's formulas."""
+    size = 2 if paired and groups > 1 else 1
+    places = [
+        (i // size % groups) * channels // groups + size * (i // (size * groups)) + i % size for i in range(channels)
+    ]
+    return sorted(range(channels), key=lambda channel: places[channel])
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("name", [name for name, (_, groups) in LAYERS.items() if groups is not None])
+def test_channels_go_where_they_should(name, paired):
+    """Space-to-depth, shuffle, zeros in each group, exponential, shuffle, exponential, a part of each group, bias."""
+    layer, (first, second) = make(name, paired_shuffle=paired), LAYERS[name][1]
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, layer.layout.in_channels, SIDE, SIDE)
+    inside, outputs = layer.spatial.channels, layer.layout.out_channels
+    unfolded = nn.functional.pixel_unshuffle(x, layer.layout.stride)
+    groups = unfolded[:, dealt(unfolded.shape[1], first, paired)].chunk(first, 1)
+    y = torch.zeros(2, inside, *unfolded.shape[2:])
+    for place, group in zip(y.chunk(first, 1), groups, strict=True):
+        place[:, : group.shape[1]] = group
+    y = layer.spatial(y)
+    if second is not None:
+        y = layer.pointwise(y[:, dealt(inside, second, paired)])
+    last = second or first
+    kept = torch.cat([group[:, : outputs // last] for group in y.chunk(last, 1)], 1)
+    torch.testing.assert_close(layer(x), kept + layer.bias[:, None, None])
+
+
 def test_soc_is_the_exponential_of_its_kernel():
     layer = make("SOC").eval()
     skew = torch.nn.functional.conv2d(
