@@ -45,7 +45,7 @@ class Records:
         """Raises SystemExit if the file holds measurements of other settings."""
         self.path = path
         here = {"settings": settings, "machine": machine(device)}
-        self.content = json.loads(path.read_text()) if path.exists() else here | {"records": []}
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else here | {"records": []}
         if {name: self.content[name] for name in here} != here:
             raise SystemExit(f"{path}: measured with other settings or on another machine; give another --out")
 
@@ -99,6 +99,12 @@ def _driver_version() -> str | None:
 
 def median(values: Iterable[float]) -> float:
     return statistics.median(list(values))
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """A fourth, half and three fourths of the values are no larger; they are two or more."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,10 +12,14 @@ from gsoft.errors import ConfigError, FileError, GSOFTError
 
 if TYPE_CHECKING:
     from gsoft.adapter import Adapter
+    from gsoft.convolution import GSConv2d, SOCConv2d, plain_copy
+    from gsoft.exponential import truncation_error
     from gsoft.fingerprint import BaseModelIdentity
+    from gsoft.lipschitz import MaxMin, certified_radius, lipschitz_bound
     from gsoft.model_adapter import ModelAdapter, inject
     from gsoft.parametrizations import OrthogonalLinear, orthogonal
     from gsoft.saving import AdapterFile, load, read, save
+    from gsoft.shuffles import channel_shuffle
     from gsoft.stack import AdapterStack
 
 __all__ = [
@@ -26,15 +30,23 @@ __all__ = [
     "Config",
     "ConfigError",
     "FileError",
+    "GSConv2d",
     "GSOFTError",
+    "MaxMin",
     "ModelAdapter",
     "OrthogonalLinear",
     "RotationConfig",
+    "SOCConv2d",
+    "certified_radius",
+    "channel_shuffle",
     "inject",
+    "lipschitz_bound",
     "load",
     "orthogonal",
+    "plain_copy",
     "read",
     "save",
+    "truncation_error",
 ]
 
 # Imported when asked for, because PyTorch takes seconds: configurations and errors do not need it. No module has the
@@ -44,13 +56,21 @@ _MODULES = {
     "AdapterFile": "saving",
     "AdapterStack": "stack",
     "BaseModelIdentity": "fingerprint",
+    "GSConv2d": "convolution",
+    "MaxMin": "lipschitz",
     "ModelAdapter": "model_adapter",
     "OrthogonalLinear": "parametrizations",
+    "SOCConv2d": "convolution",
+    "certified_radius": "lipschitz",
+    "channel_shuffle": "shuffles",
     "inject": "model_adapter",
+    "lipschitz_bound": "lipschitz",
     "load": "saving",
     "orthogonal": "parametrizations",
+    "plain_copy": "convolution",
     "read": "saving",
     "save": "saving",
+    "truncation_error": "exponential",
 }
 
 

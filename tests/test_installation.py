@@ -108,5 +108,6 @@ def test_extras_name_what_the_requirements_pin(wheel):
     everything = pinned("requirements.txt")
     assert requirements(wheel, "diffusion") == everything - {"open-clip-torch"}
     assert requirements(wheel, "eval") == everything
+    assert requirements(wheel, "lipconvnet") == requirements(wheel, "diffusion") | {"foolbox"}
     assert requirements(wheel, "gpu") == everything - {"open-clip-torch"} | pinned("requirements-gpu.txt")
     assert requirements(wheel, "dev") == everything | pinned("requirements-dev.txt")

@@ -1,0 +1,77 @@
+"""What a bound of the change of a network's outputs is good for: 1-Lipschitz activations, and certified robustness.
+
+All norms are Euclidean: of a whole picture, and of all logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gsoft.errors import GSOFTError
+
+# Modules that move no two inputs apart, whatever their settings.
+ONE_LIPSCHITZ = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ReLU, nn.Dropout)
+
+
+class MaxMin(nn.Module):
+    """Sort the channels two by two, the larger one first: an activation that keeps the norm of gradients.
+
+    The channels of a pair are neighbours, `2i` and `2i+1`, which a paired shuffle keeps together; or `i` and `i + n/2`.
+    (Anil, Lucas and Grosse, ICML 2019.)
+    """
+
+    def __init__(self, pairs: Literal["neighbours", "halves"] = "neighbours", dim: int = -3) -> None:
+        """pairs: which channels are compared. dim: the channels' dimension. Raises GSOFTError for other pairs."""
+        super().__init__()
+        if pairs not in ("neighbours", "halves"):
+            raise GSOFTError(f"MaxMin: pairs is {pairs!r}; valid: 'neighbours', 'halves'")
+        self.pairs, self.dim = pairs, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape, an even number along dim; returns the same shape. Raises GSOFTError if the number is odd."""
+        channels, dim = x.shape[self.dim], self.dim % x.ndim
+        if channels % 2:
+            raise GSOFTError(f"MaxMin: {channels} channels cannot be paired")
+        shape, of_pair = ((-1, 2), dim + 1) if self.pairs == "neighbours" else ((2, -1), dim)
+        first, second = x.unflatten(dim, shape).unbind(of_pair)
+        return torch.stack([torch.maximum(first, second), torch.minimum(first, second)], of_pair).flatten(dim, dim + 1)
+
+    def extra_repr(self) -> str:
+        return f"pairs={self.pairs!r}, dim={self.dim}"
+
+
+def certified_radius(logits: Tensor, lipschitz: float = 1.0) -> Tensor:
+    """How far each input can be moved, in Euclidean norm, without another class being predicted.
+
+    logits: `(…, classes)`. lipschitz: a bound of the Lipschitz constant of the map from inputs to logits. Returns
+    `(…,)`: the difference of the two largest logits, divided by `√2·lipschitz` (Tsuzuku et al., NeurIPS 2018).
+    """
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return (first - second) / (math.sqrt(2) * lipschitz)
+
+
+def lipschitz_bound(model: nn.Module) -> float:
+    """A bound of the Lipschitz constant of a sequence of layers, in its present mode: the product of theirs.
+
+    model: a layer or an `nn.Sequential` of them, nested at will. Known are orthogonal layers of this library, `MaxMin`,
+    `nn.Linear` (by its largest singular value), layers that only move or leave out entries, and modules that have a
+    method `lipschitz_bound()` themselves. Raises GSOFTError that names the module of another kind.
+    """
+    return _bound(model, type(model).__name__)
+
+
+def _bound(module: nn.Module, name: str) -> float:
+    if isinstance(module, nn.Sequential):
+        return math.prod(_bound(child, f"{name}.{key}") for key, child in module.named_children())
+    own = getattr(module, "lipschitz_bound", None)
+    if own is not None:
+        return float(own())
+    if isinstance(module, (MaxMin, *ONE_LIPSCHITZ)):
+        return 1.0
+    if isinstance(module, nn.Linear):
+        return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
+    raise GSOFTError(f"{name}: no bound of the Lipschitz constant of {type(module).__name__} is known")
