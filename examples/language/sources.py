@@ -1,0 +1,104 @@
+"""Texts for the tasks out of what packages hold: pure functions from their files' contents to texts and labels."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from examples.language.tasks import FETCHED, PARTS, TOPICS, Texts
+
+SIZES = {"train": 2000, "validation": 500, "test": 1000}
+Labelled = list[tuple[str, float]]
+
+# Tags of the Brown corpus of words that a sentence cannot spare: articles, prepositions, pronouns, "to", forms of be.
+NEEDED = re.compile(r"(at|in|to|pps|ppss|bez|bedz|ber|bed|md|hvz|hvd)$")
+WORDS = range(6, 17)  # of a sentence
+
+
+def sentiment(table: str) -> Labelled:
+    """Sentences of film reviews. table: `text,label,source` as CSV, label 0 for negative, 1 for positive."""
+    rows = csv.DictReader(io.StringIO(table))
+    return [(row["text"].strip(), float(row["label"])) for row in rows if row["source"] == "rotten_tomatoes"]
+
+
+def rating(table: str) -> Labelled:
+    """Short messages with the mean of twenty people's ratings, -4 to 4. table: `number, rating, text`, by tabs."""
+    rows = (line.split("\t", 2) for line in table.split("\n") if line)
+    return [(html.unescape(text).strip(), float(value)) for _, value, text in rows]
+
+
+def topic(data: str) -> Labelled:
+    """Definitions of nouns, as many of each topic. data: WordNet's file `data.noun`."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for line in data.split("\n"):
+        head, _, gloss = line.partition(" | ")
+        if gloss and (number := head.split()[1]) in TOPICS:
+            found[number].append(gloss.split('; "')[0].strip())  # without the examples
+    fewest = min(map(len, found.values()))
+    return [(text, place) for place, number in enumerate(TOPICS) for text in _sample(found[number], fewest)]
+
+
+def acceptability(documents: Iterable[str]) -> Labelled:
+    """Sentences as they were written, and others from which a needed word was left out, or put behind the next one.
+
+    documents: texts of the Brown corpus, `word/tag` a word and a sentence a line.
+    """
+    rng = random.Random(0)
+    found: Labelled = []
+    for document in documents:
+        for line in document.split("\n"):
+            tokens = [token.rsplit("/", 1) for token in line.split()]
+            if not all(len(token) == 2 for token in tokens) or any("-hl" in tag or "-tl" in tag for _, tag in tokens):
+                continue  # headings and titles are no sentences
+            words = [word for word, _ in tokens]
+            if len(words) not in WORDS or words[-1] != ".":
+                continue
+            places = [  # not the first word, whose capital would give it away
+                place
+                for place, (_, tag) in enumerate(tokens[:-2])
+                if place and NEEDED.match(tag) and tokens[place + 1][1] != tag and words[place + 1].isalpha()
+            ]
+            if not places:
+                continue
+            label = rng.randrange(2)
+            if not label:
+                place = rng.choice(places)
+                word, following = words[place : place + 2]
+                words[place : place + 2] = [following, word] if rng.randrange(2) else [following]
+            found.append((_joined(words), float(label)))
+    return found
+
+
+def _joined(words: Sequence[str]) -> str:
+    """The words as a text, with quotation marks and blanks as people write them."""
+    text = " ".join(words).replace("``", '"').replace("''", '"')
+    text = re.sub(r" ([.,;:?!])", r"\1", text)
+    return text[:1].upper() + text[1:]
+
+
+def _sample(texts: Sequence[str], count: int) -> list[str]:
+    return random.Random(0).sample(sorted(set(texts)), min(count, len(set(texts))))
+
+
+def split(labelled: Labelled, name: str) -> dict[str, Texts]:
+    """The three parts of a task, of `SIZES`: a random choice, and no text twice.
+
+    labelled: texts with their labels. name: a key of `FETCHED`.
+    """
+    unique = list(dict(labelled).items())
+    random.Random(f"parts of {name}").shuffle(unique)
+    parts, start = {}, 0
+    for part in PARTS:
+        rows = unique[start : start + SIZES[part]]
+        parts[part] = Texts([(text,) for text, _ in rows], [label for _, label in rows])
+        start += SIZES[part]
+    return parts
+
+
+READERS = {"sentiment": sentiment, "rating": rating, "topic": topic, "acceptability": acceptability}
+assert READERS.keys() == FETCHED.keys()
