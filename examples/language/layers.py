@@ -1,10 +1,9 @@
-"""Which layers of an encoder with a head are adapted, which are trained as a whole, and which the loss never reaches."""
+"""Which layers of an encoder with a head are adapted, which are trained as a whole, and which do nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,7 +31,8 @@ def find_layers(model: PreTrainedModel) -> Layers:
     """
     body = model.base_model_prefix
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    dead = tuple(path for path, module in linears.items() if module not in _reached(model))
+    reached = _reached(model)
+    dead = tuple(path for path, module in linears.items() if module not in reached)
     pooler = f"{body}.pooler"
     encoder = {
         path: module
@@ -52,9 +52,7 @@ def _reached(model: PreTrainedModel) -> set[nn.Module]:
     """The linear layers that get a gradient from the output."""
     inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
     model(**inputs).logits.sum().backward()
-    reached = {
-        module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.grad is not None
-    }
+    reached = {module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.grad is not None}
     model.zero_grad()
     return reached
 

@@ -6,6 +6,7 @@ A skew-symmetric block has `b(b−1)/2` free numbers. The paper counts the `b²`
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +44,8 @@ class Adapted(nn.Module):
     """A model with a method on its encoder, and its head to train.
 
     adapter: GSOFT's, which holds the head as well; None for other methods. learned: how many numbers the method learns,
-    without the head. dead: layers that were left out because the output does not depend on them.
+    without the head. published: the same as the paper counts it, for GSOFT. dead: layers that were left out because the
+    output does not depend on them.
     """
 
     accepts_loss_kwargs = False  # for the Trainer: the model takes the mean over a batch itself
@@ -57,11 +59,12 @@ class Adapted(nn.Module):
         layers = find_layers(model)
         self.model, self.config, self.dead = model, model.config, layers.dead
         self.adapter: gsoft.ModelAdapter | None = None
+        self.published: int | None = None
         if method in ROTATIONS:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Q is not dense")  # of two factors, as in the paper, it is not meant to be
+                warnings.filterwarnings("ignore", "Q is not dense")  # nor is it meant to be, of the paper's two factors
                 self.adapter = gsoft.inject(model, rotation_config(method, layers.encoder, layers.head))
-            self.learned = self.adapter.parameter_counts()["rotations"]
+            self.learned, self.published = self.adapter.parameter_counts()["rotations"], published_count(self.adapter)
             return
         head = [model.get_submodule(path) for path in layers.head]
         if method == "full":
@@ -87,12 +90,17 @@ def rotation_config(method: str, encoder: Iterable[str], head: Iterable[str]) ->
     return gsoft.Config(target_modules=list(encoder), modules_to_save=list(head), **ROTATIONS[method])
 
 
-def published_count(widths: Iterable[tuple[int, int]], block_size: int, nfactors: int) -> int:
-    """How many numbers the paper counts for GSOFT: whole blocks `b×b`, and a scale for each output.
-
-    widths: inputs and outputs of every layer. block_size: `b`. nfactors: `m`.
-    """
-    return sum(nfactors * block_size * in_features + out_features for in_features, out_features in widths)
+def published_count(adapter: gsoft.ModelAdapter) -> int:
+    """How many numbers the paper counts for an adapter: whole blocks `b×b`, which its code stores, and the scales."""
+    count = 0
+    for name, parameter in adapter.named_parameters():
+        if name.endswith(("q_in", "q_out")):
+            nfactors, nblocks, free = parameter.shape
+            size = (1 + math.isqrt(1 + 8 * free)) // 2  # of a block with b(b−1)/2 free numbers
+            count += nfactors * nblocks * size * size
+        elif name.endswith("output_scale"):
+            count += parameter.numel()
+    return count
 
 
 def _size(module: nn.Module) -> int:

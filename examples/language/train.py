@@ -36,6 +36,8 @@ def main() -> int:
             adapter.save(trained, settings, unfinished / "adapter.safetensors")
         result = {"run": settings.to_dict(), "learned": trained.adapted.learned, **trained.scores}
         (unfinished / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    for path in trained.adapted.dead:
+        print(f"left out: {path}, on which the output does not depend")
     scores, metric = trained.scores, TASKS[settings.task].metric
     print(f"{trained.adapted.learned:,} numbers learned beside the head; best after {scores['best_step']} steps")
     print(f"{metric}: {scores['validation']:.1f} % on the validation part, {scores['test']:.1f} % on the test part")

@@ -1,4 +1,4 @@
-"""One training with transformers' Trainer: the best step is chosen on the validation part, the test part is reported."""
+"""One training with transformers' Trainer: the validation part chooses the best step, the test part is reported."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -110,6 +111,8 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
             compute_metrics=lambda prediction: {"score": task_score(task, prediction)},
             callbacks=[best],
         )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)  # which prints every score
         trainer.train()
         best.restore(adapted)
         trainer.args.train_sampling_strategy = "sequential"  # the test part's answers in its order

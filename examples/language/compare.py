@@ -1,0 +1,147 @@
+"""Compare all methods on all tasks: learning rates first, then several seeds, then the report. One command.
+
+    python -m examples.language.compare --model outputs/language/model --data_dir outputs/language \
+        --out results/language
+
+Every method's rate is chosen on each task by the validation part with seed 0; further seeds are run at that rate.
+Killed at any point, the same command goes on where it stopped. Into the folder go `results.json`, with the answers to
+every test text, and what `examples.language.report` makes of it: `table.md` and `scores.svg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tqdm import tqdm
+
+from benchmarks.measure import Records
+from examples.language.cost import REPETITIONS, measure
+from examples.language.methods import METHODS
+from examples.language.report import chosen_rates, write_report
+from examples.language.tasks import FETCHED, TASKS, Texts, read_task
+from examples.language.training import Run, train
+from gsoft_diffusion.config.command_line import add_flags, expanded_path, run
+from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
+from gsoft_diffusion.foundation.errors import UserError
+
+ADAPTER_RATES = (2e-3, 5e-3, 1.2e-2)
+RATES = dict.fromkeys(METHODS, ADAPTER_RATES) | {"full": (1e-4, 3e-4, 1e-3)}
+
+
+@dataclass(frozen=True)
+class Comparison(Settings):
+    """What is compared, and at which size. All methods share everything but their learning rates.
+
+    model: encoder, a folder or a name on the hub.
+    data_dir: folder that python -m examples.language.fetch has made; GLUE's tasks need none.
+    tasks: which tasks; by default the fetched ones.
+    methods: which methods; by default all.
+    seeds: how often everything is trained, with seeds 0, 1, 2, …
+    max_steps: optimizer steps.
+    evaluations: how often, in equal distances, the validation part is answered; the best of these steps is kept.
+    batch_size: texts in a batch.
+    max_length: tokens of a text; what is longer is cut.
+    bf16: compute in bfloat16 where that is safe.
+    """
+
+    model: str
+    data_dir: str | None = None
+    tasks: tuple[str, ...] = tuple(FETCHED)
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: Annotated[int, POSITIVE] = 3
+    max_steps: int = 32
+    evaluations: int = 2
+    batch_size: int = 32
+    max_length: int = 32
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+        for name, known in (("tasks", TASKS), ("methods", METHODS)):
+            if unknown := set(getattr(self, name)) - known.keys():
+                raise UserError(f"--{name} {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+
+    def run(self, task: str, method: str, learning_rate: float, seed: int) -> Run:
+        """The settings of one training.
+
+        task, method, learning_rate, seed: in which trainings differ.
+        """
+        shared = {name: getattr(self, name) for name in SHARED}
+        return Run(task=task, method=method, learning_rate=learning_rate, seed=seed, **shared)
+
+
+SHARED = ("model", "data_dir", "max_steps", "evaluations", "batch_size", "max_length", "bf16")  # by all trainings
+
+
+def compare(comparison: Comparison, out: Path) -> None:
+    """Train what is not trained yet, measure what a step costs, and write the report.
+
+    comparison: the settings. out: the folder for results. Raises UserError if it holds results of other settings, or a
+    task or the model cannot be had.
+    """
+    try:
+        records = Records(out / "results.json", {name: getattr(comparison, name) for name in SHARED})
+    except SystemExit as error:  # of other settings
+        raise UserError(str(error)) from error
+    parts = {task: read_task(task, comparison.data_dir) for task in comparison.tasks}
+    pairs = [(task, method) for task in comparison.tasks for method in comparison.methods]
+    _run_cells(records, parts, (comparison.run(*pair, rate, 0) for pair in pairs for rate in RATES[pair[1]]), "rates")
+    rates = chosen_rates(records.records)
+    further = [(*pair, rates[pair], seed) for seed in range(1, comparison.seeds) for pair in pairs]
+    _run_cells(records, parts, (comparison.run(*cell) for cell in further), "seeds")
+    _measure_steps(records, comparison)
+    for path in write_report(out):
+        print(path)
+
+
+def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs: Iterable[Run], what: str) -> None:
+    missing = [one for one in runs if not records.has(kind="training", **_key(one))]
+    bar = tqdm(missing, desc=what, unit="training")
+    for one in bar:
+        bar.set_postfix_str(f"{one.task}, {one.method}, rate {one.learning_rate:g}, seed {one.seed}")
+        trained = train(one, parts[one.task], progress=False)
+        scores = dict(trained.scores)
+        if not records.has(kind="truth", task=one.task):
+            records.add(kind="truth", task=one.task, labels=_in_a_line(scores["truth"]))
+        del scores["truth"]
+        scores["answers"] = _in_a_line(scores["answers"])
+        sizes = {"learned": trained.adapted.learned, "published": trained.adapted.published}
+        records.add(kind="training", **_key(one), **sizes, **scores)
+
+
+def _measure_steps(records: Records, comparison: Comparison) -> None:
+    wanted = [
+        (repetition, method)
+        for repetition in range(REPETITIONS)
+        for method in comparison.methods
+        if not records.has(kind="step", repetition=repetition, method=method)
+    ]
+    for repetition, method in tqdm(wanted, desc="steps", unit="method"):
+        one = comparison.run(comparison.tasks[0], method, RATES[method][0], 0)
+        records.add(kind="step", repetition=repetition, method=method, **measure(one))
+
+
+def _key(one: Run) -> dict[str, Any]:
+    return {"task": one.task, "method": one.method, "learning_rate": one.learning_rate, "seed": one.seed}
+
+
+def _in_a_line(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, Comparison)
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder for the results")
+    flags = vars(parser.parse_args())
+    out = flags.pop("out")
+    compare(Comparison.from_dict(flags, "options"), out)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
