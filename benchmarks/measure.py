@@ -27,7 +27,7 @@ class Records:
         """Raises SystemExit if the file holds measurements of other settings."""
         self.path = path
         here = {"settings": settings, "machine": machine()}
-        self.content = json.loads(path.read_text()) if path.exists() else here | {"records": []}
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else here | {"records": []}
         if {name: self.content[name] for name in here} != here:
             raise SystemExit(f"{path}: measured with other settings or on another machine; give another --out")
 

@@ -23,11 +23,12 @@ from examples.language.cost import REPETITIONS, measure
 from examples.language.methods import METHODS
 from examples.language.report import chosen_rates, write_report
 from examples.language.tasks import FETCHED, TASKS, Texts, read_task
-from examples.language.training import Run, train
+from examples.language.training import Diverged, Run, train
 from gsoft_diffusion.config.command_line import add_flags, expanded_path, run
 from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError
 
+SWEEP = "rates"
 ADAPTER_RATES = (2e-3, 5e-3, 1.2e-2)
 RATES = dict.fromkeys(METHODS, ADAPTER_RATES) | {"full": (1e-4, 3e-4, 1e-3)}
 
@@ -53,7 +54,7 @@ class Comparison(Settings):
     tasks: tuple[str, ...] = tuple(FETCHED)
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: Annotated[int, POSITIVE] = 3
-    max_steps: int = 32
+    max_steps: int = 24
     evaluations: int = 2
     batch_size: int = 32
     max_length: int = 32
@@ -89,7 +90,7 @@ def compare(comparison: Comparison, out: Path) -> None:
         raise UserError(str(error)) from error
     parts = {task: read_task(task, comparison.data_dir) for task in comparison.tasks}
     pairs = [(task, method) for task in comparison.tasks for method in comparison.methods]
-    _run_cells(records, parts, (comparison.run(*pair, rate, 0) for pair in pairs for rate in RATES[pair[1]]), "rates")
+    _run_cells(records, parts, (comparison.run(*pair, rate, 0) for pair in pairs for rate in RATES[pair[1]]), SWEEP)
     rates = chosen_rates(records.records)
     further = [(*pair, rates[pair], seed) for seed in range(1, comparison.seeds) for pair in pairs]
     _run_cells(records, parts, (comparison.run(*cell) for cell in further), "seeds")
@@ -103,7 +104,13 @@ def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs:
     bar = tqdm(missing, desc=what, unit="training")
     for one in bar:
         bar.set_postfix_str(f"{one.task}, {one.method}, rate {one.learning_rate:g}, seed {one.seed}")
-        trained = train(one, parts[one.task], progress=False)
+        try:
+            trained = train(one, parts[one.task], progress=False)
+        except Diverged:
+            if what == SWEEP:
+                records.add(kind="training", **_key(one), validation=None)
+                continue
+            raise
         scores = dict(trained.scores)
         if not records.has(kind="truth", task=one.task):
             records.add(kind="truth", task=one.task, labels=_in_a_line(scores["truth"]))

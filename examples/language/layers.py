@@ -52,7 +52,8 @@ def _reached(model: PreTrainedModel) -> set[nn.Module]:
     """The linear layers that get a gradient from the output."""
     inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
     model(**inputs).logits.sum().backward()
-    reached = {module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.grad is not None}
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    reached: set[nn.Module] = {linear for linear in linears if linear.weight.grad is not None}
     model.zero_grad()
     return reached
 

@@ -49,7 +49,11 @@ def chosen_rates(records: Records) -> dict[tuple[str, str], float]:
     records: of a comparison.
     """
     swept = sorted(
-        (record for record in records if record["kind"] == "training" and record["seed"] == 0),
+        (
+            record
+            for record in records
+            if record["kind"] == "training" and record["seed"] == 0 and record["validation"] is not None
+        ),
         key=lambda record: (-record["validation"], record["learning_rate"]),
     )
     rates: dict[tuple[str, str], float] = {}
@@ -131,7 +135,7 @@ def score_table(records: Records, scores: Scores, tasks: Sequence[str], methods:
     rows = []
     for method in methods:
         of_method = [scores[task, method] for task in tasks]
-        trained = next(record for record in records if record.get("method") == method and record["kind"] == "training")
+        trained = next(record for record in records if record.get("method") == method and "learned" in record)
         published = f"{trained['published']:,}" if trained["published"] else ""
         rows.append(
             [
@@ -196,7 +200,7 @@ def rate_table(records: Records, tasks: Sequence[str], methods: Sequence[str]) -
                 if record["kind"] == "training"
                 and (record["task"], record["method"], record["seed"]) == (task, method, 0)
             )
-            texts = (f"{rate:g}: {value:.1f}" for rate, value in found)
+            texts = (f"{rate:g}: {'diverged' if value is None else f'{value:.1f}'}" for rate, value in found)
             marked = (
                 f"**{text}**" if rate == rates[task, method] else text
                 for text, (rate, _) in zip(texts, found, strict=True)

@@ -8,15 +8,14 @@ import io
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from examples.language.tasks import FETCHED, PARTS, TOPICS, Texts
 
-SIZES = {"train": 2000, "validation": 300, "test": 800}
+SIZES = {"train": 1000, "validation": 250, "test": 600}
 Labelled = list[tuple[str, float]]
 
-# Tags of the Brown corpus of words that a sentence cannot spare: articles, prepositions, pronouns, "to", forms of be.
-NEEDED = re.compile(r"(at|in|to|pps|ppss|bez|bedz|ber|bed|md|hvz|hvd)$")
 WORDS = range(6, 17)  # of a sentence
 
 
@@ -44,7 +43,7 @@ def topic(data: str) -> Labelled:
 
 
 def acceptability(documents: Iterable[str]) -> Labelled:
-    """Sentences as they were written, and others that lost all words of `NEEDED`, but for the first one.
+    """Sentences as they were written, and others whose words, but for the first one, were put into a random order.
 
     documents: texts of the Brown corpus, `word/tag` a word and a sentence a line.
     """
@@ -56,10 +55,15 @@ def acceptability(documents: Iterable[str]) -> Labelled:
             if not all(len(token) == 2 for token in tokens) or any("-hl" in tag or "-tl" in tag for _, tag in tokens):
                 continue  # headings and titles are no sentences
             words = [word for word, _ in tokens]
-            kept = [word for place, (word, tag) in enumerate(tokens) if place == 0 or not NEEDED.match(tag)]
-            if len(words) in WORDS and words[-1] == "." and kept != words:
-                label = rng.randrange(2)
-                found.append((_joined(words if label else kept), float(label)))
+            if len(words) not in WORDS or words[-1] != ".":
+                continue
+            label = rng.randrange(2)
+            if not label:
+                inside = words[1:-1]
+                while inside == words[1:-1]:
+                    rng.shuffle(inside)
+                words[1:-1] = inside
+            found.append((_joined(words), float(label)))
     return found
 
 
@@ -89,5 +93,10 @@ def split(labelled: Labelled, name: str) -> dict[str, Texts]:
     return parts
 
 
-READERS = {"sentiment": sentiment, "rating": rating, "topic": topic, "acceptability": acceptability}
+READERS: dict[str, Callable[[Any], Labelled]] = {
+    "sentiment": sentiment,
+    "rating": rating,
+    "topic": topic,
+    "acceptability": acceptability,
+}
 assert READERS.keys() == FETCHED.keys()

@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -88,18 +87,22 @@ class Trained:
     scores: dict[str, Any]
 
 
+class Diverged(UserError):
+    """A training whose answers were no numbers whenever it was evaluated."""
+
+
 def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Trained:
     """Train one method on one task.
 
     run: the settings. parts: the task's, as `read_task` gives them. progress: show a bar. Raises UserError if the model
-    cannot be had or adapted, or the training diverges.
+    cannot be had or adapted, and its kind `Diverged`.
     """
     task = TASKS[run.task]
     set_seed(run.seed)
     model, tokenizer = load_model(run.model, task)
     with user_errors():
         adapted = Adapted(model, run.method)
-    data = {name: encode(texts, task, tokenizer, run.max_length) for name, texts in parts.items()}
+    data: dict[str, Any] = {name: encode(texts, task, tokenizer, run.max_length) for name, texts in parts.items()}
     best = Best()
     with tempfile.TemporaryDirectory() as folder:  # where it writes nothing
         trainer = Trainer(
@@ -114,18 +117,18 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
         if not progress:
             trainer.remove_callback(PrinterCallback)  # which prints every score
         trainer.train()
+        if not best.step:
+            raise Diverged(f"--learning_rate {run.learning_rate:g}: the training diverged; give a lower one")
         best.restore(adapted)
         trainer.args.train_sampling_strategy = "sequential"  # the test part's answers in its order
-        test = trainer.predict(data["test"])
-    if not np.isfinite(test.predictions).all():
-        raise UserError(f"--learning_rate {run.learning_rate:g}: the training diverged; give a lower one")
+        prediction: Any = trainer.predict(data["test"])
     scores = {
         "curve": best.curve,
         "best_step": best.step,
         "validation": best.score,
-        "test": task_score(task, test),
-        "answers": [round(float(answer), 4) for answer in answers(task, test.predictions)],
-        "truth": [round(float(label), 4) for label in test.label_ids],
+        "test": task_score(task, prediction),
+        "answers": [round(float(answer), 4) for answer in answers(task, prediction.predictions)],
+        "truth": [round(float(label), 4) for label in prediction.label_ids],
     }
     return Trained(adapted, tokenizer, scores)
 
@@ -186,11 +189,13 @@ def answers(task: Task, logits: NDArray[Any]) -> NDArray[Any]:
     return logits.argmax(-1) if task.labels else logits.reshape(-1)
 
 
-def task_score(task: Task, prediction: EvalPrediction | Any) -> float:
-    """The score, in percent, of logits `(N, C)` against labels `(N,)`.
+def task_score(task: Task, prediction: Any) -> float:
+    """The score, in percent, of logits `(N, C)` against labels `(N,)`; NaN if a logit is no number.
 
-    task: decides which score. prediction: of transformers.
+    task: decides which score. prediction: transformers' `EvalPrediction` or `PredictionOutput`.
     """
+    if not np.isfinite(prediction.predictions).all():
+        return float("nan")
     return score(task.metric, answers(task, prediction.predictions), prediction.label_ids)
 
 
