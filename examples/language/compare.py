@@ -3,7 +3,7 @@
     python -m examples.language.compare --model outputs/language/model --data_dir outputs/language \
         --out results/language
 
-Every method's rate is chosen on each task by the validation part with seed 0; further seeds are run at that rate.
+Every method's rate is chosen by the validation parts of two tasks with seed 0; everything is then run at that rate.
 Killed at any point, the same command goes on where it stopped. Into the folder go `results.json`, with the answers to
 every test text, and what `examples.language.report` makes of it: `table.md` and `scores.svg`.
 """
@@ -23,7 +23,7 @@ from examples.language.cost import REPETITIONS, measure
 from examples.language.methods import METHODS
 from examples.language.report import chosen_rates, write_report
 from examples.language.tasks import FETCHED, TASKS, Texts, read_task
-from examples.language.training import Diverged, Run, train
+from examples.language.training import DivergedError, Run, train
 from gsoft_diffusion.config.command_line import add_flags, expanded_path, run
 from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError
@@ -40,6 +40,7 @@ class Comparison(Settings):
     model: encoder, a folder or a name on the hub.
     data_dir: folder that python -m examples.language.fetch has made; GLUE's tasks need none.
     tasks: which tasks; by default the fetched ones.
+    sweep_tasks: the tasks whose validation parts choose each method's learning rate.
     methods: which methods; by default all.
     seeds: how often everything is trained, with seeds 0, 1, 2, …
     max_steps: optimizer steps.
@@ -52,6 +53,7 @@ class Comparison(Settings):
     model: str
     data_dir: str | None = None
     tasks: tuple[str, ...] = tuple(FETCHED)
+    sweep_tasks: tuple[str, ...] = ("sentiment", "rating")
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: Annotated[int, POSITIVE] = 3
     max_steps: int = 24
@@ -65,6 +67,8 @@ class Comparison(Settings):
         for name, known in (("tasks", TASKS), ("methods", METHODS)):
             if unknown := set(getattr(self, name)) - known.keys():
                 raise UserError(f"--{name} {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+        if not self.sweep_tasks or set(self.sweep_tasks) - set(self.tasks):
+            raise UserError(f"--sweep_tasks {', '.join(self.sweep_tasks)}: must be one or more of --tasks")
 
     def run(self, task: str, method: str, learning_rate: float, seed: int) -> Run:
         """The settings of one training.
@@ -84,16 +88,31 @@ def compare(comparison: Comparison, out: Path) -> None:
     comparison: the settings. out: the folder for results. Raises UserError if it holds results of other settings, or a
     task or the model cannot be had.
     """
+    settings = {name: getattr(comparison, name) for name in SHARED} | {"sweep_tasks": list(comparison.sweep_tasks)}
     try:
-        records = Records(out / "results.json", {name: getattr(comparison, name) for name in SHARED})
+        records = Records(out / "results.json", settings)
     except SystemExit as error:  # of other settings
         raise UserError(str(error)) from error
     parts = {task: read_task(task, comparison.data_dir) for task in comparison.tasks}
-    pairs = [(task, method) for task in comparison.tasks for method in comparison.methods]
-    _run_cells(records, parts, (comparison.run(*pair, rate, 0) for pair in pairs for rate in RATES[pair[1]]), SWEEP)
-    rates = chosen_rates(records.records)
-    further = [(*pair, rates[pair], seed) for seed in range(1, comparison.seeds) for pair in pairs]
-    _run_cells(records, parts, (comparison.run(*cell) for cell in further), "seeds")
+    sweep = [
+        comparison.run(task, method, rate, 0)
+        for task in comparison.sweep_tasks
+        for method in comparison.methods
+        for rate in RATES[method]
+    ]
+    _run_cells(records, parts, sweep, SWEEP)
+    rates = chosen_rates(records.records, comparison.sweep_tasks)
+    if lost := [method for method in comparison.methods if method not in rates]:
+        raise UserError(
+            f"every learning rate diverged for {', '.join(lost)}; lower its RATES in examples/language/compare.py"
+        )
+    cells = [
+        comparison.run(task, method, rates[method], seed)
+        for seed in range(comparison.seeds)
+        for task in comparison.tasks
+        for method in comparison.methods
+    ]
+    _run_cells(records, parts, cells, "all")
     _measure_steps(records, comparison)
     for path in write_report(out):
         print(path)
@@ -106,7 +125,7 @@ def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs:
         bar.set_postfix_str(f"{one.task}, {one.method}, rate {one.learning_rate:g}, seed {one.seed}")
         try:
             trained = train(one, parts[one.task], progress=False)
-        except Diverged:
+        except DivergedError:
             if what == SWEEP:
                 records.add(kind="training", **_key(one), validation=None)
                 continue

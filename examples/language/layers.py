@@ -30,6 +30,9 @@ def find_layers(model: PreTrainedModel) -> Layers:
     UserError if there is nothing to adapt or no head.
     """
     body = model.base_model_prefix
+    heads = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+    if not hasattr(model, body) or not heads:
+        raise UserError(f"{type(model).__name__} is no encoder with a head for classes or ratings")
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     reached = _reached(model)
     dead = tuple(path for path, module in linears.items() if module not in reached)
@@ -39,12 +42,10 @@ def find_layers(model: PreTrainedModel) -> Layers:
         for path, module in linears.items()
         if path.startswith(f"{body}.") and not _is_inside(path, pooler) and path not in dead
     }
-    heads = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
     if any(_is_inside(path, pooler) and path not in dead for path in linears):
         heads.insert(0, pooler)
-    if not encoder or not heads:
-        missing = "linear layers in its encoder" if heads else "head"
-        raise UserError(f"{type(model).__name__} has no {missing}; give an encoder with a head for classes or ratings")
+    if not encoder:
+        raise UserError(f"{type(model).__name__} has no linear layers in its encoder")
     return Layers(encoder, tuple(heads), dead)
 
 

@@ -87,7 +87,7 @@ class Trained:
     scores: dict[str, Any]
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
     """A training whose answers were no numbers whenever it was evaluated."""
 
 
@@ -95,7 +95,7 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
     """Train one method on one task.
 
     run: the settings. parts: the task's, as `read_task` gives them. progress: show a bar. Raises UserError if the model
-    cannot be had or adapted, and its kind `Diverged`.
+    cannot be had or adapted, and its kind `DivergedError`.
     """
     task = TASKS[run.task]
     set_seed(run.seed)
@@ -118,7 +118,7 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
             trainer.remove_callback(PrinterCallback)  # which prints every score
         trainer.train()
         if not best.step:
-            raise Diverged(f"--learning_rate {run.learning_rate:g}: the training diverged; give a lower one")
+            raise DivergedError(f"--learning_rate {run.learning_rate:g}: the training diverged; give a lower one")
         best.restore(adapted)
         trainer.args.train_sampling_strategy = "sequential"  # the test part's answers in its order
         prediction: Any = trainer.predict(data["test"])

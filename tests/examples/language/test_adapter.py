@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import gsoft
+from examples.language import adapter, merge, train
+from examples.language.tasks import TASKS
+from examples.language.training import load_model
+from gsoft_diffusion.foundation.errors import UserError
+
+TEXTS = ["good film and so", "bad plot", "the very dull cast"]
+
+
+def call(module, monkeypatch, *options: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, options)])
+    return module.main()
+
+
+@pytest.fixture(params=["gsoft", "double_gsoft"])
+def folder(request, encoder, data_dir, tmp_path, monkeypatch, capsys) -> Path:
+    """What the training command leaves."""
+    out = tmp_path / "trained"
+    options = ["--task", "sentiment", "--method", request.param, "--model", encoder, "--data_dir", data_dir]
+    quick = ["--learning_rate", 2e-2, "--max_steps", 6, "--evaluations", 2, "--batch_size", 8, "--max_length", 12]
+    assert call(train, monkeypatch, *options, *quick, "--output_dir", out) == 0
+    assert re.search(r"numbers learned beside the head; best after [36] steps\naccuracy: ", capsys.readouterr().out)
+    return out
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+
+
+def test_one_file_has_rotations_and_head(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "result.json"]
+    with safe_open(folder / "adapter.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    assert "modules_to_save.classifier.weight" in names
+    assert "modules_to_save.bert.pooler.dense.weight" in names
+    assert "model.bert.encoder.layer.1.attention.self.query.q_in" in names
+    result = json.loads((folder / "result.json").read_text())
+    assert result["run"]["task"] == "sentiment"
+
+
+def test_it_answers_as_the_trained_model(folder):
+    """On the test part, which the training command answered."""
+    result = json.loads((folder / "result.json").read_text())
+    model, tokenizer, loaded = adapter.load(folder / "adapter.safetensors")
+    assert loaded.unchanged() == []
+    model.eval()
+    lines = (Path(result["run"]["data_dir"]) / "sentiment.jsonl").read_text().splitlines()
+    tests = [row["text"] for row in map(json.loads, lines) if row["part"] == "test"]
+    encoded = sorted(
+        (tokenizer(text, truncation=True, max_length=12) for text in tests), key=lambda e: len(e["input_ids"])
+    )
+    with torch.no_grad():
+        found = [int(model(torch.tensor([one["input_ids"]])).logits.argmax()) for one in encoded]
+    assert found == result["answers"]
+
+
+def test_the_merged_folder_runs_in_a_plain_pipeline(folder, tmp_path, monkeypatch):
+    expected = logits(*adapter.load(folder / "adapter.safetensors")[:2])
+    out = tmp_path / "merged"
+    assert call(merge, monkeypatch, "--adapter", folder / "adapter.safetensors", "--output_dir", out) == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(out)
+    assert type(plain.bert.encoder.layer[0].attention.self.query) is torch.nn.Linear
+    torch.testing.assert_close(logits(plain, AutoTokenizer.from_pretrained(out)), expected, atol=1e-5, rtol=1e-5)
+    classify = pipeline("text-classification", str(out), top_k=None, function_to_apply="none", device="cpu")
+    for text, row in zip(TEXTS, expected, strict=True):
+        found = {one["label"]: one["score"] for one in classify(text)}
+        assert found == pytest.approx(dict(zip(TASKS["sentiment"].labels, row.tolist(), strict=True)), abs=1e-5)
+
+
+def test_another_base_model_is_refused(folder, encoder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(encoder, other)
+    torch.manual_seed(1)
+    model, _ = load_model(str(encoder), TASKS["sentiment"])
+    for parameter in model.bert.encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    model.bert.save_pretrained(other)
+    with pytest.raises(UserError, match="has other weights"):
+        adapter.load(folder / "adapter.safetensors", str(other))
+
+
+def test_other_files_are_refused(encoder, tmp_path):
+    model, _ = load_model(str(encoder), TASKS["sentiment"])
+    plain = gsoft.inject(model, gsoft.Config(target_modules="all-linear", block_size=8, nfactors="dense"))
+    for notes in ({}, {"task": "poetry"}, {"task": ["sentiment"]}):
+        gsoft.save(plain, tmp_path / "adapter.safetensors", notes)
+        with pytest.raises(UserError, match="has no task"):
+            adapter.load(tmp_path / "adapter.safetensors")
+    with pytest.raises(UserError, match="no such adapter file"):
+        adapter.merge(tmp_path / "none", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nothing_is_overwritten(encoder, data_dir, tmp_path, monkeypatch):
+    options = ["--task", "sentiment", "--model", encoder, "--data_dir", data_dir, "--output_dir", tmp_path]
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        call(train, monkeypatch, *options)
