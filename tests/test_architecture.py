@@ -20,7 +20,7 @@ def test_every_room_is_described():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_are_there(page):
-    packages = "gsoft|gsoft_diffusion|eval|pretraining|benchmarks|tests"
+    packages = "gsoft|gsoft_diffusion|eval|pretraining|benchmarks|examples|tests"
     named = re.findall(rf"\b(?:{packages})/[\w/]+\.py\b", (ROOT / page).read_text())
     assert [path for path in named if not (ROOT / path).is_file()] == []
 

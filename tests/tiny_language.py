@@ -29,6 +29,7 @@ def write_encoder(folder: Path) -> Path:
         num_attention_heads=4,
         intermediate_size=2 * WIDTH,
         max_position_embeddings=32,
+        initializer_range=0.3,  # so that what is said of a text depends on its words
     )
     BertModel(config).save_pretrained(folder)
     BertTokenizer(vocab={word: place for place, word in enumerate(vocabulary)}).save_pretrained(folder)
@@ -36,11 +37,15 @@ def write_encoder(folder: Path) -> Path:
 
 
 def texts(count: int, seed: int, labels: int) -> Texts:
-    """Texts whose first word tells the label, or the rating if there are no labels."""
+    """Texts of which every word tells the label, or the rating if there are no labels."""
     rng = random.Random(seed)
-    words = [[rng.randrange(len(WORDS)) for _ in range(rng.randrange(2, 8))] for _ in range(count)]
-    values = [float(row[0] % labels) if labels else float(row[0]) / 4 for row in words]
-    return Texts([(" ".join(WORDS[word] for word in row),) for row in words], values)
+    found = Texts([], [])
+    for _ in range(count):
+        label = rng.randrange(labels or len(WORDS))
+        words = WORDS[label::labels] if labels else (WORDS[label],)
+        found.texts.append((" ".join(rng.choices(words, k=rng.randrange(2, 8))),))
+        found.labels.append(float(label) if labels else label / 4)
+    return found
 
 
 def write_tasks(folder: Path) -> Path:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.measure import Records
@@ -28,7 +31,6 @@ from gsoft_diffusion.config.command_line import add_flags, expanded_path, run
 from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError
 
-SWEEP = "rates"
 ADAPTER_RATES = (2e-3, 5e-3, 1.2e-2)
 RATES = dict.fromkeys(METHODS, ADAPTER_RATES) | {"full": (1e-4, 3e-4, 1e-3)}
 
@@ -82,11 +84,12 @@ class Comparison(Settings):
 SHARED = ("model", "data_dir", "max_steps", "evaluations", "batch_size", "max_length", "bf16")  # by all trainings
 
 
-def compare(comparison: Comparison, out: Path) -> None:
+def compare(comparison: Comparison, out: Path, workers: int = 1) -> None:
     """Train what is not trained yet, measure what a step costs, and write the report.
 
-    comparison: the settings. out: the folder for results. Raises UserError if it holds results of other settings, or a
-    task or the model cannot be had.
+    comparison: the settings. out: the folder for results. workers: trainings at a time, each in a process of its own.
+    Raises UserError if the folder holds results of other settings, a task or the model cannot be had, or a training
+    diverges at the chosen rate.
     """
     settings = {name: getattr(comparison, name) for name in SHARED} | {"sweep_tasks": list(comparison.sweep_tasks)}
     try:
@@ -100,7 +103,7 @@ def compare(comparison: Comparison, out: Path) -> None:
         for method in comparison.methods
         for rate in RATES[method]
     ]
-    _run_cells(records, parts, sweep, SWEEP)
+    _run_cells(records, parts, sweep, workers)
     rates = chosen_rates(records.records, comparison.sweep_tasks)
     if lost := [method for method in comparison.methods if method not in rates]:
         raise UserError(
@@ -112,31 +115,46 @@ def compare(comparison: Comparison, out: Path) -> None:
         for task in comparison.tasks
         for method in comparison.methods
     ]
-    _run_cells(records, parts, cells, "all")
+    _run_cells(records, parts, cells, workers)
+    if lost := [record for record in records.records if record.get("validation", 0) is None and record["seed"]]:
+        raise UserError(
+            f"{lost[0]['method']} diverged on {lost[0]['task']} with seed {lost[0]['seed']}, at the rate that was best "
+            "with seed 0; lower its RATES in examples/language/compare.py, and compare anew"
+        )
     _measure_steps(records, comparison)
     for path in write_report(out):
         print(path)
 
 
-def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs: Iterable[Run], what: str) -> None:
+def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs: Iterable[Run], workers: int) -> None:
     missing = [one for one in runs if not records.has(kind="training", **_key(one))]
-    bar = tqdm(missing, desc=what, unit="training")
-    for one in bar:
-        bar.set_postfix_str(f"{one.task}, {one.method}, rate {one.learning_rate:g}, seed {one.seed}")
+    if not missing:
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        trainings = [pool.submit(_scores, one, parts[one.task]) for one in missing]
         try:
-            trained = train(one, parts[one.task], progress=False)
-        except DivergedError:
-            if what == SWEEP:
-                records.add(kind="training", **_key(one), validation=None)
-                continue
+            for training in tqdm(as_completed(trainings), total=len(missing), unit="training"):
+                scores, truth = training.result()
+                if truth and not records.has(kind="truth", task=scores["task"]):
+                    records.add(kind="truth", task=scores["task"], labels=truth)
+                records.add(kind="training", **scores)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
-        scores = dict(trained.scores)
-        if not records.has(kind="truth", task=one.task):
-            records.add(kind="truth", task=one.task, labels=_in_a_line(scores["truth"]))
-        del scores["truth"]
-        scores["answers"] = _in_a_line(scores["answers"])
-        sizes = {"learned": trained.adapted.learned, "published": trained.adapted.published}
-        records.add(kind="training", **_key(one), **sizes, **scores)
+
+
+def _scores(one: Run, parts: Mapping[str, Texts]) -> tuple[dict[str, Any], str | None]:
+    """What is recorded of a training, and the labels of the test part."""
+    try:
+        trained = train(one, parts, progress=False)
+    except DivergedError:
+        return _key(one) | {"validation": None}, None
+    scores = dict(trained.scores)
+    truth = _in_a_line(scores.pop("truth"))
+    scores["answers"] = _in_a_line(scores["answers"])
+    sizes = {"learned": trained.adapted.learned, "published": trained.adapted.published}
+    return _key(one) | sizes | scores, truth
 
 
 def _measure_steps(records: Records, comparison: Comparison) -> None:
@@ -163,9 +181,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Comparison)
     parser.add_argument("--out", type=expanded_path, required=True, help="folder for the results")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time (default: 1)")
     flags = vars(parser.parse_args())
-    out = flags.pop("out")
-    compare(Comparison.from_dict(flags, "options"), out)
+    out, workers = flags.pop("out"), flags.pop("workers")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be 1 or more")
+    compare(Comparison.from_dict(flags, "options"), out, workers)
     return 0
 
 
