@@ -184,6 +184,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time (default: 1)")
     flags = vars(parser.parse_args())
     out, workers = flags.pop("out"), flags.pop("workers")
+    if "model" not in flags:
+        parser.error("give --model")
     if workers < 1:
         raise UserError(f"--workers {workers}: must be 1 or more")
     compare(Comparison.from_dict(flags, "options"), out, workers)

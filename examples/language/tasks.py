@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.foundation.hub_access import why_unreachable
 from gsoft_diffusion.foundation.text_files import read_text
 
 Metric = Literal["accuracy", "matthews", "pearson"]
@@ -101,6 +102,7 @@ def read_task(name: str, data_dir: str | None) -> dict[str, Texts]:
 
 
 def _read_glue(name: str) -> dict[str, Texts]:
+    why = why_unreachable()  # before the library is loaded, which asks for long
     try:
         from datasets import load_dataset  # not a requirement: only these tasks need it
     except ImportError as error:
@@ -109,7 +111,7 @@ def _read_glue(name: str) -> dict[str, Texts]:
         tables = load_dataset(GLUE, name)
     except Exception as error:  # of many kinds, from several libraries
         raise UserError(
-            f"--task {name}: {GLUE} cannot be had from the hub ({first_line(error)}); without a network use a task of "
+            f"--task {name}: {GLUE} cannot be had from the hub ({why or first_line(error)}); without it use a task of "
             "python -m examples.language.fetch"
         ) from error
     validation = "validation_matched" if name == "mnli" else "validation"
@@ -146,7 +148,7 @@ def _rows(name: str, parts: dict[str, Texts]) -> Iterator[dict[str, Any]]:
 def score(metric: Metric, answers: ArrayLike, truth: ArrayLike) -> float:
     """Percent: the share of right answers, or the correlation of answers and truth.
 
-    answers, truth: `(…, N)`, classes by number or ratings. Matthews' correlation of two classes is Pearson's of their
+    answers, truth: `(N,)`, classes by number or ratings. Matthews' correlation of two classes is Pearson's of their
     numbers 0 and 1. Answers that are all equal correlate with nothing: 0.
     """
     x, y = np.asarray(answers, dtype=np.float64), np.asarray(truth, dtype=np.float64)

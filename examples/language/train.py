@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--output_dir", type=expanded_path, required=True, help="folder to make")
     flags = vars(parser.parse_args())
     out: Path = flags.pop("output_dir")
+    if "task" not in flags:
+        parser.error("give --task")
     settings = Run.from_dict(flags, "options")
     with new_places("--output_dir", out) as (unfinished,):
         parts = read_task(settings.task, settings.data_dir)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from examples.language.methods import METHODS, Adapted
 from examples.language.tasks import TASKS, Task, Texts, score
 from gsoft_diffusion.config.settings import NOT_NEGATIVE, POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError, first_line, user_errors
+from gsoft_diffusion.foundation.hub_access import why_unreachable
 
 ROBERTA = "FacebookAI/roberta-base"
 WARM_UP = 0.1  # of the steps; the rate falls to 0 in a straight line afterwards
@@ -146,14 +148,15 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
             "id2label": dict(enumerate(task.labels)),
             "label2id": {label: number for number, label in enumerate(task.labels)},
         }
+    why = None if Path(name).is_dir() else why_unreachable()
     try:
         with _without_loading_report():
             model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **head)
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--model {name}: cannot be had ({first_line(error)}); without a network give the folder model/ that "
-            "python -m examples.language.fetch makes"
+            f"--model {name}: cannot be had ({why or first_line(error)}); without a network give the folder model/ "
+            "that python -m examples.language.fetch makes"
         ) from error
 
 

@@ -9,8 +9,9 @@ import torch
 from tiny_language import WIDTH, texts
 from transformers import TrainerControl, TrainerState
 
+from examples.language import training
 from examples.language.methods import METHODS
-from examples.language.tasks import TASKS, read_task, score
+from examples.language.tasks import TASKS, Texts, read_task, score
 from examples.language.training import Best, DivergedError, Run, Trained, encode, load_model, train
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -115,6 +116,13 @@ def test_texts_are_cut_and_sorted(encoder):
     assert {type(row["labels"]) for row in rows} == {int}
 
 
+def test_two_texts_are_told_apart(encoder):
+    _, tokenizer = load_model(str(encoder), TASKS["rte"])
+    (row,) = encode(Texts([("good film", "bad plot")], [1.0]), TASKS["rte"], tokenizer, 12)
+    assert tokenizer.decode(row["input_ids"]) == "[CLS] good film [SEP] bad plot [SEP]"
+    assert row["labels"] == 1
+
+
 def test_the_head_knows_the_names_of_the_classes(encoder):
     model, _ = load_model(str(encoder), TASKS["acceptability"])
     assert model.config.id2label == {0: "unacceptable", 1: "acceptable"}
@@ -136,6 +144,10 @@ def test_settings_that_cannot_be(run, settings, message):
         replace(run, **settings)
 
 
-def test_a_model_that_is_not_there(run, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be had.*examples.language.fetch"):
+def test_a_model_that_is_not_there(run, tmp_path, monkeypatch):
+    """Neither as a folder nor on the hub, which does not answer."""
+    monkeypatch.setattr(training, "why_unreachable", lambda: "the hub does not answer")
+    with pytest.raises(UserError, match=r"cannot be had \(.*does not answer.*examples\.language\.fetch"):
+        trained(replace(run, model="nobody/nothing"))
+    with pytest.raises(UserError, match=r"cannot be had.*examples\.language\.fetch"):
         trained(replace(run, model=str(tmp_path)))
