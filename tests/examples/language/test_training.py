@@ -14,6 +14,7 @@ from examples.language.methods import METHODS
 from examples.language.tasks import TASKS, Texts, read_task, score
 from examples.language.training import Best, DivergedError, Run, Trained, encode, load_model, train
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.hub_access import stay_offline
 
 
 @pytest.fixture
@@ -146,7 +147,12 @@ def test_settings_that_cannot_be(run, settings, message):
 
 def test_a_model_that_is_not_there(run, tmp_path, monkeypatch):
     """Neither as a folder nor on the hub, which does not answer."""
-    monkeypatch.setattr(training, "why_unreachable", lambda: "the hub does not answer")
+
+    def unreachable() -> str:
+        stay_offline()
+        return "the hub does not answer"
+
+    monkeypatch.setattr(training, "why_unreachable", unreachable)
     with pytest.raises(UserError, match=r"cannot be had \(.*does not answer.*examples\.language\.fetch"):
         trained(replace(run, model="nobody/nothing"))
     with pytest.raises(UserError, match=r"cannot be had.*examples\.language\.fetch"):
