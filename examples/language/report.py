@@ -75,9 +75,10 @@ def write_report(out: Path) -> list[Path]:
     scores = drawn_scores(records, rates)
     tasks = [task for task in TASKS if any(task == found for found, _ in scores)]
     methods = [method for method in METHODS if any(method == found for _, found in scores)]
-    settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
+    settings = "".join(f"\n- {name}: {_words(value)}" for name, value in content["settings"].items())
+    machine = "".join(f"\n- {name}: {_words(value)}" for name, value in content["machine"].items())
     parts = [
-        f"Written by `examples.language.report`. {settings}.",
+        f"Written by `examples.language.report`. Settings:\n{settings}{machine}",
         "Percent with 95 % intervals; rating is Pearson's correlation, acceptability Matthews', else accuracy.",
         score_table(records, scores, tasks, methods),
         "GSOFT (two factors) minus each other method, on the same texts:",
@@ -107,10 +108,10 @@ def drawn_scores(records: Records, rates: Mapping[str, float]) -> Scores:
 def draw(task: str, answers: NDArray[np.float64], truth: NDArray[np.float64]) -> Drawn:
     """A mean score over seeds, and how it spreads.
 
-    task: a key of `TASKS`. answers: `(seeds, N)`. truth: `(N,)`. Which texts are drawn depends on the task alone, so
-    that two methods can be compared; which seeds, on nothing else either: seed i of both is in the same draws.
+    task: a key of `TASKS`. answers: `(seeds, N)`. truth: `(N,)`. Which texts and seeds are drawn depends on the task
+    alone, so that two methods are compared on the same.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(list(TASKS).index(task))
     metric = TASKS[task].metric
     draws = np.empty(DRAWS)
     for number in range(DRAWS):
@@ -223,6 +224,12 @@ def score_plot(scores: Scores, tasks: Sequence[str], methods: Sequence[str]) -> 
 
 def _numbers(line: str) -> NDArray[np.float64]:
     return np.array(line.split(), dtype=np.float64)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -153,7 +154,7 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
         with _without_loading_report():
             model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **head)
         return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"--model {name}: cannot be had ({why or first_line(error)}); without a network give the folder model/ "
             "that python -m examples.language.fetch makes"

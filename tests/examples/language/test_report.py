@@ -100,11 +100,13 @@ def test_the_report_of_a_small_comparison(tmp_path):
         training("gsoft", 0.2, None),
         training("gsoft", 0.1, 0.0, seed=1),
     ]
-    content = {"settings": {"max_steps": 4, "sweep_tasks": ["sentiment"]}, "records": records}
+    settings = {"max_steps": 4, "sweep_tasks": ["sentiment"]}
+    content = {"settings": settings, "machine": {"versions": {"torch": "2"}}, "records": records}
     (tmp_path / "results.json").write_text(json.dumps(content))
     written = write_report(tmp_path)
     assert [path.name for path in written] == ["table.md", "scores.svg"]
     text = written[0].read_text()
+    assert "- max_steps: 4\n- sweep_tasks: sentiment\n- versions: torch 2\n" in text
     assert "| LoRA, r 4 | 1,000 |  | 90.0 [" in text
     assert "| GSOFT, b 8, m 2 | 900 | 1,800 | 100.0 [100.0, 100.0] | 100.0 [100.0, 100.0] |" in text
     assert "| LoRA, r 4 | **0.1** | 70.0 |" in text

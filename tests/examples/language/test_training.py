@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -157,3 +158,10 @@ def test_a_model_that_is_not_there(run, tmp_path, monkeypatch):
         trained(replace(run, model="nobody/nothing"))
     with pytest.raises(UserError, match=r"cannot be had.*examples\.language\.fetch"):
         trained(replace(run, model=str(tmp_path)))
+
+
+def test_a_damaged_model(run, encoder, tmp_path):
+    shutil.copytree(encoder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match=r"--model .* cannot be had"):
+        trained(replace(run, model=str(tmp_path / "model")))
