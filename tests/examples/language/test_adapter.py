@@ -5,14 +5,16 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from tiny_language import WIDTH, texts
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaModel, pipeline
 
 import gsoft
-from examples.language import adapter, merge, train
+from examples.language import adapter, merge, tasks, train
 from examples.language.tasks import TASKS
 from examples.language.training import load_model
 from gsoft_diffusion.foundation.errors import UserError
@@ -110,3 +112,32 @@ def test_nothing_is_overwritten(encoder, data_dir, tmp_path, monkeypatch):
     options = ["--task", "sentiment", "--model", encoder, "--data_dir", data_dir, "--output_dir", tmp_path]
     with pytest.raises(UserError, match="exists and is not overwritten"):
         call(train, monkeypatch, *options)
+
+
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_roberta_on_glue(task, encoder, tmp_path, monkeypatch):
+    """RoBERTa's architecture with random weights, on a stand-in for the hub: trained, merged, asked."""
+    base = tmp_path / "roberta"
+    shutil.copytree(encoder, base)  # for the tokenizer
+    torch.manual_seed(0)
+    size = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
+    RobertaModel(RobertaConfig(vocab_size=19, type_vocab_size=2, pad_token_id=0, **size)).save_pretrained(base)
+
+    def load_dataset(path: str, name: str) -> dict[str, list[dict]]:
+        made = texts(40, 0, 0 if name == "stsb" else 2)
+        rows = [
+            {**dict.fromkeys(TASKS[name].columns, text), "label": label}
+            for (text,), label in zip(made.texts, made.labels, strict=True)
+        ]
+        return {"train": rows, "validation": rows[:10]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(tasks, "why_unreachable", lambda: None)
+    quick = ["--learning_rate", 1e-2, "--max_steps", 2, "--evaluations", 1, "--batch_size", 8, "--max_length", 20]
+    out = tmp_path / "trained"
+    assert call(train, monkeypatch, "--task", task, "--model", base, *quick, "--output_dir", out) == 0
+    adapter.merge(out / "adapter.safetensors", tmp_path / "merged")
+    expected = logits(*adapter.load(out / "adapter.safetensors")[:2])
+    classify = pipeline("text-classification", str(tmp_path / "merged"), function_to_apply="none", device="cpu")
+    found = [one["score"] for one in classify(TEXTS)]
+    assert found == pytest.approx(expected.amax(dim=1).tolist(), abs=1e-5)
