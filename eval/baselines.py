@@ -127,13 +127,7 @@ class BaselineAdapter(nn.Module):
         for model in self._models:
             names = [name for name, module in model.named_modules() if module in linears]
             if names:
-                with _claimed_extension():
-                    inject_adapter_in_model(_peft_config(self.config, names), model, PEFT_NAME)
-        if self.config.method == "boft":
-            for parent, attribute in self._places.values():
-                layer = getattr(parent, attribute)
-                layer.__class__ = ButterflyLinear
-                del layer.boft_P  # n×n matrices that only shuffle
+                inject_peft(self.config, model, names)
 
     def _check_effective(self) -> None:
         """The method that was asked for is the one that runs, on the layers that were asked for and no others."""
@@ -221,6 +215,19 @@ class BaselineAdapter(nn.Module):
         rotations = (layer.get_delta_weight(PEFT_NAME) for layer in self._layers.values())
         matrices = (rotation[0] if isinstance(rotation, tuple) else rotation for rotation in rotations)
         return max((q.T @ q - torch.eye(len(q), device=q.device)).abs().max().item() for q in matrices)
+
+
+def inject_peft(config: BaselineConfig, model: nn.Module, names: list[str]) -> None:
+    """Freeze a model and put PEFT's layers around some of its own; BOFT's with all factors, also without a GPU.
+
+    config: a method of PEFT's, and its size. model: any. names: paths of linear layers in it.
+    """
+    with _claimed_extension():
+        inject_adapter_in_model(_peft_config(config, names), model, PEFT_NAME)
+    for module in list(model.modules()):
+        if type(module) is boft.Linear:
+            module.__class__ = ButterflyLinear
+            del module.boft_P  # n×n matrices that only shuffle
 
 
 class ButterflyLinear(boft.Linear):

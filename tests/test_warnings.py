@@ -17,7 +17,9 @@ def shown(module: str, category: str = "FutureWarning") -> int:
 
 
 @pytest.mark.parametrize("category", ["UserWarning", "DeprecationWarning", "RuntimeWarning"])
-@pytest.mark.parametrize("module", ["gsoft.linear", "gsoft_diffusion", "eval.report.page", "pretraining.world"])
+@pytest.mark.parametrize(
+    "module", ["gsoft.linear", "gsoft_diffusion", "eval.report.page", "pretraining.world", "examples.language.methods"]
+)
 def test_a_warning_of_ours_is_an_error(module, category):
     with pytest.raises(Warning, match="look"):
         shown(module, category)

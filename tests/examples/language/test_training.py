@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_language import WIDTH, texts
+from transformers import TrainerControl, TrainerState
+
+from examples.language import training
+from examples.language.methods import METHODS
+from examples.language.tasks import TASKS, Texts, read_task, score
+from examples.language.training import Best, DivergedError, Run, Trained, encode, load_model, train
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.hub_access import stay_offline
+
+
+@pytest.fixture
+def run(encoder, data_dir) -> Run:
+    return Run(
+        "sentiment",
+        model=str(encoder),
+        data_dir=str(data_dir),
+        learning_rate=2e-2,
+        max_steps=12,
+        evaluations=3,
+        batch_size=8,
+        max_length=12,
+    )
+
+
+def trained(run: Run) -> Trained:
+    return train(run, read_task(run.task, run.data_dir), progress=False)
+
+
+def answers_of(result: Trained, run: Run, part: str) -> np.ndarray:
+    """What the model says now, computed here."""
+    task = TASKS[run.task]
+    rows = encode(read_task(run.task, run.data_dir)[part], task, result.tokenizer, run.max_length)
+    result.adapted.eval()
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            logits = result.adapted(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            found.append(int(logits.argmax()) if task.labels else float(logits))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "rating", "topic", "acceptability"])
+def test_every_kind_of_task(run, task):
+    run = replace(run, task=task)
+    result = trained(run)
+    assert [step for step, _ in result.scores["curve"]] == [4, 8, 12]
+    assert result.scores["validation"] == max(value for _, value in result.scores["curve"])
+    np.testing.assert_allclose(answers_of(result, run, "test"), result.scores["answers"], atol=2e-4)
+    expected = score(TASKS[task].metric, result.scores["answers"], result.scores["truth"])
+    assert result.scores["test"] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(run, method):
+    """The words tell the class; whoever learns nothing is right in about half of the cases."""
+    run = replace(run, method=method, max_steps=32, batch_size=32, learning_rate=1e-2)
+    assert trained(run).scores["validation"] > 75
+
+
+def test_the_best_step_is_what_is_kept(run):
+    result = trained(replace(run, learning_rate=0.3, max_steps=24, evaluations=8))  # so high that scores go up and down
+    values = [value for _, value in result.scores["curve"]]
+    assert values[-1] < max(values)
+    assert result.scores["best_step"] == result.scores["curve"][values.index(max(values))][0]
+    truth = [row["labels"] for row in encode_validation(run, result)]
+    assert score("accuracy", answers_of(result, run, "validation"), truth) == max(values)
+
+
+def encode_validation(run: Run, result: Trained) -> list[dict]:
+    part = read_task(run.task, run.data_dir)["validation"]
+    return encode(part, TASKS[run.task], result.tokenizer, run.max_length)
+
+
+def test_a_run_can_be_repeated(run):
+    first, second = trained(run), trained(run)
+    assert first.scores == second.scores
+    assert trained(replace(run, seed=1)).scores["curve"] != first.scores["curve"]
+
+
+def test_bfloat16_leaves_what_is_learned_in_float32(run):
+    result = trained(replace(run, bf16=True))
+    learned = [parameter for parameter in result.adapted.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in learned} == {torch.float32}
+
+
+def test_of_equal_scores_the_earliest_counts():
+    best, model = Best(), torch.nn.Linear(1, 1)
+    state = TrainerState()
+    for step, value in ((1, 50.0), (2, 70.0), (3, 70.0), (4, math.nan)):
+        state.global_step = step
+        torch.nn.init.constant_(model.weight, step)
+        best.on_evaluate(None, state, TrainerControl(), metrics={"eval_score": value}, model=model)
+    best.restore(model)
+    assert (best.step, model.weight.item()) == (2, 2.0)
+
+
+def test_a_diverging_training_is_refused(run):
+    with pytest.raises(DivergedError, match=r"--learning_rate 1e\+38: the training diverged"):
+        trained(replace(run, task="rating", method="full", learning_rate=1e38, max_steps=4, evaluations=1))
+
+
+def test_texts_are_cut_and_sorted(encoder):
+    _, tokenizer = load_model(str(encoder), TASKS["topic"])
+    rows = encode(texts(20, 0, 2), TASKS["sentiment"], tokenizer, 5)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == 5
+    assert {type(row["labels"]) for row in rows} == {int}
+
+
+def test_two_texts_are_told_apart(encoder):
+    _, tokenizer = load_model(str(encoder), TASKS["rte"])
+    (row,) = encode(Texts([("good film", "bad plot")], [1.0]), TASKS["rte"], tokenizer, 12)
+    assert tokenizer.decode(row["input_ids"]) == "[CLS] good film [SEP] bad plot [SEP]"
+    assert row["labels"] == 1
+
+
+def test_the_head_knows_the_names_of_the_classes(encoder):
+    model, _ = load_model(str(encoder), TASKS["acceptability"])
+    assert model.config.id2label == {0: "unacceptable", 1: "acceptable"}
+    rating, _ = load_model(str(encoder), TASKS["rating"])
+    assert rating.classifier.weight.shape == (1, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "poetry"}, "--task poetry: choose from"),
+        ({"method": "prompt"}, "--method prompt: choose from"),
+        ({"learning_rate": 0.0}, "--learning_rate"),
+        ({"evaluations": 13}, r"--evaluations 13: must be --max_steps \(12\) or less"),
+    ],
+)
+def test_settings_that_cannot_be(run, settings, message):
+    with pytest.raises(UserError, match=message):
+        replace(run, **settings)
+
+
+def test_a_model_that_is_not_there(run, tmp_path, monkeypatch):
+    """Neither as a folder nor on the hub, which does not answer."""
+
+    def unreachable() -> str:
+        stay_offline()
+        return "the hub does not answer"
+
+    monkeypatch.setattr(training, "why_unreachable", unreachable)
+    with pytest.raises(UserError, match=r"cannot be had \(.*does not answer.*examples\.language\.fetch"):
+        trained(replace(run, model="nobody/nothing"))
+    with pytest.raises(UserError, match=r"cannot be had.*examples\.language\.fetch"):
+        trained(replace(run, model=str(tmp_path)))
+
+
+def test_a_damaged_model(run, encoder, tmp_path):
+    shutil.copytree(encoder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match=r"--model .* cannot be had"):
+        trained(replace(run, model=str(tmp_path / "model")))
