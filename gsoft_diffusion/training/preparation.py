@@ -13,6 +13,7 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.crops import bucket_sizes
 from gsoft_diffusion.photos.folder import Photo
+from gsoft_diffusion.photos.preview import enlarged
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
 from gsoft_diffusion.training.dataset import DreamBoothDataset, ViewSettings
 
@@ -77,7 +78,7 @@ def make_dataset(
     config: the run's settings.
     model: the base model, which decides the shapes of latents and the number of timesteps.
     instance, prior: the subjects' photos, and the class images or none.
-    say: is told which sizes there are, and if `center_crop` has no effect.
+    say: is told which sizes there are, which photos are too small for them, and if `center_crop` has no effect.
     """
     resolution = config.resolution or model.resolution
     sizes = bucket_sizes(resolution, model.size_step) if config.aspect_buckets else [(resolution, resolution)]
@@ -95,6 +96,9 @@ def make_dataset(
         num_timesteps=model.noise_scheduler().config.num_train_timesteps,
         seed=config.seed,
     )
+    if small := [photo.path.name for photo in instance if enlarged(photo, sizes)]:
+        named = ", ".join(small[:3]) + (f" and {len(small) - 3} more" if len(small) > 3 else "")
+        say(f"note: fewer pixels than the model's pictures, so enlarged and soft: {named}")
     if config.aspect_buckets:
         counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
         say(f"sizes: {', '.join(counts)}")
