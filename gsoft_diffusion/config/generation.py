@@ -45,6 +45,8 @@ class GenerationConfig(Settings):
     output_dir: folder for the pictures; by default `images` in the run's folder, or `images/checkpoint-<step>` there
       for a checkpoint's adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
+    side_by_side: draw with each of several adapters by itself, such as a run's checkpoints, instead of with all
+      together.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
     cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
@@ -67,6 +69,7 @@ class GenerationConfig(Settings):
     batch_size: Annotated[int, POSITIVE] = 4
     output_dir: Annotated[str | None, Mark.PATH] = None
     compare: bool = False
+    side_by_side: bool = False
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     cpu_offload: bool = False
@@ -87,6 +90,11 @@ class GenerationConfig(Settings):
 
 
 _REFUSED = (
+    OnlyWith(
+        ("side_by_side",),
+        lambda settings: len(settings.adapter) > 1,
+        "there is one adapter; give several, or leave it out",
+    ),
     OnlyWith(
         ("resolution",),
         lambda settings: not (settings.width and settings.height),

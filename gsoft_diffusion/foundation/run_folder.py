@@ -68,4 +68,6 @@ def latest_sheet(folder: Path, step: int | None = None) -> Path | None:
     """
     found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "validation").glob("step-*.png"))
     sheets = {int(match[1]): path for match, path in found if match}
-    return max(((at, path) for at, path in sheets.items() if 0 < at and (step is None or at <= step)), default=(0, None))[1]
+    return max(
+        ((at, path) for at, path in sheets.items() if at > 0 and (step is None or at <= step)), default=(0, None)
+    )[1]

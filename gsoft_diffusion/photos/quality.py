@@ -15,7 +15,7 @@ BLURRED = 60.0
 FLAT = 8.0  # standard deviation of a picture that shows too little to be called blurred
 HASH = (17, 16)  # columns and rows whose neighbours are compared: 256 bits
 # Bits in which the same view, taken twice or saved anew, differs at most. Different photos of DreamBooth's subjects
-# differ in 71 or more, of the bundled ones in 62; half of all photos differ in 28 from themselves turned by 1.5 degrees.
+# differ in 71 or more, of the bundled ones in 62; half of them differ in 28 from themselves turned by 1.5 degrees.
 ALIKE = 40
 
 

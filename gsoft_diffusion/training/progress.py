@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,14 +71,8 @@ def seconds_left(steps: Sequence[StepNumbers], last: int) -> float | None:
 
     steps: done, as `read_progress` gave them. last: the step at which the run ends.
     """
-    pauses = _pauses(steps[-RECENT - 1 :])
+    pauses = [after.time - before.time for before, after in pairwise(steps[-RECENT - 1 :])]
     return median(pauses) * (last - steps[-1].step) if pauses else None
-
-
-def _pauses(steps: Iterable[StepNumbers]) -> list[float]:
-    """Seconds from each step to the next, where one run has done both."""
-    times = list(steps)
-    return [after.time - before.time for before, after in zip(times, times[1:], strict=False) if after.time > before.time]
 
 
 def _numbers(line: str) -> StepNumbers | None:

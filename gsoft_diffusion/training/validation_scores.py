@@ -124,6 +124,6 @@ def read_scores(folder: Path, step: int) -> StepScores | None:
 
 
 def best_step(scores: Sequence[StepScores]) -> int | None:
-    """The step of the best balance, the earliest of equals; None if no balance is known."""
-    known = [(each.balance, -each.step) for each in scores if each.balance is not None]
+    """The step of the best balance, the earliest of equals; None if no balance is known, or none is above 0."""
+    known = [(each.balance, -each.step) for each in scores if each.balance]
     return -max(known)[1] if known else None
