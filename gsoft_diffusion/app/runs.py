@@ -142,10 +142,13 @@ class RunView:
     def drawn(self) -> list[Picture]:
         """What was drawn with its adapters, the latest first; those of one prompt and seed after each other."""
         places = [self.folder / "images", *sorted((self.folder / "images").glob("checkpoint-*"))]
-        pictures = [
-            picture for place in places for picture in self._pictures(place.relative_to(self.folder).as_posix())
-        ]
-        return sorted(pictures, key=lambda picture: (self.folder / picture.name).stat().st_mtime_ns, reverse=True)
+        groups: dict[tuple[Path, str], list[tuple[int, Picture]]] = {}
+        for place in places:
+            for picture in self._pictures(place.relative_to(self.folder).as_posix()):
+                path = self.folder / picture.name
+                groups.setdefault((place, path.name.partition("_")[0]), []).append((path.stat().st_mtime_ns, picture))
+        ordered = sorted(groups.values(), key=lambda group: max(time for time, _ in group), reverse=True)
+        return [picture for group in ordered for _, picture in sorted(group, key=lambda each: each[0])]
 
     @property
     def exports(self) -> list[str]:

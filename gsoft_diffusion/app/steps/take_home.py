@@ -44,7 +44,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         rank = gr.Slider(
             4, 256, 64, step=4, label="Rank of a LoRA", info="higher is nearer to what was learned, and larger"
         )
-        precision = gr.Radio(["float16", "float32"], value="float16", label="Numbers")
+        precision = gr.Radio(["float16", "float32"], value="float16", label="Precision")
     make = gr.Button("Make it", variant="primary", elem_id="make")
     said, state, files = (gr.HTML(elem_id=name) for name in ("take-said", "take-state", "files"))
     with gr.Accordion("The model card", open=False, elem_id="card"):
