@@ -16,7 +16,7 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import free_memory
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import DTYPES, best_device, load_architecture
-from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.preparation import with_architecture_defaults
 from gsoft_diffusion.training.step_memory import step_bytes
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
@@ -119,7 +119,7 @@ def estimate_for(config: TrainingConfig, device: torch.device | None = None) -> 
     model = load_architecture(
         config.pretrained_model_name_or_path, revision=config.revision, base_config=config.base_config
     )
-    config = with_model_defaults(config.resolved(), model)
+    config = with_architecture_defaults(config.resolved(), model)
     adapter = inject(config.adapter, model.denoiser, model.text_encoders)
     return Estimate(config, model, adapter, device or torch.device(best_device()))
 

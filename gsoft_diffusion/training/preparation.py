@@ -26,6 +26,12 @@ def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingCon
     config: the resolved settings; what they say is kept, except that a text encoder that cannot be trained is left out
     with a warning. model: the base model. Raises UserError for a resolution that the model does not take.
     """
+    config = with_architecture_defaults(config, model)
+    return replace(config, sampler=with_model_sampler(model, config.sampler))
+
+
+def with_architecture_defaults(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
+    """As `with_model_defaults`, but for the sampler, so that the model need not have its weights."""
     resolution = config.resolution or model.resolution
     model.check_sides(resolution=resolution)
     usual = MINIATURE if model.resolution < MINIATURE_BELOW else FULL_SIZE
@@ -37,7 +43,7 @@ def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingCon
         left_open.pop("text_encoder_lr", None)
     elif config.optimizer == "prodigy":
         left_open["text_encoder_lr"] = config.learning_rate
-    return replace(config, resolution=resolution, sampler=with_model_sampler(model, config.sampler), **left_open)
+    return replace(config, resolution=resolution, **left_open)
 
 
 def set_up_attention(config: TrainingConfig, model: BaseModel) -> None:

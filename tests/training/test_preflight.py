@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_families import WRITERS
 
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
@@ -135,14 +136,16 @@ def test_what_cannot_be_estimated_is_not_refused(adapted, monkeypatch, caplog):
     assert "could not be estimated: nothing is known of contents" in caplog.text
 
 
-def test_the_estimate_without_weights_is_that_of_the_loaded_model(base, monkeypatch):
+@pytest.mark.parametrize("family", WRITERS, ids=lambda family: family.__name__)
+def test_the_estimate_without_weights_is_that_of_the_loaded_model(family, tmp_path, monkeypatch):
+    base = WRITERS[family](tmp_path / "base")
     monkeypatch.setattr(loading, "check_weights", lambda *_: pytest.fail("weights were looked at"))
     config = replace(CONFIG, pretrained_model_name_or_path=str(base))
     estimate = estimate_for(config, CPU)
     monkeypatch.undo()
     model = load_model(str(base))
-    adapter = inject(config.adapter, model.denoiser, model.text_encoders)
     filled = with_model_defaults(config.resolved(), model)
+    adapter = inject(filled.adapter, model.denoiser, model.text_encoders)
     assert estimate.needed() == needed_bytes(filled, model, adapter, CPU)
     assert all(parameter.is_meta for parameter in estimate.model.denoiser.parameters() if not parameter.requires_grad)
 
