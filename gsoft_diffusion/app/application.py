@@ -23,9 +23,13 @@ def application(workspace: Workspace, jobs: Jobs) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes(workspace))
     threading.Thread(target=_warm_up, daemon=True).start()
+    page = build(Page(workspace, jobs))
+    # Only of an application that it has launched itself does Gradio see to it that the files which a browser says it
+    # has uploaded are uploads. Of one that is mounted it would take any file of this machine.
+    page.has_launched = True
     return gr.mount_gradio_app(
         app,
-        build(Page(workspace, jobs)),
+        page,
         path="/",
         theme=THEME,
         css_paths=[STYLE],

@@ -89,17 +89,20 @@ class Gatekeeper:
             status, said = why
             await PlainTextResponse(said, status)(scope, receive, send)
             return
-        receive = _bounded(receive, _limit(path))
+        body = _Bounded(receive, send, _limit(path))
         if path == "/login" and self.password:
-            await self._login(scope, receive, send)
+            await self._login(scope, body.receive, body.send)
         elif self.password and not self._is_open_to(headers):
             answer = RedirectResponse("/login", 303) if path == "/" else PlainTextResponse("log in first", 401)
             await answer(scope, receive, send)
         else:
             try:
-                await self.app(scope, receive, send)
-            except _TooLargeError:
-                await PlainTextResponse("too large", 413)(scope, receive, send)
+                await self.app(scope, body.receive, body.send)
+            except Exception:
+                if not body.too_large:
+                    raise
+        if body.too_large and not body.answered:
+            await PlainTextResponse("too large", 413)(scope, receive, send)
 
     def _refused(self, headers: Headers, path: str, method: str) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -116,7 +119,10 @@ class Gatekeeper:
             origin = headers.get("origin", "")
             if urlsplit(origin).netloc != host or urlsplit(origin).scheme not in ("http", "https"):
                 return 403, "this request is not from the page"
-            if int(headers.get("content-length") or 0) > _limit(path):
+            length = headers.get("content-length", "0")
+            if not length.isdecimal():
+                return 400, "the length is no number"
+            if int(length) > _limit(path):
                 return 413, "too large"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not (
             reads and path in ("/", "/login") and headers.get("sec-fetch-mode") == "navigate"
@@ -141,7 +147,7 @@ class Gatekeeper:
             return
         try:
             form = parse_qs((await _body(receive)).decode("ascii"))
-        except (UnicodeDecodeError, ValueError, _TooLargeError):
+        except ValueError:  # not of ASCII, or too many fields
             form = {}
         given = (form.get("password") or [""])[0]
         async with self._logins:  # one after the other, so that guessing takes time
@@ -158,8 +164,25 @@ class Gatekeeper:
         await answer(scope, receive, send)
 
 
-class _TooLargeError(Exception):
-    """A request's body is longer than its address allows, and did not say so before."""
+class _Bounded:
+    """A request whose body is cut off where it becomes longer than allowed, and whose answer then is that it is."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._left = receive, send, limit
+        self.too_large = self.answered = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.too_large = True
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self.too_large:
+            self.answered = True
+            await self._send(message)
 
 
 def _limit(path: str) -> int:
@@ -169,20 +192,6 @@ def _limit(path: str) -> int:
 def _name_of(host: str) -> str:
     """A host's name, without its port."""
     return urlsplit(f"//{host}").hostname or ""
-
-
-def _bounded(receive: Receive, limit: int) -> Receive:
-    seen = 0
-
-    async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
-            raise _TooLargeError
-        return message
-
-    return counted
 
 
 async def _body(receive: Receive) -> bytes:
