@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo app test check coverage fuzz faults clean
+.PHONY: demo app test check coverage fuzz faults screenshots clean
 
 # The user's two scripts with their default settings; each demo gets a folder of its own.
 demo: OUT := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -32,6 +32,10 @@ fuzz: $(VENV)/.installed-dev
 # Runs that are killed, cut off and deprived, then resumed; what it printed is in docs/reliability/faults.txt.
 faults: $(VENV)/.installed-dev
 	$(BIN)/python tests/faults.py
+
+# The pictures in docs/app.md, by a real browser.
+screenshots: $(VENV)/.installed-dev
+	$(BIN)/python tests/page_screenshots.py
 
 # Which lines of the package no test reaches, processes of their own included; docs/reliability/coverage.txt.
 coverage: $(VENV)/.installed-dev

@@ -9,7 +9,7 @@ from typing import Any
 
 from gsoft_diffusion.app.jobs import Job, Jobs
 
-PATIENCE = 120  # seconds for what takes a few on a quiet machine
+PATIENCE = 240  # seconds for what takes a few on a quiet machine
 
 
 def until(there: Callable[[], Any], what: str) -> Any:

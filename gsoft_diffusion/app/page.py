@@ -21,7 +21,7 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
         gr.Markdown("# Your subject in any picture\nDrop photos of it, watch it being learned, draw it, take it home.")
         queue = gr.HTML(elem_id="queue")
-        with gr.Tabs(elem_id="steps") as steps:
+        with gr.Tabs(elem_id="steps", overflow_behavior="wrap") as steps:
             with gr.Tab("1 Photos", id="photos"):
                 of_photos = photos.build(page, demo)
                 _next(steps, "base", "Next: the base model")

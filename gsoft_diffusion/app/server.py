@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import threading
 import webbrowser
@@ -25,9 +27,11 @@ def serve(config: AppConfig) -> None:
     config: the settings. Raises UserError if the address is not to be had, or the folder has a page already.
     """
     workspace = Workspace(Path(config.folder))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by it as by Ctrl-C
     try:
-        with locked(workspace.root / OWN):
+        with locked(workspace.root / OWN), suppress(KeyboardInterrupt):
             _serve(config, workspace)
+        print("the page has ended; runs that it has started go on")
     except BlockingIOError as error:
         raise UserError(
             f"--folder {config.folder}: has a page already ({error}); choose another, or end that one"
@@ -38,6 +42,8 @@ def _serve(config: AppConfig, workspace: Workspace) -> None:
     listening = _listen(config)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    for left in workspace.uploads.iterdir():  # by a page that was killed
+        shutil.rmtree(left, ignore_errors=True)
     os.environ |= {
         "GRADIO_TEMP_DIR": str(workspace.uploads),
         "GRADIO_ANALYTICS_ENABLED": "False",

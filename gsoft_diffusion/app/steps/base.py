@@ -12,7 +12,7 @@ from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page
 from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 
 PRESETS = (8, 12, 16, 24)  # gigabytes of GPUs
@@ -65,7 +65,11 @@ def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
 
     def looked(known: str, kind: str, name: str) -> tuple[Any, ...]:
         try:
-            text = _about(settled(_of(page, known), kind, name))
+            estimate = settled(_of(page, known), kind, name)
+            try:
+                text = _about(estimate)
+            except Exception as error:  # whatever an architecture raises that cannot be counted without its weights
+                raise UserError(f"how much memory it takes could not be estimated: {first_line(error)}") from error
         except UserError as error:
             return fragments.failure(str(error)), "", gr.update(visible=False)
         return "", text, gr.update(visible=True)

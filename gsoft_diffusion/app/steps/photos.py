@@ -40,7 +40,7 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
     said = gr.HTML(elem_id="subject-said")
     called = gr.HTML(elem_id="called")
     with gr.Column(visible=bool(there)) as with_subject:
-        upload = gr.File(file_count="multiple", label="Drop its photos here", height=130, elem_id="upload")
+        upload = gr.File(file_count="multiple", label="Drop its photos here", height=150, elem_id="upload")
         upload_said = gr.HTML(elem_id="upload-said")
         cards = gr.HTML(js_on_load=PICK, elem_id="cards")
     chosen = gr.State("")
@@ -78,9 +78,10 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
 
     def shown(name: str, pick: str = "") -> tuple[str, str]:
         """How the subject is called, and its photos."""
-        if not name:
-            return "", ""
-        known = subject_of(page.workspace, name)
+        try:
+            known = subject_of(page.workspace, name)
+        except UserError as error:
+            return fragments.failure(str(error)) if name else "", ""
         text = f"In prompts it is called “{known.concept.name}”; the base model does not know the word {known.token}."
         return fragments.hint(text), _cards(known, pick)
 

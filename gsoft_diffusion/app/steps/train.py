@@ -31,7 +31,7 @@ ELSEWHERE = (
         "pretrained_model_name_or_path",
         "output_dir",
     ),
-    *("resume_from_checkpoint", "score_validation", "push_to_hub", "hub_model_id", "hub_token"),
+    *("resume_from_checkpoint", "class_data_dir", "score_validation", "push_to_hub", "hub_model_id", "hub_token"),
 )
 
 
