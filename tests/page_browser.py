@@ -86,6 +86,7 @@ class Visit:
         self.page.on("request", lambda asked: self._asked(asked.url, address))
         self.page.goto(address)
         self.page.wait_for_selector("#subject")
+        self.wait(lambda: self.text("called"), "word of what comes first")  # the page has been filled
 
     def _asked(self, url: str, address: str) -> None:
         if not url.startswith((address, "data:", "blob:")):

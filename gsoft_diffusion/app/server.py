@@ -18,6 +18,7 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import locked
 from gsoft_diffusion.foundation.text_files import read_text
 
+PORTS = (*range(7860, 7880), 0)  # Gradio's usual one, those beside it, any
 SHORTEST = 8  # characters of a password
 
 
@@ -30,7 +31,7 @@ def serve(config: AppConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by it as by Ctrl-C
     try:
         with locked(workspace.root / OWN), suppress(KeyboardInterrupt):
-            _serve(config, workspace)
+            _run(config, workspace)
         print("the page has ended; runs that it has started go on")
     except BlockingIOError as error:
         raise UserError(
@@ -38,8 +39,8 @@ def serve(config: AppConfig) -> None:
         ) from error
 
 
-def _serve(config: AppConfig, workspace: Workspace) -> None:
-    listening = _listen(config)
+def _run(config: AppConfig, workspace: Workspace) -> None:
+    password, listening = _password(config), _listen(config)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     for left in workspace.uploads.iterdir():  # by a page that was killed
@@ -56,7 +57,7 @@ def _serve(config: AppConfig, workspace: Workspace) -> None:
 
     jobs = Jobs(workspace)
     hosts = LOOPBACK if config.host in LOOPBACK else None
-    app = Gatekeeper(application(workspace, jobs), hosts, _password(config), str(workspace.uploads))
+    app = Gatekeeper(application(workspace, jobs), hosts, password, str(workspace.uploads))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none"))
     jobs.start()
     print(f"the page is at {address}", flush=True)
@@ -81,7 +82,7 @@ def _password(config: AppConfig) -> str | None:
 def _listen(config: AppConfig) -> socket.socket:
     """A socket at the address; with the usual port, the next one that is free. Raises UserError if there is none."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    for port in [config.port] if config.port is not None else [*range(7860, 7880), 0]:
+    for port in [config.port] if config.port is not None else PORTS:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

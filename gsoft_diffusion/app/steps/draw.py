@@ -71,8 +71,11 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         there = page.adapters()
         names = [each for _, each in there]
         kept = [each for each in chosen or [] if each in names]
-        of_run = [each for each in names if each.startswith(f"{name}/")]
-        return gr.update(choices=there, value=kept or of_run[:1] or names[:1])
+        return gr.update(choices=there, value=kept or _first(names, name) or names[:1])
+
+    def followed(name: str) -> Any:
+        there = page.adapters()
+        return gr.update(choices=there, value=_first([each for _, each in there], name))
 
     def chose(chosen: list[str]) -> list[Any]:
         labels = {name: label for label, name in page.adapters()}
@@ -137,13 +140,19 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         sliders = [float(there[at].get("strength", 1)) if at < len(there) else 1 for at in range(MOST)]
         return [[each["name"] for each in there] or gr.skip(), *sliders, picture.prompt, *held]
 
-    gr.on([demo.load, run.change, tab.select], opened, [run, adapters], adapters, **QUIET)
+    gr.on([demo.load, tab.select], opened, [run, adapters], adapters, **QUIET)
+    run.change(followed, run, adapters, **QUIET)
     gr.on([adapters.change, demo.load], chose, adapters, [*strengths, mode], **QUIET)
     gr.on([draw.click], asked, [adapters, mode, prompts, *strengths, *components], [said, more, *components], **LOUD)
     ticks = gr.Timer(EVERY)
     gr.on([ticks.tick, adapters.change], watched, [adapters, before], [state, pictures, stop, before], **QUIET)
     stop.click(stopped, adapters, None, **LOUD)
     pictures.click(again, adapters, [adapters, *strengths, prompts, *components], **QUIET)
+
+
+def _first(adapters: list[str], run: str) -> list[str]:
+    """The latest adapter of a run, if it has one."""
+    return [each for each in adapters if each.startswith(f"{run}/")][:1]
 
 
 def _live(page: Page, chosen: list[str]) -> list[Any]:

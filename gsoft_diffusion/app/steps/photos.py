@@ -78,10 +78,12 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
 
     def shown(name: str, pick: str = "") -> tuple[str, str]:
         """How the subject is called, and its photos."""
+        if not name:
+            return fragments.hint("Give your subject a name to begin."), ""
         try:
             known = subject_of(page.workspace, name)
         except UserError as error:
-            return fragments.failure(str(error)) if name else "", ""
+            return fragments.failure(str(error)), ""
         text = f"In prompts it is called “{known.concept.name}”; the base model does not know the word {known.token}."
         return fragments.hint(text), _cards(known, pick)
 

@@ -53,8 +53,11 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
 
     def opened(name: str, chosen: str | None) -> Any:
         there = page.adapters()
-        of_run = [each for _, each in there if each.startswith(f"{name}/")]
-        return choose(there, chosen if chosen in [each for _, each in there] else next(iter(of_run), None))
+        return choose(there, chosen if chosen in [each for _, each in there] else _first(there, name))
+
+    def followed(name: str) -> Any:
+        there = page.adapters()
+        return choose(there, _first(there, name))
 
     def asked(chosen: str | None, kind: str, rank: int, precision: str) -> str:
         try:
@@ -74,10 +77,16 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         changes = [gr.skip() if a == b else b for a, b in zip(shown or [None] * len(now), now, strict=True)]
         return [*changes, now]
 
-    gr.on([demo.load, run.change, tab.select], opened, [run, adapter], adapter, **QUIET)
+    gr.on([demo.load, tab.select], opened, [run, adapter], adapter, **QUIET)
+    run.change(followed, run, adapter, **QUIET)
     make.click(asked, [adapter, kind, rank, precision], said, **LOUD)
     ticks = gr.Timer(EVERY)
     gr.on([ticks.tick, adapter.change], watched, [adapter, before], [state, files, words, before], **QUIET)
+
+
+def _first(adapters: list[tuple[str, str]], run: str) -> str | None:
+    """The latest adapter of a run, None if it has none."""
+    return next((name for _, name in adapters if name.startswith(f"{run}/")), None)
 
 
 def _live(page: Page, chosen: str | None) -> list[Any]:
