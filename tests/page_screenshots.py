@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from page_browser import ROOT, Server, Visit, opened_browser
@@ -32,7 +33,7 @@ def main() -> None:
         try:
             scheme = "dark" if args.dark else "light"
             visit = Visit(browser, server.address, viewport={"width": args.width, "height": 900}, color_scheme=scheme)
-            shoot(visit, args.out, args.steps, new=not (server.folder / "teddy").exists())
+            shoot(visit, args.out, args.steps, new=not (server.folder / "app" / "subjects" / "teddy").exists())
         finally:
             server.end()
 
@@ -64,26 +65,32 @@ def shoot(visit: Visit, out: Path, steps: int, new: bool) -> None:
         visit.fill("field-num_validation_images", "1")
         page.get_by_role("button", name="Advanced settings").click()
         page.click("#start")
-        visit.wait(lambda: page.locator("#sheets thead th").count() >= 3, "sheets")
+    wait_long(visit, lambda: page.locator("#sheets thead th").count() >= 3)
     take(visit, out / "train.png")
-    while new and "done" not in visit.text("headline"):
-        page.wait_for_timeout(2000)
+    wait_long(visit, lambda: "done" in visit.text("headline"))
     visit.step("4 Draw")
     visit.wait(lambda: "teddy" in visit.text("adapters"), "chosen adapter")
     visit.fill("prompts", "a {0} {1} on the beach\na {0} {1} in space")
-    if new:
-        visit.fill("field-num_images", "2")
-        page.locator("#field-compare input").check()
+    visit.fill("field-num_images", "2")
+    page.locator("#field-compare input").check()
+    page.wait_for_timeout(5000)
+    if page.locator("#pictures figure").count() < 8:
         page.click("#draw")
-    visit.wait(lambda: page.locator("#pictures figure").count() >= 8, "pictures")
-    visit.wait(lambda: visit.text("queue") == "", "end of the drawing")
+    wait_long(visit, lambda: page.locator("#pictures figure").count() >= 8 and visit.text("queue") == "")
     take(visit, out / "draw.png")
     visit.step("5 Take home")
-    if new:
+    page.wait_for_timeout(5000)
+    if page.locator("#files a").count() < 2:
         page.click("#make")
-    visit.wait(lambda: page.locator("#files a").count() >= 2, "LoRA")
+    wait_long(visit, lambda: page.locator("#files a").count() >= 2)
     page.get_by_role("button", name="The model card").click()
     take(visit, out / "take_home.png")
+
+
+def wait_long(visit: Visit, there: Callable[[], bool]) -> None:
+    """Wait for what takes as long as a run."""
+    while not there():
+        visit.page.wait_for_timeout(2000)
 
 
 def take(visit: Visit, path: Path) -> None:

@@ -44,7 +44,7 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
         upload_said = gr.HTML(elem_id="upload-said")
         cards = gr.HTML(js_on_load=PICK, elem_id="cards")
     chosen = gr.State("")
-    with gr.Group(visible=False, elem_id="edit-photo") as edit:
+    with gr.Column(visible=False, elem_id="edit-photo") as edit:
         title = gr.Markdown()
         caption = gr.Textbox(
             label="Caption",
