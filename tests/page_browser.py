@@ -74,19 +74,34 @@ def opened_browser() -> Iterator[Any]:
 
 
 class Visit:
-    """A person's visit to the page. complaints: what the browser says is wrong; elsewhere: what it asked others for."""
+    """A person's visit to the page.
+
+    complaints: what the browser says is wrong. missing: addresses that it asked the page for in vain, but for events,
+    which are lost when a page is killed. elsewhere: what it asked others for.
+    """
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         options = {"viewport": {"width": 1280, "height": 900}} | options
         self.page = browser.new_context(accept_downloads=True, **options).new_page()
         self.page.set_default_timeout(180_000)
         self.complaints: list[str] = []
+        self.missing: list[str] = []
         self.elsewhere: list[str] = []
-        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        self.page.on("console", lambda said: self._said(said.type, said.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("response", lambda answer: self._answered(answer.status, answer.url))
         self.page.on("request", lambda asked: self._asked(asked.url, address))
         self.page.goto(address)
         self.page.wait_for_selector("#subject")
         self.wait(lambda: self.text("called"), "word of what comes first")  # the page has been filled
+
+    def _said(self, kind: str, text: str) -> None:
+        if kind == "error" and not text.startswith("Failed to load resource"):  # which `missing` says better
+            self.complaints.append(text)
+
+    def _answered(self, status: int, url: str) -> None:
+        if status >= 400 and "/gradio_api/queue/data" not in url:
+            self.missing.append(f"{status} {url}")
 
     def _asked(self, url: str, address: str) -> None:
         if not url.startswith((address, "data:", "blob:")):
