@@ -27,7 +27,7 @@ FAILED_LOGIN_SECONDS = 1.0
 API = "/gradio_api"
 READ = re.compile(
     r"/|/login|/favicon\.ico|/theme\.css|/assets/[\w./-]+|/static/[\w./-]+|/files/[^\\\0]+"
-    rf"|{API}/(queue/data|startup-events|theme\.css|upload_progress|heartbeat/\w+|file=.+)"
+    rf"|{API}/(queue/data|app_id|startup-events|theme\.css|upload_progress|heartbeat/\w+|file=.+)"
 )
 WRITE = re.compile(rf"/login|{API}/(queue/join|upload|cancel|reset/?)")
 POLICY = "; ".join(

@@ -68,7 +68,6 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(client):
             "/config",
             "/gradio_api/info",
             "/gradio_api/openapi.json",
-            "/gradio_api/app_id",
             "/monitoring",
             "/docs",
             "/token",
