@@ -40,8 +40,8 @@ def page(folder: Path) -> Iterator[tuple[subprocess.Popen[str], float]]:
     started = time.perf_counter()
     command = [sys.executable, "-m", "gsoft_diffusion.app", "--folder", str(folder), "--port", str(PORT)]
     with subprocess.Popen([*command, "--no_open_browser"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             line = process.stdout.readline()
             if not line.startswith(SAID):
                 raise SystemExit(f"the page did not start: {line}")
@@ -49,6 +49,7 @@ def page(folder: Path) -> Iterator[tuple[subprocess.Popen[str], float]]:
         finally:
             process.send_signal(signal.SIGCONT)
             process.terminate()
+            process.stdout.read()  # its last words
 
 
 @contextmanager

@@ -58,7 +58,8 @@ def _run(config: AppConfig, workspace: Workspace) -> None:
     jobs = Jobs(workspace)
     hosts = LOOPBACK if config.host in LOOPBACK else None
     app = Gatekeeper(application(workspace, jobs), hosts, password, str(workspace.uploads))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none"))
+    # Below "critical" it would print a traceback for each browser that looks on when the page is ended.
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2, ws="none"))
     jobs.start()
     print(f"the page is at {address}", flush=True)
     if config.open_browser:
