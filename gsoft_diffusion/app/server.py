@@ -32,7 +32,8 @@ def serve(config: AppConfig) -> None:
     try:
         with locked(workspace.root / OWN), suppress(KeyboardInterrupt):
             _run(config, workspace)
-        print("the page has ended; runs that it has started go on")
+        with suppress(OSError):  # nobody may be listening any more
+            print("the page has ended; runs that it has started go on", flush=True)
     except BlockingIOError as error:
         raise UserError(
             f"--folder {config.folder}: has a page already ({error}); choose another, or end that one"
