@@ -3,13 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check coverage fuzz faults clean
+.PHONY: demo app test check coverage fuzz faults screenshots clean
 
 # The user's two scripts with their default settings; each demo gets a folder of its own.
 demo: OUT := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/.installed
 	$(BIN)/python train_dreambooth_gsoft.py --instance_data_dir data/subjects/teddy_bear --class_word bear --output_dir $(OUT)
 	$(BIN)/python inference.py --adapter $(OUT)/adapter.safetensors --prompts_file data/prompts/demo.txt --num_images 2 --compare
+
+# The page in the browser, until Ctrl-C; APP holds further options: make app APP="--port 8000".
+app: $(VENV)/.installed-app
+	$(BIN)/python -m gsoft_diffusion.app $(APP)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -29,6 +33,10 @@ fuzz: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	$(BIN)/python tests/faults.py
 
+# The pictures in docs/app.md, by a real browser.
+screenshots: $(VENV)/.installed-dev
+	$(BIN)/python tests/page_screenshots.py
+
 # Which lines of the package no test reaches, processes of their own included; docs/reliability/coverage.txt.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=
@@ -44,6 +52,10 @@ $(VENV)/.installed: $(VENV)/bin/python requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/bin/python requirements.txt requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.installed-app: $(VENV)/bin/python requirements.txt requirements-app.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(VENV)/bin/python requirements.txt requirements-app.txt requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/.installed $(VENV)/.installed-app

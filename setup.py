@@ -7,5 +7,5 @@ packages = find_packages(include=["gsoft", "gsoft.*", "gsoft_diffusion", "gsoft_
 setup(
     packages=[*packages, "gsoft_diffusion.data"],
     package_dir={"gsoft_diffusion.data": "data"},
-    package_data={"gsoft_diffusion.data": ["**/*"], "eval": ["experiments/*"]},
+    package_data={"gsoft_diffusion.app": ["*.css"], "gsoft_diffusion.data": ["**/*"], "eval": ["experiments/*"]},
 )

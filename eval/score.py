@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.config.prompts import without_words
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
-from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.models.loading import best_device, known_device
 from gsoft_diffusion.photos.folder import list_images
-from gsoft_diffusion.photos.image_files import open_image, opened
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.sampling.pictures import read_facts
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
 
@@ -99,7 +99,7 @@ def score_folder(
     for path in found:
         if path.name.startswith("contact_sheet"):
             continue
-        facts = _metadata(path)
+        facts = read_facts(path)
         if facts.get("model") == "base":
             continue
         paths.append(path)
@@ -108,7 +108,7 @@ def score_folder(
             tokens |= _tokens(facts)
     if not paths:
         raise UserError(f"--images {images}: holds nothing but contact sheets and the base model's pictures")
-    captions = [_without(tokens, text) for text in prompts if text]
+    captions = [without_words(text, tokens) for text in prompts if text]
     texts = encoders.clip.embed_texts(captions) if len(captions) == len(paths) else None
     real = embed(encoders, _open(list_images(photos, "--photos")))
     scores = picture_scores(embed(encoders, _open(paths)), real, texts)
@@ -156,12 +156,6 @@ def _tokens(facts: dict[str, Any]) -> set[str]:
     return {token for subject in named if isinstance(token := subject.get("unique_token"), str) and token}
 
 
-def _without(tokens: Iterable[str], text: str) -> str:
-    for token in tokens:
-        text = re.sub(rf"(?<!\S){re.escape(token)} ", "", text)
-    return text
-
-
 def _captions_are(tokens: set[str]) -> str:
     if tokens:
         return f"the prompts without {', '.join(sorted(tokens))}"
@@ -170,16 +164,6 @@ def _captions_are(tokens: set[str]) -> str:
 
 def _open(paths: Sequence[Path]) -> Iterable[Image.Image]:
     return (open_image(path) for path in paths)
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """What inference.py wrote into its PNG; nothing for other pictures. What cannot be read is said when it is used."""
-    try:
-        with opened(path) as image:
-            facts = json.loads(image.info.get(METADATA_KEY, "{}"))
-    except UserError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def add_encoder_options(parser: argparse.ArgumentParser) -> None:

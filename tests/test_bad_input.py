@@ -86,7 +86,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 255, (height, width, len(mode)), dtype=np.uint8)
+    pixels = np.random.default_rng(7).integers(0, 255, (height, width, len(mode)), dtype=np.uint8)
     return Image.fromarray(pixels, mode)
 
 
@@ -311,6 +311,7 @@ ERRORS = [
     Case("restarts for a schedule that has none", options=("--lr_scheduler", "cosine", "--lr_num_cycles", "3")),
     Case("a weight of class images that are not used", options=("--prior_loss_weight", "0.5")),
     Case("a negative prompt without guidance", options=("--guidance_scale", "1", "--negative_prompt", "blurry")),
+    Case("scores of pictures, with a single photo", only_one, ("--score_validation", "--num_validation_images", "1")),
     Case("changes to accept without resuming", options=("--accept_changes",)),
     Case("a revision of a local folder", options=("--revision", "main")),
     Case("an unknown tracker", options=("--report_to", "tensorboard,abacus")),
@@ -411,6 +412,12 @@ def drawn() -> PngInfo:
     return told
 
 
+def nearly_the_same() -> None:
+    picture = noise(40, 40).resize((400, 400), Image.Resampling.NEAREST)
+    picture.save("photos/5.png")
+    picture.resize((300, 300)).save("photos/6.jpg", quality=70)
+
+
 def linear() -> PngInfo:
     told = PngInfo()
     told.add(b"gAMA", (100_000).to_bytes(4, "big"))
@@ -423,6 +430,9 @@ GOES_ON = [
     Case("a broken colour profile", photo("5.png", lambda path: noise(40, 40).save(path, icc_profile=b"none"))),
     Case("a picture of one colour", photo("5.png", Image.new("RGB", (40, 40), "navy").save)),
     Case("the same picture twice", lambda: shutil.copy("photos/1.png", "photos/5.png")),
+    Case("the same picture in another size and quality", nearly_the_same),
+    Case("a blurred photo", photo("5.png", lambda path: noise(8, 8).resize((400, 400)).save(path))),
+    Case("a photo with fewer pixels than the model's pictures", photo("5.png", noise(20, 30).save)),
     Case("a white mask", photo("0-masklabel.png", Image.new("L", (40, 40), 255).save)),
     Case("photos in a folder as kohya names it", in_kohyas_folder),
     Case("a caption that does not name the subject", photo("1.txt", lambda path: path.write_text("a dog asleep"))),
@@ -444,6 +454,9 @@ GOES_ON = [
 ]
 
 
+WRITTEN = ("adapter.safetensors", "progress.jsonl", "settings.yaml", "validation")
+
+
 @pytest.mark.parametrize("case", GOES_ON, ids=lambda case: case.name)
 def test_goes_on_and_says_what_became_of_it(case, place, capfd, caplog):
     case.prepare()
@@ -452,7 +465,7 @@ def test_goes_on_and_says_what_became_of_it(case, place, capfd, caplog):
     result = train(parse(TrainingConfig, "", command(*options)))
     assert result.steps == 1
     new = {path.removeprefix(f"{place}/") for path in set(everything(place)) - before}
-    assert new == {"out", "out/adapter.safetensors", "out/settings.yaml", "out/validation"} | {
+    assert new == {"out", *(f"out/{name}" for name in WRITTEN)} | {
         name
         for name in new
         if re.fullmatch(r"out/(validation/step-000001\.png|README\.md|sample_\d+\.png|images.*)", name)

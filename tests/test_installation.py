@@ -79,6 +79,7 @@ def test_installed_commands_find_the_bundled_files(wheel, tmp_path):
 def test_commands(wheel):
     assert text(wheel, "entry_points.txt").split() == [
         "[console_scripts]",
+        *("gsoft-app", "=", "gsoft_diffusion.app.__main__:main"),
         *("gsoft-draw", "=", "gsoft_diffusion.commands:draw"),
         *("gsoft-export", "=", "gsoft_diffusion.commands:export"),
         *("gsoft-train", "=", "gsoft_diffusion.commands:train"),
@@ -109,5 +110,7 @@ def test_extras_name_what_the_requirements_pin(wheel):
     assert requirements(wheel, "diffusion") == everything - {"open-clip-torch"}
     assert requirements(wheel, "eval") == everything
     assert requirements(wheel, "lipconvnet") == requirements(wheel, "diffusion") | {"foolbox"}
+    assert requirements(wheel, "app") == everything | pinned("requirements-app.txt")
     assert requirements(wheel, "gpu") == everything - {"open-clip-torch"} | pinned("requirements-gpu.txt")
-    assert requirements(wheel, "dev") == everything | pinned("requirements-dev.txt")
+    dev = pinned("requirements-app.txt") | pinned("requirements-dev.txt")
+    assert requirements(wheel, "dev") == everything | dev

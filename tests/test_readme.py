@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
+from gsoft_diffusion.config import AppConfig, ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import parse
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +19,7 @@ SETTINGS = {
     "gsoft-train": TrainingConfig,
     "gsoft-draw": GenerationConfig,
     "gsoft-export": ExportConfig,
+    "gsoft-app": AppConfig,
 }
 
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from gsoft_diffusion.config.adapter import AdapterConfig
+from gsoft_diffusion.config.app import AppConfig
 from gsoft_diffusion.config.concept import Concept
 from gsoft_diffusion.config.export import ExportConfig
 from gsoft_diffusion.config.generation import GenerationConfig
 from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.config.training import TrainingConfig
 
-__all__ = ["AdapterConfig", "Concept", "ExportConfig", "GenerationConfig", "SamplerConfig", "TrainingConfig"]
+__all__ = [
+    "AdapterConfig",
+    "AppConfig",
+    "Concept",
+    "ExportConfig",
+    "GenerationConfig",
+    "SamplerConfig",
+    "TrainingConfig",
+]

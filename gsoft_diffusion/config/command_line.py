@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gsoft_diffusion.config import ExportConfig, GenerationConfig, TrainingConfig
+from gsoft_diffusion.config import AppConfig, ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.launcher import check_launched, launched_settings, process_count
 from gsoft_diffusion.config.settings import described, field_help, overlay, read_list, read_yaml
 from gsoft_diffusion.foundation.bundled import CHECKOUT
@@ -24,7 +24,7 @@ OPPOSITES = {"double": ("--one_sided",)}  # further names for switching a boolea
 # The scripts at the root of a checkout, by what an installation calls the same command.
 SCRIPTS = {"gsoft-train": "train_dreambooth_gsoft.py", "gsoft-draw": "inference.py", "gsoft-export": "export.py"}
 
-AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig)
+AnyConfig = TypeVar("AnyConfig", TrainingConfig, GenerationConfig, ExportConfig, AppConfig)
 
 
 def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[str] | None = None) -> AnyConfig:
@@ -92,12 +92,12 @@ def add_flags(parser: argparse._ActionsContainer, config_class: Any, group: str 
         elif several := [choice for choice in (hint, *get_args(hint)) if get_origin(choice) is tuple]:
             item = get_args(several[0])[0]
             names = dict.fromkeys((f"--{name}", f"--{name.removesuffix('s')}"))  # --prompts a b; --prompt a --prompt b
-            common |= {"type": _reader(item), "metavar": "TEXT" if item is str else "NUMBER"}
+            common |= {"type": reader(item), "metavar": "TEXT" if item is str else "NUMBER"}
             parser.add_argument(*names, action="extend", nargs="+", help=text, **common)
         else:
             choices = get_args(hint) if get_origin(hint) is Literal else None
             metavar = None if choices else name.rpartition("_")[2].upper()
-            parser.add_argument(f"--{name}", type=_reader(hint), choices=choices, metavar=metavar, help=text, **common)
+            parser.add_argument(f"--{name}", type=reader(hint), choices=choices, metavar=metavar, help=text, **common)
 
 
 class Switch(argparse.Action):
@@ -110,8 +110,11 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
-def _reader(hint: Any) -> Callable[[str], Any]:
-    """The parser of an option's text into its field's type; it takes `none` if the field may be None."""
+def reader(hint: Any) -> Callable[[str], Any]:
+    """The parser of an option's text into its field's type; it takes `none` if the field may be None.
+
+    hint: the field's annotation. The parser raises argparse.ArgumentTypeError for a text that is no such value.
+    """
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
     def read(text: str) -> Any:

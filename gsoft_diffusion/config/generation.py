@@ -45,6 +45,8 @@ class GenerationConfig(Settings):
     output_dir: folder for the pictures; by default `images` in the run's folder, or `images/checkpoint-<step>` there
       for a checkpoint's adapter.
     compare: draw the untouched base model's picture with the same seed beside each.
+    side_by_side: draw with each of several adapters by itself, such as a run's checkpoints, instead of with all
+      together.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
     accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
       says how far away they are.
@@ -70,6 +72,7 @@ class GenerationConfig(Settings):
     batch_size: Annotated[int, POSITIVE] = 4
     output_dir: Annotated[str | None, Mark.PATH] = None
     compare: bool = False
+    side_by_side: bool = False
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
     accept_other_base: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -92,6 +95,11 @@ class GenerationConfig(Settings):
 
 
 _REFUSED = (
+    OnlyWith(
+        ("side_by_side",),
+        lambda settings: len(settings.adapter) > 1,
+        "there is one adapter; give several, or leave it out",
+    ),
     OnlyWith(
         ("resolution",),
         lambda settings: not (settings.width and settings.height),

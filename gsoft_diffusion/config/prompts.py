@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import composed
@@ -73,6 +73,13 @@ def with_names(prompt: str, subjects: Sequence[Mapping[str, str | None]]) -> str
         return known
 
     return re.sub(r"\{(\d{1,2})\}", word, prompt)
+
+
+def without_words(text: str, words: Iterable[str]) -> str:
+    """The text without these words, each with the blank behind it, such as the unique tokens in prompts."""
+    for each in words:
+        text = re.sub(rf"(?<!\S){re.escape(each)} ", "", text)
+    return text
 
 
 def plain_noun(text: str) -> str:

@@ -105,6 +105,8 @@ class TrainingConfig(Settings):
       inference.py; by default the subject in a few scenes.
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
     validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
+    score_validation: also draw the validation prompts with the base model, keep every picture, and score how like the
+      photos and how true to the prompts they are; for one subject with two photos or more.
     sample_batch_size: pictures drawn at a time.
     sampler: how validation and class images are drawn; saved in the adapter for inference.
     """
@@ -174,6 +176,7 @@ class TrainingConfig(Settings):
     validation_prompts: Annotated[tuple[str, ...] | None, Mark.FREE_TO_CHANGE] = None
     num_validation_images: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 2
     validation_steps: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 250
+    score_validation: Annotated[bool, Mark.FREE_TO_CHANGE] = False
     sample_batch_size: Annotated[int, POSITIVE, Mark.FREE_TO_CHANGE] = 4
     sampler: SamplerConfig = SamplerConfig()
 
@@ -333,6 +336,11 @@ _REFUSED = (
     ),
 )
 _NOTED = (
+    OnlyWith(
+        ("score_validation",),
+        lambda settings: settings.num_validation_images,
+        "--num_validation_images is 0, so nothing is drawn",
+    ),
     OnlyWith(
         ("with_prior_preservation",),
         lambda settings: settings.prior_loss_weight > 0,

@@ -3,7 +3,8 @@
 adapter.safetensors  the result
 settings.yaml        the run's resolved settings
 checkpoint-<step>/   see `training/checkpoints.py`
-validation/          contact sheets
+progress.jsonl       loss and time of every step, see `training/progress.py`
+validation/          contact sheets; with `score_validation` also `step-<step>/`, every picture and its scores
 README.md            the model card
 """
 
@@ -17,7 +18,9 @@ from gsoft_diffusion.foundation.files import numbered
 
 ADAPTER = "adapter.safetensors"  # also in the folder of a checkpoint
 SETTINGS = "settings.yaml"
+PROGRESS = "progress.jsonl"
 CARD = "README.md"
+SCORES = "scores.json"  # in the folder of a step's validation pictures
 METADATA_KEY = "gsoft_diffusion"  # text field of PNGs that this program draws; it holds their settings, as JSON
 
 
@@ -50,11 +53,21 @@ def sheet_of(folder: Path, step: int, number: int = 1) -> Path:
     return folder / "validation" / numbered(f"step-{step:06d}.png", number)
 
 
+def pictures_of(folder: Path, step: int) -> Path:
+    """The folder of a run's validation pictures, one by one, which need not exist.
+
+    folder: the run's. step: after which they were drawn; 0 for the base model's.
+    """
+    return folder / "validation" / f"step-{step:06d}"
+
+
 def latest_sheet(folder: Path, step: int | None = None) -> Path | None:
-    """The last contact sheet that a run has drawn; of several the first. None if there is none.
+    """The last contact sheet that a run has drawn with its adapter; of several the first. None if there is none.
 
     folder: the run's. step: leave out sheets of later steps; None for all.
     """
     found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "validation").glob("step-*.png"))
     sheets = {int(match[1]): path for match, path in found if match}
-    return max(((at, path) for at, path in sheets.items() if step is None or at <= step), default=(0, None))[1]
+    return max(
+        ((at, path) for at, path in sheets.items() if at > 0 and (step is None or at <= step)), default=(0, None)
+    )[1]

@@ -89,6 +89,39 @@ def load_model(
     return model
 
 
+def load_architecture(name: str, *, revision: str | None = None, base_config: str | None = None) -> BaseModel:
+    """A base model without its weights: networks of the right shapes on PyTorch's meta device, and the tokenizers.
+
+    Only the small files of its configuration are read, or fetched from the hub.
+
+    name, revision, base_config: as in `load_model`. Raises UserError as there.
+    """
+    if is_single_file(name):
+        folder, family, index_values = _find_config(name, base_config)
+    else:
+        folder, family, index_values = _find(name, revision, None, weights=False)
+    parts = {}
+    for part, kind in family.parts().items():
+        load = _without_weights(kind) if issubclass(kind, nn.Module) else _loader(part, kind, {})
+        parts[part] = _load(part, folder, load)
+    model = family(name=name, index_values=index_values, **parts)
+    model.check()
+    for network in parts.values():
+        if isinstance(network, nn.Module):
+            network.requires_grad_(False).eval()
+    return model
+
+
+def _without_weights(kind: Any) -> Callable[[Path], nn.Module]:
+    def load(path: Path) -> nn.Module:
+        with torch.device("meta"):
+            if hasattr(kind, "load_config"):  # diffusers'
+                return kind.from_config(kind.load_config(path, local_files_only=True))
+            return kind(kind.config_class.from_pretrained(path, local_files_only=True))
+
+    return load
+
+
 def fetch_model(name: str) -> None:
     """Have all files that `load_model` reads of a model on this machine, and load none. Raises UserError as there."""
     if is_single_file(name):
@@ -115,9 +148,13 @@ def best_device() -> torch.device | str:
     return torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 
-def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:
+def _find(
+    name: str, revision: str | None, variant: str | None, *, weights: bool = True
+) -> tuple[Path, type[BaseModel], dict[str, Any]]:
     """A model's local folder (as named, bundled with this project, or fetched from the hub into its cache), its family
     and the plain values of its index.
+
+    weights: whether to fetch them, too.
     """
     for folder in places(name):
         if folder.is_dir():
@@ -136,7 +173,8 @@ def _find(name: str, revision: str | None, variant: str | None) -> tuple[Path, t
     end = f".{variant}.safetensors" if variant else ".safetensors"
     wanted = [INDEX]
     for part in family.parts():
-        files = ["*"] if part.startswith("tokenizer") else ["*.json", f"*model{end}", f"*model-*-of-*{end}"]
+        of_weights = [f"*model{end}", f"*model-*-of-*{end}"] if weights else []
+        files = ["*"] if part.startswith("tokenizer") else ["*.json", *of_weights]
         wanted += [f"{part}/{pattern}" for pattern in files]
     folder = _fetch(name, revision, wanted)
     if missing := [part for part in family.parts() if not (folder / part).is_dir()]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,13 @@ from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.photos.captions import read_captions
 from gsoft_diffusion.photos.image_files import IMAGE_SUFFIXES, Picture, read_picture
 from gsoft_diffusion.photos.masks import find_masks, is_mask, is_white, read_mask, read_opacity, trouble
+from gsoft_diffusion.photos.quality import alike, is_blurred, look
 
 SMALLEST = 2  # pixels along the shorter side
 NAMED = 5  # files that are left out by name; of more only how many
 FOLDER = "/ (a folder)"  # after the name of one that is left out
 LIKE_A_MASK = re.compile(r"(.+?)[-_. ]?masks?", re.IGNORECASE)
+BLANK = ("of one single colour",)
 KOHYA = re.compile(r"(\d+)_(.*\S.*)")  # repeats and words
 
 Size = tuple[int, int]  # width and height in pixels, as in Pillow
@@ -41,6 +43,7 @@ class Photo:
     prompt: its caption, or the prompt of its folder if it has none.
     size: upright. notes: what was done to it or is odd about it, in words that follow a number of photos.
     mask: the file that says where the subject is: another one, or the photo itself by its transparency.
+    look: what it looks like, by which `alike` finds photos that were taken twice; None if that was not asked.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Photo:
     size: Size
     notes: tuple[str, ...] = ()
     mask: Path | None = None
+    look: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
     flag: the option that named the folder, for error messages.
     prompt: of photos that have no caption.
     limit: use only so many pictures; None for all.
-    masks: whether masks mean something for these photos.
+    masks: whether these are photos of a subject, which may have masks and should be good; class images are not.
 
     Every file is read once, so that a damaged one is found now and not an hour later. Raises UserError naming the file
     for whatever is damaged, ambiguous or does not belong together.
@@ -119,6 +123,8 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
     for path in listing.images[:limit]:
         picture = read_picture(path)
         size, notes, mask = picture.image.size, _notes(picture), None
+        if masks and is_blurred(picture.image):
+            notes.append("blurred")
         if masks and picture.drawn:
             notes.append("drawn by this program and not photographed")
         if masks and (named := LIKE_A_MASK.fullmatch(path.stem)) and named[1] in stems:
@@ -129,7 +135,8 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
         if masks:
             mask, note = _checked_mask(path, picture, mask_files.get(path))
             notes += [note] if note else []
-        photos.append(Photo(path, captions.get(path, prompt), size, tuple(notes), mask))
+        seen = look(picture.image) if masks else None
+        photos.append(Photo(path, captions.get(path, prompt), size, tuple(notes), mask, seen))
     used = {*caption_files, *mask_files.values()}
     base = on_disk(Path(folder))
     unknown = [path.relative_to(base).as_posix() for path in listing.others if path not in used]
@@ -213,6 +220,16 @@ def copies(photos: Iterable[Photo]) -> Iterator[tuple[Photo, Photo]]:
             yield first, photo
 
 
+def nearly_copies(photos: Sequence[Photo]) -> Iterator[tuple[Photo, Photo]]:
+    """Photos that look nearly the same as one before them, and are no copies of it: that one, and the later."""
+    same = {(id(first), id(copy)) for first, copy in copies(photos)}
+    looks = [(photo, photo.look) for photo in photos if photo.look is not None and not set(BLANK) & set(photo.notes)]
+    for first, later in alike(bits for _, bits in looks):
+        pair = looks[first][0], looks[later][0]
+        if (id(pair[0]), id(pair[1])) not in same:
+            yield pair
+
+
 def is_blank(image: Image.Image) -> bool:
     """Whether the picture is black or of any other single colour, as numbers that are not finite leave it."""
     pixels = np.asarray(image)
@@ -222,7 +239,7 @@ def is_blank(image: Image.Image) -> bool:
 def _notes(picture: Picture) -> list[str]:
     notes = ["turned upright by EXIF data"] if picture.turned else []
     notes += [picture.colours] if picture.colours else []
-    return notes + (["of one single colour"] if is_blank(picture.image) else [])
+    return notes + (list(BLANK) if is_blank(picture.image) else [])
 
 
 def _checked_mask(path: Path, picture: Picture, file: Path | None) -> tuple[Path | None, str]:

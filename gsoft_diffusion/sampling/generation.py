@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -134,6 +135,8 @@ def _to_images(pixels: Tensor) -> list[Image.Image]:
 def draw(config: GenerationConfig) -> list[Path]:
     """Draw `num_images` pictures for each prompt with adapters, each into a PNG, and contact sheets of them all.
 
+    Adapters work together, or side by side, each by itself.
+
     What the settings leave open comes from the first adapter's metadata. Returns the paths of the contact sheets.
 
     Raises UserError if adapters, prompts, base model or settings cannot be used, the folder cannot be written, or
@@ -154,11 +157,10 @@ def draw(config: GenerationConfig) -> list[Path]:
         cpu_offload=config.cpu_offload,
     )
     stack = AdapterStack(model.denoiser, model.text_encoders)
-    with model.on_device(*model.text_encoders):  # elsewhere their weights would be rounded otherwise
+    with model.on_device(*model.text_encoders):
         for path in config.adapter:
             stack.load(path, path, accept_other_base=config.accept_other_base)
         base_model = public_identity_of(model) if config.accept_other_base else file.base_model
-        stack.use(config.strengths)
     if config.compile:
         compile_networks([model.denoiser], model.device)
     resolution = resolution or model.resolution
@@ -168,12 +170,12 @@ def draw(config: GenerationConfig) -> list[Path]:
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
     first = next_number(folder)
     runs = [_run_name(each.path) for each in files]
-    strengths = config.strengths.values()
+    strengths = config.strengths
+    kept = [
+        {"name": f"{run}/{each.path.name}", "strength": strength}
+        for run, each, strength in zip(runs, files, strengths.values(), strict=True)
+    ]
     settings = {
-        "adapters": [
-            {"name": f"{run}/{each.path.name}", "strength": strength}
-            for run, each, strength in zip(runs, files, strengths, strict=True)
-        ],
         "subjects": subjects,
         "base_model": asdict(base_model),
         "sampler": sampler.to_dict(),
@@ -181,36 +183,58 @@ def draw(config: GenerationConfig) -> list[Path]:
         "height": height,
     }
 
-    def draw_jobs(column: str) -> list[Sample]:
+    def draw_jobs(column: Column) -> list[Sample]:
+        with model.on_device(*model.text_encoders):  # elsewhere their weights would be rounded otherwise
+            stack.use(column.strengths)
         samples = generate(model, jobs, sampler, width=width, height=height, batch_size=config.batch_size)
         drawn = []
-        for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=column, unit="picture"), start=first):
-            mark = "_base" if column == "base" else ""
-            facts = {"prompt": sample.prompt, "seed": sample.seed, "model": column}
-            save_png(
-                sample.image,
-                folder,
-                f"{{}}_seed{sample.seed}{mark}_{slug(sample.prompt)}.png",
-                number,
-                facts | settings,
-            )
+        for number, sample in enumerate(tqdm(samples, total=len(jobs), desc=column.name, unit="picture"), start=first):
+            facts = {"prompt": sample.prompt, "seed": sample.seed, "model": column.model, "adapters": column.adapters}
+            name = f"{{}}_seed{sample.seed}{column.mark}_{slug(sample.prompt)}.png"
+            save_png(sample.image, folder, name, number, facts | settings)
             drawn.append(sample)
         return drawn
 
-    columns = {"adapter": draw_jobs("adapter")}
+    if config.side_by_side:
+        given = zip(_distinct(runs), strengths.items(), kept, strict=True)
+        columns = [Column(run, {path: strength}, [fact], f"_{slug(run)}") for run, (path, strength), fact in given]
+    else:
+        columns = [Column("adapter", strengths, kept)]
     if config.compare:
-        stack.use({})
-        columns["base"] = draw_jobs("base")
-    names = (run + (f" × {strength:g}" if strength != 1 else "") for run, strength in zip(runs, strengths, strict=True))
+        columns.append(Column("base", {}, kept, "_base", "base"))
+    drawn = {column.name: draw_jobs(column) for column in columns}
+    names = (run + (f" × {one:g}" if one != 1 else "") for run, one in zip(runs, strengths.values(), strict=True))
     title = (
         f"{', '.join(names)}: {sampler.scheduler}, "
         f"{sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}"
     )
     sheets = []
-    for number, sheet in enumerate(contact_sheets(sheet_rows(columns, config.num_images), title), start=first):
-        sheets.append(save_png(sheet, folder, "contact_sheet_{}.png", number, settings))
-    print(f"{sum(map(len, columns.values()))} pictures in {folder}; look at {', '.join(map(str, sheets))}")
+    for number, sheet in enumerate(contact_sheets(sheet_rows(drawn, config.num_images), title), start=first):
+        sheets.append(save_png(sheet, folder, "contact_sheet_{}.png", number, {"adapters": kept} | settings))
+    print(f"{sum(map(len, drawn.values()))} pictures in {folder}; look at {', '.join(map(str, sheets))}")
     return sheets
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one picture in each group of a contact sheet is drawn with.
+
+    name: on the sheet. strengths: of the adapters in use, by the names in the stack. adapters: what pictures say of
+    them. mark: in the names of files. model: `base` for the untouched base model.
+    """
+
+    name: str
+    strengths: Mapping[str, float]
+    adapters: Sequence[Mapping[str, Any]]
+    mark: str = ""
+    model: str = "adapter"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number where one comes twice, as runs of one name in two places do."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})" for at, name in enumerate(names)
+    ]
 
 
 def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> list[Row]:
@@ -220,14 +244,15 @@ def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> lis
     images_each: pictures that follow each other with the same prompt; what is too many for a row goes on in the next.
     """
     groups = list(zip(*columns.values(), strict=True))
+    together = max(1, PICTURES_A_ROW // len(columns))
     rows = []
     for start in range(0, len(groups), images_each):
         same_prompt = groups[start : start + images_each]
-        for at in range(0, len(same_prompt), PICTURES_A_ROW // len(columns)):
-            group = same_prompt[at : at + PICTURES_A_ROW // len(columns)]
+        for at in range(0, len(same_prompt), together):
+            group = same_prompt[at : at + together]
             images = [sample.image for samples in group for sample in samples]
             captions = [
-                f"seed {sample.seed}" + (" · base model" if model == "base" else "")
+                f"seed {sample.seed}" + {"adapter": "", "base": " · base model"}.get(model, f" · {model}")
                 for samples in group
                 for model, sample in zip(columns, samples, strict=True)
             ]

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
+from gsoft_diffusion.photos.image_files import opened
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,19 @@ def save_png(image: Image.Image, folder: Path, name: str, number: int, metadata:
             if not (isinstance(error, FileExistsError) and folder.is_dir()):
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
             number += 1
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What `save_png` kept in a PNG: prompt, seed, sampler and more; nothing if it holds no such text.
+
+    Whoever made the file may have written anything, so values are to be checked before they are used.
+    """
+    try:
+        with opened(path) as image:
+            facts = json.loads(image.info.get(METADATA_KEY, "{}"))
+    except (UserError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def next_number(folder: Path) -> int:

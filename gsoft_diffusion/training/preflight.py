@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import free_memory
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.models.loading import DTYPES
+from gsoft_diffusion.models.loading import DTYPES, best_device, load_architecture
+from gsoft_diffusion.training.preparation import with_architecture_defaults
 from gsoft_diffusion.training.step_memory import step_bytes
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 logger = logging.getLogger(__name__)
 
+Changes = tuple[tuple[str, Any], ...]  # of settings: name and new value
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "schedulefree": 8}  # for each parameter that trains
 
 
@@ -44,29 +46,82 @@ def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapt
         if parameter.device.type == device.type
     )
 
-    @cache
-    def needed(changes: tuple[tuple[str, Any], ...] = ()) -> int:
-        return needed_bytes(replace(config, **dict(changes)), model, adapter, device)
-
-    plans = switches(config, device)
+    estimate = Estimate(config, model, adapter, device)
     try:
-        needs = needed()
-        if needs <= available:
+        plan = estimate.plan(available)
+        if plan is not None and not plan.changes:
             return
-        fits = next((plan for plan in plans if needed(plans[-1]) <= available and needed(plan) <= available), None)
+        needs, least = estimate.needed(), estimate.least()
     except Exception as error:  # whatever a model does that takes numbers: no reason not to train it
         logger.warning("how much memory a training step takes could not be estimated: %s", first_line(error))
         return
-    if fits:
-        advice = f"{_flags(fits)} would make it {_gigabytes(needed(fits))}"
-    elif plans:
-        advice = f"no switch is enough: with {_flags(plans[-1])} it still takes {_gigabytes(needed(plans[-1]))}"
+    if plan:
+        advice = f"{flags(plan.changes)} would make it {_gigabytes(plan.needed)}"
+    elif least:
+        advice = f"no switch is enough: with {flags(least.changes)} it still takes {_gigabytes(least.needed)}"
     else:
         advice = "no other switch saves memory; use a smaller --resolution"
     raise UserError(
         f"not enough memory for training: model and training step take at least {_gigabytes(needs)}, and there are "
         f"{_gigabytes(available)} on {device}; {advice}"
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Changes of settings, as (name, new value), and the bytes that are needed with them, at least."""
+
+    changes: Changes
+    needed: int
+
+
+class Estimate:
+    """What a run needs of memory, with its settings and with those that would save some. What was asked is kept."""
+
+    def __init__(
+        self, config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device
+    ) -> None:
+        """config: the run's settings. model, adapter, device: as in `needed_bytes`."""
+        self.config, self.model, self.adapter, self.device = config, model, adapter, device
+        self._known: dict[Changes, int] = {}
+
+    def needed(self, changes: Changes = ()) -> int:
+        """Bytes with the settings changed like this. Raises as `needed_bytes`."""
+        if changes not in self._known:
+            changed = replace(self.config, **dict(changes))
+            self._known[changes] = needed_bytes(changed, self.model, self.adapter, self.device)
+        return self._known[changes]
+
+    def plan(self, available: int) -> Plan | None:
+        """The fewest changes with which so many bytes are enough, None if nothing is. Raises as `needed_bytes`."""
+        if self.needed() <= available:
+            return Plan((), self.needed())
+        least = self.least()
+        if least is None or least.needed > available:
+            return None
+        plans = switches(self.config, self.device)
+        return next((Plan(plan, self.needed(plan)) for plan in plans if self.needed(plan) <= available), None)
+
+    def least(self) -> Plan | None:
+        """All changes that save memory, None if there are none. Raises as `needed_bytes`."""
+        plans = switches(self.config, self.device)
+        return Plan(plans[-1], self.needed(plans[-1])) if plans else None
+
+
+def estimate_for(config: TrainingConfig, device: torch.device | None = None) -> Estimate:
+    """The estimate of a run with these settings, before any weights are loaded or fetched.
+
+    config: the settings; what they leave open is filled in as in training.
+    device: on which it would run, which this machine need not have; by default the one that it would choose.
+
+    Raises UserError as `load_architecture`, and for settings that do not go with the model.
+    """
+    model = load_architecture(
+        config.pretrained_model_name_or_path, revision=config.revision, base_config=config.base_config
+    )
+    config = with_architecture_defaults(config.resolved(), model)
+    adapter = inject(config.adapter, model.denoiser, model.text_encoders)
+    return Estimate(config, model, adapter, device or torch.device(best_device()))
 
 
 def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
@@ -101,7 +156,7 @@ def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAda
     return weights + step + trained * OPTIMIZER_BYTES[config.optimizer]
 
 
-def switches(config: TrainingConfig, device: torch.device) -> list[tuple[tuple[str, Any], ...]]:
+def switches(config: TrainingConfig, device: torch.device) -> list[Changes]:
     """Changes of the settings that save memory and keep what is learned, fewest first; the last saves most.
 
     config: the settings to change; what they already do to save memory is not offered again.
@@ -111,7 +166,7 @@ def switches(config: TrainingConfig, device: torch.device) -> list[tuple[tuple[s
     """
     size, batches = config.train_batch_size, config.gradient_accumulation_steps
     smaller = [count for count in range(size - 1, 0, -1) if size % count == 0]
-    choices: list[list[tuple[tuple[str, Any], ...]]] = [
+    choices: list[list[Changes]] = [
         [(("train_batch_size", count), ("gradient_accumulation_steps", batches * size // count)) for count in smaller],
         [(("mixed_precision", "bf16"),)] if config.mixed_precision == "no" else [],
         [(("cpu_offload", True),)] if not config.cpu_offload and device.type != "cpu" else [],
@@ -125,7 +180,8 @@ def _networks(model: BaseModel) -> list[nn.Module]:
     return [part for name in model.parts() if isinstance(part := getattr(model, name), nn.Module)]
 
 
-def _flags(changes: tuple[tuple[str, Any], ...]) -> str:
+def flags(changes: Changes) -> str:
+    """The changes as they are given on a command line."""
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes)
 
 

@@ -14,6 +14,7 @@ from gsoft_diffusion.models.compilation import compile_networks
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.crops import bucket_sizes
 from gsoft_diffusion.photos.folder import Photo
+from gsoft_diffusion.photos.preview import enlarged
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
 from gsoft_diffusion.training.dataset import DreamBoothDataset, ViewSettings
 
@@ -26,6 +27,12 @@ def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingCon
     config: the resolved settings; what they say is kept, except that a text encoder that cannot be trained is left out
     with a warning. model: the base model. Raises UserError for a resolution that the model does not take.
     """
+    config = with_architecture_defaults(config, model)
+    return replace(config, sampler=with_model_sampler(model, config.sampler))
+
+
+def with_architecture_defaults(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
+    """As `with_model_defaults`, but for the sampler, so that the model need not have its weights."""
     resolution = config.resolution or model.resolution
     model.check_sides(resolution=resolution)
     usual = MINIATURE if model.resolution < MINIATURE_BELOW else FULL_SIZE
@@ -37,7 +44,7 @@ def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingCon
         left_open.pop("text_encoder_lr", None)
     elif config.optimizer == "prodigy":
         left_open["text_encoder_lr"] = config.learning_rate
-    return replace(config, resolution=resolution, sampler=with_model_sampler(model, config.sampler), **left_open)
+    return replace(config, resolution=resolution, **left_open)
 
 
 def set_up_networks(config: TrainingConfig, model: BaseModel) -> None:
@@ -82,7 +89,7 @@ def make_dataset(
     config: the run's settings.
     model: the base model, which decides the shapes of latents and the number of timesteps.
     instance, prior: the subjects' photos, and the class images or none.
-    say: is told which sizes there are, and if `center_crop` has no effect.
+    say: is told which sizes there are, which photos are too small for them, and if `center_crop` has no effect.
     """
     resolution = config.resolution or model.resolution
     sizes = bucket_sizes(resolution, model.size_step) if config.aspect_buckets else [(resolution, resolution)]
@@ -100,6 +107,9 @@ def make_dataset(
         num_timesteps=model.noise_scheduler().config.num_train_timesteps,
         seed=config.seed,
     )
+    if small := [photo.path.name for photo in instance if enlarged(photo, sizes)]:
+        named = ", ".join(small[:3]) + (f" and {len(small) - 3} more" if len(small) > 3 else "")
+        say(f"note: fewer pixels than the model's pictures, so enlarged and soft: {named}")
     if config.aspect_buckets:
         counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
         say(f"sizes: {', '.join(counts)}")

@@ -31,7 +31,8 @@ from gsoft_diffusion.training.outputs import RunOutputs
 from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.preflight import check_step
 from gsoft_diffusion.training.preparation import check_snr_gamma, make_dataset, set_up_networks
-from gsoft_diffusion.training.signals import Stderr, StopRequest, leave_signals_to_the_run
+from gsoft_diffusion.training.progress import Progress
+from gsoft_diffusion.training.signals import DrawRequest, Stderr, StopRequest, leave_signals_to_the_run
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.subjects import class_photos
@@ -56,7 +57,7 @@ class Run:
     """One training run: everything is made ready in the constructor, `execute` trains.
 
     Its parts are its attributes: `state` is what changes, `training_step` what happens in a step, `validation` and
-    `outputs` what is drawn and written, `tracking` what trackers are told.
+    `outputs` what is drawn and written, `tracking` what trackers are told, `progress` what others may watch.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Run:
         self.state = TrainingState(adapter, prepared, prepared_optimizer, lr_scheduler, accelerator.scaler)
         self.tracking = Tracking(config, accelerator)
         self.training_step = TrainingStep(config, accelerator, model, self.state)
-        self.validation = Validation(config, accelerator, model, self.state, self.tracking)
+        self.progress = Progress(self.outputs.folder, accelerator.print)
+        self.validation = Validation(config, accelerator, model, self.state, self.tracking, instance)
         counts = adapter.parameter_counts()
         accelerator.print(
             f"training {counts.pop('total'):,} parameters: "
@@ -128,9 +130,11 @@ class Run:
         first = state.step
         if self.config.cache_latents:
             self.dataset.cache(self.model.encode_images, chain.from_iterable(self.positions()))
-        with StopRequest(launched=accelerator.num_processes > 1) as stop:
+        with StopRequest(launched=accelerator.num_processes > 1) as stop, DrawRequest() as draw:
+            if first == 0:
+                self.validation.draw_base(stop)
             started = time.perf_counter()
-            self._train(stop)
+            self._train(stop, draw)
             seconds = time.perf_counter() - started
             interrupted = state.step < self.max_train_steps
             if accelerator.is_main_process:
@@ -145,7 +149,7 @@ class Run:
             accelerator.print(line)
         return TrainingResult(self.outputs.adapter, state.step, interrupted, seconds)
 
-    def _train(self, stop: StopRequest) -> None:
+    def _train(self, stop: StopRequest, draw: DrawRequest) -> None:
         config, accelerator, state, step = self.config, self.accelerator, self.state, self.training_step
         recent: deque[float] = deque(maxlen=SMOOTHING)
         losses: list[Tensor] = []  # of the batches since the last optimizer step
@@ -165,8 +169,12 @@ class Run:
                     self.outputs.write_checkpoint(state, self.circumstances)
                 if stopping:
                     return
-                if _due(state.step, config.validation_steps) and state.step < self.max_train_steps:
+                if state.step == self.max_train_steps:
+                    continue  # the last sheet comes after the result is saved
+                if _due(state.step, config.validation_steps):
                     self.validation.draw(stop)
+                elif draw.taken() and accelerator.is_main_process:
+                    self.validation.draw_here(stop)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The run's remaining batches, on the device: as `collate` makes them, with the model's timesteps."""
@@ -205,6 +213,8 @@ class Run:
         skipped = {"skipped": state.skipped} if state.skipped else {}
         progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{state.learning_rate:.2g}", **skipped)
         self.tracking.log({"loss": recent[-1], "lr": state.learning_rate}, state.step)
+        if self.accelerator.is_main_process:
+            self.progress.write(state.step, recent[-1], state.learning_rate)
 
     def _how_to_go_on(self) -> str:
         settings = shlex.quote(str(self.outputs.folder / SETTINGS))

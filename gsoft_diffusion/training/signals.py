@@ -1,4 +1,4 @@
-"""Events from outside of a run: requests to stop, closed terminals, trackers that cannot write."""
+"""Events from outside of a run: requests to stop or to draw, closed terminals, trackers that cannot write."""
 
 from __future__ import annotations
 
@@ -49,9 +49,34 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self._before = {}
 
 
+class DrawRequest(AbstractContextManager["DrawRequest"]):
+    """Inside the block SIGUSR1 asks for a validation sheet after the current step (`kill -USR1 <process>`)."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            self._before = signal.signal(signal.SIGUSR1, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGUSR1, self._before)
+
+    def taken(self) -> bool:
+        """Whether a sheet was asked for since the last call."""
+        requested, self.requested = self.requested, False
+        return requested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
 def leave_signals_to_the_run(_: int = 0) -> None:
     """For a run's worker processes, which signals to the whole group reach too: the run ends them when it is done."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -14,7 +14,7 @@ from gsoft_diffusion.config.prompts import has_words
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import composed
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.photos.folder import KOHYA, Folder, Photo, copies, read_folder
+from gsoft_diffusion.photos.folder import KOHYA, Folder, Photo, copies, nearly_copies, read_folder
 from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
@@ -72,12 +72,14 @@ def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None
 
 
 def note_copies(photos: Sequence[Photo], say: Callable[[str], None]) -> None:
-    """Say which photos are the same picture.
+    """Say which photos are the same picture, or nearly so.
 
-    photos: those of all subjects. say: takes a line for each copy.
+    photos: those of all subjects. say: takes a line for each.
     """
     for first, copy in copies(photos):
         say(f"note: {copy.path} is the same picture as {first.path}, so it counts twice")
+    for first, later in nearly_copies(photos):
+        say(f"note: {later.path} looks nearly the same as {first.path}; different views teach more")
 
 
 def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> None:

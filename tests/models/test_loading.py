@@ -9,11 +9,12 @@ import torch
 from conftest import PIXELS, TEXT_LENGTH, write_base
 from diffusers import DDIMScheduler
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny_families import WRITERS
 
 from gsoft_diffusion.foundation import bundled, memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
-from gsoft_diffusion.models.loading import known_device, load_model
+from gsoft_diffusion.models.loading import known_device, load_architecture, load_model
 
 
 @pytest.fixture
@@ -260,3 +261,18 @@ def test_pictures_and_latents_are_the_same_with_offloading(base):
         plain.encode_prompts(["a dog"])["encoder_hidden_states"],
         offloaded.encode_prompts(["a dog"])["encoder_hidden_states"],
     )
+
+
+@pytest.mark.parametrize("family", WRITERS, ids=lambda family: family.__name__)
+def test_an_architecture_is_the_model_without_weights(family, tmp_path, monkeypatch):
+    folder = WRITERS[family](tmp_path / "base")
+    whole = load_model(str(folder))
+    monkeypatch.setattr(models_module, "check_weights", lambda *_: pytest.fail("weights were looked at"))
+    bare = load_architecture(str(folder))
+    assert (type(bare), bare.resolution, bare.size_step) == (type(whole), whole.resolution, whole.size_step)
+    for part in whole.parts():
+        wanted, found = getattr(whole, part), getattr(bare, part)
+        if isinstance(wanted, torch.nn.Module):
+            shapes = {name: tensor.shape for name, tensor in wanted.named_parameters()}
+            assert {name: tensor.shape for name, tensor in found.named_parameters()} == shapes
+            assert all(tensor.is_meta and not tensor.requires_grad for tensor in found.parameters())

@@ -25,6 +25,7 @@ from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.sampling.generation import Sample, _precision, _sampler, draw, generate, sheet_rows
+from gsoft_diffusion.sampling.pictures import read_facts
 
 FEW_STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
 JOBS = [("a dog", 7), ("a cat", 7), ("a dog", 8), ("", 0), ("a dog", 7)]
@@ -513,3 +514,56 @@ def test_a_sibling_of_the_base_draws_if_asked_for_and_pictures_say_so(adapter_fi
     ((_, facts),) = pictures_in(adapter_file.parent / "images").values()
     identity = identity_of(load_model(str(sibling)))
     assert facts["base_model"] == {"name": "sibling", "fingerprint": identity.fingerprint}
+
+
+def another_adapter(base, path):
+    """One like `adapter_file`, with other rotations."""
+    model = load_model(str(base))
+    identity = identity_of(model)
+    adapter = inject(AdapterConfig(nblocks=4), model.unet, [model.text_encoder])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    path.parent.mkdir()
+    training = {"sampler": FEW_STEPS.to_dict(), "resolution": 36}
+    save_adapter(path, adapter, base_model=identity, training=training, prompts={})
+    return path
+
+
+def test_side_by_side_each_adapter_draws_by_itself(base, adapter_file, tmp_path):
+    paths = [adapter_file, another_adapter(base, tmp_path / "cat" / "adapter.safetensors")]
+    common = {"prompts": ("a dog",), "num_images": 1}
+    both = tuple(map(str, paths))
+    draw(
+        GenerationConfig(both, (1.0, 0.5), side_by_side=True, compare=True, output_dir=str(tmp_path / "out"), **common)
+    )
+    pictures = pictures_in(tmp_path / "out")
+    found = {(facts["model"], len(facts["adapters"]), facts["adapters"][0]["name"]) for _, facts in pictures.values()}
+    names = [f"{path.parent.name}/adapter.safetensors" for path in paths]
+    assert found == {("adapter", 1, names[0]), ("adapter", 1, names[1]), ("base", 2, names[0])}
+    for path, strength, name in zip(both, (1.0, 0.5), names, strict=True):
+        alone = tmp_path / f"alone-{strength}"
+        draw(GenerationConfig((path,), (strength,), output_dir=str(alone), **common))
+        ((expected, _),) = pictures_in(alone).values()
+        (drawn,) = (
+            image
+            for image, facts in pictures.values()
+            if facts["model"] == "adapter" and facts["adapters"][0]["name"] == name
+        )
+        np.testing.assert_array_equal(drawn, expected)
+    sheet = Image.open(tmp_path / "out" / "contact_sheet_0000.png")
+    assert sheet.width == 8 + 3 * (216 + 8)  # three pictures of 36 pixels, each six times as large
+
+
+def test_side_by_side_of_one_adapter_is_refused():
+    with pytest.raises(UserError, match="--side_by_side would have no effect: there is one adapter"):
+        GenerationConfig(("a",), side_by_side=True)
+
+
+def test_facts_of_a_picture_are_read_again(adapter_file):
+    (sheet,) = draw(GenerationConfig((str(adapter_file),), prompts=("a dog",), num_images=1))
+    (picture,) = (path for path in sheet.parent.glob("*.png") if path != sheet)
+    assert read_facts(picture)["prompt"] == "a dog"
+    picture.write_bytes(picture.read_bytes()[:40])
+    assert read_facts(picture) == {}

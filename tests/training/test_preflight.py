@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_families import WRITERS
 
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.models import loading
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import preflight
 from gsoft_diffusion.training.optimizer import make_optimizer
-from gsoft_diffusion.training.preflight import OPTIMIZER_BYTES, check_step, needed_bytes, switches
+from gsoft_diffusion.training.preflight import OPTIMIZER_BYTES, check_step, estimate_for, needed_bytes, switches
+from gsoft_diffusion.training.preparation import with_model_defaults
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(
@@ -131,3 +134,27 @@ def test_what_cannot_be_estimated_is_not_refused(adapted, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         check_step(CONFIG, *adapted, CPU)
     assert "could not be estimated: nothing is known of contents" in caplog.text
+
+
+@pytest.mark.parametrize("family", WRITERS, ids=lambda family: family.__name__)
+def test_the_estimate_without_weights_is_that_of_the_loaded_model(family, tmp_path, monkeypatch):
+    base = WRITERS[family](tmp_path / "base")
+    monkeypatch.setattr(loading, "check_weights", lambda *_: pytest.fail("weights were looked at"))
+    config = replace(CONFIG, pretrained_model_name_or_path=str(base))
+    estimate = estimate_for(config, CPU)
+    monkeypatch.undo()
+    model = load_model(str(base))
+    filled = with_model_defaults(config.resolved(), model)
+    adapter = inject(filled.adapter, model.denoiser, model.text_encoders)
+    assert estimate.needed() == needed_bytes(filled, model, adapter, CPU)
+    assert all(parameter.is_meta for parameter in estimate.model.denoiser.parameters() if not parameter.requires_grad)
+
+
+def test_a_plan_has_the_fewest_changes_that_fit(base):
+    estimate = estimate_for(replace(CONFIG, pretrained_model_name_or_path=str(base)), torch.device("cuda"))
+    assert estimate.plan(estimate.needed()).changes == ()
+    one = estimate.plan(estimate.needed() - 1)
+    assert len(one.changes) == 1
+    assert one.needed == estimate.needed(one.changes) < estimate.needed()
+    assert estimate.plan(1000) is None
+    assert estimate.least().needed <= one.needed

@@ -1,0 +1,238 @@
+"""The queue of jobs, in the page's folder: it survives the page. Each job runs as a process of its own.
+
+A job is a command of this project with settings in a file. One that needs the device waits for its turn; exports, which
+compute on the CPU, have a turn of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import yaml
+
+from gsoft_diffusion.app.job import END, JOB, LOG, PROCESS, SETTINGS
+from gsoft_diffusion.app.workspace import Workspace, read_json, write_json
+from gsoft_diffusion.foundation.errors import UserError
+
+Kind = Literal["train", "draw", "export"]
+State = Literal["waiting", "running", "done", "stopped", "failed", "lost", "withdrawn"]
+TURNS: dict[str, str] = {"train": "device", "draw": "device", "export": "cpu"}
+WITHDRAWN = "withdrawn"
+HEAD, TAIL = 10_000, 20_000  # bytes of a log's beginning and end that are looked at
+EVERY = 0.5  # seconds between looks at the queue
+PROCESS_FOLDER = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its folder says.
+
+    run: the name of the run that it is about. state: `lost` is a process that ended without a word, as when it was
+    killed or the machine was switched off. place: how many jobs it waits for; 0 unless it waits.
+    """
+
+    folder: Path
+    kind: Kind
+    run: str
+    state: State
+    pid: int | None = None
+    place: int = 0
+
+    @property
+    def number(self) -> str:
+        """The job's number in the queue."""
+        return self.folder.name
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state not in ("waiting", "running")
+
+    def lines(self) -> list[str]:
+        """The first and the last lines of what it printed, each as a terminal would show it in the end."""
+        try:
+            with (self.folder / LOG).open("rb") as file:
+                head = file.read(HEAD)
+                file.seek(max(HEAD, file.seek(0, os.SEEK_END) - TAIL))
+                text = (head + file.read()).decode(errors="replace")
+        except OSError:
+            return []
+        lines = [line.rstrip("\r").rpartition("\r")[2].strip() for line in text.split("\n")]
+        return [line for line in lines if line]
+
+    def error(self) -> str:
+        """What went wrong, in a line; "" if nothing did."""
+        if self.state not in ("failed", "lost"):
+            return ""
+        lines = self.lines()
+        said = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
+        last = f"; the last it said: {lines[-1]}" if lines else ""
+        unsaid = "its process was ended from outside" if self.state == "lost" else "it ended unexpectedly"
+        return said or unsaid + last
+
+    def silent_for(self, *files: Path) -> float:
+        """Seconds since it printed something, or wrote to one of the files."""
+        times = []
+        for path in (self.folder / LOG, self.folder / JOB, *files):
+            with suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return time.time() - max(times, default=time.time())
+
+
+class Jobs:
+    """The queue. Only one page may use a folder's at a time."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        """workspace: the page's folder, whose queue goes on where it was."""
+        self.workspace = workspace
+        self._lock = threading.RLock()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._ended: dict[str, Job] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="queue", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run what waits."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Start no more jobs. Those that run go on."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def add(self, kind: Kind, run: str, settings: Mapping[str, Any]) -> Job:
+        """Put a job at the end of the queue.
+
+        kind: which command. run: the name of the run that it is about. settings: the command's, as in a YAML file.
+
+        Raises UserError if it cannot be written.
+        """
+        with self._lock:
+            numbers = [int(path.name) for path in self.workspace.jobs.iterdir() if path.name.isdecimal()]
+            folder = self.workspace.jobs / f"{max(numbers, default=0) + 1:04d}"
+            try:
+                folder.mkdir()
+                text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+                (folder / SETTINGS).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {error.strerror}") from error
+            write_json(folder / JOB, {"kind": kind, "run": run, "added": time.time()})
+            self.advance()
+            return self.job(folder.name)
+
+    def all(self) -> list[Job]:
+        """All jobs, in the order in which they were asked for."""
+        with self._lock:
+            folders = sorted(path for path in self.workspace.jobs.iterdir() if (path / JOB).is_file())
+            found, waiting = [], dict.fromkeys(TURNS.values(), 0)
+            for folder in folders:
+                job = self._ended.get(folder.name) or self._read(folder, waiting)
+                if job.ended:
+                    self._ended[folder.name] = job
+                else:
+                    waiting[TURNS[job.kind]] += 1
+                found.append(job)
+            return found
+
+    def job(self, number: str) -> Job:
+        """The job of that number. Raises UserError if there is none."""
+        found = next((job for job in self.all() if job.number == number), None)
+        if found is None:
+            raise UserError(f"there is no job {number}")
+        return found
+
+    def latest(self, run: str, kind: Kind) -> Job | None:
+        """The last job of a kind that is about a run, None if there was none."""
+        return next((job for job in reversed(self.all()) if job.run == run and job.kind == kind), None)
+
+    def stop(self, job: Job) -> None:
+        """Have a job end: one that runs saves what it has, one that waits leaves the queue."""
+        with self._lock:
+            job = self.job(job.number)
+            if job.state == "waiting":
+                write_json(job.folder / END, {"status": WITHDRAWN, "time": time.time()})
+            elif job.state == "running":
+                self._send(job, signal.SIGTERM)
+
+    def draw_now(self, job: Job) -> None:
+        """Ask a training that runs for a sheet of its validation prompts after the current step."""
+        if job.state == "running":
+            self._send(job, signal.SIGUSR1)
+
+    def advance(self) -> None:
+        """Start what has its turn."""
+        with self._lock:
+            for child in self._children.values():
+                child.poll()  # takes note of those that have ended, which would count as running otherwise
+            jobs = self.all()
+            for turn in dict.fromkeys(TURNS.values()):
+                open_jobs = [job for job in jobs if not job.ended and TURNS[job.kind] == turn]
+                if open_jobs and all(job.state == "waiting" for job in open_jobs):
+                    self._start(open_jobs[0])
+
+    def _watch(self) -> None:
+        while not self._closing.wait(EVERY):
+            with suppress(OSError, UserError):  # a full disk, a folder that is gone: it is tried again
+                self.advance()
+
+    def _read(self, folder: Path, before: Mapping[str, int]) -> Job:
+        facts, end, process = (read_json(folder / name) for name in (JOB, END, PROCESS))
+        kind, run = facts["kind"], str(facts["run"])
+        if end:
+            states: dict[Any, State] = {0: "done", 130: "stopped", WITHDRAWN: "withdrawn"}
+            return Job(folder, kind, run, states.get(end["status"], "failed"))
+        if process and _alive(process):
+            return Job(folder, kind, run, "running", process["pid"])
+        child = self._children.get(folder.name)
+        if child and child.returncode is None:  # it has not said yet which process it is
+            return Job(folder, kind, run, "running", child.pid)
+        if process or child:
+            if (folder / END).exists():  # it has ended since we looked
+                return self._read(folder, before)
+            return Job(folder, kind, run, "lost")
+        return Job(folder, kind, run, "waiting", place=before[TURNS[kind]])
+
+    def _start(self, job: Job) -> None:
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(PROCESS_FOLDER), os.environ.get("PYTHONPATH")))),
+            "PYTHONUNBUFFERED": "1",
+            "TQDM_MININTERVAL": "2",  # seconds; its lines are kept
+        }
+        with (job.folder / LOG).open("ab") as log:
+            self._children[job.number] = subprocess.Popen(
+                [sys.executable, "-m", "gsoft_diffusion.app.job", str(job.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # what ends the page, or its terminal, does not end the run
+            )
+
+    def _send(self, job: Job, number: signal.Signals) -> None:
+        process = read_json(job.folder / PROCESS)
+        with suppress(ProcessLookupError):
+            if process and _alive(process):
+                os.kill(process["pid"], number)
+            elif not process and (child := self._children.get(job.number)):
+                child.send_signal(number)
+
+
+def _alive(process: Mapping[str, Any]) -> bool:
+    """Whether the process still runs, and its number has not gone to another."""
+    try:
+        found = psutil.Process(process["pid"])
+        return abs(found.create_time() - process["created"]) < 1 and found.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError):
+        return False

@@ -1,0 +1,206 @@
+"""Step 1: the subject and its photos, as training will see them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from gsoft_diffusion.app import fragments
+from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose
+from gsoft_diffusion.app.subjects import Subject, new_subject, subject_of, subjects
+from gsoft_diffusion.config.concept import UNIQUE_TOKEN
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.photos.image_files import open_image
+
+EDITED = 1024  # pixels of the longer side of a photo on which a mask is painted
+
+
+@dataclass(frozen=True)
+class PhotosStep:
+    """What other steps look at: whose photos these are."""
+
+    subject: Any
+
+
+def build(page: Page, demo: gr.Blocks) -> PhotosStep:
+    """Lay out the step. page: what it works on. demo: the page, which fills it when it is opened."""
+    there = subjects(page.workspace)
+    gr.Markdown("Three to five photos are enough: the same subject, from different sides, in different places.")
+    subject = gr.Dropdown(there, value=next(iter(there), None), label="Subject", elem_id="subject")
+    with gr.Accordion("A new subject", open=not there, elem_id="new-subject") as new:
+        with gr.Row():
+            name = gr.Textbox(label="What you call it", placeholder="Rex", elem_id="subject-name")
+            word = gr.Textbox(label="What it is, in a word or two", placeholder="dog", elem_id="class-word")
+        create = gr.Button("Make it", variant="primary", elem_id="create-subject")
+    said = gr.HTML(elem_id="subject-said")
+    called = gr.HTML(elem_id="called")
+    with gr.Column(visible=bool(there)) as with_subject:
+        upload = gr.File(file_count="multiple", label="Drop its photos here", height=150, elem_id="upload")
+        upload_said = gr.HTML(elem_id="upload-said")
+        cards = gr.HTML(js_on_load=PICK, elem_id="cards")
+    chosen = gr.State("")
+    with gr.Column(visible=False, elem_id="edit-photo") as edit:
+        title = gr.Markdown()
+        caption = gr.Textbox(
+            label="Caption",
+            info="names what is not the subject (a sofa, the snow), so that it is not learned as a part of it",
+            elem_id="caption",
+        )
+        with gr.Row():
+            save_caption = gr.Button("Keep the caption", elem_id="save-caption")
+            remove = gr.Button("Remove the photo", variant="stop", elem_id="remove-photo")
+        with gr.Accordion("Mask: where the subject is", open=False, elem_id="mask"):
+            gr.Markdown(
+                "Paint over the subject. What is not painted counts less, if `unmasked_weight` in step 3 is below 1. "
+                "A mask made elsewhere, white on black, can be dropped below instead."
+            )
+            editor = gr.ImageEditor(
+                type="pil",
+                image_mode="RGBA",
+                sources=[],
+                transforms=[],
+                layers=False,
+                buttons=[],
+                brush=gr.Brush(default_size=40, colors=["#ff3030"], color_mode="fixed"),
+                label="Paint",
+                elem_id="mask-editor",
+            )
+            mask_file = gr.File(label="Or a mask as a picture", height=90, elem_id="mask-file")
+            with gr.Row():
+                save_mask = gr.Button("Keep the mask", elem_id="save-mask")
+                drop_mask = gr.Button("Take the mask away", elem_id="drop-mask")
+        edit_said = gr.HTML(elem_id="edit-said")
+
+    def shown(name: str, pick: str = "") -> tuple[str, str]:
+        """How the subject is called, and its photos."""
+        if not name:
+            return fragments.hint("Give your subject a name to begin."), ""
+        try:
+            known = subject_of(page.workspace, name)
+        except UserError as error:
+            return fragments.failure(str(error)), ""
+        text = f"In prompts it is called “{known.concept.name}”; the base model does not know the word {known.token}."
+        return fragments.hint(text), _cards(known, pick)
+
+    def opened(name: str) -> tuple[Any, ...]:
+        there = subjects(page.workspace)
+        name = name if name in there else next(iter(there), "")
+        return choose(there, name), *shown(name), gr.update(visible=bool(name))
+
+    def changed(name: str) -> tuple[Any, ...]:
+        return *shown(name), gr.update(visible=bool(name)), gr.update(visible=False), "", ""
+
+    def made(name: str, word: str) -> tuple[Any, ...]:
+        try:
+            known = new_subject(page.workspace, name, word, UNIQUE_TOKEN)
+        except UserError as error:
+            return gr.skip(), fragments.failure(_plain(error)), gr.skip(), gr.skip(), gr.skip()
+        return choose(subjects(page.workspace), known.name), "", "", "", gr.update(open=False)
+
+    def added(name: str, files: list[str] | None) -> tuple[Any, ...]:
+        failures = []
+        for file in files or []:
+            try:
+                subject_of(page.workspace, name).add_photo(_uploaded(page, file), Path(file).name)
+            except UserError as error:
+                failures.append(fragments.failure(str(error)))
+            finally:
+                Path(file).unlink(missing_ok=True)
+        return None, "".join(failures), shown(name)[1]
+
+    def picked(name: str, event: gr.EventData) -> tuple[Any, ...]:
+        known = subject_of(page.workspace, name)
+        photo = known.photo(str(event.pick))
+        image = open_image(photo.path)
+        image.thumbnail((EDITED, EDITED))
+        return (
+            photo.path.name,
+            gr.update(visible=True),
+            f"#### {photo.path.name}",
+            photo.prompt,
+            {"background": image, "layers": [], "composite": None},
+            _cards(known, photo.path.name),
+            "",
+        )
+
+    def captioned(name: str, pick: str, text: str) -> tuple[str, str]:
+        try:
+            subject_of(page.workspace, name).set_caption(pick, text)
+        except UserError as error:
+            return fragments.failure(str(error)), gr.skip()
+        return fragments.hint("Kept."), shown(name, pick)[1]
+
+    def masked(name: str, pick: str, painted: dict[str, Any] | None, file: str | None) -> tuple[Any, ...]:
+        try:
+            known = subject_of(page.workspace, name)
+            mask = _mask(page, painted, file)
+            known.set_mask(pick, mask)
+            known.seen()  # reads it as training does, and refuses what could mean several things
+        except UserError as error:
+            return fragments.failure(str(error)), gr.skip(), None
+        finally:
+            if file:
+                Path(file).unlink(missing_ok=True)
+        return fragments.hint("Kept: what is red in the thumbnail counts less."), shown(name, pick)[1], None
+
+    def unmasked(name: str, pick: str) -> tuple[str, str]:
+        try:
+            subject_of(page.workspace, name).set_mask(pick, None)
+        except UserError as error:
+            return fragments.failure(str(error)), gr.skip()
+        return "", shown(name, pick)[1]
+
+    def removed(name: str, pick: str) -> tuple[Any, ...]:
+        try:
+            subject_of(page.workspace, name).remove_photo(pick)
+        except UserError as error:
+            return fragments.failure(str(error)), gr.skip(), gr.skip()
+        return "", shown(name)[1], gr.update(visible=False)
+
+    demo.load(opened, subject, [subject, called, cards, with_subject], **QUIET)
+    subject.change(changed, subject, [called, cards, with_subject, edit, chosen, upload_said], **QUIET)
+    gr.on([create.click, word.submit], made, [name, word], [subject, said, name, word, new], **LOUD)
+    upload.upload(added, [subject, upload], [upload, upload_said, cards], **LOUD)
+    cards.click(picked, subject, [chosen, edit, title, caption, editor, cards, edit_said], **QUIET)
+    gr.on([save_caption.click, caption.submit], captioned, [subject, chosen, caption], [edit_said, cards], **LOUD)
+    save_mask.click(masked, [subject, chosen, editor, mask_file], [edit_said, cards, mask_file], **LOUD)
+    drop_mask.click(unmasked, [subject, chosen], [edit_said, cards], **LOUD)
+    remove.click(removed, [subject, chosen], [edit_said, cards, edit], **LOUD)
+    return PhotosStep(subject)
+
+
+def _cards(subject: Subject, pick: str = "") -> str:
+    try:
+        return fragments.photo_cards(subject, subject.seen(), pick)
+    except UserError as error:
+        return fragments.failure(str(error))
+
+
+def _uploaded(page: Page, file: str) -> Path:
+    """The path of an uploaded file. Raises UserError for one that is not among the uploads."""
+    path = Path(file)
+    if not path.resolve().is_relative_to(page.workspace.uploads):
+        raise UserError(f"{path.name}: was not uploaded")
+    return path
+
+
+def _mask(page: Page, painted: dict[str, Any] | None, file: str | None) -> Image.Image:
+    """What was painted, or else the picture in the file: white where the subject is."""
+    if file:
+        place = page.workspace.uploads / "mask.png"
+        shutil.copyfile(_uploaded(page, file), place)
+        return open_image(place)
+    layers = (painted or {}).get("layers") or []
+    if not layers:
+        raise UserError("nothing is painted; paint over the subject, then keep the mask")
+    return layers[0].getchannel("A").point(lambda opacity: 255 if opacity else 0)
+
+
+def _plain(error: UserError) -> str:
+    """An error's words without the flags, which are the fields' names here."""
+    return str(error).removeprefix("--class_word: ").removeprefix("--name: ")

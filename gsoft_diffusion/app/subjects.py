@@ -1,0 +1,241 @@
+"""Subjects: their photos, captions and masks in a folder as training reads it, and what was chosen for them."""
+
+from __future__ import annotations
+
+import shutil
+import unicodedata
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gsoft.whole_file import whole_file
+from gsoft_diffusion.app.workspace import NAME, Workspace, read_json, write_json
+from gsoft_diffusion.config.concept import Concept
+from gsoft_diffusion.config.prompts import plain_noun
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
+from gsoft_diffusion.photos.folder import Photo, copies, nearly_copies, read_folder
+from gsoft_diffusion.photos.image_files import IMAGE_SUFFIXES, opened, read_picture
+from gsoft_diffusion.photos.masks import MASK_END
+from gsoft_diffusion.photos.preview import enlarged
+from gsoft_diffusion.sampling.pictures import slug
+
+MOST_BYTES = 50_000_000  # of a photo
+MOST_PIXELS = 120_000_000  # more than phones have; Pillow's own limit is half as much again
+MOST_PHOTOS = 100
+FACTS = "subject.json"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A photo, and what is to be said of it."""
+
+    photo: Photo
+    remarks: tuple[str, ...]
+
+
+class Subject:
+    """A subject in the page's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: of the subject, which is there."""
+        self.folder, self.photos = folder, folder / "photos"
+        self.facts = read_json(folder / FACTS)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name
+
+    @property
+    def class_word(self) -> str:
+        """What it is: dog."""
+        return str(self.facts.get("class_word", ""))
+
+    @property
+    def token(self) -> str:
+        """Its name in prompts: sks."""
+        return str(self.facts.get("token", ""))
+
+    @property
+    def base(self) -> str:
+        """The base model that was chosen for it."""
+        return str(self.facts.get("base", BUNDLED_BASE))
+
+    @property
+    def resolution(self) -> int:
+        """Side of the base model's pictures, in pixels."""
+        return int(self.facts.get("resolution", 64))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of its last run that differ from the defaults, by name."""
+        settings = self.facts.get("settings")
+        return dict(settings) if isinstance(settings, dict) else {}
+
+    @property
+    def concept(self) -> Concept:
+        """The subject as training knows it."""
+        return Concept(str(self.photos), self.class_word, self.token).resolved()
+
+    def keep(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts by name: class_word, token, base, resolution, settings. Raises UserError if it cannot."""
+        changed = self.facts | dict(facts)
+        if changed.get("class_word"):
+            Concept(str(self.photos), changed["class_word"], changed.get("token") or None).resolved()
+        write_json(self.folder / FACTS, changed)
+        self.facts = changed
+
+    def seen(self) -> list[Seen]:
+        """Its photos with what training says of them. Raises UserError as `read_folder`; none if there is none."""
+        if not any(self.photos.iterdir()):
+            return []
+        photos = read_folder(self.photos, "photos", self.concept.instance_prompt or "").photos
+        said: dict[Path, list[str]] = {photo.path: list(photo.notes) for photo in photos}
+        for first, copy in copies(photos):
+            said[copy.path].append(f"the same picture as {first.path.name}")
+        for first, later in nearly_copies(photos):
+            said[later.path].append(f"nearly the same as {first.path.name}; different views teach more")
+        sizes = [(self.resolution, self.resolution)]
+        for photo in photos:
+            if remark := enlarged(photo, sizes):
+                said[photo.path].append(remark)
+        return [Seen(photo, tuple(said[photo.path])) for photo in photos]
+
+    def photo(self, name: str) -> Photo:
+        """One of its photos by the name of its file. Raises UserError if there is none."""
+        found = next((each.photo for each in self.seen() if each.photo.path.name == name), None)
+        if found is None:
+            raise UserError(f"{self.name} has no photo {name}")
+        return found
+
+    def add_photo(self, upload: Path, called: str) -> Path:
+        """Take over an uploaded file, under a name of letters and digits that no other has. Returns its path.
+
+        upload: the file, which may be anything. called: what its sender calls it.
+
+        Raises UserError if it is no photo that training can use, or if the disk is full.
+        """
+        suffix = Path(called).suffix.lower()
+        shown = Path(called.replace("\\", "/")).name
+        if suffix not in IMAGE_SUFFIXES:
+            raise UserError(f"{shown}: is no kind of picture known here; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
+        if upload.is_symlink() or not upload.is_file():
+            raise UserError(f"{shown}: is no file")
+        if (size := upload.stat().st_size) > MOST_BYTES:
+            raise UserError(
+                f"{shown}: has {size / 1e6:.0f} MB, and {MOST_BYTES / 1e6:.0f} are allowed; make it smaller"
+            )
+        if sum(path.suffix.lower() in IMAGE_SUFFIXES for path in self.photos.iterdir()) >= MOST_PHOTOS:
+            raise UserError(f"{shown}: there are {MOST_PHOTOS} photos already, and 3 to 5 are enough")
+        place = self._free(slug(Path(shown).stem, 40), suffix)
+        try:
+            shutil.copyfile(upload, place)
+            _check_picture(place)
+        except OSError as error:
+            place.unlink(missing_ok=True)
+            raise UserError(f"{shown}: cannot be kept ({error.strerror})") from error
+        except UserError as error:
+            place.unlink(missing_ok=True)
+            raise UserError(str(error).replace(str(place), shown)) from error
+        return place
+
+    def _free(self, stem: str, suffix: str) -> Path:
+        """A path whose stem no other file has, because captions and masks are found by it."""
+        taken = {path.stem for path in self.photos.iterdir()}
+        number = 1
+        while (candidate := stem if number == 1 else f"{stem}-{number}") in taken or candidate.endswith(MASK_END):
+            number += 1
+        return self.photos / (candidate + suffix)
+
+    def set_caption(self, name: str, text: str) -> None:
+        """Give a photo a caption; an empty one, or the prompt that it has without, takes it away.
+
+        name: of its file. Raises UserError if there is no such photo, or the caption cannot be written.
+        """
+        path = self.photo(name).path.with_suffix(".txt")
+        words = " ".join(unicodedata.normalize("NFC", text).split())
+        try:
+            if words and words != self.concept.instance_prompt:
+                with whole_file(path) as file:
+                    file.write(words.encode())
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{name}: its caption cannot be written ({error.strerror})") from error
+
+    def set_mask(self, name: str, mask: Image.Image | None) -> None:
+        """Say where the subject is in a photo; None takes its mask away.
+
+        name: of its file. mask: white where the subject is, in the photo's shape; it is scaled to the photo's size.
+
+        Raises UserError if there is no such photo, if nothing is marked, or if the mask cannot be written.
+        """
+        photo = self.photo(name)
+        path = photo.path.with_name(f"{photo.path.stem}{MASK_END}.png")
+        if mask is not None and not np.asarray(mask.convert("L")).any():
+            raise UserError(f"{name}: nothing is painted; paint over the subject, then save the mask")
+        try:
+            if mask is None:
+                path.unlink(missing_ok=True)
+            else:
+                with whole_file(path) as file:
+                    mask.convert("L").resize(photo.size, Image.Resampling.BILINEAR).save(file, "PNG")
+        except OSError as error:
+            raise UserError(f"{name}: its mask cannot be written ({error.strerror})") from error
+
+    def remove_photo(self, name: str) -> None:
+        """Delete a photo with its caption and mask. Raises UserError if there is none of that name."""
+        path = self.photo(name).path
+        for each in (path, path.with_suffix(".txt"), path.with_name(f"{path.stem}{MASK_END}.png")):
+            with suppress(OSError):
+                each.unlink(missing_ok=True)
+
+
+def _check_picture(path: Path) -> None:
+    """Raise UserError if the file is not a picture that training can read, or has very many pixels."""
+    with opened(path) as image:
+        width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{path}: has {width}×{height} pixels, too many; make it smaller")
+    read_picture(path)
+
+
+def subjects(workspace: Workspace) -> list[str]:
+    """The names of the subjects, the latest first."""
+    found = [path for path in workspace.subjects.iterdir() if path.is_dir() and not path.is_symlink()]
+    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def subject_of(workspace: Workspace, name: str) -> Subject:
+    """The subject of that name. Raises UserError if there is none."""
+    if not NAME.fullmatch(name or "") or name not in subjects(workspace):
+        raise UserError(f"there is no subject {name}")
+    return Subject(workspace.subjects / name)
+
+
+def new_subject(workspace: Workspace, name: str, class_word: str, token: str) -> Subject:
+    """Make a subject, whose photos are still to come.
+
+    name: what its owner calls it. class_word: what it is. token: its name in prompts.
+
+    Raises UserError if the class word says nothing, or if there is a subject of that name.
+    """
+    if not plain_noun(class_word).strip():
+        raise UserError("--class_word: say in a word or two what it is: dog, mug, toy car")
+    folder = workspace.subjects / slug(name.strip() or class_word, 40)
+    if folder.exists():
+        raise UserError(f"--name: there is a subject {folder.name} already; choose it above, or give another name")
+    Concept(str(folder), class_word, token).resolved()
+    try:
+        (folder / "photos").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--name: {folder} cannot be made ({error.strerror})") from error
+    subject = Subject(folder)
+    subject.keep({"class_word": plain_noun(class_word), "token": token})
+    return subject

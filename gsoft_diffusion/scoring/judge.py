@@ -1,0 +1,61 @@
+"""How well pictures show a subject, on one scale: from the base model, which does not know it, to its real photos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from gsoft_diffusion.scoring import metrics
+from gsoft_diffusion.scoring.encoders import MINI_CLIP, MINI_DINO, Encoders, load_encoders
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Mean scores of pictures: `dino` with the photos, `clip_t` with their captions."""
+
+    dino: float
+    clip_t: float
+
+
+class Judge:
+    """Scores pictures of one subject, always of the same captions in the same order."""
+
+    def __init__(self, encoders: Encoders, photos: Iterable[Image.Image], captions: Sequence[str]) -> None:
+        """encoders: what scores.
+        photos: the subject's, two or more.
+        captions: of the pictures that will be scored, without the subject's name, which encoders do not know.
+        """
+        self.encoders = encoders
+        images = list(photos)
+        self._photos = encoders.dino.embed_images(images)
+        self._captions = encoders.clip.embed_texts(captions)
+        # What photos of the subject score: with each other, and with captions of scenes that they do not show.
+        elsewhere = metrics.cosines(encoders.clip.embed_images(images), self._captions).mean().item()
+        self.photos = Verdict(metrics.real_photo_ceiling(self._photos), elsewhere)
+
+    def __call__(self, pictures: Iterable[Image.Image]) -> Verdict:
+        """The scores of pictures, one for each caption."""
+        images = list(pictures)
+        likeness = metrics.dino(self.encoders.dino.embed_images(images), self._photos)
+        prompt = metrics.clip_t(self.encoders.clip.embed_images(images), self._captions)
+        return Verdict(likeness.mean().item(), prompt.mean().item())
+
+    def balance(self, verdict: Verdict, base: Verdict) -> float:
+        """One number for both, between 0 and 1, as `metrics.balance` has it.
+
+        verdict: of the adapter's pictures. base: of the base model's for the same captions and seeds.
+        """
+        ends = (base.dino, base.clip_t), (self.photos.dino, self.photos.clip_t)
+        return metrics.balance(verdict.dino, verdict.clip_t, *ends)
+
+
+def encoders_for(miniature: bool, device: torch.device | str = "cpu") -> Encoders:
+    """The encoders for a base model's pictures: for a miniature's the bundled ones, else the field's if they load.
+
+    miniature: whether the base model is one, whose pictures say little to the field's encoders. device: where they go.
+    """
+    names = (MINI_CLIP, MINI_DINO) if miniature else ("auto", "auto")
+    return load_encoders(*names, device=device)

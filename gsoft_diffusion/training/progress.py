@@ -1,0 +1,84 @@
+"""The numbers of a run's steps in its folder, for programs that watch it: `progress.jsonl`, a line for each step.
+
+{"step": 12, "loss": 0.1034, "lr": 0.001, "time": 1764112345.71}
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gsoft_diffusion.foundation.run_folder import PROGRESS
+
+RECENT = 50  # steps that decide how long the rest will take
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What a run says of a step: how many are done, the step's loss and learning rate, and the time in seconds since
+    1970.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    time: float
+
+
+class Progress:
+    """Writes the lines. A disk that takes no more does not end the run."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        """folder: the run's. say: is told once if nothing can be written."""
+        self.path, self.say = folder / PROGRESS, say
+        self._written = True
+
+    def write(self, step: int, loss: float, lr: float) -> None:
+        """Add a step's line.
+
+        step: optimizer steps done. loss, lr: the step's.
+        """
+        if self._written:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(StepNumbers(step, loss, lr, time.time()))) + "\n")
+            except OSError as error:
+                self._written = False
+                self.say(f"note: cannot write {self.path} ({error.strerror}); nothing more is written to it")
+
+
+def read_progress(folder: Path) -> list[StepNumbers]:
+    """The steps that a run has done, in order; each once, though a resumed run may have done it twice.
+
+    folder: the run's. What is no whole line of numbers, as at the end of a killed run, is left out.
+    """
+    try:
+        lines = (folder / PROGRESS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = {numbers.step: numbers for numbers in map(_numbers, lines) if numbers}
+    return [found[step] for step in sorted(found)]
+
+
+def seconds_left(steps: Sequence[StepNumbers], last: int) -> float | None:
+    """How long the rest of a run will take at its latest pace, None if that is not known yet.
+
+    steps: done, as `read_progress` gave them. last: the step at which the run ends.
+    """
+    pauses = [after.time - before.time for before, after in pairwise(steps[-RECENT - 1 :])]
+    return median(pauses) * (last - steps[-1].step) if pauses else None
+
+
+def _numbers(line: str) -> StepNumbers | None:
+    try:
+        values: Any = json.loads(line)
+        numbers = StepNumbers(int(values["step"]), *(float(values[name]) for name in ("loss", "lr", "time")))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return numbers

@@ -1,0 +1,208 @@
+"""The queue: each job is a process of its own, and what is known of it is in its folder."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from page_folders import ended, until
+
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.app import job as job_module
+from gsoft_diffusion.app import jobs as jobs_module
+from gsoft_diffusion.app.job import END, LOG, PROCESS
+from gsoft_diffusion.app.jobs import Jobs
+from gsoft_diffusion.app.workspace import read_json, write_json
+from gsoft_diffusion.foundation.errors import UserError
+
+
+@pytest.fixture
+def sleeping(monkeypatch):
+    """Jobs that do nothing until they are told to end, with their signals as a command has them."""
+    code = (
+        "import json, os, psutil, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('asked to draw', flush=True));"
+        "end = lambda *_: ((folder / 'end.json').write_text('{\"status\": 130}'), os._exit(130));"
+        "signal.signal(signal.SIGTERM, end);"
+        "facts = {'pid': os.getpid(), 'created': psutil.Process().create_time()};"
+        "(folder / 'process.json').write_text(json.dumps(facts)); print('asleep', flush=True); time.sleep(60)"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        jobs_module.subprocess,
+        "Popen",
+        lambda command, **options: real([sys.executable, "-c", code, command[-1]], **options),
+    )
+
+
+def running(jobs, number):
+    """The job once its process has said that it is there."""
+    return until(lambda: "asleep" in jobs.job(number).lines() and jobs.job(number), "process")
+
+
+def test_one_at_a_time_the_others_say_their_place(jobs, sleeping):
+    first, second, third = (jobs.add("train" if at < 2 else "draw", f"run-{at}", {}) for at in range(3))
+    assert [job.state for job in jobs.all()] == ["running", "waiting", "waiting"]
+    assert [job.place for job in jobs.all()] == [0, 1, 2]
+    jobs.stop(third)
+    assert jobs.job(third.number).state == "withdrawn"
+    running(jobs, first.number)
+    jobs.stop(first)
+    assert ended(jobs, first).state == "stopped"
+    assert jobs.job(second.number).state == "running"
+
+
+def test_exports_do_not_wait_for_the_device(jobs, sleeping):
+    jobs.add("train", "dog", {})
+    assert jobs.add("export", "dog", {}).state == "running"
+    assert jobs.add("export", "dog", {}).place == 1
+
+
+def test_the_queue_survives_the_page(workspace, jobs, sleeping):
+    first, second = jobs.add("train", "dog", {}), jobs.add("train", "cat", {})
+    running(jobs, first.number)
+    again = Jobs(workspace)
+    assert [(job.run, job.state) for job in again.all()] == [("dog", "running"), ("cat", "waiting")]
+    again.advance()
+    assert again.job(second.number).state == "waiting"  # no second one beside the first
+    again.stop(first)
+    jobs._children[first.number].wait()
+    again.advance()
+    assert [job.state for job in again.all()] == ["stopped", "running"]
+    running(again, second.number)
+    again._children[second.number].kill()
+
+
+def test_a_process_that_was_killed_is_lost_and_the_next_begins(jobs, sleeping):
+    first, second = jobs.add("train", "dog", {}), jobs.add("train", "cat", {})
+    os.kill(running(jobs, first.number).pid, signal.SIGKILL)
+    assert ended(jobs, first).state == "lost"
+    assert jobs.job(first.number).error() == "its process was ended from outside; the last it said: asleep"
+    assert jobs.job(second.number).state == "running"
+
+
+def test_a_process_number_that_went_to_another_is_not_taken_for_the_job(workspace, jobs):
+    folder = workspace.jobs / "0001"
+    folder.mkdir()
+    write_json(folder / "job.json", {"kind": "train", "run": "dog"})
+    write_json(folder / PROCESS, {"pid": os.getpid(), "created": psutil.Process().create_time() - 100})
+    job = jobs.job("0001")
+    assert job.state == "lost"
+    jobs.stop(job)  # would end this test
+
+
+def test_a_wish_to_see_pictures_reaches_the_process(jobs, sleeping):
+    job = running(jobs, jobs.add("train", "dog", {}).number)
+    jobs.draw_now(job)
+    until(lambda: "asked to draw" in job.lines(), "word of the wish")
+
+
+def test_the_page_starts_what_waits_by_itself(jobs, sleeping, monkeypatch):
+    monkeypatch.setattr(jobs_module, "EVERY", 0.05)
+    first, second = jobs.add("train", "dog", {}), jobs.add("train", "cat", {})
+    jobs.start()
+    os.kill(running(jobs, first.number).pid, signal.SIGKILL)
+    running(jobs, second.number)
+
+
+def test_the_log_is_shown_as_a_terminal_would(jobs, sleeping):
+    job = jobs.add("train", "dog", {})
+    lines = "a note\n 1/3\r 2/3\r 3/3\r\n\n" + "error: one\nerror: two\n"
+    (job.folder / LOG).write_text(lines)
+    assert job.lines() == ["a note", "3/3", "error: one", "error: two"]
+    (job.folder / LOG).write_text("first\n" + "x" * 100 * 1000 + "\nlast\n")
+    assert (job.lines()[0], job.lines()[-1]) == ("first", "last")
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "error"),
+    [
+        (2, "error: no photos\n", "no photos"),
+        (1, "Traceback\nValueError: x\n", "it ended unexpectedly; the last it said: ValueError: x"),
+        (0, "error: this was long ago\n", ""),
+        (130, "stopped\n", ""),
+    ],
+)
+def test_what_went_wrong_is_said_in_a_line(jobs, sleeping, status, log, error):
+    job = jobs.add("train", "dog", {})
+    (job.folder / LOG).write_text(log)
+    write_json(job.folder / END, {"status": status})
+    assert ended(jobs, job).error() == error
+
+
+def test_silence_is_measured_from_the_last_word(jobs, sleeping, tmp_path):
+    job = running(jobs, jobs.add("train", "dog", {}).number)
+    now = time.time()
+    for path, age in ((job.folder / LOG, 500), (job.folder / "job.json", 900), (tmp_path / "progress", 300)):
+        path.touch()
+        os.utime(path, (now - age, now - age))
+    assert 290 < job.silent_for(tmp_path / "progress") < 320
+    assert 490 < job.silent_for() < 520
+
+
+def test_a_full_disk_is_said_when_a_job_is_added(jobs, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobs_module.Path, "mkdir", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        jobs.add("train", "dog", {})
+
+
+# With real commands
+
+
+@pytest.mark.slow
+def test_a_training_is_the_command_with_its_settings(jobs, run_settings, workspace):
+    job = ended(jobs, jobs.add("train", "dog", run_settings))
+    assert job.state == "done", job.lines()
+    assert read_adapter(workspace.root / "dog").training["step"] == 4
+    bad = ended(jobs, jobs.add("train", "dog", run_settings))
+    assert (bad.state, "holds another run's result" in bad.error()) == ("failed", True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_the_run_with_a_line(jobs, run_settings, monkeypatch):
+    real = subprocess.Popen
+
+    def limited(command, **options):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+
+        return real(command, preexec_fn=limit, **options)
+
+    monkeypatch.setattr(jobs_module.subprocess, "Popen", limited)
+    job = ended(jobs, jobs.add("train", "dog", run_settings))
+    assert job.state == "failed"
+    assert "cannot" in job.error()
+    assert "File too large" in job.error()
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (lambda: sys.exit(2), 2),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 130),
+        (lambda: (os.kill(os.getpid(), signal.SIGUSR1), sys.exit(0)), 0),
+        (lambda: 1 / 0, 1),
+    ],
+)
+def test_a_job_says_how_it_ended(tmp_path, monkeypatch, command, status):
+    """A signal before the run listens for it ends the job with a word; a wish to see pictures then ends nothing."""
+    write_json(tmp_path / "job.json", {"kind": "train", "run": "dog"})
+    monkeypatch.setitem(job_module.COMMANDS, "train", command)
+    monkeypatch.setattr(sys, "argv", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert job_module.main(tmp_path) == status
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert read_json(tmp_path / END)["status"] == status
+    assert read_json(tmp_path / PROCESS)["pid"] == os.getpid()

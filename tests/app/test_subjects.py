@@ -1,0 +1,179 @@
+"""Subjects: what is taken from a stranger's hand, and what training is given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gsoft_diffusion.app import subjects as module
+from gsoft_diffusion.app.subjects import MOST_BYTES, new_subject, subject_of, subjects
+from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.photos.folder import read_folder
+
+
+@pytest.fixture
+def dog(workspace):
+    return new_subject(workspace, "My Dog!", "a dog", "sks")
+
+
+@pytest.fixture
+def upload(tmp_path):
+    """A picture as it was uploaded."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "upload"
+    Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(path, "PNG")
+    return path
+
+
+def test_a_subject_is_found_again(workspace, dog):
+    assert subjects(workspace) == ["my-dog"]
+    again = subject_of(workspace, "my-dog")
+    assert (again.class_word, again.token, again.concept.name) == ("dog", "sks", "a sks dog")
+    again.keep({"base": "a/b", "resolution": 512, "settings": {"max_train_steps": 7}})
+    kept = subject_of(workspace, "my-dog")
+    assert (kept.base, kept.resolution, kept.settings) == ("a/b", 512, {"max_train_steps": 7})
+
+
+@pytest.mark.parametrize(("name", "word", "says"), [("x", " ", "say in a word or two"), ("my dog", "cat", "already")])
+def test_a_subject_without_a_word_or_with_a_taken_name_is_refused(workspace, dog, name, word, says):
+    with pytest.raises(UserError, match=says):
+        new_subject(workspace, name, word, "sks")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../my-dog", "my-dog/..", "cat", "My Dog"])
+def test_other_names_are_no_subjects(workspace, dog, name):
+    with pytest.raises(UserError, match="there is no subject"):
+        subject_of(workspace, name)
+
+
+@pytest.mark.parametrize(
+    ("called", "kept"),
+    [
+        ("IMG 1.PNG", "img-1.png"),
+        ("../../etc/passwd.png", "passwd.png"),
+        ("..\\..\\x.jpg", "x.jpg"),
+        ("<script>.png", "script.png"),
+        ("дом.webp", "picture.webp"),
+        ("a-masklabel.png", "a-masklabel-2.png"),
+        (".png.png", "png.png"),
+    ],
+)
+def test_photos_get_plain_names(dog, upload, called, kept):
+    assert dog.add_photo(upload, called).name == kept
+    assert [path.name for path in dog.photos.iterdir()] == [kept]
+
+
+def test_photos_of_one_name_stay_apart(dog, upload):
+    names = [dog.add_photo(upload, name).name for name in ("a.png", "a.jpg", "A.png")]
+    assert names == ["a.png", "a-2.jpg", "a-3.png"]
+
+
+@pytest.mark.parametrize("called", ["x.svg", "x.html", "x", "x.png.exe", "x.gif", ""])
+def test_other_kinds_of_file_are_refused_by_name(dog, upload, called):
+    with pytest.raises(UserError, match="is no kind of picture known here"):
+        dog.add_photo(upload, called)
+    assert list(dog.photos.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50)])
+def test_what_is_no_picture_inside_is_refused_and_not_kept(dog, tmp_path, content):
+    path = tmp_path / "upload"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^x\.png: damaged or not a picture"):
+        dog.add_photo(path, "x.png")
+    assert list(dog.photos.iterdir()) == []
+
+
+def test_large_files_and_many_pixels_are_refused(dog, upload, monkeypatch):
+    monkeypatch.setattr(module, "MOST_PIXELS", 80 * 90 - 1)
+    with pytest.raises(UserError, match=r"^x\.png: has 90×80 pixels, too many"):
+        dog.add_photo(upload, "x.png")
+    with upload.open("r+b") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(UserError, match=r"^x\.png: has 50 MB, and 50 are allowed"):
+        dog.add_photo(upload, "x.png")
+    assert list(dog.photos.iterdir()) == []
+
+
+def test_a_picture_that_unpacks_to_very_much_is_refused_before_it_does(dog, tmp_path):
+    path = tmp_path / "upload"
+    Image.new("1", (20_000, 20_000)).save(path, "PNG")
+    with pytest.raises(UserError, match=r"^x\.png: too large a picture"):
+        dog.add_photo(path, "x.png")
+
+
+def test_a_link_is_no_upload(dog, upload, tmp_path):
+    (tmp_path / "link").symlink_to(upload)
+    with pytest.raises(UserError, match="is no file"):
+        dog.add_photo(tmp_path / "link", "x.png")
+
+
+def test_too_many_photos_are_refused(dog, upload, monkeypatch):
+    monkeypatch.setattr(module, "MOST_PHOTOS", 2)
+    dog.add_photo(upload, "a.png")
+    dog.add_photo(upload, "b.png")
+    with pytest.raises(UserError, match="there are 2 photos already"):
+        dog.add_photo(upload, "c.png")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(dog, upload, monkeypatch):
+    def full(source, target):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.shutil, "copyfile", full)
+    with pytest.raises(UserError, match=r"^a\.png: cannot be kept \(No space left on device\)"):
+        dog.add_photo(upload, "a.png")
+    assert list(dog.photos.iterdir()) == []
+
+
+def test_remarks_are_said_beside_the_photo(dog, upload):
+    dog.add_photo(upload, "a.png")
+    dog.add_photo(upload, "b.png")
+    dog.keep({"resolution": 512})
+    first, second = dog.seen()
+    assert first.remarks == ("90×80 pixels, enlarged to 512×512: it will look soft",)
+    assert second.remarks[0] == "the same picture as a.png"
+
+
+def test_captions_and_masks_are_what_training_reads(dog, upload):
+    dog.add_photo(upload, "a.png")
+    dog.set_caption("a.png", "  a sks dog\non a sofa ")
+    mask = Image.new("L", (45, 40))
+    mask.paste(255, (0, 0, 20, 40))
+    dog.set_mask("a.png", mask)
+    (photo,) = read_folder(dog.photos, "--instance_data_dir", "a photo of a sks dog").photos
+    assert photo.prompt == "a sks dog on a sofa"
+    assert photo.mask == dog.photos / "a-masklabel.png"
+    dog.set_caption("a.png", "a photo of a sks dog")  # what it would be without one
+    dog.set_mask("a.png", None)
+    (photo,) = dog.seen()
+    assert (photo.photo.prompt, photo.photo.mask) == ("a photo of a sks dog", None)
+    assert [path.name for path in dog.photos.iterdir()] == ["a.png"]
+
+
+def test_an_empty_mask_is_refused(dog, upload):
+    dog.add_photo(upload, "a.png")
+    with pytest.raises(UserError, match="nothing is painted"):
+        dog.set_mask("a.png", Image.new("L", (9, 8)))
+
+
+def test_a_photo_goes_with_its_caption_and_mask(dog, upload):
+    for name in ("a.png", "b.png"):
+        dog.add_photo(upload, name)
+        dog.set_caption(name, "a sks dog asleep")
+        dog.set_mask(name, Image.linear_gradient("L"))
+    dog.remove_photo("a.png")
+    assert sorted(path.name for path in dog.photos.iterdir()) == ["b-masklabel.png", "b.png", "b.txt"]
+
+
+@pytest.mark.parametrize("name", ["../subject.json", "b.png", "", "a.txt"])
+def test_what_is_no_photo_of_the_subject_is_left_alone(dog, upload, name):
+    dog.add_photo(upload, "a.png")
+    dog.set_caption("a.png", "a sks dog asleep")
+    before = sorted(dog.folder.rglob("*"))
+    for action in (dog.remove_photo, lambda name: dog.set_caption(name, "x"), lambda name: dog.set_mask(name, None)):
+        with pytest.raises(UserError, match="has no photo"):
+            action(name)
+    assert sorted(dog.folder.rglob("*")) == before
