@@ -104,8 +104,8 @@ def test_the_best_step_is_the_earliest_of_the_best_balance():
 def test_a_signal_asks_for_a_sheet_after_the_step(config, monkeypatch):
     update, draw, steps = TrainingStep.update, validation_module.Validation.draw_here, []
 
-    def updated(step, loss):
-        update(step, loss)
+    def updated(step, *arguments):
+        update(step, *arguments)
         if step.state.step == 1:  # the second
             os.kill(os.getpid(), signal.SIGUSR1)
 
