@@ -79,7 +79,7 @@ def test_a_file_and_the_launcher_may_not_disagree(monkeypatch, tmp_path):
         ("ACCELERATE_USE_DEEPSPEED", "true", [], "DeepSpeed is not supported"),
         ("ACCELERATE_USE_FSDP", "true", [], "FSDP is not supported"),
         ("ACCELERATE_USE_MEGATRON_LM", "1", [], "Megatron-LM is not supported"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", [], "compilation is not supported"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", [], "give --compile instead"),
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", [], "--max_grad_norm"),
         ("WORLD_SIZE", "2", [], "no launcher has started this process"),
         ("WORLD_SIZE", "two", [], "must be a whole number"),
