@@ -151,7 +151,9 @@ def group(factor: Tensor, x: Tensor) -> Tensor:
     """
     if factor.shape[-1] == 1:
         return factor * x.to(factor.dtype)
-    return batched_product(factor, x if x.dtype == factor.dtype else _laid_out(x, factor.dtype))
+    # Rows in one piece: a product of transposed matrices rounds in another way, which would depend on the batch.
+    in_rows = x.dtype == factor.dtype and x.stride(-1) == 1
+    return batched_product(factor, x if in_rows else _laid_out(x, factor.dtype))
 
 
 def shuffle(x: Tensor) -> Tensor:
