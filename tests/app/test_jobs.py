@@ -55,7 +55,7 @@ def test_one_at_a_time_the_others_say_their_place(jobs, sleeping):
     running(jobs, first.number)
     jobs.stop(first)
     assert ended(jobs, first).state == "stopped"
-    assert jobs.job(second.number).state == "running"
+    running(jobs, second.number)
 
 
 def test_exports_do_not_wait_for_the_device(jobs, sleeping):
