@@ -23,6 +23,7 @@ BASES = tuple(USUAL)
 CPU = torch.device("cpu")
 
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+# As unet/config.json on the hub, and configs/inference/sd_xl_base.yaml of Stability-AI/generative-models.
 SDXL: dict[str, Any] = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -12,6 +12,7 @@ from tiny_families import clip_config, write_sdxl
 from tiny_models import randomise
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.bases import SDXL
 from gsoft_diffusion.adapters.file import save_adapter
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import inject
@@ -220,28 +221,10 @@ def test_a_lora_of_full_rank_does_what_the_adapter_does(model, folder, adapter, 
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# The real one: unet/config.json and text_encoder*/config.json on the hub; the same numbers are in
-# Stability-AI/generative-models, configs/inference/sd_xl_base.yaml.
-
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
 def test_layers_of_the_published_model():
     """stabilityai/stable-diffusion-xl-base-1.0's configuration on the meta device: 70 transformer blocks, 32 + 12."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET)  # type: ignore[arg-type]
+        unet = UNet2DConditionModel(**SDXL)
         first = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         )

@@ -187,22 +187,25 @@ def test_sheet_rows_keep_prompts_apart(columns, lengths):
 # draw
 
 
-@pytest.fixture
-def adapter_file(base, tmp_path):
-    """An adapter with random rotations, as training would leave it."""
+def write_adapter(base, path, seed, prompts):
+    """An adapter with random rotations, as training would leave it. Returns its path."""
     model = load_model(str(base))
     identity = identity_of(model)
     adapter = inject(AdapterConfig(nblocks=4), model.unet, [model.text_encoder])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
-    path = tmp_path / "dog" / "adapter.safetensors"
     path.parent.mkdir()
     training = {"sampler": FEW_STEPS.to_dict(), "resolution": 36}
-    prompts = {"instance_prompt": "a photo of a sks dog", "unique_token": "sks", "class_word": None}
     save_adapter(path, adapter, base_model=identity, training=training, prompts=prompts)
     return path
+
+
+@pytest.fixture
+def adapter_file(base, tmp_path):
+    prompts = {"instance_prompt": "a photo of a sks dog", "unique_token": "sks", "class_word": None}
+    return write_adapter(base, tmp_path / "dog" / "adapter.safetensors", 0, prompts)
 
 
 def read(path) -> tuple[np.ndarray, dict]:
@@ -516,23 +519,8 @@ def test_a_sibling_of_the_base_draws_if_asked_for_and_pictures_say_so(adapter_fi
     assert facts["base_model"] == {"name": "sibling", "fingerprint": identity.fingerprint}
 
 
-def another_adapter(base, path):
-    """One like `adapter_file`, with other rotations."""
-    model = load_model(str(base))
-    identity = identity_of(model)
-    adapter = inject(AdapterConfig(nblocks=4), model.unet, [model.text_encoder])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
-    path.parent.mkdir()
-    training = {"sampler": FEW_STEPS.to_dict(), "resolution": 36}
-    save_adapter(path, adapter, base_model=identity, training=training, prompts={})
-    return path
-
-
 def test_side_by_side_each_adapter_draws_by_itself(base, adapter_file, tmp_path):
-    paths = [adapter_file, another_adapter(base, tmp_path / "cat" / "adapter.safetensors")]
+    paths = [adapter_file, write_adapter(base, tmp_path / "cat" / "adapter.safetensors", 1, {})]
     common = {"prompts": ("a dog",), "num_images": 1}
     both = tuple(map(str, paths))
     draw(
