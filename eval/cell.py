@@ -29,7 +29,6 @@ from eval.experiment import Cell, Experiment
 from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
 from eval.results import CELL_RESULT, cell_folder, is_done, work_folder
-from eval.score import Embedded, embed, picture_scores, reference_scores
 from eval.subjects import Subject
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
@@ -47,6 +46,7 @@ from gsoft_diffusion.sampling.pictures import slug
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
+from gsoft_diffusion.scoring.pictures import Embedded, embed, picture_scores, reference_scores
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.preparation import with_model_defaults

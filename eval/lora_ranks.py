@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval.score import add_encoder_options, chosen_encoders, embed
+from eval.score import add_encoder_options, chosen_encoders
 from eval.sheets import save_sheets
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapter
 from gsoft_diffusion.adapters.identity import public_identity_of
@@ -41,6 +41,7 @@ from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import Row
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders
+from gsoft_diffusion.scoring.pictures import embed
 
 RANKS = (4, 8, 16, 32, 64)
 PRECISION = torch.float16  # export.py's

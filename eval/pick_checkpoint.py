@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.prompts import DREAMBOOTH, Prompt, prompts_for
-from eval.score import add_encoder_options, chosen_encoders, embed, picture_scores, reference_scores
+from eval.score import add_encoder_options, chosen_encoders
 from eval.sheets import save_sheets
 from eval.subjects import LIVE_CLASSES, Subject
 from gsoft_diffusion.adapters.file import read_adapter
@@ -38,6 +38,7 @@ from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import Row
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders
+from gsoft_diffusion.scoring.judge import Judge, Verdict
 from gsoft_diffusion.training.checkpoints import checkpoints
 
 FOLDER = "checkpoint_scores"
@@ -92,7 +93,7 @@ def pick(folder: Path, encoders: Encoders, prompts: str, max_prompts: int, image
         judges = {}
         for subject, unique_token in subjects:
             asked = [p for p in prompts_for(subject, unique_token, prompts, max_prompts) if p.kind == "context"]
-            judges[subject.name] = Judge(config, model, encoders, subject, asked, images_per_prompt)
+            judges[subject.name] = SubjectJudge(config, model, encoders, subject, asked, images_per_prompt)
         scored = [score(step, path, model, judges) for step, path in sorted(adapters.items())]
         best = max(scored, key=lambda each: each.mean["balance"])
         if max(best.mean["balance"] - each.mean["balance"] for each in scored) < CLOSE:
@@ -146,7 +147,7 @@ def adapters_of(folder: Path) -> dict[int, Path]:
     return adapters
 
 
-class Judge:
+class SubjectJudge:
     """Scores what the models draw of one subject, against the same photos, prompts and base model.
 
     Made while the models are those of the base.
@@ -161,20 +162,20 @@ class Judge:
         prompts: list[Prompt],
         images_per_prompt: int,
     ) -> None:
-        self.config, self.model, self.encoders = config, model, encoders
-        self.photos = embed(encoders, (open_image(path) for path in subject.photos()))
-        if len(self.photos.clip) < 2:
+        self.config, self.model = config, model
+        photos = subject.photos()
+        if len(photos) < 2:
             raise UserError(f"{subject.folder}: the balance needs at least two photos, to compare them with each other")
         self.jobs = [(prompt, seed) for prompt in prompts for seed in range(images_per_prompt)]
-        self.captions = encoders.clip.embed_texts([prompt.plain for prompt, _ in self.jobs])
-        base, real = self._means(self._draw(plain=True)), reference_scores(self.photos, self.captions)
-        self.base, self.real = ({name: means[name] for name in ("dino", "clip_t")} for means in (base, real))
+        self._judge = Judge(encoders, map(open_image, photos), [prompt.plain for prompt, _ in self.jobs])
+        self._base = self._judge(self._draw(plain=True))
+        self.base, self.real = asdict(self._base), asdict(self._judge.photos)
 
     def __call__(self) -> Judged:
         images = self._draw(plain=False)
-        means = self._means(images)
-        ends = ((ends["dino"], ends["clip_t"]) for ends in (self.base, self.real))
-        return Judged(means | {"balance": metrics.balance(means["dino"], means["clip_t"], *ends)}, images)
+        means = self._judge.means(images)
+        verdict = Verdict(means["dino"], means["clip_t"])
+        return Judged(means | {"balance": self._judge.balance(verdict, self._base)}, images)
 
     def _draw(self, plain: bool) -> list[Image.Image]:
         samples = generate(
@@ -186,12 +187,8 @@ class Judge:
         )
         return [sample.image for sample in samples]
 
-    def _means(self, images: list[Image.Image]) -> dict[str, float]:
-        rows = picture_scores(embed(self.encoders, images), self.photos, self.captions)
-        return {name: metrics.mean([row[name] for row in rows]) for name in rows[0]}
 
-
-def score(step: int, path: Path, model: BaseModel, judges: dict[str, Judge]) -> Scored:
+def score(step: int, path: Path, model: BaseModel, judges: dict[str, SubjectJudge]) -> Scored:
     """Put the adapter into the models, have every subject judged, and take it out again.
 
     step: after how many steps it was written. path: its file. model: the base, unchanged afterwards. judges: by
@@ -212,7 +209,7 @@ def _words(scores: dict[str, float]) -> str:
     return f"DINO {scores['dino']:.3f}, CLIP-T {scores['clip_t']:.3f}, balance {scores['balance']:.3f}"
 
 
-def _write(out: Path, scored: list[Scored], judges: dict[str, Judge], encoders: Encoders, best: Scored) -> None:
+def _write(out: Path, scored: list[Scored], judges: dict[str, SubjectJudge], encoders: Encoders, best: Scored) -> None:
     out.mkdir()
     rows: list[dict[str, Any]] = [
         {

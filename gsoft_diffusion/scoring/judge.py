@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import MINI_CLIP, MINI_DINO, Encoders, load_encoders
+from gsoft_diffusion.scoring.pictures import embed, picture_scores, reference_scores
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,18 @@ class Judge:
         captions: of the pictures that will be scored, without the subject's name, which encoders do not know.
         """
         self.encoders = encoders
-        images = list(photos)
-        self._photos = encoders.dino.embed_images(images)
+        self._photos = embed(encoders, photos)
         self._captions = encoders.clip.embed_texts(captions)
-        # What photos of the subject score: with each other, and with captions of scenes that they do not show.
-        elsewhere = metrics.cosines(encoders.clip.embed_images(images), self._captions).mean().item()
-        self.photos = Verdict(metrics.real_photo_ceiling(self._photos), elsewhere)
+        self.photos = _verdict(reference_scores(self._photos, self._captions))
+
+    def means(self, pictures: Iterable[Image.Image]) -> dict[str, float]:
+        """The mean of each score of `picture_scores`. pictures: one for each caption."""
+        rows = picture_scores(embed(self.encoders, pictures), self._photos, self._captions)
+        return {name: metrics.mean([row[name] for row in rows]) for name in rows[0]}
 
     def __call__(self, pictures: Iterable[Image.Image]) -> Verdict:
         """The scores of pictures, one for each caption."""
-        images = list(pictures)
-        likeness = metrics.dino(self.encoders.dino.embed_images(images), self._photos)
-        prompt = metrics.clip_t(self.encoders.clip.embed_images(images), self._captions)
-        return Verdict(likeness.mean().item(), prompt.mean().item())
+        return _verdict(self.means(pictures))
 
     def balance(self, verdict: Verdict, base: Verdict) -> float:
         """One number for both, between 0 and 1, as `metrics.balance` has it.
@@ -50,6 +50,10 @@ class Judge:
         """
         ends = (base.dino, base.clip_t), (self.photos.dino, self.photos.clip_t)
         return metrics.balance(verdict.dino, verdict.clip_t, *ends)
+
+
+def _verdict(scores: Mapping[str, float]) -> Verdict:
+    return Verdict(scores["dino"], scores["clip_t"])
 
 
 def encoders_for(miniature: bool, device: torch.device | str = "cpu") -> Encoders:
