@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.app.job import PROCESS
 from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, PROGRESS, SETTINGS, step_of
+from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, PROGRESS, SETTINGS, pictures_of, step_of
 from gsoft_diffusion.sampling.pictures import read_facts
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.progress import StepNumbers, read_progress, seconds_left
@@ -98,7 +99,7 @@ class RunView:
         """Whether its process has come as far as a step since it was started."""
         if self.job is None or not self.job_runs or not self.numbers:
             return False
-        return self.numbers[-1].time > (self.job.folder / "process.json").stat().st_mtime
+        return self.numbers[-1].time > (self.job.folder / PROCESS).stat().st_mtime
 
     @property
     def silence(self) -> float | None:
@@ -118,10 +119,8 @@ class RunView:
             if match := re.fullmatch(r"step-(\d+)(_\d+)?\.png", path.name):
                 found.setdefault(int(match[1]), []).append(f"validation/{path.name}")
         return [
-            Step(
-                step, self._pictures(f"validation/step-{step:06d}"), tuple(found[step]), read_scores(self.folder, step)
-            )
-            for step in sorted(found)
+            Step(step, self._pictures(pictures_of(self.folder, step)), tuple(sheets), read_scores(self.folder, step))
+            for step, sheets in sorted(found.items())
         ]
 
     @property
@@ -144,7 +143,7 @@ class RunView:
         places = [self.folder / "images", *sorted((self.folder / "images").glob("checkpoint-*"))]
         groups: dict[tuple[Path, str], list[tuple[int, Picture]]] = {}
         for place in places:
-            for picture in self._pictures(place.relative_to(self.folder).as_posix()):
+            for picture in self._pictures(place):
                 path = self.folder / picture.name
                 groups.setdefault((place, path.name.partition("_")[0]), []).append((path.stat().st_mtime_ns, picture))
         ordered = sorted(groups.values(), key=lambda group: max(time for time, _ in group), reverse=True)
@@ -167,10 +166,12 @@ class RunView:
             return ""
         return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
 
-    def _pictures(self, below: str) -> tuple[Picture, ...]:
-        folder = self.folder / below
-        paths = sorted(path for path in folder.glob("*.png") if PICTURE.fullmatch(path.name) and not path.is_symlink())
-        return tuple(Picture(f"{below}/{path.name}", _facts(path, path.stat().st_mtime_ns)) for path in paths)
+    def _pictures(self, place: Path) -> tuple[Picture, ...]:
+        paths = sorted(path for path in place.glob("*.png") if PICTURE.fullmatch(path.name) and not path.is_symlink())
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        return tuple(
+            Picture(name, _facts(path, path.stat().st_mtime_ns)) for name, path in zip(names, paths, strict=True)
+        )
 
 
 @lru_cache(maxsize=64)
