@@ -23,14 +23,16 @@ def until(there: Callable[[], Any], what: str) -> Any:
 
 
 def ended(jobs: Jobs, job: Job) -> Job:
-    """The job once it has ended."""
+    """The job once it has ended, and what waited for it has begun."""
 
     def now() -> Job | None:
         jobs.advance()
         found = jobs.job(job.number)
         return found if found.ended else None
 
-    return until(now, "end of the job")
+    found = until(now, "end of the job")
+    jobs.advance()  # it may have ended between the last two looks
+    return found
 
 
 def write_run(folder: Path, lines: str = "", settings: str = "instance_data_dir: x\nclass_word: dog\n") -> Path:

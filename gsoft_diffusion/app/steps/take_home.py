@@ -25,8 +25,8 @@ FORMATS = {
     "diffusers_lora": "LoRA for diffusers: small, loses a little",
 }
 GOES = {  # by the beginnings of names of files
-    "adapter": "to gsoft-draw here or elsewhere, with the same base model, or into ComfyUI and Forge with their node pack "
-    "(comfyui/README.md); it is exact, and small",
+    "adapter": "to gsoft-draw here or elsewhere, with the same base model, or into ComfyUI and Forge with their "
+    "node pack (comfyui/README.md); it is exact, and small",
     "kohya_lora": "into ComfyUI/models/loras (node Load LoRA), or models/Lora of A1111 and Forge",
     "diffusers_lora": "to pipeline.load_lora_weights in diffusers",
     "merged/": "to DiffusionPipeline.from_pretrained in diffusers, or ComfyUI/models/diffusers",
