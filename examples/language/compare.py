@@ -58,8 +58,8 @@ class Comparison(Settings):
     sweep_tasks: tuple[str, ...] = ("sentiment", "rating")
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: Annotated[int, POSITIVE] = 3
-    max_steps: int = 24
-    evaluations: int = 2
+    max_steps: int = 160
+    evaluations: int = 8
     batch_size: int = 32
     max_length: int = 32
     bf16: bool = True
