@@ -32,6 +32,7 @@ def comparison(encoder, data_dir, monkeypatch) -> Comparison:
         methods=tuple(RATES),
         seeds=2,
         max_steps=2,
+        evaluations=2,
         batch_size=8,
         max_length=12,
     )
