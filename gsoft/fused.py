@@ -33,7 +33,7 @@ class RotatedSlices:
         if any((one.whole, one.dim) != (whole, self.dim) for one, _ in ordered):
             raise ValueError("slices of different layers, or rows and columns")
         self.pieces: list[tuple[LinearSlice, RotatedLayer | None]] = []  # in order, the rest of the matrix included
-        end, size = 0, whole.weight.shape[self.dim]
+        end, size = 0, (whole.out_features, whole.in_features)[self.dim]
         for one, rotated in ordered:
             if one.start < end:
                 raise ValueError("slices overlap")

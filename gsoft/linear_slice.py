@@ -21,7 +21,7 @@ class LinearSlice:
 
         Raises ValueError for what is not in the matrix.
         """
-        size = whole.weight.shape[dim]
+        size = (whole.out_features, whole.in_features)[dim]
         if not (0 <= start < start + length <= size):
             raise ValueError(
                 f"{start} to {start + length} of {size} {('rows', 'columns')[dim]}: there is no such slice"

@@ -290,5 +290,5 @@ def test_models_on_another_device_are_named():
     block = Block()
     adapted(block)
     block.to("meta")
-    with pytest.raises(GSOFTError, match="model.query: the adapter is on cpu, the model on meta"):
+    with pytest.raises(GSOFTError, match=r"model\.query: the adapter is on cpu, the model on meta"):
         block.inward(torch.randn(3, 16, device="meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import Flux, Flux2Klein, StableDiffusion3, whole_view
 from gsoft_diffusion.models.families.flux import pack, unpack
 from gsoft_diffusion.models.loading import load_model
-from gsoft_diffusion.publish.low_rank import LoraLayer, diffusers_tensors, kohya_tensors
+from gsoft_diffusion.publish.low_rank import LoraLayer, by_module, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.sampling.generation import generate
 
 FAMILIES = (StableDiffusion3, Flux, Flux2Klein)
@@ -164,14 +165,16 @@ def test_kohya_loras_of_flux_are_read_in_the_published_width(rank):
     model = object.__new__(Flux)
     model.transformer = transformer
     generator = torch.Generator().manual_seed(0)
+    linears = find_linears(find_attentions(transformer), {})
     layers = [
         LoraLayer(name, 1, 1, 0, *(torch.randn(shape, generator=generator) for shape in ((3072, rank), (rank, 3072))))
-        for name in find_linears(find_attentions(transformer), {})
+        for name in linears
     ]
-    tensors = kohya_tensors(layers, model.kohya_place)
+    modules = by_module(layers, linears)
+    tensors = kohya_tensors(modules, model.kohya_place)
     assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 3072, 3 * rank)
     assert tensors["lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight"].shape == (3 * rank, 3072)
-    read, wanted = diffusers.FluxPipeline.lora_state_dict(tensors), diffusers_tensors(layers)
+    read, wanted = diffusers.FluxPipeline.lora_state_dict(tensors), diffusers_tensors(modules)
     modules = {name.removesuffix(".lora_A.weight") for name in read if name.endswith(".lora_A.weight")}
     rest = "transformer.single_transformer_blocks.0.proj_mlp"
     assert modules == {name.removesuffix(".lora_A.weight") for name in wanted if "lora_A" in name} | {rest}
@@ -232,9 +235,9 @@ def sd3_layers(blocks: int, dual: int = 0) -> set[str]:
     }
 
 
-def flux_layers(double: int, single: int) -> set[str]:
+def flux_layers(double: int, single: int, of_single: Sequence[str] = QUERIES[:3]) -> set[str]:
     return {f"transformer_blocks.{n}.attn.{name}" for n in range(double) for name in QUERIES + TEXT} | {
-        f"single_transformer_blocks.{n}.attn.{name}" for n in range(single) for name in QUERIES[:3]
+        f"single_transformer_blocks.{n}.attn.{name}" for n in range(single) for name in of_single
     }
 
 
@@ -245,8 +248,8 @@ def flux_layers(double: int, single: int) -> set[str]:
         (SD3Transformer2DModel, SD35_MEDIUM, 2_469_663_936, sd3_layers(24, dual=13), 1536),
         (SD3Transformer2DModel, SD35_LARGE, None, sd3_layers(38), 2432),
         (FluxTransformer2DModel, {"guidance_embeds": True}, 11_901_408_320, flux_layers(19, 38), 3072),
-        (Flux2Transformer2DModel, KLEIN_4B, 3_875_544_576, flux_layers(5, 0), 3072),
-        (Flux2Transformer2DModel, KLEIN_9B, 9_078_581_248, flux_layers(8, 0), 4096),
+        (Flux2Transformer2DModel, KLEIN_4B, 3_875_544_576, flux_layers(5, 20, QUERIES), 3072),
+        (Flux2Transformer2DModel, KLEIN_9B, 9_078_581_248, flux_layers(8, 24, QUERIES), 4096),
     ],
     ids=["SD 3 medium", "SD 3.5 medium", "SD 3.5 large", "FLUX.1 dev", "FLUX.2 klein 4B", "FLUX.2 klein 9B"],
 )

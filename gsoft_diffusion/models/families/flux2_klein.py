@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import Conditioning, tokenized
 from gsoft_diffusion.models.families.flow import FluxModel
 
+FUSED_MATRICES = {"to_qkv_mlp_proj": "linear1", "to_out": "linear2"}  # what the original calls them
 TEXT_LENGTH = 512  # as diffusers' pipeline has it
 TEXT_LAYERS = (9, 18, 27)  # whose hidden states are the prompt's embeddings, side by side
 
@@ -26,8 +28,8 @@ TEXT_LAYERS = (9, 18, 27)  # whose hidden states are the prompt's embeddings, si
 class Flux2Klein(FluxModel):
     """The base models and the distilled ones, which guide themselves and are told nothing.
 
-    The adapter is in the joint attention of the double-stream blocks. In the single-stream blocks, query, key and value
-    share a matrix with the feed-forward layer; they stay as they are.
+    In the single-stream blocks, query, key and value are rows of a matrix that the feed-forward layer has the rest of,
+    and the attention's output is columns of another. These slices are adapted, each as if it were a layer.
     """
 
     vae: AutoencoderKLFlux2
@@ -82,6 +84,12 @@ class Flux2Klein(FluxModel):
 
     def kohya_metadata(self) -> dict[str, str]:
         return {"ss_network_module": "networks.lora_flux_2"}
+
+    def kohya_place(self, module: str) -> tuple[str, int]:
+        """The fused matrices of the single-stream blocks are those of the original."""
+        if found := re.search(r"\.single_transformer_blocks\.(\d+)\.attn\.(\w+)$", module):
+            return f"lora_unet_single_blocks_{found[1]}_{FUSED_MATRICES[found[2]]}", 0
+        return super().kohya_place(module)
 
     # Latents: two by two of the VAE's pixels on top of each other, normalised by its statistics
 
