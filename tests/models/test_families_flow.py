@@ -1,4 +1,4 @@
-"""SD3, FLUX.1 and FLUX.2 klein: what the life of every family (test_families.py) does not show."""
+"""SD3, FLUX.1 and FLUX.2: what the life of every family (test_families.py) does not show."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from benchmarks.bases import PUBLISHED
 from gsoft_diffusion.adapters.injection import find_attentions, find_linears, inject
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families import Flux, Flux2Klein, StableDiffusion3, whole_view
+from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3, whole_view
 from gsoft_diffusion.models.families.flux import pack, unpack
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.low_rank import LoraLayer, by_module, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.sampling.generation import generate
 
-FAMILIES = (StableDiffusion3, Flux, Flux2Klein)
+FAMILIES = (StableDiffusion3, Flux, Flux2Klein, Flux2Dev)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
