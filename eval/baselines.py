@@ -302,7 +302,6 @@ class TunedLinear(nn.Module):
         self._enabled = enabled
 
 
-@user_errors()
 def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_encoder: bool) -> dict[str, nn.Linear]:
     """All linear layers that every method adapts, under their names.
 
@@ -315,6 +314,7 @@ def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_enc
     return {name: linear for name, linear in found.items() if isinstance(linear, nn.Linear)}
 
 
+@user_errors()
 def expected_parameters(
     config: BaselineConfig, in_features: int, out_features: int, layer: str
 ) -> dict[str, tuple[int, ...]]:

@@ -92,9 +92,12 @@ class RotatedSlices:
         """
         made = iter(rotated_weights)
         weights = [next(made) if rotated is not None and rotated.active else one.weight for one, rotated in self.pieces]
-        if torch.is_autocast_enabled(x.device.type):  # it is left to decide what is computed in which precision
+        differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+        # autocast is left to decide what is computed in which precision.
+        if not differentiated or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, torch.cat(weights, dim=self.dim), linear.bias)
-        return _FusedProduct.apply(x, linear.bias, self.dim, *weights)
+        learned = tuple(rotated is not None and rotated.active for _, rotated in self.pieces)
+        return _FusedProduct.apply(x, linear.bias, self.dim, learned, *weights)
 
     def _by_slices(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Piece by piece, each on the side that it takes."""
@@ -117,31 +120,41 @@ class RotatedSlices:
 
 
 class _FusedProduct(torch.autograd.Function):
-    """`F.linear(x, W, bias)` with W put together of pieces along a dimension; kept are the pieces, not W."""
+    """`F.linear(x, W, bias)` with W put together of pieces along a dimension.
+
+    Kept are the pieces, not W, and of x the columns that gradients by pieces need: all of x for rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, dim: int, *pieces: Tensor) -> Tensor:
-        ctx.dim = dim
-        ctx.save_for_backward(x, *pieces)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, dim: int, learned: Sequence[bool], *pieces: Tensor) -> Tensor:
+        """learned: which of the pieces have a gradient."""
+        ctx.dim, ctx.learned = dim, learned
+        if dim == 0:
+            inputs = [x]
+        else:  # a view would keep all of x
+            columns = x.split([piece.shape[1] for piece in pieces], dim=-1)
+            inputs = [part.contiguous() for part, wanted in zip(columns, learned, strict=True) if wanted]
+        ctx.save_for_backward(*inputs, *pieces)
         return F.linear(x, torch.cat(pieces, dim=dim), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *pieces = ctx.saved_tensors
+        count = len(ctx.learned)
+        inputs, pieces = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
         by_x = grad @ torch.cat(pieces, dim=ctx.dim) if ctx.needs_input_grad[0] else None
-        split = [piece.shape[ctx.dim] for piece in pieces]
-        grads, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        parts = (
-            ((rows, inputs) for rows in grads.split(split, dim=1))
-            if ctx.dim == 0
-            else ((grads, columns) for columns in inputs.split(split, dim=1))
-        )
+        rows = grad.split([piece.shape[0] for piece in pieces], dim=-1) if ctx.dim == 0 else [grad] * count
+        columns = iter([inputs[0]] * count if ctx.dim == 0 else inputs)
         by_pieces = [
-            rows.mT @ columns if wanted else None
-            for (rows, columns), wanted in zip(parts, ctx.needs_input_grad[3:], strict=True)
+            _flat(part).mT @ _flat(next(columns)) if wanted else None
+            for part, wanted in zip(rows, ctx.learned, strict=True)
         ]
-        return by_x, None, None, *by_pieces
+        return by_x, None, None, None, *by_pieces
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`(…, n)` as a matrix."""
+    return x.reshape(-1, x.shape[-1])
 
 
 class _SameTo(torch.autograd.Function):

@@ -195,8 +195,11 @@ def test_of_the_matrix_that_is_put_together_nothing_is_kept_for_the_backward_pas
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
         block.inward(torch.randn(3000, 16))
-    assert block.inward.weight.shape not in kept
+        block.outward(torch.randn(3000, 64))
+    assert {block.inward.weight.shape, block.outward.weight.shape}.isdisjoint(kept)
     assert torch.Size([24, 16]) in kept
+    assert torch.Size([3000, 64]) not in kept  # of the inputs, those of the columns that learn
+    assert torch.Size([3000, 24]) in kept
 
 
 def test_it_is_one_graph_for_the_compiler(room):
@@ -210,6 +213,8 @@ def test_it_is_one_graph_for_the_compiler(room):
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients(adapter, output).items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
 
 
