@@ -4,8 +4,8 @@
 
 One single-stream block of FLUX.2 klein 4B, with its matrices as published and taken apart, each frozen and adapted.
 Counted as in `benchmarks.kernels`, in bfloat16 with a picture of 1024 pixels and 512 tokens of text: kernels of a
-forward and a backward pass, and bytes kept between them. Measured on this processor: seconds of both passes, in
-float32 with 256 tokens, by the processor's clock.
+forward and a backward pass, waits for the GPU, and bytes kept between the passes. Measured on this processor: seconds
+of both passes, in float32 with 256 tokens, by the processor's clock.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def passes(made: nn.Module, adapter: Adapter | None, tokens: int) -> Iterator[No
 
 
 def count(kind: str, adapted: bool) -> dict[str, int]:
-    """Kernels, and kept bytes, of the second of two passes."""
+    """Kernels, waits and kept bytes of the second of two passes."""
     gc.collect()
     with PretendedGPU(numbers=False) as gpu:
         torch.set_default_dtype(torch.bfloat16)
@@ -140,7 +140,7 @@ def count(kind: str, adapted: bool) -> dict[str, int]:
                     next(running, None)
         finally:
             torch.set_default_dtype(torch.float32)
-        return {"kernels": gpu.kernels.total(), "kept_bytes": kept}
+        return {"kernels": gpu.kernels.total(), "waits": gpu.waits.total(), "kept_bytes": kept}
 
 
 def measure(kind: str, adapted: bool) -> list[float]:
@@ -164,12 +164,13 @@ def report(records: list[dict[str, Any]]) -> str:
             if one["adapted"]
             else KINDS[one["kind"]].replace("rotated", "frozen"),
             f"{one['kernels']}",
+            f"{one['waits']}",
             f"{one['kept_bytes'] / 1e6:,.0f} MB",
             f"{median(one['seconds']):.2f} s",
         ]
         for one in sorted(records, key=lambda one: (one["adapted"], not one["room"]))
     ]
-    return table(["one block", "kernels", "kept", "processor"], rows)
+    return table(["one block", "kernels", "waits", "kept", "processor"], rows)
 
 
 if __name__ == "__main__":
