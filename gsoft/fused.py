@@ -140,8 +140,8 @@ class _FusedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.learned)
-        inputs, pieces = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
+        saved, count = ctx.saved_tensors, len(ctx.learned)
+        inputs, pieces = saved[:-count], saved[-count:]
         by_x = grad @ torch.cat(pieces, dim=ctx.dim) if ctx.needs_input_grad[0] else None
         rows = grad.split([piece.shape[0] for piece in pieces], dim=-1) if ctx.dim == 0 else [grad] * count
         columns = iter([inputs[0]] * count if ctx.dim == 0 else inputs)

@@ -7,6 +7,7 @@ import torch
 from plain_models import randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gsoft import Adapter, GSOFTError, RotationConfig
 from gsoft import adapter as adapter_module
@@ -200,6 +201,15 @@ def test_of_the_matrix_that_is_put_together_nothing_is_kept_for_the_backward_pas
     assert torch.Size([24, 16]) in kept
     assert torch.Size([3000, 64]) not in kept  # of the inputs, those of the columns that learn
     assert torch.Size([3000, 24]) in kept
+
+
+def test_gradient_checkpointing(room):
+    block, adapter, *_ = both()
+    x = torch.randn(3000, 16)
+    wanted = gradients(adapter, block(x))
+    found = gradients(adapter, checkpoint(block, x, use_reentrant=False))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 def test_it_is_one_graph_for_the_compiler(room):
