@@ -1,14 +1,14 @@
-"""The models that are measured: Stable Diffusion's UNets with random weights, the miniature; and on which device."""
+"""The models that are measured: published ones with random weights or none, and the miniature; on which device."""
 
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import known_device, load_model
@@ -38,6 +38,97 @@ SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
+SD21: dict[str, Any] = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+# As transformer/config.json of each on the hub, where diffusers' defaults do not say the same; also in diffusers'
+# scripts/convert_{sd3,flux,flux2}_to_diffusers.py. FLUX.2 dev's are the defaults.
+SD3_MEDIUM: dict[str, Any] = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+}
+SD35_MEDIUM: dict[str, Any] = SD3_MEDIUM | {
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+SD35_LARGE: dict[str, Any] = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+FLUX_DEV: dict[str, Any] = {"guidance_embeds": True}
+KLEIN_4B: dict[str, Any] = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+KLEIN_9B: dict[str, Any] = KLEIN_4B | {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
+FLUX2_DEV: dict[str, Any] = {}
+# text_encoder/config.json, where transformers' defaults do not say the same: OpenAI's CLIP, and two of OpenCLIP.
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_H: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+}
+CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+}
+
+
+class Published(NamedTuple):
+    """A published model's configuration. denoiser: its class. config: of that. text_encoders: those that may train."""
+
+    denoiser: Any
+    config: dict[str, Any]
+    text_encoders: tuple[dict[str, Any], ...] = ()
+
+    def networks(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Denoiser and text encoders, on PyTorch's meta device: shapes without numbers."""
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        with torch.device("meta"):
+            encoders = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, self.text_encoders, strict=False)]
+            return self.denoiser(**self.config), encoders
+
+
+PUBLISHED = {
+    "Stable Diffusion 1.5": Published(UNet2DConditionModel, SD15, (CLIP_L,)),
+    "Stable Diffusion 2.1": Published(UNet2DConditionModel, SD21, (CLIP_H,)),
+    "Stable Diffusion XL": Published(UNet2DConditionModel, SDXL, (CLIP_L, CLIP_G)),
+    "Stable Diffusion 3 medium": Published(SD3Transformer2DModel, SD3_MEDIUM, (CLIP_L, CLIP_G)),
+    "Stable Diffusion 3.5 medium": Published(SD3Transformer2DModel, SD35_MEDIUM, (CLIP_L, CLIP_G)),
+    "Stable Diffusion 3.5 large": Published(SD3Transformer2DModel, SD35_LARGE, (CLIP_L, CLIP_G)),
+    "FLUX.1 dev": Published(FluxTransformer2DModel, FLUX_DEV, (CLIP_L,)),
+    "FLUX.2 klein 4B": Published(Flux2Transformer2DModel, KLEIN_4B),
+    "FLUX.2 klein 9B": Published(Flux2Transformer2DModel, KLEIN_9B),
+    "FLUX.2 dev": Published(Flux2Transformer2DModel, FLUX2_DEV),
+}
+
 
 def device(name: str) -> torch.device:
     """For argparse: the device of that name, which must be there."""
@@ -59,9 +150,7 @@ def load_base(name: str, dtype: torch.dtype, on: torch.device = CPU) -> tuple[An
             unet = UNet2DConditionModel(**{"sd15": SD15, "sdxl": SDXL}[name]).requires_grad_(False)
             if name == "sdxl":
                 return unet, None, 77
-            text_encoder = CLIPTextModel(
-                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-            )
+            text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
     finally:
         torch.set_default_dtype(torch.float32)
     return unet, text_encoder.requires_grad_(False), 77

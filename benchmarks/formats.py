@@ -32,7 +32,7 @@ from gsoft_diffusion import AdapterConfig, AdapterStack, BaseModelIdentity, fing
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.tensor_stream import TensorStream
 from gsoft_diffusion.publish.layer_names import module_path
-from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, kohya_tensors
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, by_module, kohya_tensors
 
 STRENGTHS = (0.5, 1.0, 1.5)
 RANKS = (16, 64, 128)
@@ -94,7 +94,9 @@ def measure(file: Path) -> dict[str, Any]:
     sizes["diff"] = size_of({f"{name}.diff": linear.weight for name, linear in linears.items()})
     for rank in RANKS:
         truncated = [layer.truncated(rank) for layer in loras]
-        sizes[f"kohya_lora, rank {rank}"] = size_of(kohya_tensors(truncated, lambda path: (path.replace(".", "_"), 0)))
+        sizes[f"kohya_lora, rank {rank}"] = size_of(
+            kohya_tensors(by_module(truncated, linears), lambda path: (path.replace(".", "_"), 0))
+        )
     norms = [linear.weight.norm().item() for linear in linears.values()]
     return {
         "adapter": CONFIG.to_dict(),

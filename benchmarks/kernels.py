@@ -26,9 +26,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks.bases import DTYPES, SD15, SDXL
 from benchmarks.measure import Records, table
 from benchmarks.pretended_gpu import GPU, PretendedGPU, bytes_in_use
-from eval.baselines import inject_baseline
+from eval.baselines import adapted_layers, inject_baseline
 from eval.methods import matched
-from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears, inject
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config.command_line import expanded_path
 
 # BOFT is not among them: PEFT makes its permutations from numbers, and there are none.
@@ -193,7 +193,7 @@ def _text_encoder() -> CLIPTextModel:
 
 def _put_in(method: str, denoiser: nn.Module, text_encoders: list[nn.Module]) -> list[nn.Parameter]:
     """Put the method into the model; returns what it trains."""
-    layers = find_linears(find_attentions(denoiser), find_clip_attentions(bool(text_encoders), text_encoders))
+    layers = adapted_layers(denoiser, text_encoders, bool(text_encoders))
     if method == "floor":
         biases = [layer.bias for layer in layers.values() if layer.bias is not None]
         norms = [tensor for name, tensor in denoiser.named_parameters() if name.endswith("norm_k.weight")]

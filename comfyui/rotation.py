@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PARAMETRIZATIONS = {f"parametrization.{name}": name for name in ("cayley", "exp", "scaled_cayley", "scaled_exp")}
 ROW = 64  # learned numbers in a row at which scaling changes nothing
@@ -32,12 +33,14 @@ class Layer(NamedTuple):
     """What a file has of one linear layer.
 
     q_in, q_out: `(m, r, b(b−1)/2)`, output_scale: `(out,)`, all float32. parametrization: of `PARAMETRIZATIONS`.
+    first_columns: whether programs have more in the layer's matrix, after its own columns.
     """
 
     q_in: Tensor
     q_out: Tensor | None
     output_scale: Tensor | None
     parametrization: str
+    first_columns: bool = False
 
 
 class Blocks(NamedTuple):
@@ -49,6 +52,9 @@ class Blocks(NamedTuple):
 
 
 # Files
+
+# FLUX.2's single-stream blocks: the matrix that the attention's outputs go through, and the feed-forward layer's.
+SHARED = re.compile(r"single_transformer_blocks\.\d+\.attn\.to_out$")
 
 
 def layer_name(module: str) -> str:
@@ -78,7 +84,13 @@ def find_layer(module: str, tensors: Mapping[str, Tensor]) -> tuple[Layer, set[s
             "an early version wrote it; comfyui/README.md says how to write it anew"
         )
     parts = {part: tensors[f"{name}.{part}"] for part in Layer._fields[:3] if f"{name}.{part}" in tensors}
-    layer = Layer(parts["q_in"], parts.get("q_out"), parts.get("output_scale"), PARAMETRIZATIONS[marks[0]])
+    layer = Layer(
+        parts["q_in"],
+        parts.get("q_out"),
+        parts.get("output_scale"),
+        PARAMETRIZATIONS[marks[0]],
+        SHARED.search(name) is not None,
+    )
     return layer, {*marks, *(f"{name}.{part}" for part in parts)}
 
 
@@ -92,20 +104,25 @@ def rotated_weight(weight: Tensor, layer: Layer, strength: float) -> Tensor:
     what was trained. Raises ValueError if the layer is for another shape.
     """
     blocks = layer_blocks(layer, strength, weight.device)
-    widths = [None if part is None else part.shape[1] * part.shape[2] for part in blocks[:2]]
-    outputs = widths[1] if layer.output_scale is None else len(layer.output_scale)
-    if weight.ndim != 2 or weight.shape[1] != widths[0] or outputs not in (None, weight.shape[0]):
-        raise ValueError(f"its shape is {tuple(weight.shape)}, the adapter's ({outputs or 'any'}, {widths[0]})")
-    rotated = rotate_back(blocks.q_in, weight.float().mT).mT
-    return _rotated_rows(blocks, rotated)
+    if layer.first_columns:
+        own, others = weight.float().tensor_split([_width(blocks.q_in)], dim=1)
+        return torch.cat([_rotated(own, blocks), others], dim=1)
+    return _rotated(weight, blocks)
 
 
-def rotated_outputs(forward: Callable[[Tensor], Tensor], x: Tensor, blocks: Blocks) -> Tensor:
+def rotated_outputs(
+    forward: Callable[[Tensor], Tensor], x: Tensor, blocks: Blocks, first_columns: bool = False
+) -> Tensor:
     """What the layer with `W'` makes of x, where only the layer itself can be called: `s·Q_out (W (Q_in x)) + bias`.
 
-    forward: the layer with W, and a bias or none. x: `(…, in)`. blocks: on the device of x. Returns `(…, out)` in the
-    dtype that the layer gives.
+    forward: the layer with W, and a bias or none. x: `(…, in)`. blocks: on the device of x. first_columns: as in
+    `Layer`: the other columns' inputs are not rotated. Returns `(…, out)` in the dtype that the layer gives.
     """
+    if first_columns:
+        width = _width(blocks.q_in)
+        own, others = x.tensor_split([width], dim=-1)
+        made = rotated_outputs(lambda part: forward(F.pad(part, (0, others.shape[-1]))), own, blocks)
+        return made + forward(F.pad(others, (width, 0))) - forward(torch.zeros_like(x))
     rows = x.flatten(0, -2)
     turned = rotate(blocks.q_in, rows.float().mT).mT.to(x.dtype)
     bias = forward(torch.zeros_like(rows[:1])).float()
@@ -182,6 +199,22 @@ def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
         if index:
             x = _unshuffle(x)
     return x.flatten(0, 1)
+
+
+def _rotated(weight: Tensor, blocks: Blocks) -> Tensor:
+    """`diag(s) · Q_out W Q_in`, float32."""
+    inputs = _width(blocks.q_in)
+    outputs = None if blocks.q_out is None else _width(blocks.q_out)
+    if blocks.output_scale is not None:
+        outputs = len(blocks.output_scale)
+    if weight.ndim != 2 or weight.shape[1] != inputs or outputs not in (None, weight.shape[0]):
+        raise ValueError(f"its shape is {tuple(weight.shape)}, the adapter's ({outputs or 'any'}, {inputs})")
+    return _rotated_rows(blocks, rotate_back(blocks.q_in, weight.float().mT).mT)
+
+
+def _width(blocks: Tensor) -> int:
+    """The side of the rotation with blocks `(m, r, b, b)`."""
+    return blocks.shape[1] * blocks.shape[2]
 
 
 def _rotated_rows(blocks: Blocks, x: Tensor) -> Tensor:

@@ -86,7 +86,9 @@ class GSOFTAdapter(WeightAdapterBase):
         state = (self.multiplier, x.device)
         if self._blocks is None or self._blocks[0] != state:
             self._blocks = state, layer_blocks(self._layer, *state)
-        return rotated_outputs(lambda rows: org_forward(rows, *args, **kwargs), x, self._blocks[1])
+        return rotated_outputs(
+            lambda rows: org_forward(rows, *args, **kwargs), x, self._blocks[1], self._layer.first_columns
+        )
 
 
 def register() -> None:

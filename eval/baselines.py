@@ -98,8 +98,7 @@ class BaselineAdapter(nn.Module):
         super().__init__()
         self.config = config
         self._models = (unet, *text_encoders)  # tuples and dicts keep the base models out of the submodules
-        clip_attentions = find_clip_attentions(config.text_encoder, text_encoders)
-        self._linears = find_linears(find_attentions(unet), clip_attentions)
+        self._linears = adapted_layers(unet, text_encoders, config.text_encoder)
         for name, linear in self._linears.items():
             expected_parameters(config, linear.in_features, linear.out_features, name)
         self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
@@ -301,6 +300,18 @@ class TunedLinear(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the trained weight on or off, as PEFT's layers do."""
         self._enabled = enabled
+
+
+def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_encoder: bool) -> dict[str, nn.Linear]:
+    """All linear layers that every method adapts, under their names.
+
+    unet: the denoiser, of which all attention is adapted, but where it shares matrices with other layers: the other
+    methods know whole matrices only. text_encoders: those that belong to it. text_encoder: whether their attention is
+    adapted as well.
+    """
+    attentions = find_attentions(unet, fused=False)
+    found = find_linears(attentions, find_clip_attentions(text_encoder, text_encoders))
+    return {name: linear for name, linear in found.items() if isinstance(linear, nn.Linear)}
 
 
 @user_errors()

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import BaselineConfig
+from eval.baselines import BaselineConfig, adapted_layers
 from eval.cell import pictures_of
 from eval.engines import ENGINES
 from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
-from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
+from eval.methods import METHODS, count_parameters, describe, matched
 from eval.prompts import prompts_for
 from eval.report.lines import table_lines
 from eval.report.rates import choose_learning_rates

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from eval.baselines import BaselineAdapter, BaselineConfig, baseline_maker, load_baseline
+from eval.baselines import BaselineAdapter, BaselineConfig, adapted_layers, baseline_maker, load_baseline
 from eval.experiment import Cell, Experiment
-from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
+from eval.methods import AnyConfig, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
 from eval.results import CELL_RESULT, cell_folder, is_done, work_folder
 from eval.subjects import Subject

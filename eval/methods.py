@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 from eval.baselines import BaselineConfig, baseline_count, expected_parameters
 from gsoft.errors import GSOFTError
 from gsoft.rotation import parameter_count, parameter_shapes
-from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears
 from gsoft_diffusion.config.adapter import AdapterConfig
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -75,15 +74,6 @@ def count_parameters(config: AnyConfig, layers: Mapping[str, nn.Linear]) -> int 
     return total
 
 
-def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_encoder: bool) -> dict[str, nn.Linear]:
-    """All linear layers that every method adapts, under their names.
-
-    unet: the denoiser, of which all attention is adapted. text_encoders: those that belong to it. text_encoder: whether
-    their attention is adapted as well.
-    """
-    return find_linears(find_attentions(unet), find_clip_attentions(text_encoder, text_encoders))
-
-
 def describe(config: AnyConfig) -> str:
     """The size in a few words, as in the paper's table."""
     if isinstance(config, BaselineConfig):
@@ -102,6 +92,7 @@ def _candidates(method: str, text_encoder: bool, output_scale: bool, narrowest: 
     shapes: list[dict[str, int]] = [{name: size} for name in ("nblocks", "block_size") for size in POWERS]
     if method in ("gsoft", "double_gsoft"):
         shared = {"double": method == "double_gsoft", "text_encoder": text_encoder, "output_scale": output_scale}
+        shared["fused_attention"] = False  # see `adapted_layers`
         return [AdapterConfig(**shape, **shared) for shape in shapes]  # type: ignore[arg-type]
     if method == "oft":
         return [BaselineConfig("oft", **shape, text_encoder=text_encoder) for shape in shapes]

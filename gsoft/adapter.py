@@ -15,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from gsoft.cache import RotationCache
 from gsoft.config import RotationConfig
 from gsoft.costs import KEPT_WEIGHT_BYTES
+from gsoft.fused import RotatedSlices
 from gsoft.linear import RotatedLayer, RotatedLinear, put_on, take_off
+from gsoft.linear_slice import AnyLinear, LinearSlice, whole_of
 from gsoft.rotation import Rotation, parameter_count
 from gsoft.submodules import add_submodule
 
@@ -30,11 +32,12 @@ class Adapter(nn.Module):
     the training step must hold it as a submodule.
     """
 
-    def __init__(self, config: RotationConfig, linears: Mapping[str, nn.Linear], models: Sequence[nn.Module]) -> None:
+    def __init__(self, config: RotationConfig, linears: Mapping[str, AnyLinear], models: Sequence[nn.Module]) -> None:
         """Looks at the models without changing them; `attach` puts the adapter to work.
 
-        linears: the layers to rotate, by name; the first component of a name tells the model. models: all of them.
-        Raises GSOFTError if a width does not fit the configuration, naming layer, width and valid values.
+        linears: the layers to rotate, or slices of them, by name; the first component of a name tells the model.
+        models: all of them. Raises GSOFTError if a width does not fit the configuration, naming layer, width and valid
+        values.
         """
         super().__init__()
         self.config = config
@@ -53,12 +56,19 @@ class Adapter(nn.Module):
         self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
         for model in self._models:
             model.requires_grad_(False)
+        slices: dict[nn.Linear, list[tuple[LinearSlice, RotatedLayer]]] = defaultdict(list)
         for name in self.self_rotating():
-            put_on(self._linears[name], self._rotated[name])
+            linear, rotated = self._linears[name], self._rotated[name]
+            if isinstance(linear, LinearSlice):
+                slices[linear.whole].append((linear, rotated))
+            else:
+                put_on(linear, rotated)
+        for whole, parts in slices.items():
+            put_on(whole, RotatedSlices(parts))
         self._share_caches()
         for model in self._models:
             modules = set(model.modules())
-            names = [name for name, linear in self._linears.items() if linear in modules]
+            names = [name for name, linear in self._linears.items() if whole_of(linear) in modules]
             self._preparing.append(model.register_forward_pre_hook(partial(self._prepare, names)))
 
     @torch.compiler.disable
@@ -102,9 +112,9 @@ class Adapter(nn.Module):
         for hook in self._preparing:
             hook.remove()
         self._preparing.clear()
-        for linear in self._linears.values():
-            if isinstance(linear, RotatedLinear):
-                take_off(linear)
+        for module in {whole_of(linear): None for linear in self._linears.values()}:
+            if isinstance(module, RotatedLinear):
+                take_off(module)
         for parameter in self._required_grad:
             parameter.requires_grad_(True)
 
@@ -142,8 +152,8 @@ class Adapter(nn.Module):
             if was_merged:
                 self.merge()
 
-    def layers(self) -> Iterator[tuple[str, nn.Linear, RotatedLayer]]:
-        """Every adapted layer: its name, the model's layer, what computes with it."""
+    def layers(self) -> Iterator[tuple[str, AnyLinear, RotatedLayer]]:
+        """Every adapted layer: its name, the model's layer or the slice of one, what computes with it."""
         for name, linear in self._linears.items():
             yield name, linear, self._rotated[name]
 

@@ -8,11 +8,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gsoft.blocks import orthogonal_blocks
 from gsoft.costs import weight_side_is_cheaper, weights_at_once
+from gsoft.linear_slice import AnyLinear
 from gsoft.products import RotationBlocks, rotate_weights
 from gsoft.rotation import Rotation
 
@@ -30,7 +31,7 @@ class RotationCache:
     with yet, and it is taken to have changed. So it always is on a GPU, where a comparison would wait for the device.
     """
 
-    def __init__(self, rotations: Sequence[Rotation], linears: Sequence[nn.Linear] = ()) -> None:
+    def __init__(self, rotations: Sequence[Rotation], linears: Sequence[AnyLinear] = ()) -> None:
         """rotations: of equal shape. linears: their layers in the same order; without them, one weight at a time."""
         self._rotations, self._linears = tuple(rotations), tuple(linears)
         self._on_activations: set[int] = set()  # layers that rotated their activations the last time

@@ -36,10 +36,7 @@ class RotationConfig:
     output_scale: bool = True
 
     def __post_init__(self) -> None:
-        if (self.nblocks is None) == (self.block_size is None):
-            raise ConfigError(
-                ("nblocks", "block_size"), ": give exactly one of them; the layer's width decides the other"
-            )
+        self.check_size()
         for name, least, rule in (
             ("nblocks", 1, "1 or more"),
             ("block_size", 2, "2 or more (a block of side 1 cannot rotate)"),
@@ -55,6 +52,13 @@ class RotationConfig:
         for name in ("double", "output_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError((name,), f" {getattr(self, name)}: must be True or False")
+
+    def check_size(self) -> None:
+        """Raise ConfigError unless exactly one of `nblocks` and `block_size` is given."""
+        if (self.nblocks is None) == (self.block_size is None):
+            raise ConfigError(
+                ("nblocks", "block_size"), ": give exactly one of them; the layer's width decides the other"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from gsoft.linear_slice import AnyLinear
 
 
 class KeptWeight:
@@ -17,12 +19,12 @@ class KeptWeight:
         """Whether another weight is in the place of `W`."""
         return self._weight is not None
 
-    def keep(self, layer: nn.Linear) -> None:
+    def keep(self, layer: AnyLinear) -> None:
         """Keep the layer's weight, which is about to be replaced."""
         self._weight = layer.weight.detach().clone()
 
     @torch.no_grad()
-    def replace(self, layer: nn.Linear, weight: Tensor) -> None:
+    def replace(self, layer: AnyLinear, weight: Tensor) -> None:
         """Keep the layer's weight and write another in its place.
 
         layer: whose weight is replaced. weight: of the same shape and any dtype, to be rounded to the layer's.
@@ -31,7 +33,7 @@ class KeptWeight:
         layer.weight.copy_(weight)
 
     @torch.no_grad()
-    def restore(self, layer: nn.Linear) -> None:
+    def restore(self, layer: AnyLinear) -> None:
         """Put `W` back, if another is in its place."""
         if self._weight is not None:
             layer.weight.copy_(self._weight)

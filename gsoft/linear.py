@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from gsoft.cache import RotationCache
 from gsoft.errors import GSOFTError
 from gsoft.group_and_shuffle import rotate, rotate_back
 from gsoft.kept_weight import KeptWeight
+from gsoft.linear_slice import AnyLinear
 from gsoft.products import RotationBlocks, rotate_activations, rotate_weights
 from gsoft.rotation import Rotation
 
@@ -20,8 +21,8 @@ from gsoft.rotation import Rotation
 class RotatedLayer:
     """What computes with one frozen linear layer and the `Rotation` that is learned for it.
 
-    The linear layer belongs to the base model and is passed to every call. At the start the output is bit-equal to the
-    plain layer's: identity rotations reproduce `W` exactly (on a GPU, as long as TF32 is left off).
+    The linear layer, or a slice of one, belongs to the base model and is passed to every call. At the start the output
+    is bit-equal to the plain layer's: identity rotations reproduce `W` exactly (on a GPU, as long as TF32 is left off).
 
     rotation: the learned numbers, which belong to an `Adapter`. enabled: False leaves the layer as it is.
     cache, index: where what is made of the learned numbers is kept, shared with other layers after `share`.
@@ -48,7 +49,7 @@ class RotatedLayer:
         """
         self.cache, self.index, self._keeps_weight = cache, index, keeps_weight
 
-    def prepare(self, linear: nn.Linear) -> None:
+    def prepare(self, linear: AnyLinear) -> None:
         """Make `W'` before the model computes, or the blocks where there is no room for it.
 
         linear: the frozen layer. In a graph of `torch.compile` the layer is then an ordinary product with the tensor
@@ -64,7 +65,7 @@ class RotatedLayer:
         elif self.cache.expects_weight_side(self.index):
             self.prepared = self.cache.weight(self.index, linear.weight)
 
-    def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor:
+    def __call__(self, linear: AnyLinear, x: Tensor) -> Tensor:
         """What the rotated layer makes of x (paper, §6.1 and §6.2).
 
         linear: the frozen layer. x: `(…, in_features)`. Returns `(…, out_features)` in the dtype the plain layer would
@@ -85,7 +86,7 @@ class RotatedLayer:
         return self._compute(linear, x)
 
     @torch.compiler.disable
-    def _compute(self, linear: nn.Linear, x: Tensor) -> Tensor:
+    def _compute(self, linear: AnyLinear, x: Tensor) -> Tensor:
         self.check(linear)
         if self.rotates_activations(linear, x):
             return _with_rotated_activations([self], [linear], x)[0]
@@ -96,9 +97,9 @@ class RotatedLayer:
         """False where the plain layer is right as it is: switched off, or merged into its weight."""
         return self.enabled and not self.merged
 
-    def check(self, linear: nn.Linear) -> None:
-        """Raise GSOFTError unless this can compute with the layer: an `nn.Linear` on the rotation's device."""
-        if not isinstance(linear, nn.Linear):
+    def check(self, linear: AnyLinear) -> None:
+        """Raise GSOFTError unless this can compute with the layer: a plain one on the rotation's device."""
+        if not isinstance(linear, AnyLinear):
             raise GSOFTError(
                 f"{self.rotation.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
             )
@@ -109,7 +110,7 @@ class RotatedLayer:
                 f'adapter.to("{linear.weight.device}")'
             )
 
-    def rotates_activations(self, linear: nn.Linear, x: Tensor) -> bool:
+    def rotates_activations(self, linear: AnyLinear, x: Tensor) -> bool:
         """Whether `__call__` rotates x instead of the weight.
 
         linear: the frozen layer. x: `(…, in_features)`. autocast decides by itself what is computed in which precision;
@@ -139,7 +140,7 @@ class RotatedLayer:
         return self._kept_weight.replaced
 
     @torch.no_grad()
-    def merge(self, linear: nn.Linear) -> None:
+    def merge(self, linear: AnyLinear) -> None:
         """Write `W'` into the layer and keep the exact `W`; from then on the layer alone does everything.
 
         Without effect if it is merged already. Raises GSOFTError as `check` does.
@@ -150,7 +151,7 @@ class RotatedLayer:
             self.cache.drop_weight(self.index)
             self._kept_weight.replace(linear, merged)
 
-    def unmerge(self, linear: nn.Linear) -> None:
+    def unmerge(self, linear: AnyLinear) -> None:
         """Put `W` back, bit for bit."""
         self._kept_weight.restore(linear)
 
@@ -165,7 +166,7 @@ class RotatedLayer:
         return max(errors)
 
 
-def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear], x: Tensor) -> list[Tensor]:
     """What each of several layers makes of the same x; equal-shaped ones that rotate it do so together.
 
     layers: one or more. linears: their frozen layers, in the same order. x: `(…, in_features)`. Returns one tensor
@@ -186,12 +187,21 @@ def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear]
     return _with_rotated_activations(layers, linears, x)
 
 
-def _with_rotated_activations(layers: Sequence[RotatedLayer], linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+def _with_rotated_activations(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear], x: Tensor) -> list[Tensor]:
     """By rotating x and the results."""
     cache = layers[0].cache
     blocks = [cache.blocks(layer.index, x.dtype) for layer in layers]
     plain = [(linear.weight, linear.bias) for linear in linears]
     return list(rotate_activations(x, plain, blocks, cache.all_identity))
+
+
+class Computing(Protocol):
+    """What computes in the place of a linear layer: a `RotatedLayer`, or `gsoft.fused.RotatedSlices`."""
+
+    @property
+    def active(self) -> bool: ...
+
+    def __call__(self, linear: nn.Linear, x: Tensor) -> Tensor: ...
 
 
 class RotatedLinear(nn.Linear):
@@ -202,14 +212,14 @@ class RotatedLinear(nn.Linear):
     A class, not a patched instance, so that copies of the model are rotated as well.
     """
 
-    rotated: RotatedLayer
+    rotated: Computing
     base_class: type[nn.Linear]
 
     def forward(self, input: Tensor) -> Tensor:
         return self.rotated(self, input) if self.rotated.active else super().forward(input)
 
 
-def put_on(linear: nn.Linear, rotated: RotatedLayer) -> RotatedLinear:
+def put_on(linear: nn.Linear, rotated: Computing) -> RotatedLinear:
     """Have a plain layer compute what `rotated` makes of it, until `take_off`. Returns the same object.
 
     linear: becomes a `RotatedLinear` in its place in the model. rotated: what computes with it.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gsoft.adapter import Adapter
 from gsoft.errors import GSOFTError
 from gsoft.kept_weight import KeptWeight
+from gsoft.linear_slice import AnyLinear
 from gsoft.rotation import at_strength
 from gsoft.saving import AdapterFile, adapter_for, read
 
@@ -83,8 +84,8 @@ class Stack:
                     weight = rotated[layer].rotated_weight(weight)
             yield layer, linear.weight, weight
 
-    def layers(self, names: Iterable[str]) -> dict[str, nn.Linear]:
-        """The models' layers that any of these adapters is on."""
+    def layers(self, names: Iterable[str]) -> dict[str, AnyLinear]:
+        """The models' layers, or slices of them, that any of these adapters is on."""
         return {layer: linear for name in names for layer, linear, _ in self._adapters[name].layers()}
 
     @contextmanager

@@ -42,7 +42,7 @@ def test_an_adapter_loads_to_the_bit(base, place):
     written, loaded = load_file(FIRST / place), adapter.state_dict()
     assert loaded.keys() == written.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
-    assert file.config == AdapterConfig(nblocks=4, parametrization="cayley")
+    assert file.config == AdapterConfig(nblocks=4, parametrization="cayley", fused_attention=False)
     assert file.base_model.name == "base"
     assert (file.prompts["instance_prompt"], file.training["resolution"]) == ("a photo of a sks dog", 32)
 

@@ -8,6 +8,7 @@ Qwen/Qwen3-4B (read in copies, for some ask to accept a licence); diffusers' scr
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -41,6 +47,7 @@ from transformers import (
 from gsoft_diffusion.models.families import (
     BaseModel,
     Flux,
+    Flux2Dev,
     Flux2Klein,
     StableDiffusion,
     StableDiffusion3,
@@ -55,6 +62,8 @@ def write_parts(folder: Path, pipeline: str, parts: dict[str, Any], **options: o
         part.save_pretrained(folder / name)
         index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
     for path in folder.glob("tokenizer*"):
+        if path.name in index:  # a processor
+            continue
         index[path.name] = ["transformers", json.loads((path / "tokenizer_config.json").read_text())["tokenizer_class"]]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
@@ -219,20 +228,16 @@ def write_flux(folder: Path, *, guidance_embeds: bool = True, num_single_layers:
     return write_parts(folder, "FluxPipeline", parts)
 
 
-def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
-    """As the 4B base model, whose index does not speak of distilling: fused single blocks, and of Qwen3's 36 layers the
-    28 that the embeddings, of the 9th, 18th and 27th, need.
-    """
-    torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    vocabulary = write_tokenizer(folder / "tokenizer")
-    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
-    settings |= {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "model_max_length": 512,
-        "chat_template": "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->",
-    }
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+def write_chat_tokenizer(folder: Path, tokenizer_class: str, **settings: object) -> int:
+    """Write a tokenizer of single letters with a template for chats; returns the vocabulary's size."""
+    vocabulary = write_tokenizer(folder)
+    path = folder / "tokenizer_config.json"
+    known = json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class, "model_max_length": 512}
+    path.write_text(json.dumps(known | settings))
+    return vocabulary
+
+
+def tiny_flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -243,6 +248,10 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def tiny_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -253,12 +262,27 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
         timestep_guidance_channels=32,
         mlp_ratio=3.0,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
     with torch.no_grad():  # random blocks that matter, though they are few
         for block in transformer.transformer_blocks:
             block.attn.to_v.weight *= 5
             block.attn.to_out[0].weight *= 5
+    return transformer
+
+
+def dynamic_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15)
+
+
+def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
+    """As the 4B base model, whose index does not speak of distilling: fused single blocks, and of Qwen3's 36 layers the
+    28 that the embeddings, of the 9th, 18th and 27th, need.
+    """
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->"
+    vocabulary = write_chat_tokenizer(folder / "tokenizer", "Qwen2Tokenizer", chat_template=template)
     parts = {
         "text_encoder": Qwen3ForCausalLM(
             Qwen3Config(
@@ -272,13 +296,58 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
                 tie_word_embeddings=True,
             )
         ),
-        "vae": vae,
-        "transformer": transformer,
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
-        ),
+        "vae": tiny_flux2_vae(),
+        "transformer": tiny_flux2_transformer(guidance_embeds=False),
+        "scheduler": dynamic_scheduler(),
     }
     return write_parts(folder, "Flux2KleinPipeline", parts, **({"is_distilled": True} if is_distilled else {}))
+
+
+def write_flux2_dev(folder: Path) -> Path:
+    """Told its guidance; of Mistral's 40 layers the 31 that the embeddings, of the 10th, 20th and 30th, need."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    vocabulary = write_chat_tokenizer(folder / "tokenizer", "CLIPTokenizer", padding_side="left")
+    template = (
+        "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]"
+        "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    marks = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    vocabulary += tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=template)
+    shutil.rmtree(folder / "tokenizer")
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": vocabulary,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 31,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 8,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+    )
+    parts = {
+        "tokenizer": processor,
+        "text_encoder": Mistral3ForConditionalGeneration(config),
+        "vae": tiny_flux2_vae(),
+        "transformer": tiny_flux2_transformer(guidance_embeds=True),
+        "scheduler": dynamic_scheduler(),
+    }
+    return write_parts(folder, "Flux2Pipeline", parts)
 
 
 WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
@@ -287,4 +356,5 @@ WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
     StableDiffusion3: write_sd3,
     Flux: write_flux,
     Flux2Klein: write_flux2_klein,
+    Flux2Dev: write_flux2_dev,
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.config import AdapterConfig
+from gsoft_diffusion.config.adapter import recorded
 from gsoft_diffusion.config.settings import Settings
 from gsoft_diffusion.foundation.errors import UserError, user_errors
 from gsoft_diffusion.foundation.run_folder import ADAPTER
@@ -116,9 +117,11 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """
     with FORMAT.open(_adapter_in(Path(path))) as file:
         try:
-            config = AdapterConfig.from_dict(file.sections["config"])
+            config = AdapterConfig.from_dict(recorded(file.sections["config"]))
         except UserError as error:
             refuse(file.path, f"bad adapter settings ({error})")
+        if config.leaves_size_open:
+            refuse(file.path, "its settings have neither nblocks nor block_size")
         for name in file.shapes:
             file.check_float32(name)
         marks = {name: shape for name, shape in file.shapes.items() if name.startswith(PARAMETRIZATION)}

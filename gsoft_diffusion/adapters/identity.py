@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 import gsoft.fingerprint
 from gsoft.fingerprint import BaseModelIdentity
+from gsoft.linear_slice import AnyLinear
 from gsoft_diffusion.foundation.model_names import lasting_name, public_name
 from gsoft_diffusion.models.attention_layers import ATTENTIONS, attention_layers, clip_attention_layers
 from gsoft_diffusion.models.families import BaseModel
@@ -32,11 +33,13 @@ def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str
     unet: the denoiser, a UNet or a transformer.
     text_encoders: the CLIP text encoders, in the pipeline's order: in training and in use the same.
 
-    Made of shapes and head counts of every attention, of the models' sizes, and of all attention weights. For models
-    with or without an adapter, but not with a merged one.
+    Made of shapes and head counts of every attention, of the models' sizes, and of all attention weights, but for fused
+    ones (see `is_fused`): adapters from before they were rotated are of the same model. For models with or without an
+    adapter, but not with a merged one.
     """
     architecture: list[Any] = [sum(map(numbers_in, model.parameters())) for model in (unet, *text_encoders)]
     weights: list[Tensor] = []
+    layers: Mapping[str, AnyLinear]
     for model in (unet, *text_encoders):
         for module in model.modules():
             if isinstance(module, ATTENTIONS) and hasattr(module, "to_q"):

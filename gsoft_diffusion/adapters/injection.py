@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -12,11 +13,19 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 import gsoft
 from gsoft.linear import RotatedLinear
+from gsoft.linear_slice import AnyLinear, whole_of
 from gsoft.rotation import parameter_shapes
 from gsoft_diffusion.adapters.attention import attach, check_supported, detach
+from gsoft_diffusion.adapters.size import with_usual_size
 from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.foundation.errors import UserError, user_errors
-from gsoft_diffusion.models.attention_layers import ATTENTIONS, PROJECTIONS, attention_layers, clip_attention_layers
+from gsoft_diffusion.models.attention_layers import (
+    PROJECTIONS,
+    attention_layers,
+    clip_attention_layers,
+    denoiser_attentions,
+    is_fused,
+)
 
 
 def inject(config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> Adapter:
@@ -27,7 +36,8 @@ def inject(config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[n
     text_encoders: the CLIP text encoders, in the pipeline's order.
 
     Every attention of a UNet gets a GSOFT attention processor. Of a transformer the projections of every attention are
-    rotated, those of the text in joint attention included, and with `config.text_encoder` those of every CLIP
+    rotated, those of the text in joint attention included; where they share matrices with the feed-forward layer, with
+    `config.fused_attention`; and with `config.text_encoder` those of every CLIP
     attention. Until something is trained, the models' outputs stay bit-equal.
 
     Raises UserError, before anything is changed, if a width does not fit the configuration (naming layer, width and
@@ -56,8 +66,8 @@ class Adapter(gsoft.Adapter):
 
         Raises UserError as `inject`.
         """
-        attentions = find_attentions(denoiser)
-        linears = find_linears(attentions, find_clip_attentions(config.text_encoder, text_encoders))
+        attentions, linears = _attentions_and_layers(config, denoiser, text_encoders)
+        config = with_usual_size(config, linears)
         with user_errors():
             super().__init__(config, linears, (denoiser, *text_encoders))
         self._root = root_of(denoiser)
@@ -112,7 +122,8 @@ def expected_shapes(
     denoiser: the UNet or transformer.
     text_encoders: the CLIP text encoders, in the pipeline's order.
     """
-    linears = find_linears(find_attentions(denoiser), find_clip_attentions(config.text_encoder, text_encoders))
+    _, linears = _attentions_and_layers(config, denoiser, text_encoders)
+    config = with_usual_size(config, linears)
     return {
         f"{layer}.{name}": shape
         for layer, linear in linears.items()
@@ -120,25 +131,40 @@ def expected_shapes(
     }
 
 
+def completed(config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> AdapterConfig:
+    """The settings with what they leave open filled in (see `with_usual_size`), and what these models do not have off.
+
+    config: the settings. denoiser: the UNet or transformer. text_encoders: the CLIP text encoders, in the pipeline's
+    order. Raises UserError as `inject`.
+    """
+    attentions, linears = _attentions_and_layers(config, denoiser, text_encoders)
+    return replace(with_usual_size(config, linears), fused_attention=any(map(is_fused, attentions.values())))
+
+
+def _attentions_and_layers(
+    config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, AnyLinear]]:
+    """The denoiser's attentions and all layers to adapt."""
+    attentions = find_attentions(denoiser, config.fused_attention)
+    return attentions, find_linears(attentions, find_clip_attentions(config.text_encoder, text_encoders))
+
+
 def root_of(denoiser: nn.Module) -> str:
     """What names of layers start with: the denoiser's name in a diffusers pipeline."""
     return "unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer"
 
 
-def find_attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
+def find_attentions(denoiser: nn.Module, fused: bool = True) -> dict[str, nn.Module]:
     """The denoiser's attentions as `unet.<path>` or `transformer.<path>`. Raises UserError if one cannot be adapted.
 
-    Attentions whose projections share a matrix with the feed-forward layer (FLUX.2's single-stream blocks) are not
-    among them.
+    denoiser: the UNet or transformer. fused: whether attentions that share matrices with the feed-forward layer
+    (FLUX.2's single-stream blocks) are among them.
     """
     root = root_of(denoiser)
-    attentions = {
-        f"{root}.{path}": module for path, module in denoiser.named_modules() if isinstance(module, ATTENTIONS)
-    }
+    attentions = {f"{root}.{path}": module for path, module in denoiser_attentions(denoiser, fused).items()}
     if root == "unet":
         for path, attention in attentions.items():
             check_supported(attention, path)
-    attentions = {path: attention for path, attention in attentions.items() if hasattr(attention, "to_q")}
     if not attentions:
         raise UserError(f"found no attention to adapt in {type(denoiser).__name__}")
     return attentions
@@ -168,22 +194,23 @@ def find_clip_attentions(wanted: bool, text_encoders: Sequence[nn.Module]) -> di
 
 def find_linears(
     attentions: Mapping[str, nn.Module], clip_attentions: Mapping[str, CLIPAttention]
-) -> dict[str, nn.Linear]:
-    """The linear layers to adapt under their names in the adapter, `<attention>.<projection>`.
+) -> dict[str, AnyLinear]:
+    """The linear layers to adapt, or slices of them, under their names in the adapter, `<attention>.<projection>`.
 
     attentions: the denoiser's, as `find_attentions` names them.
     clip_attentions: the text encoders', as `find_clip_attentions` names them.
 
     Raises UserError if a layer is not a plain one: rotated already, or quantised.
     """
-    linears: dict[str, nn.Linear] = {}
+    linears: dict[str, AnyLinear] = {}
     for path, attention in attentions.items():
         linears |= {f"{path}.{name}": layer for name, layer in attention_layers(attention).items()}
     for path, clip_attention in clip_attentions.items():
         linears |= {f"{path}.{name}": layer for name, layer in clip_attention_layers(clip_attention).items()}
     for layer, linear in linears.items():
-        if not isinstance(linear, nn.Linear) or isinstance(linear, RotatedLinear):
-            raise UserError(f"{layer} is a {type(linear).__name__}: remove the adapter that is on it first")
-        if not linear.weight.is_floating_point():
+        module = whole_of(linear)
+        if not isinstance(module, nn.Linear) or isinstance(module, RotatedLinear):
+            raise UserError(f"{layer} is a {type(module).__name__}: remove the adapter that is on it first")
+        if not module.weight.is_floating_point():
             raise UserError(f"{layer} is quantised: load the base model in float32, float16 or bfloat16")
     return linears

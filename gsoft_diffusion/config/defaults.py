@@ -8,3 +8,10 @@ FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5, "text_encoder_lr": 
 MINIATURE = {"max_train_steps": 500, "learning_rate": 2e-4, "text_encoder_lr": 4e-6}
 GUIDANCE, MINIATURE_GUIDANCE = 5.0, 3.0  # above it the miniature's shapes come apart
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
+
+# An adapter's blocks. With 32 of them, the paper's, the numbers grow with the square of a layer's width: that is for
+# widths that give blocks of side 64 or less. Wider layers get blocks of side 64, with which two factors leave no zeros
+# in a rotation of up to 64² = 4096 (paper, Theorem 2); smaller ones if the file would still be larger than LARGEST.
+NBLOCKS = 32
+BLOCK_SIZES = (64, 32, 16)
+LARGEST = 500_000_000  # bytes

@@ -124,7 +124,7 @@ class TrainingConfig(Settings):
     base_config: Annotated[str | None, Mark.PATH] = None
     revision: str | None = None
     variant: str | None = None
-    adapter: AdapterConfig = AdapterConfig(nblocks=32)
+    adapter: AdapterConfig = AdapterConfig()
 
     resolution: Annotated[int | None, POSITIVE] = None
     aspect_buckets: bool = False

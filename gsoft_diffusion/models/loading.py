@@ -38,6 +38,7 @@ def load_model(
     device: torch.device | str = "cpu",
     cpu_offload: bool = False,
     quantize_base: str | None = None,
+    fused_attention: bool = True,
 ) -> BaseModel:
     """Load a base model from a diffusers folder, the hub, or a single file; weights from safetensors only.
 
@@ -49,6 +50,8 @@ def load_model(
     device: where the model computes.
     cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
     quantize_base: bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `quantization`.
+    fused_attention: whether an adapter is to use attention that shares matrices with the feed-forward layer; they are
+    then not put into 4 bits.
 
     Returns the model with all of its weights frozen.
 
@@ -81,7 +84,7 @@ def load_model(
                 network.requires_grad_(False)
                 on_device = network is model.denoiser or not cpu_offload
                 if quantize_base and (network is model.denoiser or network in untrained):
-                    quantize(network, quantize_base, device if on_device else "cpu")
+                    quantize(network, quantize_base, device if on_device else "cpu", fused_attention)
                 if on_device:
                     network.to(device)
             except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full

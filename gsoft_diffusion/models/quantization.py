@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gsoft.linear_slice import whole_of
 from gsoft_diffusion.foundation.errors import UserError, first_line
-from gsoft_diffusion.models.attention_layers import ATTENTIONS, attention_layers
+from gsoft_diffusion.models.attention_layers import attention_layers, denoiser_attentions
 
 
 def require_bitsandbytes() -> None:
@@ -23,14 +24,16 @@ def require_bitsandbytes() -> None:
         raise UserError(f"--quantize_base needs a library: pip install bitsandbytes ({first_line(error)})") from error
 
 
-def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+def quantizable(model: nn.Module, fused_attention: bool) -> dict[str, nn.Linear]:
     """The linear layers in a model's numbered blocks, without those of attention that are adapted, by their paths.
+
+    fused_attention: whether attention that shares matrices with the feed-forward layer is adapted as well.
 
     Outside of the blocks, for embeddings and the output, they are few and matter most. What the model's library wants
     exact stays so too: T5 casts its activations to the dtype of some weights.
     """
-    attentions = (module for module in model.modules() if isinstance(module, ATTENTIONS) and hasattr(module, "to_q"))
-    adapted = {layer for attention in attentions for layer in attention_layers(attention).values()}
+    attentions = denoiser_attentions(model, fused_attention).values()
+    adapted = {whole_of(layer) for attention in attentions for layer in attention_layers(attention).values()}
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
         path: module
@@ -42,7 +45,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantize(model: nn.Module, quant_type: str, device: torch.device | str) -> None:
+def quantize(model: nn.Module, quant_type: str, device: torch.device | str, fused_attention: bool) -> None:
     """Put bitsandbytes' 4-bit layers in the place of all that `quantizable` finds.
 
     The same weights give the same layers on the same kind of device, so a resumed run goes on with what it had.
@@ -50,10 +53,11 @@ def quantize(model: nn.Module, quant_type: str, device: torch.device | str) -> N
     model: the network, changed in place; it computes in the dtype of its weights, as before.
     quant_type: bitsandbytes' name of the 4-bit type, such as nf4.
     device: where the new layers go; all others stay where they are.
+    fused_attention: as in `quantizable`.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for path, linear in quantizable(model).items():
+    for path, linear in quantizable(model, fused_attention).items():
         weight = linear.weight.detach()
         layer: Any = Linear4bit(
             linear.in_features,

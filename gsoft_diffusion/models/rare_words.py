@@ -22,8 +22,7 @@ def rare_word(model: BaseModel, taken: Collection[str] = ()) -> str:
 
     Raises UserError if all are known or taken.
     """
-    tokenizers = [getattr(model, part) for part in model.parts() if part.startswith("tokenizer")]
-    free = [word for word in CANDIDATES if not any(is_word(tokenizer, word) for tokenizer in tokenizers)]
+    free = [word for word in CANDIDATES if not any(is_word(tokenizer, word) for tokenizer in model.tokenizers)]
     unused = UNUSED.get(lasting_name(model.name))
     for word in ([unused] if unused else []) + free:
         if word not in taken:

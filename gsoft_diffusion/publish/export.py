@@ -30,7 +30,7 @@ from gsoft_diffusion.models.loading import INDEX
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
 from gsoft_diffusion.publish.approximation import Approximation, total_error, write_report
 from gsoft_diffusion.publish.full_difference import write_differences
-from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, diffusers_tensors, kohya_tensors
+from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, by_module, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.publish.model_card import model_card, public_base
 
 DEFAULT_RANK = 64
@@ -143,7 +143,8 @@ def _write_lora(
     """Write the LoRA; returns its layers."""
     of_kohya = kohya_metadata(model, rank) if config.format == "kohya_lora" else {}
     layers = lora_layers(stack, config.strengths, rank, dtype)
-    tensors = kohya_tensors(layers, model.kohya_place) if of_kohya else diffusers_tensors(layers)
+    modules = by_module(layers, stack.layers(config.strengths))
+    tensors = kohya_tensors(modules, model.kohya_place) if of_kohya else diffusers_tensors(modules)
     write_tensors(place, rounded(tensors, dtype), metadata | of_kohya)
     return layers
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gsoft.linear_slice import AnyLinear, LinearSlice
 from gsoft_diffusion.publish.approximation import Approximation
-from gsoft_diffusion.publish.layer_names import module_path
+from gsoft_diffusion.publish.layer_names import matrix_path
 
 
 @dataclass(frozen=True)
@@ -61,28 +63,54 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))
 
 
-def diffusers_tensors(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
-    """The factors as diffusers' `save_lora_weights` names them; there, A is down and B is up."""
-    tensors: dict[str, Tensor] = {}
+class Factors(NamedTuple):
+    """`up (out, rank)` and `down (rank, in)` of one module."""
+
+    up: Tensor
+    down: Tensor
+
+
+def by_module(layers: Sequence[LoraLayer], linears: Mapping[str, AnyLinear]) -> dict[str, Factors]:
+    """The factors by the modules' paths in a diffusers pipeline, in the adapter's order.
+
+    layers: of the LoRA. linears: the model's layers, by the same names. Slices of one matrix share factors of all of
+    it, whose rank is the sum of theirs: zeros are where a slice is not.
+    """
+    modules: dict[str, Factors] = {}
     for layer in layers:
-        path = module_path(layer.name)
-        tensors |= {f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}
+        linear, up, down = linears[layer.name], layer.up, layer.down
+        path = matrix_path(layer.name, linear)
+        if isinstance(linear, LinearSlice):
+            size = (linear.whole.out_features, linear.whole.in_features)[linear.dim]
+            around = (linear.start, size - linear.start - linear.length)
+            up, down = (F.pad(up, (0, 0, *around)), down) if linear.dim == 0 else (up, F.pad(down, around))
+        if path in modules:
+            up, down = torch.cat([modules[path].up, up], dim=1), torch.cat([modules[path].down, down])
+        modules[path] = Factors(up, down)
+    return modules
+
+
+def diffusers_tensors(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The factors, by module, as diffusers' `save_lora_weights` names them; there, A is down and B is up."""
+    tensors: dict[str, Tensor] = {}
+    for path, factors in modules.items():
+        tensors |= {f"{path}.lora_A.weight": factors.down, f"{path}.lora_B.weight": factors.up}
     return tensors
 
 
-def kohya_tensors(layers: Sequence[LoraLayer], place_of: Callable[[str], tuple[str, int]]) -> dict[str, Tensor]:
+def kohya_tensors(modules: Mapping[str, Factors], place_of: Callable[[str], tuple[str, int]]) -> dict[str, Tensor]:
     """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here.
 
-    layers: of the LoRA, in the adapter's order.
+    modules: the factors by module, in the adapter's order.
     place_of: what it calls a module of the diffusers pipeline, and how many rows are below it in a matrix that modules
     share.
 
-    Modules of one name share such a matrix, from the top in the order of `layers`: their downs are stacked, and their
+    Modules of one name share such a matrix, from the top in the order of `modules`: their downs are stacked, and their
     ups are the blocks of a block-diagonal up, which therefore has the sum of their ranks.
     """
-    shared: dict[tuple[str, int], list[LoraLayer]] = defaultdict(list)
-    for layer in layers:
-        shared[place_of(module_path(layer.name))].append(layer)
+    shared: dict[tuple[str, int], list[Factors]] = defaultdict(list)
+    for path, factors in modules.items():
+        shared[place_of(path)].append(factors)
     tensors: dict[str, Tensor] = {}
     for (name, rows_below), parts in shared.items():
         down = torch.cat([part.down for part in parts])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from gsoft_diffusion.adapters.injection import completed
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.defaults import FULL_SIZE, MINIATURE, MINIATURE_BELOW
 from gsoft_diffusion.foundation.errors import UserError, first_line
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def with_model_defaults(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
-    """The settings with what only the model decides filled in: resolution, sampler, steps and learning rates.
+    """The settings with what only the model decides filled in: size of the adapter, resolution, sampler, steps, rates.
 
     config: the resolved settings; what they say is kept, except that a text encoder that cannot be trained is left out
     with a warning. model: the base model. Raises UserError for a resolution that the model does not take.
@@ -44,7 +45,8 @@ def with_architecture_defaults(config: TrainingConfig, model: BaseModel) -> Trai
         left_open.pop("text_encoder_lr", None)
     elif config.optimizer == "prodigy":
         left_open["text_encoder_lr"] = config.learning_rate
-    return replace(config, resolution=resolution, **left_open)
+    adapter = completed(config.adapter, model.denoiser, model.text_encoders)
+    return replace(config, adapter=adapter, resolution=resolution, **left_open)
 
 
 def set_up_networks(config: TrainingConfig, model: BaseModel) -> None:

@@ -10,6 +10,7 @@ from torch.distributed import DistError
 
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.adapter import recorded_settings
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import keep_freed_memory, running_out_explained
 from gsoft_diffusion.models.loading import DTYPES, load_model
@@ -54,13 +55,14 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
             device=accelerator.device,
             cpu_offload=config.cpu_offload,
             quantize_base=config.quantize_base,
+            fused_attention=config.adapter.fused_attention,
         )
         config = with_model_defaults(config, model)
         for note in config.notes():
             accelerator.print(f"note: {note}")
         state = checkpoints.read_state(checkpoint) if checkpoint else None
         if checkpoint and state:
-            before, now = TrainingConfig.from_dict(state["settings"]), checkpoints.recorded(config)
+            before, now = TrainingConfig.from_dict(recorded_settings(state["settings"])), checkpoints.recorded(config)
             checkpoints.check_unchanged(config, checkpoint, checkpoints.recorded(before).to_dict(), now.to_dict())
             checkpoints.check_goes_further(config, state["step"])
         try:

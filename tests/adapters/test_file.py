@@ -248,6 +248,7 @@ HOSTILE = {
     "unknown setting": ({"metadata": config_json(rank=4)}, r"bad adapter settings .*rank"),
     "setting of a wrong type": ({"metadata": config_json(nblocks="4")}, r"bad adapter settings .*nblocks"),
     "code for a setting": ({"metadata": config_json(parametrization="os.system")}, "bad adapter settings"),
+    "no size": ({"metadata": config_json(nblocks=None)}, "its settings have neither nblocks nor block_size"),
     "both sizes": ({"metadata": config_json(block_size=4)}, "bad adapter settings"),
     "astronomical size": ({"metadata": config_json(nfactors=10**12)}, r"asks for \(1000000000000"),
     "one-sided settings": ({"metadata": config_json(double=False)}, r"unexpected key .*q_out"),

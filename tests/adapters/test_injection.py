@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet, tokens, train
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.bases import CLIP_G, CLIP_H, CLIP_L, SD15, SD21
 from gsoft_diffusion import AdapterConfig, UserError, inject
 from gsoft_diffusion.adapters.injection import expected_shapes
 from gsoft_diffusion.models.attention_layers import CLIP_PROJECTIONS
@@ -343,17 +344,7 @@ class TestRefusals:
             inject(CONFIG, unet, [tiny_text_encoder()])
 
 
-# unet/config.json and text_encoder/config.json on the hub, where diffusers' defaults do not say the same
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SD21 = {
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-    "upcast_attention": True,
-}
-SD15_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+SD15_TEXT, SD21_TEXT = CLIPTextConfig(**CLIP_L), CLIPTextConfig(**CLIP_H)
 WIDTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320, 1280)  # one per transformer
 
 
@@ -386,7 +377,7 @@ def test_fits_the_real_models(unet_config, text_config, nblocks, block_size, nfa
 
 def test_sdxl_text_encoders_are_found():
     """The second encoder has another class, and in some versions of transformers another path to its layers."""
-    config = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=2, num_attention_heads=20)
+    config = CLIPTextConfig(**CLIP_G | {"num_hidden_layers": 2})
     with torch.device("meta"):
         encoders = [CLIPTextModel(SD15_TEXT), CLIPTextModelWithProjection(config)]
         unet = tiny_unet().to("meta")

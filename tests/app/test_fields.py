@@ -34,7 +34,8 @@ def test_the_words_are_the_commands_own():
         component = field.component()
         assert component.info.startswith(field_help(TrainingConfig).get(field.name, field.help))
     assert named("adapter.text_encoder").flag == "train_text_encoder"
-    assert named("adapter.nblocks").info.endswith("(default: 32)")
+    assert named("adapter.nfactors").info.endswith("(default: 2)")
+    assert "By default 32" in named("adapter.nblocks").info
 
 
 @pytest.mark.parametrize(

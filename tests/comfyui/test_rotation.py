@@ -65,6 +65,32 @@ def test_part_of_a_fused_matrix(rotation):
     torch.testing.assert_close(found, own_weight(config, numbers, view, 1.0), atol=3e-6, rtol=0)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_first_columns_of_a_fused_matrix(rotation, bias):
+    """As in FLUX.2's single-stream blocks, where the feed-forward layer has the others."""
+    config = RotationConfig(nblocks=4)
+    numbers = learned(config)
+    name = "transformer.single_transformer_blocks.3.attn.to_out"
+    file = {f"{name}.{part}": tensor for part, tensor in numbers.items()} | {"parametrization.cayley": torch.empty(0)}
+    layer, keys = rotation.find_layer(name, file)
+    assert keys == file.keys()
+    fused = torch.nn.Linear(24 + 32, 40, bias=bias).requires_grad_(False)
+    found = rotation.rotated_weight(fused.weight, layer, 0.5)
+    torch.testing.assert_close(found[:, :24], own_weight(config, numbers, fused.weight[:, :24], 0.5), atol=3e-6, rtol=0)
+    assert torch.equal(found[:, 24:], fused.weight[:, 24:])
+    x = torch.randn(2, 3, 56, generator=torch.Generator().manual_seed(1))
+    blocks = rotation.layer_blocks(layer, 0.5, x.device)
+    outputs = rotation.rotated_outputs(fused, x, blocks, layer.first_columns)
+    torch.testing.assert_close(outputs, F.linear(x, found, fused.bias), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"its shape is .*, the adapter's \(40, 24\)"):
+        rotation.rotated_weight(torch.zeros(40, 20), layer, 1.0)
+    other, _ = rotation.find_layer(
+        "transformer.a.to_out", {k.replace(name, "transformer.a.to_out"): v for k, v in file.items()}
+    )
+    with pytest.raises(ValueError, match=r"its shape is .*, the adapter's \(40, 24\)"):
+        rotation.rotated_weight(fused.weight, other, 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(rotation, dtype):
     config = RotationConfig(nblocks=4)
@@ -96,6 +122,7 @@ NAMES = [
     "transformer.transformer_blocks.3.attn.to_add_out",
     "transformer.transformer_blocks.0.attn2.to_out",
     "transformer.single_transformer_blocks.37.attn.to_v",
+    "transformer.single_transformer_blocks.37.attn.to_out",
     "text_encoder.layers.11.q_proj",
     "text_encoder_2.layers.31.out_proj",
 ]

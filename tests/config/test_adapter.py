@@ -22,7 +22,6 @@ def test_round_trip_through_json(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one"),
         ({"nblocks": 4, "block_size": 4}, "exactly one"),
         ({"nblocks": 0}, "--nblocks 0: must be 1 or more"),
         ({"block_size": 1}, "--block_size 1: must be 2 or more.*cannot rotate"),

@@ -16,11 +16,11 @@ import torch
 from tiny_eval import experiment
 
 from eval import benchmark, cell, engines
-from eval.baselines import BaselineConfig
+from eval.baselines import BaselineConfig, adapted_layers
 from eval.benchmark import plan, run_benchmark
 from eval.cell import run_cell
 from eval.experiment import Cell, Experiment, main_cells, sweep_cells
-from eval.methods import METHODS, adapted_layers, count_parameters, matched
+from eval.methods import METHODS, count_parameters, matched
 from eval.report.rates import choose_learning_rates
 from eval.results import all_results, cell_folder, is_done, read_results
 from gsoft_diffusion import UserError

@@ -1,7 +1,8 @@
-"""SD3, FLUX.1 and FLUX.2 klein: what the life of every family (test_families.py) does not show."""
+"""SD3, FLUX.1 and FLUX.2: what the life of every family (test_families.py) does not show."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import PIXELS
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel
 from tiny_families import WRITERS, write_flux, write_flux2_klein, write_sd3
 from tiny_models import randomise
 
+from benchmarks.bases import PUBLISHED
 from gsoft_diffusion.adapters.injection import find_attentions, find_linears, inject
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families import Flux, Flux2Klein, StableDiffusion3, whole_view
+from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3, whole_view
 from gsoft_diffusion.models.families.flux import pack, unpack
 from gsoft_diffusion.models.loading import load_model
-from gsoft_diffusion.publish.low_rank import LoraLayer, diffusers_tensors, kohya_tensors
+from gsoft_diffusion.publish.low_rank import LoraLayer, by_module, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.sampling.generation import generate
 
-FAMILIES = (StableDiffusion3, Flux, Flux2Klein)
+FAMILIES = (StableDiffusion3, Flux, Flux2Klein, Flux2Dev)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
@@ -164,14 +166,16 @@ def test_kohya_loras_of_flux_are_read_in_the_published_width(rank):
     model = object.__new__(Flux)
     model.transformer = transformer
     generator = torch.Generator().manual_seed(0)
+    linears = find_linears(find_attentions(transformer), {})
     layers = [
         LoraLayer(name, 1, 1, 0, *(torch.randn(shape, generator=generator) for shape in ((3072, rank), (rank, 3072))))
-        for name in find_linears(find_attentions(transformer), {})
+        for name in linears
     ]
-    tensors = kohya_tensors(layers, model.kohya_place)
+    modules = by_module(layers, linears)
+    tensors = kohya_tensors(modules, model.kohya_place)
     assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 3072, 3 * rank)
     assert tensors["lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight"].shape == (3 * rank, 3072)
-    read, wanted = diffusers.FluxPipeline.lora_state_dict(tensors), diffusers_tensors(layers)
+    read, wanted = diffusers.FluxPipeline.lora_state_dict(tensors), diffusers_tensors(modules)
     modules = {name.removesuffix(".lora_A.weight") for name in read if name.endswith(".lora_A.weight")}
     rest = "transformer.single_transformer_blocks.0.proj_mlp"
     assert modules == {name.removesuffix(".lora_A.weight") for name in wanted if "lora_A" in name} | {rest}
@@ -183,46 +187,11 @@ def test_kohya_loras_of_flux_are_read_in_the_published_width(rank):
     assert not read[f"{rest}.lora_B.weight"].any()
 
 
-# The published models, on their configurations without weights: the transformer/config.json of each on the hub, where
-# diffusers' defaults do not say the same; also in diffusers' scripts/convert_{sd3,flux,flux2}_to_diffusers.py.
+# The published models, on their configurations without weights.
 
 QUERIES = ("to_q", "to_k", "to_v", "to_out")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LAST = ("add_k_proj", "add_v_proj")  # of the last block of SD3: nothing goes back to the text
-SD35_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD3_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 192,
-}
-SD35_LARGE = {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "qk_norm": "rms_norm",
-}
-KLEIN_4B = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 7680,
-    "guidance_embeds": False,
-}
-KLEIN_9B = KLEIN_4B | {
-    "num_layers": 8,
-    "num_single_layers": 24,
-    "num_attention_heads": 32,
-    "joint_attention_dim": 12288,
-}
 
 
 def sd3_layers(blocks: int, dual: int = 0) -> set[str]:
@@ -232,28 +201,27 @@ def sd3_layers(blocks: int, dual: int = 0) -> set[str]:
     }
 
 
-def flux_layers(double: int, single: int) -> set[str]:
+def flux_layers(double: int, single: int, of_single: Sequence[str] = QUERIES[:3]) -> set[str]:
     return {f"transformer_blocks.{n}.attn.{name}" for n in range(double) for name in QUERIES + TEXT} | {
-        f"single_transformer_blocks.{n}.attn.{name}" for n in range(single) for name in QUERIES[:3]
+        f"single_transformer_blocks.{n}.attn.{name}" for n in range(single) for name in of_single
     }
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "numbers", "layers", "width"),
+    ("name", "numbers", "layers", "width"),
     [
-        (SD3Transformer2DModel, SD3_MEDIUM, 2_084_951_104, sd3_layers(24), 1536),
-        (SD3Transformer2DModel, SD35_MEDIUM, 2_469_663_936, sd3_layers(24, dual=13), 1536),
-        (SD3Transformer2DModel, SD35_LARGE, None, sd3_layers(38), 2432),
-        (FluxTransformer2DModel, {"guidance_embeds": True}, 11_901_408_320, flux_layers(19, 38), 3072),
-        (Flux2Transformer2DModel, KLEIN_4B, 3_875_544_576, flux_layers(5, 0), 3072),
-        (Flux2Transformer2DModel, KLEIN_9B, 9_078_581_248, flux_layers(8, 0), 4096),
+        ("Stable Diffusion 3 medium", 2_084_951_104, sd3_layers(24), 1536),
+        ("Stable Diffusion 3.5 medium", 2_469_663_936, sd3_layers(24, dual=13), 1536),
+        ("Stable Diffusion 3.5 large", None, sd3_layers(38), 2432),
+        ("FLUX.1 dev", 11_901_408_320, flux_layers(19, 38), 3072),
+        ("FLUX.2 klein 4B", 3_875_544_576, flux_layers(5, 20, QUERIES), 3072),
+        ("FLUX.2 klein 9B", 9_078_581_248, flux_layers(8, 24, QUERIES), 4096),
+        ("FLUX.2 dev", None, flux_layers(8, 48, QUERIES), 6144),
     ],
-    ids=["SD 3 medium", "SD 3.5 medium", "SD 3.5 large", "FLUX.1 dev", "FLUX.2 klein 4B", "FLUX.2 klein 9B"],
 )
-def test_layers_of_the_published_models(kind, config, numbers, layers, width):
+def test_layers_of_the_published_models(name, numbers, layers, width):
     """`numbers` is how many are in the transformer's published weights, where that is known."""
-    with torch.device("meta"):
-        transformer = kind(**config)
+    transformer, _ = PUBLISHED[name].networks()
     assert numbers in (None, sum(tensor.numel() for tensor in transformer.state_dict().values()))
     adapter = inject(AdapterConfig(nblocks=32, text_encoder=False), transformer)
     shapes = {name: tuple(parameter.shape) for name, parameter in adapter.named_parameters()}

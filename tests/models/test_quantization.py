@@ -104,7 +104,7 @@ def test_what_is_adapted_and_what_may_be_stays_as_it_was(folder, bitsandbytes):
 
 def test_t5_keeps_the_layers_whose_dtype_it_asks_for(tmp_path):
     base = load_model(str(WRITERS[StableDiffusion3](tmp_path / "base")))
-    found = {path.rpartition(".")[2] for path in quantizable(base.text_encoder_3)}
+    found = {path.rpartition(".")[2] for path in quantizable(base.text_encoder_3, True)}
     assert found == {"q", "k", "v", "o", "wi_0", "wi_1"}
 
 
@@ -113,7 +113,7 @@ def numbers(layers: dict[str, nn.Linear]) -> int:
 
 
 def test_layers_of_the_published_models():
-    """By hand: modulation and feed-forward layers of FLUX, klein's fused ones; feed-forward layers of SD 1.5."""
+    """By hand: modulation and feed-forward layers of FLUX, klein's fused ones if they are not adapted; SD 1.5's."""
     with torch.device("meta"):
         flux = FluxTransformer2DModel(guidance_embeds=True)
         klein = Flux2Transformer2DModel(
@@ -123,13 +123,15 @@ def test_layers_of_the_published_models():
     width, wide = 3072, 4 * 3072
     double = 2 * width * 6 * width + 4 * width * wide
     single = width * 3 * width + width * wide + (width + wide) * width
-    assert numbers(quantizable(flux)) == 19 * double + 38 * single == 9_323_937_792
-    assert not [path for path in quantizable(flux) if ".attn." in path]
+    assert numbers(quantizable(flux, True)) == 19 * double + 38 * single == 9_323_937_792
+    assert not [path for path in quantizable(flux, True) if ".attn." in path]
     fused = width * (3 * width + 2 * 3 * width) + (width + 3 * width) * width
-    assert numbers(quantizable(klein)) == 5 * 2 * (width * 6 * width + 3 * width * width) + 20 * fused
-    endings = {".".join(path.split(".")[-3:]) for path in quantizable(unet) if "transformer_blocks" in path}
+    double = 5 * 2 * (width * 6 * width + 3 * width * width)
+    assert numbers(quantizable(klein, False)) == double + 20 * fused
+    assert numbers(quantizable(klein, True)) == double
+    endings = {".".join(path.split(".")[-3:]) for path in quantizable(unet, True) if "transformer_blocks" in path}
     assert endings == {"net.0.proj", "ff.net.2"}
-    assert {path.split(".")[-1] for path in quantizable(unet)} == {"proj", "2", "time_emb_proj"}
+    assert {path.split(".")[-1] for path in quantizable(unet, True)} == {"proj", "2", "time_emb_proj"}
 
 
 def test_what_is_trained_on_it_is_an_ordinary_adapter(folder, photos, tmp_path, bitsandbytes):

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_families import WRITERS
 from tiny_models import randomise
-from torch import Tensor
+from torch import Tensor, nn
 
+from gsoft.linear_slice import LinearSlice
 from gsoft_diffusion.adapters.file import save_adapter
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import inject
@@ -41,10 +42,13 @@ def changes(adapter: Path, base: Path, strength: float = 1.0) -> dict[str, Tenso
     """`W' − W` of every layer, by the names in the export."""
     model = load_model(str(base))
     loaded, _ = load_adapter(adapter, model.denoiser, model.text_encoders, strength=strength)
-    return {
-        difference_name(model, name): rotated.rotated_weight(linear.weight) - linear.weight
-        for name, linear, rotated in loaded.layers()
-    }
+    found = {}
+    for name, linear, rotated in loaded.layers():
+        change = rotated.rotated_weight(linear.weight) - linear.weight
+        if isinstance(linear, LinearSlice) and linear.dim == 1:  # the first columns of a matrix
+            change = torch.cat([change, torch.zeros_like(linear.whole.weight[:, linear.length :])], dim=1)
+        found[difference_name(model, name, linear)] = change
+    return found
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -85,13 +89,16 @@ def test_the_strength_goes_in(base, tmp_path):
     ],
 )
 def test_names_in_a_unet_are_kohyas(base, layer, name):
-    assert difference_name(load_model(str(base)), layer) == name
+    assert difference_name(load_model(str(base)), layer, nn.Linear(2, 2)) == name
 
 
 def test_names_in_a_transformer_are_diffusers():
-    model = SimpleNamespace(denoiser=object())
-    name = difference_name(model, "transformer.transformer_blocks.3.attn.to_out")
+    model, linear = SimpleNamespace(denoiser=object()), nn.Linear(4, 6)
+    name = difference_name(model, "transformer.transformer_blocks.3.attn.to_out", linear)
     assert name == "transformer.transformer_blocks.3.attn.to_out.0.diff"
+    block = "transformer.single_transformer_blocks.3.attn"
+    assert difference_name(model, f"{block}.to_k", LinearSlice(linear, 0, 2, 2)) == f"{block}.to_k.diff"
+    assert difference_name(model, f"{block}.to_out", LinearSlice(linear, 1, 0, 2)) == f"{block}.to_out.diff"
 
 
 def test_a_full_disk_is_found_before_the_work(base, tmp_path, monkeypatch):

@@ -15,12 +15,11 @@ from training_runs import assert_same, difference, few_steps
 
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig, TrainingConfig
-from gsoft_diffusion.models.families import FAMILIES, Flux2Klein
+from gsoft_diffusion.models.families import FAMILIES
+from gsoft_diffusion.models.loading import load_architecture
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import draw
 from gsoft_diffusion.training.train import train
-
-WITH_TEXT_ENCODERS = {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0}
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
@@ -37,6 +36,12 @@ def family_base(family, tmp_path_factory) -> Path:
 @pytest.fixture
 def config(family_base, photos, tmp_path) -> TrainingConfig:
     return few_steps(family_base, photos, tmp_path / "run")
+
+
+def with_text_encoders(base: Path) -> dict[str, object]:
+    """Settings that train the text encoders, of a model that has some to train."""
+    has_some = bool(load_architecture(str(base)).text_encoders)
+    return {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0} if has_some else {}
 
 
 def learned(config: TrainingConfig) -> dict[str, Tensor]:
@@ -60,7 +65,7 @@ def assert_waits_once(run: PretendedTraining) -> None:
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_cpu(family, config, tmp_path):
+def test_the_numbers_are_those_of_the_cpu(family_base, config, tmp_path):
     """In float32, with activations computed again and class images; then drawn, merged and exported on the GPU."""
     config = replace(
         config,
@@ -68,7 +73,7 @@ def test_the_numbers_are_those_of_the_cpu(family, config, tmp_path):
         num_class_images=2,
         aspect_buckets=True,
         gradient_checkpointing=True,
-        **({} if family is Flux2Klein else WITH_TEXT_ENCODERS),
+        **with_text_encoders(family_base),
     )
     on_cpu = replace(config, output_dir=str(tmp_path / "cpu"))
     train(on_cpu)
@@ -94,7 +99,7 @@ def test_half_precision_with_all_but_the_denoiser_in_main_memory(config):
 
 
 @pytest.mark.slow
-def test_scaled_losses_with_latents_made_in_each_batch(family, config):
+def test_scaled_losses_with_latents_made_in_each_batch(family_base, config):
     """In float16, with photos from a worker process and gradients accumulated; resumed, it goes on exactly."""
     config = replace(
         config,
@@ -102,7 +107,7 @@ def test_scaled_losses_with_latents_made_in_each_batch(family, config):
         cache_latents=False,
         dataloader_num_workers=1,
         gradient_accumulation_steps=2,
-        **({} if family is Flux2Klein else WITH_TEXT_ENCODERS),
+        **with_text_encoders(family_base),
     )
     assert_waits_once(pretended_training(config))
     whole = learned(config)

@@ -8,6 +8,7 @@ from typing import Any
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import BaseModel, Conditioning, whole_view
 from gsoft_diffusion.models.families.flux import Flux
+from gsoft_diffusion.models.families.flux2_dev import Flux2Dev
 from gsoft_diffusion.models.families.flux2_klein import Flux2Klein
 from gsoft_diffusion.models.families.stable_diffusion import StableDiffusion
 from gsoft_diffusion.models.families.stable_diffusion_3 import StableDiffusion3
@@ -19,6 +20,7 @@ FAMILIES: tuple[type[BaseModel], ...] = (
     StableDiffusion3,
     Flux,
     Flux2Klein,
+    Flux2Dev,
 )
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "BaseModel",
     "Conditioning",
     "Flux",
+    "Flux2Dev",
     "Flux2Klein",
     "StableDiffusion",
     "StableDiffusion3",

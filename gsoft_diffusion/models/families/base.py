@@ -71,6 +71,11 @@ class BaseModel(ABC):
     def size_step(self) -> int:
         """Sides of pictures must be multiples of so many pixels."""
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        """The tokenizers, in the pipeline's order."""
+        return [getattr(self, part) for part in self.parts() if part.startswith("tokenizer")]
+
     @abstractmethod
     def check(self) -> None:
         """Raise UserError if the parts do not belong together, or are a variant that is not plain text-to-image."""
@@ -272,20 +277,21 @@ def whole_view(width: int, height: int) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]])
 
 
-def tokenized(tokenizer: Any, prompts: Sequence[str], length: int) -> BatchEncoding:
-    """`input_ids` and `attention_mask` of prompts, (prompts, length), int64, padded.
+def tokenized(tokenizer: Any, texts: Sequence[str], length: int, prompts: Sequence[str] | None = None) -> BatchEncoding:
+    """`input_ids` and `attention_mask` of texts, (texts, length), int64, padded.
 
-    A prompt that does not fit is cut, with a warning.
+    A text that does not fit is cut, with a warning.
 
     tokenizer: one of transformers'.
-    prompts: any number of texts.
+    texts: any number.
     length: tokens of each, those that the tokenizer adds included.
+    prompts: what people know the texts by, if they are more than prompts.
     """
-    for prompt in prompts:
-        count = len(tokenizer(prompt, verbose=False).input_ids)
+    for text, prompt in zip(texts, prompts or texts, strict=True):
+        count = len(tokenizer(text, verbose=False).input_ids)
         if count > length:
             _say_cut(prompt, count, length)
-    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
 @cache  # once for each prompt
