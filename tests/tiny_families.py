@@ -1,8 +1,9 @@
 """Tiny checkpoints with random weights of every family: the real configurations, scaled down.
 
 Source of all that is not a size: the configuration files on the hub of stabilityai/stable-diffusion-xl-base-1.0 and
-stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev, FLUX.1-schnell, FLUX.2-klein-base-4B and FLUX.2-klein-4B, and
-Qwen/Qwen3-4B (read in copies, for some ask to accept a licence); diffusers' scripts/convert_*_to_diffusers.py.
+stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev, FLUX.1-schnell, FLUX.2-klein-base-4B and FLUX.2-klein-4B,
+Tongyi-MAI/Z-Image and Z-Image-Turbo, and Qwen/Qwen3-4B (read in copies, for some ask to accept a licence);
+diffusers' scripts/convert_*_to_diffusers.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -45,6 +47,7 @@ from gsoft_diffusion.models.families import (
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    ZImage,
 )
 
 
@@ -219,20 +222,41 @@ def write_flux(folder: Path, *, guidance_embeds: bool = True, num_single_layers:
     return write_parts(folder, "FluxPipeline", parts)
 
 
+def write_qwen_tokenizer(folder: Path) -> int:
+    """Write a tokenizer with a chat template; returns the vocabulary's size."""
+    vocabulary = write_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 512,
+        "chat_template": "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return vocabulary
+
+
+def tiny_qwen(vocabulary: int, layers: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     """As the 4B base model, whose index does not speak of distilling: fused single blocks, and of Qwen3's 36 layers the
     28 that the embeddings, of the 9th, 18th and 27th, need.
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    vocabulary = write_tokenizer(folder / "tokenizer")
-    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
-    settings |= {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "model_max_length": 512,
-        "chat_template": "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->",
-    }
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -260,18 +284,7 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
             block.attn.to_v.weight *= 5
             block.attn.to_out[0].weight *= 5
     parts = {
-        "text_encoder": Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=vocabulary,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=28,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=8,
-                tie_word_embeddings=True,
-            )
-        ),
+        "text_encoder": tiny_qwen(vocabulary, 28),
         "vae": vae,
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(
@@ -281,10 +294,48 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     return write_parts(folder, "Flux2KleinPipeline", parts, **({"is_distilled": True} if is_distilled else {}))
 
 
+def write_z_image(folder: Path, *, shift: float = 6.0) -> Path:
+    """As the base model; with a shift of 3 as Turbo, whose files say no more of being distilled. The text encoder's
+    files are those of a whole language model.
+    """
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    language_model = tiny_qwen(write_qwen_tokenizer(folder / "tokenizer"), 3)
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    with torch.no_grad():
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    parts = {
+        "text_encoder": language_model.model,
+        "vae": tiny_vae(latent_channels=16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift),
+    }
+    write_parts(folder, "ZImagePipeline", parts)
+    language_model.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def diffusers_guidance(pipeline: object, scale: float) -> float:
+    """What diffusers' pipeline calls a guidance scale: Z-Image's counts from 0, where all others count from 1."""
+    return scale - 1 if type(pipeline).__name__ == ZImage.pipeline else scale
+
+
 WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
     StableDiffusion: write_base,
     StableDiffusionXL: write_sdxl,
     StableDiffusion3: write_sd3,
     Flux: write_flux,
     Flux2Klein: write_flux2_klein,
+    ZImage: write_z_image,
 }

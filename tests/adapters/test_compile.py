@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gsoft import adapter as adapter_module
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.models.families import Flux, Flux2Klein, StableDiffusion3
+from gsoft_diffusion.models.families import Flux, Flux2Klein, StableDiffusion3, ZImage
 from gsoft_diffusion.models.families.base import whole_view
 from gsoft_diffusion.models.loading import load_model
 
@@ -82,7 +82,7 @@ def test_a_text_encoder_is_one_graph(counter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [StableDiffusion3, Flux, Flux2Klein], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", [StableDiffusion3, Flux, Flux2Klein, ZImage], ids=lambda family: family.__name__)
 def test_a_transformer_has_as_many_graphs_as_its_base(counter, family, tmp_path):
     model = load_model(str(WRITERS[family](tmp_path / "base")))
     latents = torch.randn(1, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))

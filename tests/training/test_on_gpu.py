@@ -15,7 +15,8 @@ from training_runs import assert_same, difference, few_steps
 
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig, TrainingConfig
-from gsoft_diffusion.models.families import FAMILIES, Flux2Klein
+from gsoft_diffusion.models.families import FAMILIES
+from gsoft_diffusion.models.loading import load_architecture
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import draw
 from gsoft_diffusion.training.train import train
@@ -32,6 +33,12 @@ def family(request):
 def family_base(family, tmp_path_factory) -> Path:
     """A tiny model of the family. Read only."""
     return WRITERS[family](tmp_path_factory.mktemp("base") / family.__name__)
+
+
+@pytest.fixture(scope="module")
+def with_text_encoders(family_base) -> dict[str, object]:
+    """Settings by which text encoders train, where an adapter may be in them."""
+    return WITH_TEXT_ENCODERS if load_architecture(str(family_base)).text_encoders else {}
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def assert_waits_once(run: PretendedTraining) -> None:
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_cpu(family, config, tmp_path):
+def test_the_numbers_are_those_of_the_cpu(config, with_text_encoders, tmp_path):
     """In float32, with activations computed again and class images; then drawn, merged and exported on the GPU."""
     config = replace(
         config,
@@ -68,7 +75,7 @@ def test_the_numbers_are_those_of_the_cpu(family, config, tmp_path):
         num_class_images=2,
         aspect_buckets=True,
         gradient_checkpointing=True,
-        **({} if family is Flux2Klein else WITH_TEXT_ENCODERS),
+        **with_text_encoders,
     )
     on_cpu = replace(config, output_dir=str(tmp_path / "cpu"))
     train(on_cpu)
@@ -94,7 +101,7 @@ def test_half_precision_with_all_but_the_denoiser_in_main_memory(config):
 
 
 @pytest.mark.slow
-def test_scaled_losses_with_latents_made_in_each_batch(family, config):
+def test_scaled_losses_with_latents_made_in_each_batch(config, with_text_encoders):
     """In float16, with photos from a worker process and gradients accumulated; resumed, it goes on exactly."""
     config = replace(
         config,
@@ -102,7 +109,7 @@ def test_scaled_losses_with_latents_made_in_each_batch(family, config):
         cache_latents=False,
         dataloader_num_workers=1,
         gradient_accumulation_steps=2,
-        **({} if family is Flux2Klein else WITH_TEXT_ENCODERS),
+        **with_text_encoders,
     )
     assert_waits_once(pretended_training(config))
     whole = learned(config)
