@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from tiny_models import randomise
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
@@ -40,6 +41,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from gsoft_diffusion.adapters.injection import inject
+from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.models.families import (
     BaseModel,
     Flux,
@@ -48,6 +51,7 @@ from gsoft_diffusion.models.families import (
     StableDiffusion3,
     StableDiffusionXL,
     ZImage,
+    whole_view,
 )
 
 
@@ -329,6 +333,22 @@ def write_z_image(folder: Path, *, shift: float = 6.0) -> Path:
 def diffusers_guidance(pipeline: object, scale: float) -> float:
     """What diffusers' pipeline calls a guidance scale: Z-Image's counts from 0, where all others count from 1."""
     return scale - 1 if type(pipeline).__name__ == ZImage.pipeline else scale
+
+
+def prediction_and_gradients(model: BaseModel) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Of a model with a new random adapter, for noise and two prompts; activations are computed again."""
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
+    randomise(adapter, size=0.1)
+    model.denoiser.train()
+    model.denoiser.enable_gradient_checkpointing()
+    latents = torch.randn(2, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))
+    conditioning = model.encode_prompts(["a dog", "a cat"])
+    views = whole_view(PIXELS, PIXELS).repeat(2, 1)
+    prediction = model.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
+    prediction.square().mean().backward()
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
+    return prediction.detach(), {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
 
 WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {

@@ -24,20 +24,21 @@ def require_bitsandbytes() -> None:
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers in a model's numbered blocks, without those of attention that are adapted, by their paths.
+    """The linear layers in a model's lists of blocks, without those of attention that are adapted, by their paths.
 
     Outside of the blocks, for embeddings and the output, they are few and matter most. What the model's library wants
     exact stays so too: T5 casts its activations to the dtype of some weights.
     """
     attentions = (module for module in model.modules() if isinstance(module, ATTENTIONS) and hasattr(module, "to_q"))
     adapted = {layer for attention in attentions for layer in attention_layers(attention).values()}
+    lists = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
         path: module
         for path, module in model.named_modules()
         if type(module) is nn.Linear
         and module not in adapted
-        and any(name.isdigit() for name in path.split("."))
+        and path.startswith(lists)
         and exact.isdisjoint(path.split("."))
     }
 

@@ -53,6 +53,7 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
             dtype=DTYPES[config.mixed_precision],
             device=accelerator.device,
             cpu_offload=config.cpu_offload,
+            offload_layers=config.offload_layers,
             quantize_base=config.quantize_base,
         )
         config = with_model_defaults(config, model)

@@ -85,7 +85,11 @@ def test_the_numbers_are_those_of_the_cpu(config, with_text_encoders, tmp_path):
     with pretended_gpu() as gpu:
         adapter = (config.output_dir or "",)
         draw(GenerationConfig(adapter, prompts=("a dog",), num_images=1, compare=True))
-        draw(GenerationConfig(adapter, prompts=("a dog",), num_images=2, cpu_offload=True, mixed_precision="fp16"))
+        draw(
+            GenerationConfig(
+                adapter, prompts=("a dog",), num_images=2, cpu_offload=True, offload_layers=True, mixed_precision="fp16"
+            )
+        )
         assert gpu.kernels.total() > 1000
         merged = export(ExportConfig(adapter, "diffusers"))
         lora = export(ExportConfig(adapter, "diffusers_lora", rank=4))
@@ -94,8 +98,9 @@ def test_the_numbers_are_those_of_the_cpu(config, with_text_encoders, tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision_with_all_but_the_denoiser_in_main_memory(config):
-    config = replace(config, mixed_precision="bf16", cpu_offload=True)
+def test_half_precision_with_all_but_the_adapted_layers_in_main_memory(config):
+    """And what is there in eight bits."""
+    config = replace(config, mixed_precision="bf16", cpu_offload=True, offload_layers=True, quantize_base="float8")
     assert_waits_once(pretended_training(config))
     learned(config)
 
