@@ -5,12 +5,13 @@ backward pass; in between it keeps nothing but what is stored.
 
 diffusers' hooks for this, layerwise casting and group offloading, change a module's weight before its forward pass and
 back after it. Autograd keeps the changed weight until the backward pass, so without recomputed activations they save
-nothing in training (`benchmarks/frozen_storage.py` measures it), and they have no scale.
+nothing in training (`benchmarks/frozen_storage.py` measures it of casting), and they have no scale.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,12 @@ FLOAT8 = torch.float8_e4m3fn
 class StoredLinear(nn.Module):
     """What an `nn.Linear` with a frozen weight does.
 
-    weight: as it is stored, `(out, in)`. In main memory it is no parameter, so that whoever moves the model leaves it.
+    weight: as it is stored, `(out, in)`. It is no parameter: processes that train together would send it each other,
+    which they cannot in eight bits. Where the model is moved it goes along, unless it stays in main memory.
     scale: `(out, 1)`, by which a weight in eight bits is multiplied, in the dtype that the layer computes in; else
     None. Its numbers are powers of two, so that multiplying rounds nothing.
     """
 
-    weight: Tensor
     scale: Tensor | None
 
     def __init__(self, linear: nn.Linear, *, float8: bool, in_main_memory: bool) -> None:
@@ -39,17 +40,22 @@ class StoredLinear(nn.Module):
         """
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        weight = linear.weight.detach()
-        scale = None
+        self.weight, scale = linear.weight.detach(), None
         if float8:
-            scale = _scale(weight)
-            weight = (weight / scale).to(FLOAT8)
+            scale = _scale(self.weight)
+            self.weight = (self.weight / scale).to(FLOAT8)
         self.register_buffer("scale", scale, persistent=False)
+        self.in_main_memory = in_main_memory
         if in_main_memory:
-            weight = weight.cpu()
+            weight = self.weight.cpu()
             self.weight = weight.pin_memory() if torch.cuda.is_available() else weight
-        else:
-            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to` and the like do."""
+        super()._apply(fn, recurse)
+        if not self.in_main_memory:
+            self.weight = self.weight.to(fn(self.weight).device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.scale, self.bias)
@@ -65,7 +71,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad @ _fetched(ctx.stored, ctx.scale, grad.device), None, None, None
 
 
@@ -79,20 +85,20 @@ def store(model: nn.Module, *, float8: bool, in_main_memory: bool) -> None:
         model.set_submodule(path, StoredLinear(linear, float8=float8, in_main_memory=in_main_memory))
 
 
-def stored_layers(model: nn.Module) -> dict[str, nn.Module]:
+def stored_layers(model: nn.Module) -> dict[str, nn.Linear | StoredLinear]:
     """The layers that `store` replaces or has replaced, by their paths."""
-    return quantizable(model) | {path: each for path, each in model.named_modules() if isinstance(each, StoredLinear)}
+    replaced = {path: each for path, each in model.named_modules() if isinstance(each, StoredLinear)}
+    return {**quantizable(model), **replaced}
 
 
-def in_main_memory(model: nn.Module) -> list[Tensor]:
-    """The weights that `store` keeps there: all of a model that is neither parameter nor buffer."""
-    layers = (each for each in model.modules() if isinstance(each, StoredLinear))
-    return [layer.weight for layer in layers if not isinstance(layer.weight, nn.Parameter)]
+def stored_weights(model: nn.Module) -> list[Tensor]:
+    """The weights that `store` has put into a model: all of it that is neither parameter nor buffer."""
+    return [each.weight for each in model.modules() if isinstance(each, StoredLinear)]
 
 
 def number_count(model: nn.Module) -> int:
     """How many numbers a model's weights are, however they are stored."""
-    return sum(map(numbers_in, model.parameters())) + sum(map(Tensor.numel, in_main_memory(model)))
+    return sum(map(numbers_in, model.parameters())) + sum(map(Tensor.numel, stored_weights(model)))
 
 
 def _scale(weight: Tensor) -> Tensor:

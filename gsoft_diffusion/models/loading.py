@@ -140,13 +140,13 @@ def check_offloading(device: torch.device | str, quantize_base: str | None) -> N
 
     device: where it computes. quantize_base: as in `load_model`.
     """
-    if torch.device(device).type == "cpu":
-        raise UserError("--offload_layers: there is no GPU here, and all of the model is in main memory; leave it out")
     if quantize_base not in (None, "float8"):
         raise UserError(
-            f"--offload_layers: --quantize_base {quantize_base} keeps its layers on the GPU; give --quantize_base "
-            "float8, or leave one of them out"
+            f"--offload_layers: the layers of --quantize_base {quantize_base} cannot leave the GPU; give "
+            "--quantize_base float8, or leave one of the two out"
         )
+    if torch.device(device).type == "cpu":
+        raise UserError("--offload_layers: there is no GPU here, and all of the model is in main memory; leave it out")
 
 
 def fetch_model(name: str) -> None:

@@ -8,14 +8,14 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import free_memory
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.models.frozen_storage import FLOAT8, stored_layers
+from gsoft_diffusion.models.frozen_storage import FLOAT8, number_count, stored_layers, stored_weights
 from gsoft_diffusion.models.loading import DTYPES, best_device, load_architecture
 from gsoft_diffusion.training.preparation import with_architecture_defaults
 from gsoft_diffusion.training.step_memory import step_bytes
@@ -41,10 +41,10 @@ def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapt
     if config.quantize_base not in (None, "float8"):
         return
     available = free_memory(device) + sum(
-        parameter.nbytes
+        tensor.nbytes
         for part in _networks(model)
-        for parameter in part.parameters()
-        if parameter.device.type == device.type
+        for tensor in (*part.parameters(), *stored_weights(part))
+        if tensor.device.type == device.type
     )
 
     estimate = Estimate(config, model, adapter, device)
@@ -168,12 +168,11 @@ def _weight_bytes(config: TrainingConfig, model: BaseModel, part: nn.Module, dev
     """
     dtype = next(part.parameters()).dtype if part is model.vae else DTYPES[config.mixed_precision]
     stores = part is model.denoiser or (part in model.all_text_encoders() and part not in model.text_encoders)
-    stored = [layer.weight for layer in stored_layers(part).values()] if stores else []
-    others = sum(parameter.numel() for parameter in part.parameters()) * dtype.itemsize
-    others -= sum(weight.numel() for weight in stored if isinstance(weight, nn.Parameter)) * dtype.itemsize
+    stored = sum(layer.weight.numel() for layer in stored_layers(part).values()) if stores else 0
+    others = (number_count(part) - stored) * dtype.itemsize
     if config.offload_layers and part is model.denoiser and device.type != "cpu":
         return others
-    return others + sum(map(Tensor.numel, stored)) * (FLOAT8 if config.quantize_base == "float8" else dtype).itemsize
+    return others + stored * (FLOAT8 if config.quantize_base == "float8" else dtype).itemsize
 
 
 def switches(config: TrainingConfig, device: torch.device) -> list[Changes]:

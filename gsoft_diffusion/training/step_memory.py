@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsoft.costs import assumed
 from gsoft_diffusion.models.families import BaseModel, chosen
-from gsoft_diffusion.models.frozen_storage import FLOAT8, in_main_memory
+from gsoft_diffusion.models.frozen_storage import FLOAT8, stored_weights
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def _without_contents(model: BaseModel, adapter: TrainableAdapter, dtype: torch.
     copies: dict[int, Any] = {id(part): part for name in model.parts() if (part := getattr(model, name)) is not None}
     for network in networks:
         copies.pop(id(network), None)
-        for tensor in (*network.parameters(), *network.buffers(), *in_main_memory(network)):
+        for tensor in (*network.parameters(), *network.buffers(), *stored_weights(network)):
             frozen = tensor.is_floating_point() and not tensor.requires_grad and tensor.dtype != FLOAT8
             shape: Tensor = torch.empty_like(tensor, device="cpu", dtype=dtype if frozen else None)
             if isinstance(tensor, nn.Parameter):

@@ -17,7 +17,7 @@ from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import find_attentions, find_linears
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import FAMILIES, BaseModel
-from gsoft_diffusion.models.frozen_storage import StoredLinear, store, stored_layers
+from gsoft_diffusion.models.frozen_storage import FLOAT8, StoredLinear, store, stored_layers
 from gsoft_diffusion.models.loading import load_model
 
 WIDTH = 64
@@ -54,6 +54,9 @@ def test_layers_in_eight_bits_do_what_their_numbers_do(folder, dtype):
     by_hand = copy.copy(eight)
     by_hand.transformer = by_hand.unet = with_plain_layers(eight.denoiser)
     assert eight.dtype == plain.dtype
+    # Processes that train together send each other a model's parameters and buffers, and gloo knows no eight bits.
+    sent = (tensor for part in (eight.denoiser, *eight.all_text_encoders()) for tensor in part.state_dict().values())
+    assert FLOAT8 not in {tensor.dtype for tensor in sent}
     assert identity_of(eight) == identity_of(plain)
     for reader in eight.all_text_encoders():
         assert any(isinstance(each, StoredLinear) for each in reader.modules()) != (reader in eight.text_encoders)
@@ -152,7 +155,7 @@ def test_layers_of_the_published_models():
     ("options", "message"),
     [
         ({"device": "cpu"}, "--offload_layers: there is no GPU here"),
-        ({"device": "cuda", "quantize_base": "nf4"}, "--offload_layers: --quantize_base nf4 keeps its layers"),
+        ({"device": "cuda", "quantize_base": "nf4"}, "--offload_layers: the layers of --quantize_base nf4 cannot"),
     ],
 )
 def test_what_cannot_be_offloaded_is_said_before_anything_is_loaded(tmp_path, options, message):
