@@ -22,7 +22,7 @@ def test_what_each_way_holds():
     for way in ("float8", "offload", "both"):
         assert found[way, False]["weights"] < plain["weights"]
         assert found[way, False]["kept"] == plain["kept"]
-    assert found["casting", False]["weights"] == found["float8", False]["weights"]
+    assert found["casting", False]["weights"] <= found["float8", False]["weights"]  # it rounds biases, too
     gained = plain["weights"] - found["casting", False]["weights"]
     assert found["casting", False]["kept"] - plain["kept"] > gained
     assert all(found[way, True]["kept"] < found[way, False]["kept"] for way in WAYS)

@@ -150,10 +150,11 @@ def test_what_is_trained_on_it_is_an_ordinary_adapter(folder, photos, tmp_path, 
 def test_the_rounding_is_that_of_four_bits(bitsandbytes):
     """Relative to a normal weight about 0.095, as for 16 levels at the quantiles of the normal distribution."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 96, bias=False))
+    model = nn.ModuleList([nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 96, bias=False)])
     nn.init.normal_(model[0].weight)
-    rounded = copy.deepcopy(model)
+    rounded = copy.deepcopy(nn.Sequential(model))  # the list is what is looked for, by its name in a model
     quantize(rounded, "nf4", "cpu")
+    rounded = rounded[0]
     assert (rounded[0].in_features, rounded[0].out_features, rounded[2].bias) == (256, 128, None)
     assert torch.equal(rounded[0].bias, model[0].bias)
     weight = bitsandbytes.functional.dequantize_4bit(rounded[0].weight.data, rounded[0].weight.quant_state)
