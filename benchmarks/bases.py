@@ -6,7 +6,13 @@ from argparse import ArgumentTypeError
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -81,6 +87,8 @@ KLEIN_9B: dict[str, Any] = KLEIN_4B | {
 }
 FLUX2_DEV: dict[str, Any] = {}
 # text_encoder/config.json, where transformers' defaults do not say the same: OpenAI's CLIP, and two of OpenCLIP.
+Z_IMAGE: dict[str, Any] = {}  # diffusers' defaults
+
 CLIP_L: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -127,6 +135,7 @@ PUBLISHED = {
     "FLUX.2 klein 4B": Published(Flux2Transformer2DModel, KLEIN_4B),
     "FLUX.2 klein 9B": Published(Flux2Transformer2DModel, KLEIN_9B),
     "FLUX.2 dev": Published(Flux2Transformer2DModel, FLUX2_DEV),
+    "Z-Image": Published(ZImageTransformer2DModel, Z_IMAGE),
 }
 
 

@@ -42,9 +42,9 @@ aten = torch.ops.aten
 
 # Operations that only look at memory in another way, or take memory without writing to it.
 STARTS_NO_KERNEL = frozenset(
-    """_reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand is_pinned
-    lift_fresh movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze t
-    transpose unbind unfold unsqueeze view view_as_real""".split()  # noqa: SIM905 - a list takes a line for each
+    """_conj _reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand
+    is_pinned lift_fresh movedim new_empty new_empty_strided permute select set_ slice split split_with_sizes squeeze
+    t transpose unbind unfold unsqueeze view view_as_complex view_as_real""".split()  # noqa: SIM905 - a list takes a line for each
 )
 TAKES_CPU_INDICES = frozenset([aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default])
 # Elsewhere a tensor of no dimension on the CPU is a number to a GPU's kernels.
@@ -170,6 +170,8 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten._pin_memory.default:
+            return args[0]  # for copies that need not wait
         tensors = _tensors(args, kwargs)
         if _on_gpu(tensors) or _result_on_gpu(func, args, kwargs, tensors):
             self._count(func, args, kwargs, tensors)
@@ -341,4 +343,5 @@ def _held(leaf: Any) -> Any:
 
 
 def _wrapped(leaf: Any) -> Any:
-    return TensorOnGPU(leaf) if isinstance(leaf, Tensor) else leaf
+    # A conjugate is a mark on the same memory, which a wrapper does not have: it gets the numbers.
+    return TensorOnGPU(leaf.resolve_conj()) if isinstance(leaf, Tensor) else leaf

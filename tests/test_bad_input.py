@@ -325,6 +325,8 @@ ERRORS = [
     Case("negative steps", options=("--max_train_steps", "-5")),
     Case("blocks that do not divide a width", options=("--nblocks", "5")),
     Case("a resolution that is no multiple of 4", options=("--resolution", "33")),
+    Case("offloaded layers without a GPU", options=("--offload_layers",)),
+    Case("offloaded layers in 4 bits", options=("--offload_layers", "--quantize_base", "nf4")),
     Case("a model folder without a part", own_base(lambda folder: shutil.rmtree(folder / "vae"))),
     Case("a model folder with damaged weights", own_base(cut_weights)),
     Case("a text encoder of another width", own_base(other_text_encoder)),

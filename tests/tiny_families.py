@@ -1,8 +1,9 @@
 """Tiny checkpoints with random weights of every family: the real configurations, scaled down.
 
 Source of all that is not a size: the configuration files on the hub of stabilityai/stable-diffusion-xl-base-1.0 and
-stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev, FLUX.1-schnell, FLUX.2-klein-base-4B and FLUX.2-klein-4B, and
-Qwen/Qwen3-4B (read in copies, for some ask to accept a licence); diffusers' scripts/convert_*_to_diffusers.py.
+stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev, FLUX.1-schnell, FLUX.2-klein-base-4B and FLUX.2-klein-4B,
+Tongyi-MAI/Z-Image and Z-Image-Turbo, and Qwen/Qwen3-4B (read in copies, for some ask to accept a licence);
+diffusers' scripts/convert_*_to_diffusers.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
+from tiny_models import randomise
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
@@ -44,6 +47,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from gsoft_diffusion.adapters.injection import inject
+from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.models.families import (
     BaseModel,
     Flux,
@@ -52,6 +57,8 @@ from gsoft_diffusion.models.families import (
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    ZImage,
+    whole_view,
 )
 
 
@@ -237,6 +244,26 @@ def write_chat_tokenizer(folder: Path, tokenizer_class: str, **settings: object)
     return vocabulary
 
 
+def write_qwen_tokenizer(folder: Path) -> int:
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->"
+    return write_chat_tokenizer(folder, "Qwen2Tokenizer", chat_template=template)
+
+
+def tiny_qwen(vocabulary: int, layers: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def tiny_flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -281,21 +308,9 @@ def write_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %} ->"
-    vocabulary = write_chat_tokenizer(folder / "tokenizer", "Qwen2Tokenizer", chat_template=template)
+    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
     parts = {
-        "text_encoder": Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=vocabulary,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=28,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=8,
-                tie_word_embeddings=True,
-            )
-        ),
+        "text_encoder": tiny_qwen(vocabulary, 28),
         "vae": tiny_flux2_vae(),
         "transformer": tiny_flux2_transformer(guidance_embeds=False),
         "scheduler": dynamic_scheduler(),
@@ -350,6 +365,59 @@ def write_flux2_dev(folder: Path) -> Path:
     return write_parts(folder, "Flux2Pipeline", parts)
 
 
+def write_z_image(folder: Path, *, shift: float = 6.0) -> Path:
+    """As the base model; with a shift of 3 as Turbo, whose files say no more of being distilled. The text encoder's
+    files are those of a whole language model.
+    """
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    language_model = tiny_qwen(write_qwen_tokenizer(folder / "tokenizer"), 3)
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    with torch.no_grad():
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    parts = {
+        "text_encoder": language_model.model,
+        "vae": tiny_vae(latent_channels=16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift),
+    }
+    write_parts(folder, "ZImagePipeline", parts)
+    language_model.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def diffusers_guidance(pipeline: object, scale: float) -> float:
+    """What diffusers' pipeline calls a guidance scale: Z-Image's counts from 0, where all others count from 1."""
+    return scale - 1 if type(pipeline).__name__ == ZImage.pipeline else scale
+
+
+def prediction_and_gradients(model: BaseModel) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Of a model with a new random adapter, for noise and two prompts; activations are computed again."""
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
+    randomise(adapter, size=0.1)
+    model.denoiser.train()
+    model.denoiser.enable_gradient_checkpointing()
+    latents = torch.randn(2, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))
+    conditioning = model.encode_prompts(["a dog", "a cat"])
+    views = whole_view(PIXELS, PIXELS).repeat(2, 1)
+    prediction = model.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
+    prediction.square().mean().backward()
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
+    return prediction.detach(), {name: parameter.grad for name, parameter in adapter.named_parameters()}
+
+
 WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
     StableDiffusion: write_base,
     StableDiffusionXL: write_sdxl,
@@ -357,4 +425,5 @@ WRITERS: dict[type[BaseModel], Callable[[Path], Path]] = {
     Flux: write_flux,
     Flux2Klein: write_flux2_klein,
     Flux2Dev: write_flux2_dev,
+    ZImage: write_z_image,
 }

@@ -14,7 +14,7 @@ from gsoft.linear_slice import AnyLinear
 from gsoft_diffusion.foundation.model_names import lasting_name, public_name
 from gsoft_diffusion.models.attention_layers import ATTENTIONS, attention_layers, clip_attention_layers
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.models.quantization import numbers_in
+from gsoft_diffusion.models.frozen_storage import number_count
 
 
 def identity_of(model: BaseModel) -> BaseModelIdentity:
@@ -37,7 +37,7 @@ def fingerprint(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> str
     ones (see `is_fused`): adapters from before they were rotated are of the same model. For models with or without an
     adapter, but not with a merged one.
     """
-    architecture: list[Any] = [sum(map(numbers_in, model.parameters())) for model in (unet, *text_encoders)]
+    architecture: list[Any] = [number_count(model) for model in (unet, *text_encoders)]
     weights: list[Tensor] = []
     layers: Mapping[str, AnyLinear]
     for model in (unet, *text_encoders):

@@ -74,12 +74,13 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     cpu_offload: bool = False,
+    offload_layers: bool = False,
 ) -> BaseModel:
     """Load the model that an adapter was trained on, or another.
 
     file: the adapter.
     moved_to: name, folder or file of the model to load instead; None for the one that the adapter was trained on.
-    dtype, device, cpu_offload: as in `load_model`.
+    dtype, device, cpu_offload, offload_layers: as in `load_model`.
 
     An adapter has the model's name only, the settings of its run also know where it is: where they are beside it, they
     are asked first. Prints whose word was taken. Raises UserError if the model is not found, or as `load_model`.
@@ -101,6 +102,7 @@ def load_base(
         dtype=dtype,
         device=device,
         cpu_offload=cpu_offload,
+        offload_layers=offload_layers,
     )
 
 

@@ -53,6 +53,8 @@ class GenerationConfig(Settings):
     mixed_precision: type of weights and activations; by default as in the adapter's training.
     compile: fuse the denoiser's operations with torch.compile; the first picture takes minutes.
     cpu_offload: keep VAE and text encoders in main memory while they are not in use; the pictures stay the same.
+    offload_layers: keep the denoiser's layers that no adapter uses in main memory, and copy each to the GPU while it
+      computes: slower; the pictures stay the same.
     device: cpu, cuda, cuda:1, mps; by default a GPU if there is one.
     """
 
@@ -78,6 +80,7 @@ class GenerationConfig(Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False
     cpu_offload: bool = False
+    offload_layers: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:

@@ -72,7 +72,10 @@ class TrainingConfig(Settings):
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
     compile: fuse the denoiser's operations with torch.compile; the first step takes minutes.
     cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they are not in use.
-    quantize_base: store layers that no adapter uses, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
+    offload_layers: keep the denoiser's layers that no adapter uses in main memory, and copy each to the GPU while it
+      computes: the same results, slower.
+    quantize_base: store layers that no adapter uses, T5 and Qwen included, in 8 bits, float8, or in 4, nf4 (pip install
+      bitsandbytes).
     learning_rate: step size of the optimizer; by default 2e-5, 2e-4 on a miniature base.
     text_encoder_lr: step size for the text encoders; by default 2e-6, 4e-6 on a miniature base; none with prodigy.
     lr_scheduler: how the learning rate changes over the run.
@@ -143,7 +146,8 @@ class TrainingConfig(Settings):
     gradient_checkpointing: bool = False
     compile: bool = False
     cpu_offload: bool = False
-    quantize_base: Literal["nf4"] | None = None
+    offload_layers: bool = False
+    quantize_base: Literal["float8", "nf4"] | None = None
     learning_rate: Annotated[float | None, POSITIVE] = None
     text_encoder_lr: Annotated[float | None, POSITIVE] = None
     lr_scheduler: Literal[

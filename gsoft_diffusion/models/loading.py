@@ -19,6 +19,7 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
 from gsoft_diffusion.foundation.memory import check_weights
 from gsoft_diffusion.models.families import BaseModel, find_family
+from gsoft_diffusion.models.frozen_storage import store
 from gsoft_diffusion.models.noise import scheduler_class
 from gsoft_diffusion.models.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.models.single_file import is_single_file, load_parts, usual_config
@@ -37,6 +38,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     cpu_offload: bool = False,
+    offload_layers: bool = False,
     quantize_base: str | None = None,
     fused_attention: bool = True,
 ) -> BaseModel:
@@ -49,9 +51,10 @@ def load_model(
     dtype: of all weights but the VAE's, which are float32.
     device: where the model computes.
     cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
-    quantize_base: bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `quantization`.
-    fused_attention: whether an adapter is to use attention that shares matrices with the feed-forward layer; they are
-    then not put into 4 bits.
+    offload_layers: leave the denoiser's layers that no adapter uses in main memory; see `frozen_storage`.
+    quantize_base: float8, or bitsandbytes' name of a 4-bit type, for layers that no adapter uses; see `frozen_storage`
+    and `quantization`.
+    fused_attention: whether an adapter is to use attention that shares matrices with the feed-forward layer.
 
     Returns the model with all of its weights frozen.
 
@@ -59,12 +62,15 @@ def load_model(
     if the weights do not fit into the device's memory.
     """
     transformers.utils.logging.disable_progress_bar()
-    if quantize_base:
+    if offload_layers:
+        check_offloading(device, quantize_base)
+    if quantize_base and quantize_base != "float8":
         require_bitsandbytes()
+    shrunk = bool(quantize_base or offload_layers)  # after loading all of it into main memory
     if is_single_file(name):
         folder, family, index_values = _find_config(name, base_config)
         file = [(Path(name).expanduser(), dtype)]
-        check_weights(name, file, "cpu" if cpu_offload or quantize_base else device)
+        check_weights(name, file, "cpu" if cpu_offload or shrunk else device)
         parts = load_parts(name, family, folder, dtype)
     else:
         folder, family, index_values = _find(name, revision, variant)
@@ -72,7 +78,7 @@ def load_model(
         parts = {}
         dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
         counted = {part: kept for part, kept in dtypes.items() if not cpu_offload or part in DENOISERS}
-        check_weights(name, _weight_files(folder, variant, counted), "cpu" if quantize_base else device)
+        check_weights(name, _weight_files(folder, variant, counted), "cpu" if shrunk else device)
         for part, kind in family.parts().items():
             parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
     model = family(name=name, index_values=index_values, **parts)
@@ -83,8 +89,14 @@ def load_model(
             try:
                 network.requires_grad_(False)
                 on_device = network is model.denoiser or not cpu_offload
+                in_main_memory = offload_layers and network is model.denoiser
                 if quantize_base and (network is model.denoiser or network in untrained):
-                    quantize(network, quantize_base, device if on_device else "cpu", fused_attention)
+                    if quantize_base == "float8":
+                        store(network, fused_attention, float8=True, in_main_memory=in_main_memory)
+                    else:
+                        quantize(network, quantize_base, device if on_device else "cpu", fused_attention)
+                elif in_main_memory:
+                    store(network, fused_attention, float8=False, in_main_memory=True)
                 if on_device:
                     network.to(device)
             except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
@@ -123,6 +135,20 @@ def _without_weights(kind: Any) -> Callable[[Path], nn.Module]:
             return kind(kind.config_class.from_pretrained(path, local_files_only=True))
 
     return load
+
+
+def check_offloading(device: torch.device | str, quantize_base: str | None) -> None:
+    """Raise UserError if layers cannot be left in main memory while the model computes on this device.
+
+    device: where it computes. quantize_base: as in `load_model`.
+    """
+    if quantize_base not in (None, "float8"):
+        raise UserError(
+            f"--offload_layers: the layers of --quantize_base {quantize_base} cannot leave the GPU; give "
+            "--quantize_base float8, or leave one of the two out"
+        )
+    if torch.device(device).type == "cpu":
+        raise UserError("--offload_layers: there is no GPU here, and all of the model is in main memory; leave it out")
 
 
 def fetch_model(name: str) -> None:

@@ -25,7 +25,7 @@ def require_bitsandbytes() -> None:
 
 
 def quantizable(model: nn.Module, fused_attention: bool) -> dict[str, nn.Linear]:
-    """The linear layers in a model's numbered blocks, without those of attention that are adapted, by their paths.
+    """The linear layers in a model's lists of blocks, without those of attention that are adapted, by their paths.
 
     fused_attention: whether attention that shares matrices with the feed-forward layer is adapted as well.
 
@@ -34,13 +34,14 @@ def quantizable(model: nn.Module, fused_attention: bool) -> dict[str, nn.Linear]
     """
     attentions = denoiser_attentions(model, fused_attention).values()
     adapted = {whole_of(layer) for attention in attentions for layer in attention_layers(attention).values()}
+    lists = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
         path: module
         for path, module in model.named_modules()
         if type(module) is nn.Linear
         and module not in adapted
-        and any(name.isdigit() for name in path.split("."))
+        and path.startswith(lists)
         and exact.isdisjoint(path.split("."))
     }
 

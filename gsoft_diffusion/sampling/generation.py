@@ -131,7 +131,9 @@ def _to_images(pixels: Tensor) -> list[Image.Image]:
 # What inference.py does
 
 
-@running_out_explained("use a smaller --batch_size or smaller pictures, --cpu_offload, or --mixed_precision bf16")
+@running_out_explained(
+    "use a smaller --batch_size or smaller pictures, --cpu_offload or --offload_layers, or --mixed_precision bf16"
+)
 def draw(config: GenerationConfig) -> list[Path]:
     """Draw `num_images` pictures for each prompt with adapters, each into a PNG, and contact sheets of them all.
 
@@ -155,6 +157,7 @@ def draw(config: GenerationConfig) -> list[Path]:
         dtype=DTYPES[_precision(config, file)],
         device=known_device(config.device or best_device()),
         cpu_offload=config.cpu_offload,
+        offload_layers=config.offload_layers,
     )
     stack = AdapterStack(model.denoiser, model.text_encoders)
     with model.on_device(*model.text_encoders):

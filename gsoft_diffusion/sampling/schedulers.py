@@ -53,7 +53,8 @@ def with_model_sampler(model: BaseModel, sampler: SamplerConfig) -> SamplerConfi
             )
         guidance = 1.0
     elif guidance is None:
-        guidance = MINIATURE_GUIDANCE if model.resolution < MINIATURE_BELOW else GUIDANCE
+        usual = MINIATURE_GUIDANCE if model.resolution < MINIATURE_BELOW else GUIDANCE
+        guidance = usual if model.usual_guidance is None else model.usual_guidance
     return replace(sampler, scheduler=type(make_scheduler(model, sampler)).__name__, guidance_scale=guidance)
 
 

@@ -179,6 +179,9 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         return picture
 
 
+PROMPT_NUMBERS = ("prompts", "prompt_of")  # in a batch
+
+
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch: the samples' tensors stacked, and prompts that several samples share only once.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gsoft_diffusion.models.families.base import BaseModel
+from gsoft_diffusion.models.families import BaseModel, chosen
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 
@@ -29,7 +29,7 @@ class Predictor(nn.Module):
         self.adapter = adapter
         with torch.no_grad(), model.on_device(*model.all_text_encoders()):
             prompt_inputs = model.prepare(prompts) if self.text_encoders else model.encode_prompts(prompts)
-        self.prompt_inputs = prompt_inputs  # each (prompts, …), on the device
+        self.prompt_inputs = prompt_inputs  # each (prompts, …)
 
     def forward(
         self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, prompt_of: Tensor, views: Tensor
@@ -39,11 +39,10 @@ class Predictor(nn.Module):
         noisy_latents: (B, C, h, w).
         timesteps: (B,).
         prompts: (K,), whole numbers: the prompts that are encoded, as places in the `prompts` that this was made with.
-        prompt_of: (B,), whole numbers: the place among those K of each sample's.
+        prompt_of: (B,), whole numbers: the place among those K of each sample's. Both may be on the CPU.
         views: (B, 6), as `photos.crops.view` gives them.
         """
-        encoded = {name: tensor[prompts] for name, tensor in self.prompt_inputs.items()}
+        encoded = chosen(self.prompt_inputs, prompts)
         if self.text_encoders:
             encoded = self.model.encode(encoded)
-        conditioning = {name: tensor[prompt_of] for name, tensor in encoded.items()}
-        return self.model.predict(noisy_latents, timesteps, conditioning, views)
+        return self.model.predict(noisy_latents, timesteps, chosen(encoded, prompt_of), views)

@@ -15,6 +15,7 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.memory import free_memory
 from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.frozen_storage import FLOAT8, number_count, stored_layers, stored_weights
 from gsoft_diffusion.models.loading import DTYPES, best_device, load_architecture
 from gsoft_diffusion.training.preparation import with_architecture_defaults
 from gsoft_diffusion.training.step_memory import step_bytes
@@ -35,15 +36,15 @@ def check_step(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapt
 
     Counted are the base model's weights, what a step holds at a time (see `step_bytes`) and the optimizer's state: a
     lower bound, so that what is refused would not have run. What can be had is what is free and what the weights that
-    are on the device already take. A quantised base is not counted: bitsandbytes' parameters have no stand-ins.
+    are on the device already take. A base in four bits is not counted: bitsandbytes' parameters have no stand-ins.
     """
-    if config.quantize_base:
+    if config.quantize_base not in (None, "float8"):
         return
     available = free_memory(device) + sum(
-        parameter.nbytes
+        tensor.nbytes
         for part in _networks(model)
-        for parameter in part.parameters()
-        if parameter.device.type == device.type
+        for tensor in (*part.parameters(), *stored_weights(part))
+        if tensor.device.type == device.type
     )
 
     estimate = Estimate(config, model, adapter, device)
@@ -83,14 +84,31 @@ class Estimate:
     ) -> None:
         """config: the run's settings. model, adapter, device: as in `needed_bytes`."""
         self.config, self.model, self.adapter, self.device = config, model, adapter, device
-        self._known: dict[Changes, int] = {}
+        self._steps: dict[tuple[object, ...], int] = {}
 
     def needed(self, changes: Changes = ()) -> int:
         """Bytes with the settings changed like this. Raises as `needed_bytes`."""
-        if changes not in self._known:
-            changed = replace(self.config, **dict(changes))
-            self._known[changes] = needed_bytes(changed, self.model, self.adapter, self.device)
-        return self._known[changes]
+        config = replace(self.config, **dict(changes))
+        trained = sum(parameter.numel() for parameter in self.adapter.parameters())
+        state = trained * OPTIMIZER_BYTES[config.optimizer]
+        return _weights_bytes(config, self.model, self.adapter, self.device) + self._step(config) + state
+
+    def _step(self, config: TrainingConfig) -> int:
+        """As `step_bytes`, which takes seconds and does not ask how weights are stored."""
+        model, batch_size = self.model, config.train_batch_size * (2 if config.with_prior_preservation else 1)
+        asked = (batch_size, config.resolution, config.gradient_checkpointing, config.mixed_precision)
+        if asked not in self._steps:
+            self._steps[asked] = step_bytes(
+                model,
+                self.adapter,
+                batch_size,
+                model.latent_shape(config.resolution or model.resolution),
+                trains_text=self.adapter.config.text_encoder,
+                gradient_checkpointing=config.gradient_checkpointing,
+                dtype=DTYPES[config.mixed_precision],
+                device=self.device,
+            )
+        return self._steps[asked]
 
     def plan(self, available: int) -> Plan | None:
         """The fewest changes with which so many bytes are enough, None if nothing is. Raises as `needed_bytes`."""
@@ -127,37 +145,42 @@ def estimate_for(config: TrainingConfig, device: torch.device | None = None) -> 
 def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
     """What weights, optimizer state and a training step with these settings take of the device, in bytes, at least.
 
-    config: the settings, whose precision counts and not the one that the model was loaded in.
+    config: the settings, which count and not how the model was loaded.
     model, adapter: the base model and what trains in it; they are not changed.
-    device: on which the step would run; on a CPU, `cpu_offload` saves nothing.
+    device: on which the step would run; on a CPU, nothing is saved by offloading.
 
     Raises as `step_bytes`.
     """
-    dtype = DTYPES[config.mixed_precision]
+    return Estimate(config, model, adapter, device).needed()
+
+
+def _weights_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
+    """Bytes of the device that the base model's weights take with these settings."""
     on_device = _networks(model)
     if config.cpu_offload and device.type != "cpu":
         on_device = [model.denoiser, *(model.text_encoders if adapter.config.text_encoder else [])]
-    weights = sum(
-        parameter.numel() * (parameter.dtype if part is model.vae else dtype).itemsize
-        for part in on_device
-        for parameter in part.parameters()
+    return sum(_weight_bytes(config, model, part, device) for part in on_device)
+
+
+def _weight_bytes(config: TrainingConfig, model: BaseModel, part: nn.Module, device: torch.device) -> int:
+    """Bytes of the device that a network's weights take with these settings; scales of rows, which are few, are not
+    counted.
+    """
+    dtype = next(part.parameters()).dtype if part is model.vae else DTYPES[config.mixed_precision]
+    stores = part is model.denoiser or (part in model.all_text_encoders() and part not in model.text_encoders)
+    stored = (
+        sum(layer.weight.numel() for layer in stored_layers(part, config.adapter.fused_attention).values())
+        if stores
+        else 0
     )
-    trained = sum(parameter.numel() for parameter in adapter.parameters())
-    step = step_bytes(
-        model,
-        adapter,
-        config.train_batch_size * (2 if config.with_prior_preservation else 1),
-        model.latent_shape(config.resolution or model.resolution),
-        trains_text=adapter.config.text_encoder,
-        gradient_checkpointing=config.gradient_checkpointing,
-        dtype=dtype,
-        device=device,
-    )
-    return weights + step + trained * OPTIMIZER_BYTES[config.optimizer]
+    others = (number_count(part) - stored) * dtype.itemsize
+    if config.offload_layers and part is model.denoiser and device.type != "cpu":
+        return others
+    return others + stored * (FLOAT8 if config.quantize_base == "float8" else dtype).itemsize
 
 
 def switches(config: TrainingConfig, device: torch.device) -> list[Changes]:
-    """Changes of the settings that save memory and keep what is learned, fewest first; the last saves most.
+    """Changes of the settings that save memory and nearly keep what is learned, fewest first; the last saves most.
 
     config: the settings to change; what they already do to save memory is not offered again.
     device: on which the step would run.
@@ -166,7 +189,9 @@ def switches(config: TrainingConfig, device: torch.device) -> list[Changes]:
     """
     size, batches = config.train_batch_size, config.gradient_accumulation_steps
     smaller = [count for count in range(size - 1, 0, -1) if size % count == 0]
-    choices: list[list[Changes]] = [
+    choices: list[list[Changes]] = [  # of as many changes, those further down come first
+        [(("quantize_base", "float8"),)] if not config.quantize_base else [],
+        [(("offload_layers", True),)] if not config.offload_layers and device.type != "cpu" else [],
         [(("train_batch_size", count), ("gradient_accumulation_steps", batches * size // count)) for count in smaller],
         [(("mixed_precision", "bf16"),)] if config.mixed_precision == "no" else [],
         [(("cpu_offload", True),)] if not config.cpu_offload and device.type != "cpu" else [],

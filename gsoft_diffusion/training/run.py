@@ -25,7 +25,7 @@ from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.circumstances import BASE_WEIGHTS, circumstances
-from gsoft_diffusion.training.dataset import BatchPositions, collate
+from gsoft_diffusion.training.dataset import PROMPT_NUMBERS, BatchPositions, collate
 from gsoft_diffusion.training.optimizer import make_lr_scheduler, make_optimizer
 from gsoft_diffusion.training.outputs import RunOutputs
 from gsoft_diffusion.training.predictor import Predictor
@@ -177,7 +177,10 @@ class Run:
                     self.validation.draw_here(stop)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """The run's remaining batches, on the device: as `collate` makes them, with the model's timesteps."""
+        """The run's remaining batches, as `collate` makes them, with the model's timesteps.
+
+        They are on the device, but for the prompts' numbers, which are looked up on both.
+        """
         config, device = self.config, self.accelerator.device
         loader = DataLoader(
             self.dataset,
@@ -189,7 +192,10 @@ class Run:
         )
         for batch in loader:
             batch["timestep"] = self.model.draw_timesteps(batch["timestep"])
-            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            yield {
+                name: tensor if name in PROMPT_NUMBERS else tensor.to(device, non_blocking=True)
+                for name, tensor in batch.items()
+            }
 
     def positions(self) -> BatchPositions:
         """What this process's remaining batches consist of."""

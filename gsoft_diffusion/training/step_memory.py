@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsoft.costs import assumed
-from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.families import BaseModel, chosen
+from gsoft_diffusion.models.frozen_storage import FLOAT8, stored_weights
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 CPU = torch.device("cpu")
@@ -51,8 +52,11 @@ def step_bytes(
     fused, as it is by default. Raises whatever an architecture raises that cannot do without contents.
     """
     memory = _Memory()
+    with memory:
+        copies = _without_contents(model, adapter, dtype)
+    # Outside: tensors that are no parameters, such as tables of positions, keep their contents.
+    model, adapter = deepcopy((model, adapter), copies)
     with memory, assumed(device):
-        model, adapter = _without_contents(model, adapter, dtype)
         if gradient_checkpointing:
             model.checkpoint_gradients()
         for network in (model.denoiser, *model.text_encoders):
@@ -63,8 +67,7 @@ def step_bytes(
         before = memory.peak = memory.held
         if trains_text:
             prompts = model.encode(prepared)
-        numbers = torch.zeros(batch_size, dtype=torch.long)
-        conditioning = {name: tensor[numbers] for name, tensor in prompts.items()}
+        conditioning = chosen(prompts, torch.zeros(batch_size, dtype=torch.long))
         latents, views = torch.zeros(batch_size, *latent_shape), torch.zeros(batch_size, 6)
         model.predict(latents, torch.zeros(batch_size), conditioning, views).square().mean().backward()
     return memory.peak - before
@@ -142,18 +145,16 @@ def _map(change: Callable[[Any], Any], values: Any) -> Any:
     return type(values)(_map(change, v) for v in values) if isinstance(values, tuple | list) else change(values)
 
 
-def _without_contents(
-    model: BaseModel, adapter: TrainableAdapter, dtype: torch.dtype | None
-) -> tuple[BaseModel, TrainableAdapter]:
-    """Copies of the models, the VAE aside, and of the adapter in them, whose parameters and buffers are shapes."""
+def _without_contents(model: BaseModel, adapter: TrainableAdapter, dtype: torch.dtype | None) -> dict[int, Any]:
+    """What `deepcopy` takes by its ids: the VAE as it is, and a shape for each parameter and buffer of all else."""
     networks = (model.denoiser, *model.all_text_encoders(), adapter)
     copies: dict[int, Any] = {id(part): part for name in model.parts() if (part := getattr(model, name)) is not None}
     for network in networks:
         copies.pop(id(network), None)
-        for tensor in (*network.parameters(), *network.buffers()):
-            frozen = tensor.is_floating_point() and not tensor.requires_grad
+        for tensor in (*network.parameters(), *network.buffers(), *stored_weights(network)):
+            frozen = tensor.is_floating_point() and not tensor.requires_grad and tensor.dtype != FLOAT8
             shape: Tensor = torch.empty_like(tensor, device="cpu", dtype=dtype if frozen else None)
             if isinstance(tensor, nn.Parameter):
                 shape = nn.Parameter(shape, requires_grad=tensor.requires_grad)
             copies[id(tensor)] = shape
-    return deepcopy((model, adapter), copies)
+    return copies

@@ -54,6 +54,7 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
             dtype=DTYPES[config.mixed_precision],
             device=accelerator.device,
             cpu_offload=config.cpu_offload,
+            offload_layers=config.offload_layers,
             quantize_base=config.quantize_base,
             fused_attention=config.adapter.fused_attention,
         )

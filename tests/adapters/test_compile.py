@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gsoft import adapter as adapter_module
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3
+from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3, ZImage
 from gsoft_diffusion.models.families.base import whole_view
 from gsoft_diffusion.models.loading import load_model
 
@@ -82,7 +82,9 @@ def test_a_text_encoder_is_one_graph(counter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [StableDiffusion3, Flux, Flux2Klein, Flux2Dev], ids=lambda family: family.__name__)
+@pytest.mark.parametrize(
+    "family", [StableDiffusion3, Flux, Flux2Klein, Flux2Dev, ZImage], ids=lambda family: family.__name__
+)
 def test_a_transformer_has_as_many_graphs_as_its_base(counter, family, tmp_path):
     model = load_model(str(WRITERS[family](tmp_path / "base")))
     latents = torch.randn(1, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))
@@ -99,7 +101,8 @@ def test_a_transformer_has_as_many_graphs_as_its_base(counter, family, tmp_path)
     adapter = inject(AdapterConfig(block_size=4, text_encoder=False), model.denoiser)
     randomise(adapter, size=0.1)
     compiled = outputs_and_gradients(adapter, output)
-    assert counter.frame_count == 3 * of_base  # and those of training and sampling with the adapter
+    # And those of training and sampling with the adapter. Z-Image's base breaks up, and parts without layers stay.
+    assert counter.frame_count == (8 if family is ZImage else 3 * of_base)
     with torch.compiler.set_stance("force_eager"):
         plain = outputs_and_gradients(adapter, output)
     for ours, reference in zip(compiled, plain, strict=True):

@@ -32,6 +32,20 @@ def test_numbers_and_gradients_are_those_of_the_cpu():
         assert all(torch.equal(p.grad.cpu(), g) for p, g in zip(there.parameters(), gradients, strict=True))
 
 
+def test_complex_numbers_have_the_gradients_of_the_cpu():
+    """As rotary embeddings use them: their gradients are products with conjugates, which PyTorch only marks as such."""
+    torch.manual_seed(0)
+    turns, x = torch.polar(torch.ones(3, 2), torch.randn(3, 2)), torch.randn(3, 2, 2)
+
+    def gradient(x: Tensor) -> Tensor:
+        turned = torch.view_as_real(torch.view_as_complex(x) * turns.to(x.device))
+        return torch.autograd.grad(turned[..., 0].sum(), x)[0]
+
+    with PretendedGPU():
+        found = gradient(x.to("cuda").requires_grad_()).cpu()
+    assert torch.equal(found, gradient(x.requires_grad_()))
+
+
 @pytest.mark.parametrize(
     "mixed",
     [

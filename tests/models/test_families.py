@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import PIXELS
-from tiny_families import WRITERS, write_flux
+from tiny_families import WRITERS, diffusers_guidance, write_flux
 from tiny_models import randomise
 
 from gsoft_diffusion.adapters.file import save_adapter
@@ -35,6 +35,7 @@ from gsoft_diffusion.models.families import (
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    ZImage,
 )
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
@@ -65,7 +66,7 @@ def pipeline_picture(pipeline: diffusers.DiffusionPipeline, width: int = PIXELS,
     drawn = pipeline(
         prompt="a dog",
         num_inference_steps=SAMPLER.num_inference_steps,
-        guidance_scale=SAMPLER.guidance_scale,
+        guidance_scale=diffusers_guidance(pipeline, SAMPLER.guidance_scale),
         generator=torch.Generator().manual_seed(3),
         width=width,
         height=height,
@@ -165,7 +166,10 @@ class Life:
     def single_file(self) -> None:
         target = export(ExportConfig((str(self.adapter_path),), "checkpoint", precision="float32"))
         kind = getattr(diffusers, self.family.pipeline)
-        pipeline = kind.from_single_file(str(target), config=str(self.base), local_files_only=True)
+        # Of Z-Image diffusers reads the transformer alone from such a file; no adapter changes the others.
+        base = load_model(str(self.base))
+        given = {part: getattr(base, part) for part in ("text_encoder", "vae")} if self.family is ZImage else {}
+        pipeline = kind.from_single_file(str(target), config=str(self.base), local_files_only=True, **given)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval()  # diffusers leaves T5 with dropout
@@ -269,6 +273,9 @@ WRONG = {  # a part's setting that does not go with the other parts
     ),
     "dev guidance": (Flux2Dev, "transformer", {"guidance_embeds": False}, "not a plain FLUX.2 dev: .* is not told"),
     "dev text": (Flux2Dev, "transformer", {"joint_attention_dim": 7}, r"gives 3·16 numbers a token, .* takes 7"),
+    "z-image latents": (ZImage, "transformer", {"in_channels": 7}, "does not take the VAE's latents"),
+    "z-image text": (ZImage, "transformer", {"cap_feat_dim": 7}, "but the transformer takes 7"),
+    "z-image pictures": (ZImage, "transformer", {"siglip_feat_dim": 7}, "its transformer also takes pictures"),
 }
 
 

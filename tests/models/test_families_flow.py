@@ -1,4 +1,4 @@
-"""SD3, FLUX.1 and FLUX.2: what the life of every family (test_families.py) does not show."""
+"""SD3, FLUX.1, FLUX.2 and Z-Image: what the life of every family (test_families.py) does not show."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ import pytest
 import torch
 from conftest import PIXELS
 from diffusers import FluxTransformer2DModel
-from tiny_families import WRITERS, write_flux, write_flux2_klein, write_sd3
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
+from tiny_families import WRITERS, diffusers_guidance, write_flux, write_flux2_klein, write_sd3, write_z_image
 from tiny_models import randomise
 
 from benchmarks.bases import PUBLISHED
 from gsoft_diffusion.adapters.injection import find_attentions, find_linears, inject
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3, whole_view
+from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3, ZImage, whole_view
 from gsoft_diffusion.models.families.flux import pack, unpack
 from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.publish.export import write_tensors
 from gsoft_diffusion.publish.low_rank import LoraLayer, by_module, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.sampling.generation import generate
 
-FAMILIES = (StableDiffusion3, Flux, Flux2Klein, Flux2Dev)
+FAMILIES = (StableDiffusion3, Flux, Flux2Klein, Flux2Dev, ZImage)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
@@ -38,11 +40,12 @@ def picture(model, sampler: SamplerConfig) -> np.ndarray:
     return np.asarray(sample.image, dtype=int)
 
 
-def pipeline_picture(folder: Path, **settings: object) -> np.ndarray:
+def pipeline_picture(folder: Path, guidance_scale: float, **settings: object) -> np.ndarray:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    size = {"width": PIXELS, "height": PIXELS, "generator": torch.Generator().manual_seed(3)}
-    return np.asarray(pipeline(prompt="a dog", **size, **settings).images[0], dtype=int)
+    settings |= {"width": PIXELS, "height": PIXELS, "generator": torch.Generator().manual_seed(3)}
+    guidance_scale = diffusers_guidance(pipeline, guidance_scale)
+    return np.asarray(pipeline(prompt="a dog", guidance_scale=guidance_scale, **settings).images[0], dtype=int)
 
 
 def test_same_pictures_as_diffusers_pipeline(folder):
@@ -65,6 +68,63 @@ def test_distilled_models_are_drawn_without_guidance(tmp_path, write, options, c
     picture(model, SamplerConfig(num_inference_steps=2, negative_prompt="a cat"))
     assert "the negative prompt has no effect" in caplog.text
     assert np.abs(found - pipeline_picture(base, num_inference_steps=2, guidance_scale=1.0)).max() <= 1
+
+
+def test_z_image_turbo_is_drawn_without_guidance_unless_it_is_asked_for(tmp_path):
+    """Only its scheduler tells it from the base model, so guidance can still be had."""
+    turbo, base = (load_model(str(write_z_image(tmp_path / f"{shift}", shift=shift))) for shift in (3.0, 6.0))
+    found = picture(turbo, SamplerConfig(num_inference_steps=2))
+    assert (found == picture(turbo, SamplerConfig(num_inference_steps=2, guidance_scale=1.0))).all()
+    assert np.abs(found - pipeline_picture(tmp_path / "3.0", num_inference_steps=2, guidance_scale=1.0)).max() <= 1
+    assert (found != picture(turbo, SamplerConfig(num_inference_steps=2, guidance_scale=5.0))).any()
+    with pytest.raises(UserError, match="--negative_prompt would have no effect: guidance is off"):
+        picture(turbo, SamplerConfig(num_inference_steps=2, negative_prompt="a cat"))
+    usual = picture(base, SamplerConfig(num_inference_steps=2))
+    assert (usual == picture(base, SamplerConfig(num_inference_steps=2, guidance_scale=5.0))).all()
+
+
+def test_z_images_prompts_keep_their_lengths_in_a_batch(tmp_path):
+    """Of each other they change rounding only, though they are of 1 and 3 times the length that is filled up to."""
+    model = load_model(str(write_z_image(tmp_path / "base")))
+    prompts = ["a dog", ", ".join(["a dog on a beach"] * 9)]
+    conditioning = model.encode_prompts(prompts)
+    short, long = conditioning["lengths"].tolist()
+    assert short < 32 < 64 < long
+    latents = torch.randn(2, *model.latent_shape(PIXELS))
+    times, views = torch.tensor([900.0, 100.0]), whole_view(PIXELS, PIXELS).repeat(2, 1)
+    together = model.predict(latents, times, conditioning, views)
+    for at, prompt in enumerate(prompts):
+        one = slice(at, at + 1)
+        alone = model.predict(latents[one], times[one], model.encode_prompts([prompt]), views[one])
+        torch.testing.assert_close(together[one], alone)
+        other = model.predict(latents[one], times[one], model.encode_prompts(["a cat"]), views[one])
+        assert (alone - other).abs().max() > 1e-3
+
+
+def test_z_image_has_positions_for_pictures_of_some_size_only(tmp_path):
+    model = load_model(str(write_z_image(tmp_path / "base")))
+    with pytest.raises(UserError, match="--width 260: must be 256 or less"):
+        list(generate(model, [("a dog", 3)], SamplerConfig(num_inference_steps=2), width=260, height=PIXELS))
+
+
+def test_z_images_single_file_has_the_original_names(tmp_path):
+    """Those that ComfyUI asks for, and diffusers' own conversion takes it back to what it was."""
+    model = load_model(str(write_z_image(tmp_path / "base")))
+    tensors = model.original_layout()
+    assert {name.partition(".")[0] for name in tensors} == {"model", "vae", "text_encoders"}
+    fused = tensors["model.diffusion_model.layers.2.attention.qkv.weight"]
+    attention = model.transformer.layers[2].attention
+    assert torch.equal(fused, torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]))
+    assert "text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj.weight" in tensors
+    denoiser = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+    back, wanted = convert_z_image_transformer_checkpoint_to_diffusers(denoiser), model.transformer.state_dict()
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(back[name], wanted[name]) for name in wanted)
+    write_tensors(tmp_path / "whole.safetensors", tensors, {})
+    vae = diffusers.AutoencoderKL.from_single_file(
+        str(tmp_path / "whole.safetensors"), config=str(tmp_path / "base"), subfolder="vae", local_files_only=True
+    )
+    assert all(map(torch.equal, vae.state_dict().values(), model.vae.state_dict().values()))
 
 
 def test_sd3_has_positions_for_pictures_of_some_size_only(tmp_path):
@@ -207,6 +267,11 @@ def flux_layers(double: int, single: int, of_single: Sequence[str] = QUERIES[:3]
     }
 
 
+def z_image_layers(refiner: int, main: int) -> set[str]:
+    blocks = {"noise_refiner": refiner, "context_refiner": refiner, "layers": main}
+    return {f"{part}.{n}.attention.{name}" for part, count in blocks.items() for n in range(count) for name in QUERIES}
+
+
 @pytest.mark.parametrize(
     ("name", "numbers", "layers", "width"),
     [
@@ -217,6 +282,7 @@ def flux_layers(double: int, single: int, of_single: Sequence[str] = QUERIES[:3]
         ("FLUX.2 klein 4B", 3_875_544_576, flux_layers(5, 20, QUERIES), 3072),
         ("FLUX.2 klein 9B", 9_078_581_248, flux_layers(8, 24, QUERIES), 4096),
         ("FLUX.2 dev", None, flux_layers(8, 48, QUERIES), 6144),
+        ("Z-Image", 6_154_908_736, z_image_layers(2, 30), 3840),
     ],
 )
 def test_layers_of_the_published_models(name, numbers, layers, width):

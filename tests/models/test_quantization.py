@@ -15,17 +15,16 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import PIXELS
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
-from tiny_families import WRITERS
-from tiny_models import randomise
+from tiny_families import WRITERS, prediction_and_gradients
 from torch import nn
 
 from gsoft_diffusion.adapters.identity import identity_of
-from gsoft_diffusion.adapters.injection import find_attentions, find_linears, inject
+from gsoft_diffusion.adapters.injection import find_attentions, find_linears
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import AdapterConfig, ExportConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
-from gsoft_diffusion.models.families import FAMILIES, BaseModel, StableDiffusion3, whole_view
+from gsoft_diffusion.models.families import FAMILIES, StableDiffusion3
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.models.quantization import quantizable, quantize
 from gsoft_diffusion.publish.export import export
@@ -52,21 +51,6 @@ def dequantised(model: nn.Module, bitsandbytes) -> nn.Module:
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
             model.set_submodule(path, plain)
     return model
-
-
-def prediction_and_gradients(model: BaseModel) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
-    randomise(adapter, size=0.1)
-    model.denoiser.train()
-    model.denoiser.enable_gradient_checkpointing()
-    latents = torch.randn(2, *model.latent_shape(PIXELS), generator=torch.Generator().manual_seed(0))
-    conditioning = model.encode_prompts(["a dog", "a cat"])
-    views = whole_view(PIXELS, PIXELS).repeat(2, 1)
-    prediction = model.predict(latents, torch.tensor([900.0, 100.0]), conditioning, views)
-    prediction.square().mean().backward()
-    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
-    assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
-    return prediction.detach(), {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -168,10 +152,11 @@ def test_what_is_trained_on_it_is_an_ordinary_adapter(folder, photos, tmp_path, 
 def test_the_rounding_is_that_of_four_bits(bitsandbytes):
     """Relative to a normal weight about 0.095, as for 16 levels at the quantiles of the normal distribution."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 96, bias=False))
+    model = nn.ModuleList([nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 96, bias=False)])
     nn.init.normal_(model[0].weight)
-    rounded = copy.deepcopy(model)
-    quantize(rounded, "nf4", "cpu")
+    rounded = copy.deepcopy(nn.Sequential(model))  # the list is what is looked for, by its name in a model
+    quantize(rounded, "nf4", "cpu", True)
+    rounded = rounded[0]
     assert (rounded[0].in_features, rounded[0].out_features, rounded[2].bias) == (256, 128, None)
     assert torch.equal(rounded[0].bias, model[0].bias)
     weight = bitsandbytes.functional.dequantize_4bit(rounded[0].weight.data, rounded[0].weight.quant_state)

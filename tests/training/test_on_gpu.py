@@ -21,6 +21,8 @@ from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import draw
 from gsoft_diffusion.training.train import train
 
+WITH_TEXT_ENCODERS = {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0}
+
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
 def family(request):
@@ -33,15 +35,15 @@ def family_base(family, tmp_path_factory) -> Path:
     return WRITERS[family](tmp_path_factory.mktemp("base") / family.__name__)
 
 
+@pytest.fixture(scope="module")
+def with_text_encoders(family_base) -> dict[str, object]:
+    """Settings by which text encoders train, where an adapter may be in them."""
+    return WITH_TEXT_ENCODERS if load_architecture(str(family_base)).text_encoders else {}
+
+
 @pytest.fixture
 def config(family_base, photos, tmp_path) -> TrainingConfig:
     return few_steps(family_base, photos, tmp_path / "run")
-
-
-def with_text_encoders(base: Path) -> dict[str, object]:
-    """Settings that train the text encoders, of a model that has some to train."""
-    has_some = bool(load_architecture(str(base)).text_encoders)
-    return {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0} if has_some else {}
 
 
 def learned(config: TrainingConfig) -> dict[str, Tensor]:
@@ -65,7 +67,7 @@ def assert_waits_once(run: PretendedTraining) -> None:
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_cpu(family_base, config, tmp_path):
+def test_the_numbers_are_those_of_the_cpu(config, with_text_encoders, tmp_path):
     """In float32, with activations computed again and class images; then drawn, merged and exported on the GPU."""
     config = replace(
         config,
@@ -73,7 +75,7 @@ def test_the_numbers_are_those_of_the_cpu(family_base, config, tmp_path):
         num_class_images=2,
         aspect_buckets=True,
         gradient_checkpointing=True,
-        **with_text_encoders(family_base),
+        **with_text_encoders,
     )
     on_cpu = replace(config, output_dir=str(tmp_path / "cpu"))
     train(on_cpu)
@@ -83,7 +85,11 @@ def test_the_numbers_are_those_of_the_cpu(family_base, config, tmp_path):
     with pretended_gpu() as gpu:
         adapter = (config.output_dir or "",)
         draw(GenerationConfig(adapter, prompts=("a dog",), num_images=1, compare=True))
-        draw(GenerationConfig(adapter, prompts=("a dog",), num_images=2, cpu_offload=True, mixed_precision="fp16"))
+        draw(
+            GenerationConfig(
+                adapter, prompts=("a dog",), num_images=2, cpu_offload=True, offload_layers=True, mixed_precision="fp16"
+            )
+        )
         assert gpu.kernels.total() > 1000
         merged = export(ExportConfig(adapter, "diffusers"))
         lora = export(ExportConfig(adapter, "diffusers_lora", rank=4))
@@ -92,14 +98,15 @@ def test_the_numbers_are_those_of_the_cpu(family_base, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision_with_all_but_the_denoiser_in_main_memory(config):
-    config = replace(config, mixed_precision="bf16", cpu_offload=True)
+def test_half_precision_with_all_but_the_adapted_layers_in_main_memory(config):
+    """And what is there in eight bits."""
+    config = replace(config, mixed_precision="bf16", cpu_offload=True, offload_layers=True, quantize_base="float8")
     assert_waits_once(pretended_training(config))
     learned(config)
 
 
 @pytest.mark.slow
-def test_scaled_losses_with_latents_made_in_each_batch(family_base, config):
+def test_scaled_losses_with_latents_made_in_each_batch(config, with_text_encoders):
     """In float16, with photos from a worker process and gradients accumulated; resumed, it goes on exactly."""
     config = replace(
         config,
@@ -107,7 +114,7 @@ def test_scaled_losses_with_latents_made_in_each_batch(family_base, config):
         cache_latents=False,
         dataloader_num_workers=1,
         gradient_accumulation_steps=2,
-        **with_text_encoders(family_base),
+        **with_text_encoders,
     )
     assert_waits_once(pretended_training(config))
     whole = learned(config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading
+from gsoft_diffusion.models.frozen_storage import store, stored_layers
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import preflight
 from gsoft_diffusion.training.optimizer import make_optimizer
@@ -73,9 +75,13 @@ def test_the_fewest_switches_that_fit_are_named(adapted, monkeypatch, changes, f
 
 def test_it_says_if_nothing_is_enough(adapted, monkeypatch):
     with_free(monkeypatch, adapted[0], 1000)
-    with pytest.raises(UserError, match=r"no switch is enough: with --train_batch_size 1 .* it still takes 0\.\d\d GB"):
+    with pytest.raises(
+        UserError, match=r"no switch is enough: with .*--train_batch_size 1 .* it still takes 0\.\d\d GB"
+    ):
         check_step(CONFIG, *adapted, CPU)
-    least = replace(CONFIG, train_batch_size=1, gradient_checkpointing=True, mixed_precision="bf16")
+    least = replace(
+        CONFIG, train_batch_size=1, gradient_checkpointing=True, mixed_precision="bf16", quantize_base="float8"
+    )
     with pytest.raises(UserError, match="no other switch saves memory; use a smaller --resolution"):
         check_step(least, *adapted, CPU)
 
@@ -88,10 +94,30 @@ def test_switches_that_are_on_are_not_advised():
         (("mixed_precision", "bf16"),),
         (("train_batch_size", 2), ("gradient_accumulation_steps", 2)),
     ]
-    assert len(plans) == 2 * 2 * 2 * 3 - 1
-    assert (("cpu_offload", True),) not in switches(CONFIG, CPU)
+    assert plans[5:7] == [(("offload_layers", True),), (("quantize_base", "float8"),)]
+    assert len(plans) == 2 * 2 * 2 * 2 * 2 * 3 - 1
+    assert {name for plan in switches(CONFIG, CPU) for name, _ in plan}.isdisjoint({"cpu_offload", "offload_layers"})
     on = replace(CONFIG, gradient_checkpointing=True, cpu_offload=True, mixed_precision="fp16", train_batch_size=1)
-    assert switches(on, torch.device("cuda")) == []
+    assert switches(replace(on, offload_layers=True, quantize_base="float8"), torch.device("cuda")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_a_number"),
+    [({"quantize_base": "float8"}, 3), ({"offload_layers": True}, 4)],
+    ids=["float8", "offloaded"],
+)
+def test_layers_that_no_adapter_uses_are_counted_as_they_are_stored(adapted, monkeypatch, changes, bytes_a_number):
+    """What is saved of each number of four bytes, whether the model is stored like that already or not."""
+    monkeypatch.setattr(preflight, "step_bytes", lambda *_, **__: 0)
+    model, adapter = adapted
+    gpu = torch.device("cuda")
+    numbers = sum(layer.weight.numel() for layer in stored_layers(model.unet, True).values())
+    plain, changed = needed_bytes(CONFIG, model, adapter, gpu), needed_bytes(replace(CONFIG, **changes), *adapted, gpu)
+    assert plain - changed == numbers * bytes_a_number
+    stored = copy.copy(model)
+    stored.unet = copy.deepcopy(model.unet)
+    store(stored.unet, True, float8="quantize_base" in changes, in_main_memory="offload_layers" in changes)
+    assert needed_bytes(replace(CONFIG, **changes), stored, adapter, gpu) == changed
 
 
 def test_offloading_takes_what_is_not_training_off_the_device(adapted):

@@ -11,6 +11,7 @@ from eval.baselines import BaselineConfig, inject_baseline
 from gsoft.costs import CPU, GPU, device_costs, weights_at_once
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig
+from gsoft_diffusion.models.frozen_storage import store, stored_layers
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training.step_memory import step_bytes
 
@@ -70,6 +71,19 @@ def test_it_grows_with_batch_size_type_and_what_trains(base):
     assert 1.7 * estimate(4) < estimate() < 2 * estimate(4)
     assert 0.4 * estimate() < estimate(dtype=torch.bfloat16) < 0.7 * estimate()
     assert estimate(trains_text=False) < estimate()
+
+
+@pytest.mark.parametrize("in_main_memory", [False, True])
+def test_layers_in_eight_bits_are_counted_with_what_they_are_fetched_into(base, in_main_memory):
+    """One at a time, and wherever they are stored."""
+    model = load_model(str(base))
+    adapter = inject(AdapterConfig(nblocks=4, text_encoder=False), model.denoiser)
+    shape = model.latent_shape(PIXELS)
+    plain = step_bytes(model, adapter, BATCH, shape, trains_text=False)
+    sizes = [layer.weight.nbytes for layer in stored_layers(model.denoiser, True).values()]
+    store(model.denoiser, True, float8=True, in_main_memory=in_main_memory)
+    found = step_bytes(model, adapter, BATCH, shape, trains_text=False)
+    assert plain <= found < plain + 3 * max(sizes) < plain + sum(sizes)
 
 
 def test_other_methods_are_counted_as_well(base):

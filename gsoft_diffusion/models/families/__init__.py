@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families.base import BaseModel, Conditioning, whole_view
+from gsoft_diffusion.models.families.base import BaseModel, Conditioning, chosen, whole_view
 from gsoft_diffusion.models.families.flux import Flux
 from gsoft_diffusion.models.families.flux2_dev import Flux2Dev
 from gsoft_diffusion.models.families.flux2_klein import Flux2Klein
 from gsoft_diffusion.models.families.stable_diffusion import StableDiffusion
 from gsoft_diffusion.models.families.stable_diffusion_3 import StableDiffusion3
 from gsoft_diffusion.models.families.stable_diffusion_xl import StableDiffusionXL
+from gsoft_diffusion.models.families.z_image import ZImage
 
 FAMILIES: tuple[type[BaseModel], ...] = (
     StableDiffusion,
@@ -21,6 +22,7 @@ FAMILIES: tuple[type[BaseModel], ...] = (
     Flux,
     Flux2Klein,
     Flux2Dev,
+    ZImage,
 )
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "ZImage",
+    "chosen",
     "find_family",
     "whole_view",
 ]

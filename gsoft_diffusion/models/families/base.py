@@ -20,7 +20,9 @@ from gsoft_diffusion.foundation.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Conditioning = dict[str, Tensor]  # all that prompts say to the denoiser; the first dimension of each counts prompts
+# All that prompts say to the denoiser; the first dimension of each counts prompts. What decides shapes is on the CPU,
+# so that nobody waits for the device to know it; all else is on the model's device.
+Conditioning = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
@@ -84,8 +86,7 @@ class BaseModel(ABC):
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The first half of encoding prompts: what does not depend on the adapter and is cached.
 
-        Returns tensors on the model's device; the first dimension of each counts prompts. What they are is the family's
-        own matter.
+        Returns tensors as `Conditioning` has them; what they are is the family's own matter.
         """
 
     @abstractmethod
@@ -124,6 +125,11 @@ class BaseModel(ABC):
     def takes_guidance(self) -> bool:
         """Whether a guidance scale has an effect: in classifier-free guidance, or as an input of the model."""
         return not self.guides_itself
+
+    @property
+    def usual_guidance(self) -> float | None:
+        """The guidance scale that the model is drawn with if none is given; None for that of most models."""
+        return None
 
     def noise_scheduler(self) -> Any:
         """How noise is added in training: an object with `add_noise`, and `config` for `prediction_target`."""
@@ -268,6 +274,14 @@ class BaseModel(ABC):
             return self.vae.decode(latents).sample
 
 
+def chosen(conditioning: Conditioning, numbers: Tensor) -> Conditioning:
+    """What prompts say to the denoiser, for some of them.
+
+    numbers: whole numbers (K,), the prompts' places, in any order and as often as wanted. On the CPU they cost no wait.
+    """
+    return {name: tensor[numbers.to(tensor.device, non_blocking=True)] for name, tensor in conditioning.items()}
+
+
 def whole_view(width: int, height: int) -> Tensor:
     """(1, 6): the view of a photo that is shown as it is.
 
@@ -277,7 +291,13 @@ def whole_view(width: int, height: int) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]])
 
 
-def tokenized(tokenizer: Any, texts: Sequence[str], length: int, prompts: Sequence[str] | None = None) -> BatchEncoding:
+def tokenized(
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    prompts: Sequence[str] | None = None,
+    padding_side: str | None = None,
+) -> BatchEncoding:
     """`input_ids` and `attention_mask` of texts, (texts, length), int64, padded.
 
     A text that does not fit is cut, with a warning.
@@ -286,12 +306,14 @@ def tokenized(tokenizer: Any, texts: Sequence[str], length: int, prompts: Sequen
     texts: any number.
     length: tokens of each, those that the tokenizer adds included.
     prompts: what people know the texts by, if they are more than prompts.
+    padding_side: left or right; by default the tokenizer's own.
     """
     for text, prompt in zip(texts, prompts or texts, strict=True):
         count = len(tokenizer(text, verbose=False).input_ids)
         if count > length:
             _say_cut(prompt, count, length)
-    return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    shape: dict[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
+    return tokenizer(list(texts), **shape, padding_side=padding_side, return_tensors="pt")
 
 
 @cache  # once for each prompt
