@@ -32,7 +32,7 @@ def run_on_ray(experiment: Experiment, cells: Sequence[Cell], out: Path, workers
         ray.init(log_to_driver=False, logging_level="warning")
     needs = {"CPU": workers.cores, "GPU": int(ray.cluster_resources().get("GPU", 0) > 0)}
     if not _has_room(needs):
-        raise UserError(f"--cores {workers.cores}: no node of the Ray cluster has so many; give fewer")
+        raise UserError(f"--cores {workers.cores}: no node of the Ray cluster has {_in_words(needs)}; give fewer")
     # max_calls: a fresh process for every cell
     remote = ray.remote(max_calls=1, max_retries=ATTEMPTS - 1, num_cpus=needs["CPU"], num_gpus=needs["GPU"])(attempt)
     waiting = list(reversed(cells))
@@ -44,8 +44,8 @@ def run_on_ray(experiment: Experiment, cells: Sequence[Cell], out: Path, workers
                 cell = waiting.pop()
                 running[remote.remote(experiment, cell, out.resolve(), workers.cores)] = cell
             done, _ = ray.wait(list(running), timeout=PATIENCE)
-            if not done:
-                progress.set_postfix_str("" if _has_room(needs) else f"waiting for a node with {_in_words(needs)}")
+            if not done and not _has_room(needs):
+                progress.set_postfix_str(f"waiting for a node with {_in_words(needs)}")
             for job in done:
                 cell = running.pop(job)
                 failure = _failure(job, cell) or failure
@@ -80,4 +80,5 @@ def _has_room(needs: dict[str, int]) -> bool:
 
 
 def _in_words(needs: dict[str, int]) -> str:
-    return f"{needs['CPU']} cores" + (" and a GPU" if needs["GPU"] else "")
+    cores = f"{needs['CPU']} core{'s' * (needs['CPU'] > 1)}"
+    return f"{cores} and a GPU" if needs["GPU"] else cores

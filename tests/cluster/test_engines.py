@@ -74,7 +74,7 @@ def test_more_cores_than_a_node_has_are_refused(comparison):
     done = comparison.run("--cores", 2)
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.splitlines()[-1]
-    assert "no node of the Ray cluster has so many" in last or "Slurm refuses the jobs" in last
+    assert "no node of the Ray cluster has 2 cores; give fewer" in last or "Slurm refuses the jobs" in last
 
 
 @pytest.fixture
