@@ -15,7 +15,9 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +63,48 @@ def measure(engine: str, kind: str, workers: int, number: int) -> float:
         return time.perf_counter() - started
 
 
+def in_a_process(call: Callable[..., float], *arguments: Any) -> float:
+    """What the call returns in a process of its own, which has imported everything and started no engine."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(call, *arguments).result()
+
+
 def measure_all(records: Records, engines: Sequence[str], workers: Sequence[int], number: int, rounds: int) -> None:
-    """Measure what the records lack; engines take turns in every round."""
+    """Measure what the records lack; engines take turns in every round.
+
+    Of cells that have nothing to do, one alone is measured as well: so a start is told from what every cell costs.
+    """
+    plans = [("overhead", 1, 1), ("overhead", 1, number), *(("cells", count, number) for count in workers)]
     for turn in range(rounds):
-        for kind in KINDS:
-            for count in workers if kind == "cells" else (1,):
-                for engine in engines:
-                    key = {"round": turn, "kind": kind, "workers": count, "engine": engine, "cells": number}
-                    if not records.has(**key):
-                        load = os.getloadavg()[0]
-                        seconds = measure(engine, kind, count, number)
-                        records.add(**key, seconds=round(seconds, 4), load_before=round(load, 1))
+        for kind, count, cells in plans:
+            for engine in engines:
+                key = {"round": turn, "kind": kind, "workers": count, "engine": engine, "cells": cells}
+                if not records.has(**key):
+                    load = os.getloadavg()[0]
+                    seconds = in_a_process(measure, engine, kind, count, cells)
+                    records.add(**key, seconds=round(seconds, 4), load_before=round(load, 1))
 
 
 def tables(records: Records) -> str:
     """The two tables, in Markdown: medians over the rounds."""
 
     def seconds(**key: Any) -> float:
-        found = [r["seconds"] / r["cells"] for r in records.records if key.items() <= r.items()]
-        return median(found)
+        return median(record["seconds"] for record in records.records if key.items() <= record.items())
 
     engines = list(dict.fromkeys(record["engine"] for record in records.records))
     counts = sorted({record["workers"] for record in records.records if record["kind"] == "cells"})
-    overhead = [[engine, f"{seconds(kind='overhead', engine=engine):.1f}"] for engine in engines]
-    rows = []
+    number = max(record["cells"] for record in records.records)
+    overhead, rows = [], []
     for engine in engines:
-        rates = [3600 / seconds(kind="cells", engine=engine, workers=count) for count in counts]
-        local = [3600 / seconds(kind="cells", engine=engines[0], workers=count) for count in counts]
-        rows.append([engine, *(f"{rate:.0f} ({rate / first:.2f})" for rate, first in zip(rates, local, strict=True))])
+        first, several = (seconds(kind="overhead", engine=engine, cells=cells) for cells in (1, number))
+        overhead.append([engine, f"{first:.1f}", f"{(several - first) / (number - 1):.1f}"])
+        rates = [3600 * number / seconds(kind="cells", engine=engine, workers=count) for count in counts]
+        local = [3600 * number / seconds(kind="cells", engine=engines[0], workers=count) for count in counts]
+        rows.append([engine, *(f"{rate:.0f} ({rate / base:.2f})" for rate, base in zip(rates, local, strict=True))])
     return "\n\n".join(
         [
-            table(["engine", "seconds a cell that has nothing to do"], overhead),
+            "Seconds for cells that have nothing to do, one at a time:",
+            table(["engine", "the first, with the engine's start", "each further one"], overhead),
             f"Cells an hour, and in brackets as a share of those of {engines[0]}:",
             table(["engine", *(f"{count} at a time" for count in counts)], rows),
         ]
@@ -104,9 +117,11 @@ def main() -> int:
     parser.add_argument("--out", type=expanded_path, default=Path("benchmarks/results/engines.json"), help="raw output")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to measure")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="cells at a time")
-    parser.add_argument("--cells", type=int, default=4, help="how many cells a measurement has")
+    parser.add_argument("--cells", type=int, default=4, help="how many a measurement has, 2 or more")
     parser.add_argument("--rounds", type=int, default=2, help="how often everything is measured")
     args = parser.parse_args()
+    if args.cells < 2:
+        parser.error("--cells: must be 2 or more")
     records = Records(args.out, {"experiment": EXPERIMENT, "cores_each": 1})
     measure_all(records, args.engines, args.workers, args.cells, args.rounds)
     print(tables(records))
