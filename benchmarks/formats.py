@@ -36,7 +36,7 @@ from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, kohya_tenso
 
 STRENGTHS = (0.5, 1.0, 1.5)
 RANKS = (16, 64, 128)
-CONFIG = AdapterConfig(nblocks=32)
+CONFIG = AdapterConfig(nblocks=32, parametrization="cayley")
 ANGLE = 0.01  # standard deviation of the learned numbers
 HALF = torch.float16
 

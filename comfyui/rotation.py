@@ -7,7 +7,9 @@ computed in float32. At strength `t` blocks are made from `t·K` instead of `K`,
 strength is a rotation.
 
 A file has for each layer `<layer>.q_in` and perhaps `<layer>.q_out`, `(m, r, b(b−1)/2)`, and `<layer>.output_scale`,
-`(out,)`. The name of an empty tensor, `parametrization.cayley` or `parametrization.exp`, tells how blocks are made.
+`(out,)`. The name of an empty tensor, such as `parametrization.cayley`, tells how blocks are made. With "scaled_"
+before the map's name, the entries of K are the numbers times `64 / (m·(b−1))`, half of that where there is a `q_out`,
+and twice that for exp.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PARAMETRIZATIONS = {f"parametrization.{name}": name for name in ("cayley", "exp")}
+PARAMETRIZATIONS = {f"parametrization.{name}": name for name in ("cayley", "exp", "scaled_cayley", "scaled_exp")}
+ROW = 64  # learned numbers in a row at which scaling changes nothing
 # From this side on, PyTorch's batched LU is wrong on CPUs with several threads (PyTorch issues 141358 and 142815).
 BATCHED_LU_SIDE = 128
 
@@ -28,7 +31,7 @@ BATCHED_LU_SIDE = 128
 class Layer(NamedTuple):
     """What a file has of one linear layer.
 
-    q_in, q_out: `(m, r, b(b−1)/2)`, output_scale: `(out,)`, all float32. parametrization: "cayley" or "exp".
+    q_in, q_out: `(m, r, b(b−1)/2)`, output_scale: `(out,)`, all float32. parametrization: of `PARAMETRIZATIONS`.
     """
 
     q_in: Tensor
@@ -116,8 +119,11 @@ def layer_blocks(layer: Layer, strength: float, device: torch.device) -> Blocks:
 
     layer: on any device. strength: any finite number. device: of the results.
     """
+    sides = 1 if layer.q_out is None else 2
     q_in, q_out = (
-        None if free is None else orthogonal_blocks(strength * free.to(device, torch.float32), layer.parametrization)
+        None
+        if free is None
+        else orthogonal_blocks(strength * free.to(device, torch.float32), layer.parametrization, sides)
         for free in (layer.q_in, layer.q_out)
     )
     scale = layer.output_scale
@@ -128,18 +134,21 @@ def layer_blocks(layer: Layer, strength: float, device: torch.device) -> Blocks:
     return Blocks(q_in, q_out, scale)
 
 
-def orthogonal_blocks(free: Tensor, parametrization: str) -> Tensor:
-    """Orthogonal blocks `(…, b, b)`: Cayley's `(I + K)(I − K)⁻¹` or `exp(K)` of skew-symmetric K.
+def orthogonal_blocks(free: Tensor, parametrization: str, sides: int) -> Tensor:
+    """Orthogonal blocks `(m, r, b, b)`: Cayley's `(I + K)(I − K)⁻¹` or `exp(K)` of skew-symmetric K.
 
-    free: the numbers above the diagonals of K, row by row, `(…, b(b−1)/2)`, float32. parametrization: "cayley" or
-    "exp".
+    free: the numbers above the diagonals of K, row by row, `(m, r, b(b−1)/2)`, float32. parametrization: of
+    `PARAMETRIZATIONS`. sides: on how many sides of the weight there is a rotation.
     """
     size = (1 + math.isqrt(1 + 8 * free.shape[-1])) // 2
+    exponential = parametrization.endswith("exp")
+    if parametrization.startswith("scaled_"):
+        free = free * (ROW / (sides * free.shape[0] * (size - 1)) * (2 if exponential else 1))
     row, column = torch.triu_indices(size, size, offset=1, device=free.device)
     upper = free.new_zeros(*free.shape[:-1], size, size)
     upper[..., row, column] = free
     skew = upper - upper.mT
-    if parametrization == "exp":
+    if exponential:
         blocks = torch.matrix_exp(skew)
         return 1.5 * blocks - 0.5 * (blocks @ (blocks.mT @ blocks))  # nearer to orthogonal: a step of Newton's
     identity = torch.eye(size, device=free.device)

@@ -127,6 +127,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     method = matched(cell.method, budget, layers, experiment.text_encoder, experiment.output_scale)
     config = _training(experiment, cell, subject, models, out, scratch)
     if isinstance(method, AdapterConfig):
+        method = replace(method, parametrization=experiment.parametrization)
         config = replace(config, adapter=method)
     facts = _facts(experiment, cell, subject, models, encoders) | {
         "method": method.to_dict(),

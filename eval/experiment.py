@@ -10,6 +10,7 @@ from typing import Any
 from eval.methods import BUDGETS, METHODS
 from eval.prompts import DREAMBOOTH
 from eval.subjects import Subject, read_subjects
+from gsoft.config import Parametrization
 from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.config.settings import OnlyWith, Settings, not_negative, positive, refuse_without_effect, require
 from gsoft_diffusion.config.training import TrainingConfig
@@ -63,6 +64,7 @@ class Experiment(Settings):
     unique_token: the subject's name in prompts.
     text_encoder: adapt the text encoder's attention as well as the denoiser's.
     output_scale: whether GSOFT and Double GSOFT learn a scale for each output, as BOFT always does.
+    parametrization: of GSOFT and Double GSOFT; the paper's is cayley.
     resolution: side of the square pictures; by default what the base model was made for.
     max_train_steps: optimizer steps.
     train_batch_size: photos in a batch.
@@ -102,6 +104,7 @@ class Experiment(Settings):
     unique_token: str = "sks"
     text_encoder: bool = True
     output_scale: bool = True
+    parametrization: Parametrization = "scaled_cayley"
     resolution: int | None = None
     max_train_steps: int = 400
     train_batch_size: int = 4

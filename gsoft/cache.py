@@ -149,10 +149,11 @@ class RotationCache:
     def _make_blocks(self, dtype: torch.dtype, *free: Tensor) -> tuple[Tensor | None, ...]:
         """Blocks of `Q_in` of all layers, then of `Q_out`."""
         first, count = self._rotations[0], len(self._rotations)
-        q_in = orthogonal_blocks(free[:count], first.block_size_in, first.parametrization, dtype)
-        if first.block_size_out is None:
-            return *q_in, *(None for _ in q_in)
-        return *q_in, *orthogonal_blocks(free[count:], first.block_size_out, first.parametrization, dtype)
+        parametrization, size_in, size_out = first.parametrization, first.block_size_in, first.block_size_out
+        if size_out is None:
+            return *orthogonal_blocks(free[:count], size_in, parametrization, dtype), *(None for _ in range(count))
+        q_in = orthogonal_blocks(free[:count], size_in, parametrization, dtype, double=True)
+        return *q_in, *orthogonal_blocks(free[count:], size_out, parametrization, dtype, double=True)
 
     def _rotated(self, weights: Sequence[Tensor], blocks: Sequence[RotationBlocks]) -> Sequence[Tensor]:
         frozen, count = [weight.detach() for weight in weights], len(weights)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from gsoft.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+Parametrization = Literal["scaled_cayley", "scaled_exp", "cayley", "exp"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class RotationConfig:
     block_size: side `b` of every block, `r·b = width`.
     nfactors: block-diagonal factors in each `Q`; "dense" takes the fewest without zeros in `Q` (paper, Theorem 2).
     double: True for `W' = s·Q_out W Q_in` (§6.2), False for `W' = s·W Q_in` (§6.1).
-    parametrization: map from skew-symmetric to orthogonal blocks, "cayley" or "exp".
+    parametrization: map from skew-symmetric to orthogonal blocks, "cayley" or "exp"; with "scaled_" before it the
+      learned numbers are scaled, so that one learning rate fits blocks of every size (see `gsoft.blocks.skew_factor`).
     output_scale: learn one factor per output feature, 1 at the start.
 
     Raises ConfigError for values that cannot be.
@@ -30,7 +32,7 @@ class RotationConfig:
     block_size: int | None = None
     nfactors: int | Literal["dense"] = 2
     double: bool = True
-    parametrization: Literal["cayley", "exp"] = "cayley"
+    parametrization: Parametrization = "scaled_cayley"
     output_scale: bool = True
 
     def __post_init__(self) -> None:
@@ -47,8 +49,9 @@ class RotationConfig:
                 raise ConfigError((name,), f" {value}: must be {rule}")
         if self.nfactors != "dense" and not _is_count(self.nfactors, 1):
             raise ConfigError(("nfactors",), f' {self.nfactors}: must be 1 or more, or "dense"')
-        if self.parametrization not in ("cayley", "exp"):
-            raise ConfigError(("parametrization",), f" {self.parametrization}: must be cayley or exp")
+        if self.parametrization not in get_args(Parametrization):
+            known = ", ".join(get_args(Parametrization))
+            raise ConfigError(("parametrization",), f" {self.parametrization}: must be one of {known}")
         for name in ("double", "output_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError((name,), f" {getattr(self, name)}: must be True or False")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gsoft.blocks import free_numbers, orthogonal_blocks
-from gsoft.config import RotationConfig
+from gsoft.config import Parametrization, RotationConfig
 from gsoft.errors import GSOFTError
 from gsoft.group_and_shuffle import rotate
 from gsoft.rotation import factor_shape
@@ -22,7 +22,7 @@ def orthogonal(
     nblocks: int | None = None,
     block_size: int | None = None,
     nfactors: int | Literal["dense"] = "dense",
-    parametrization: Literal["cayley", "exp"] = "cayley",
+    parametrization: Parametrization = "cayley",
 ) -> nn.Module:
     """Keep a matrix of a module orthogonal, whatever the optimizer does, as a group-and-shuffle matrix (paper, §5).
 
@@ -51,7 +51,7 @@ class _Orthogonal(nn.Module):
 
     base: Tensor
 
-    def __init__(self, shape: tuple[int, int, int], parametrization: str, weight: Tensor) -> None:
+    def __init__(self, shape: tuple[int, int, int], parametrization: Parametrization, weight: Tensor) -> None:
         super().__init__()
         self._shape, self._parametrization = shape, parametrization
         self._wide = weight.shape[0] < weight.shape[1]
@@ -90,7 +90,7 @@ class OrthogonalLinear(nn.Module):
         nblocks: int | None = None,
         block_size: int | None = None,
         nfactors: int | Literal["dense"] = "dense",
-        parametrization: Literal["cayley", "exp"] = "cayley",
+        parametrization: Parametrization = "cayley",
         device: torch.device | None = None,
     ) -> None:
         """Makes the free numbers, of which `Q` is the identity, and a bias of zeros.
@@ -127,13 +127,13 @@ class OrthogonalLinear(nn.Module):
 
 
 def _config(
-    nblocks: int | None, block_size: int | None, nfactors: int | Literal["dense"], parametrization: str
+    nblocks: int | None, block_size: int | None, nfactors: int | Literal["dense"], parametrization: Parametrization
 ) -> RotationConfig:
     return RotationConfig(
         nblocks=nblocks,
         block_size=block_size,
         nfactors=nfactors,
         double=False,
-        parametrization=parametrization,  # type: ignore[arg-type]
+        parametrization=parametrization,
         output_scale=False,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.foundation.processes import end_with_parent
 from pretraining.world import SIZE, World
 
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
@@ -23,6 +24,7 @@ _world: World
 
 def _start(sprites: Path) -> None:
     global _world
+    end_with_parent()
     _world = World(sprites)
 
 

@@ -120,7 +120,9 @@ STRUCTURES = {
 class Trained:
     """A base model, and the file of an adapter for it that has learned something."""
 
-    def __init__(self, structure: Structure, dtype: torch.dtype, folder: Path, parametrization: str = "cayley") -> None:
+    def __init__(
+        self, structure: Structure, dtype: torch.dtype, folder: Path, parametrization: str = "scaled_cayley"
+    ) -> None:
         torch.manual_seed(0)
         self.structure, self.file = structure, folder / "adapter.safetensors"
         denoiser, encoders = structure.parts()

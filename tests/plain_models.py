@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gsoft.blocks import skew_factor
+from gsoft.rotation import Rotation
+
 
 def mlp(seed: int = 0) -> nn.Sequential:
     """Widths 12, 24, 24 and 3."""
@@ -50,7 +53,14 @@ def inputs(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, size: float = 0.3) -> None:
-    """Move every parameter away from its start, as training would."""
+    """Move every parameter away from its start, as training would; size: of the blocks' entries, and of the rest."""
     generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for rotation in module.modules():
+        if isinstance(rotation, Rotation):
+            double = rotation.q_out is not None
+            for free, side in ((rotation.q_in, rotation.block_size_in), (rotation.q_out, rotation.block_size_out)):
+                if free is not None:
+                    factors[free] = skew_factor(rotation.parametrization, side, len(free), double)
     for parameter in module.parameters():
-        parameter += size * torch.randn(parameter.shape, generator=generator)
+        parameter += size / factors.get(parameter, 1) * torch.randn(parameter.shape, generator=generator)

@@ -27,7 +27,11 @@ def settings() -> TrainingConfig:
 
 def test_settings_are_read():
     config = settings()
-    assert (config.adapter, config.max_train_steps, config.learning_rate) == (AdapterConfig(nblocks=4), 4, 1e-2)
+    assert (config.adapter, config.max_train_steps, config.learning_rate) == (
+        AdapterConfig(nblocks=4, parametrization="cayley"),
+        4,
+        1e-2,
+    )
     assert (config.class_word, config.sampler.scheduler, config.mixed_precision) == ("dog", "DDIMScheduler", "no")
 
 
@@ -38,7 +42,7 @@ def test_an_adapter_loads_to_the_bit(base, place):
     written, loaded = load_file(FIRST / place), adapter.state_dict()
     assert loaded.keys() == written.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
-    assert file.config == AdapterConfig(nblocks=4)
+    assert file.config == AdapterConfig(nblocks=4, parametrization="cayley")
     assert file.base_model.name == "base"
     assert (file.prompts["instance_prompt"], file.training["resolution"]) == ("a photo of a sks dog", 32)
 

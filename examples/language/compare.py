@@ -30,6 +30,7 @@ from examples.language.training import DivergedError, Run, train
 from gsoft_diffusion.config.command_line import add_flags, expanded_path, run
 from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.processes import end_with_parent
 
 ADAPTER_RATES = (2e-3, 5e-3, 1.2e-2)
 RATES = dict.fromkeys(METHODS, ADAPTER_RATES) | {"full": (1e-4, 3e-4, 1e-3)}
@@ -58,8 +59,8 @@ class Comparison(Settings):
     sweep_tasks: tuple[str, ...] = ("sentiment", "rating")
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: Annotated[int, POSITIVE] = 3
-    max_steps: int = 24
-    evaluations: int = 2
+    max_steps: int = 160
+    evaluations: int = 8
     batch_size: int = 32
     max_length: int = 32
     bf16: bool = True
@@ -132,7 +133,7 @@ def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs:
     if not missing:
         return
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,)) as pool:
         trainings = [pool.submit(_scores, one, parts[one.task]) for one in missing]
         try:
             for training in tqdm(as_completed(trainings), total=len(missing), unit="training"):
@@ -143,6 +144,11 @@ def _run_cells(records: Records, parts: Mapping[str, Mapping[str, Texts]], runs:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin(threads: int) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
 
 
 def _scores(one: Run, parts: Mapping[str, Texts]) -> tuple[dict[str, Any], str | None]:

@@ -28,10 +28,16 @@ METHODS = {  # name in tables
     "double_gsoft": "Double GSOFT, b 3, m 4, no scale",
     "gsoft_dense": "GSOFT, b 8, dense Q",
 }
-ROTATIONS: dict[str, dict[str, Any]] = {
-    "gsoft": {"double": False, "block_size": 8, "nfactors": 2},
-    "double_gsoft": {"double": True, "block_size": 3, "nfactors": 4, "output_scale": False},
-    "gsoft_dense": {"double": False, "block_size": 8, "nfactors": "dense"},
+ROTATIONS: dict[str, dict[str, Any]] = {  # learned numbers are not scaled, so that learning rates are as in the paper
+    "gsoft": {"double": False, "block_size": 8, "nfactors": 2, "parametrization": "cayley"},
+    "double_gsoft": {
+        "double": True,
+        "block_size": 3,
+        "nfactors": 4,
+        "output_scale": False,
+        "parametrization": "cayley",
+    },
+    "gsoft_dense": {"double": False, "block_size": 8, "nfactors": "dense", "parametrization": "cayley"},
 }
 BASELINES = {  # of PEFT
     "lora": BaselineConfig("lora", rank=4),

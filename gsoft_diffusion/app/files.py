@@ -20,7 +20,8 @@ PICTURES = re.compile(
     r"validation/step-\d+(_\d+)?\.png|validation/step-\d+/[^/]+\.png|images/(checkpoint-\d+/)?[^/]+\.png"
 )
 TAKEN = re.compile(
-    r"(checkpoint-\d+/)?adapter\.safetensors|README\.md|(merged|[a-z]+_lora_rank)[\w-]*\.(safetensors|md|csv)"
+    r"(checkpoint-\d+/)?adapter\.safetensors|README\.md"
+    r"|(merged[\w-]*|[a-z]+_lora_rank[\w-]*|diff(_[\w-]*)?)\.(safetensors|md|csv)"
 )
 FOLDERS = re.compile(r"merged[\w-]*/")
 BLOCK = 1 << 20  # bytes of a file that are sent at a time

@@ -152,8 +152,8 @@ class RunView:
     @property
     def exports(self) -> list[str]:
         """What can be taken home: names of files and of folders below the run's, which end in a slash."""
-        files = [path.name for path in self.folder.glob("*_rank*.safetensors")]
-        files += [path.name for path in self.folder.glob("merged*.safetensors")]
+        stems = ("*_rank*", "merged*", "diff", "diff_*")
+        files = [path.name for stem in stems for path in self.folder.glob(f"{stem}.safetensors")]
         folders = [f"{path.name}/" for path in self.folder.glob("merged*") if path.is_dir()]
         return sorted(files) + sorted(folders)
 

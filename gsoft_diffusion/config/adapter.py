@@ -18,7 +18,8 @@ class AdapterConfig(RotationConfig, Settings):
     block_size: side `b` of every block, `r·b = width`.
     nfactors: block-diagonal factors in each `Q`; "dense" takes the fewest without zeros in `Q` (paper, Theorem 2).
     double: True for `W' = s·Q_out W Q_in` (§6.2), False for `W' = s·W Q_in` (§6.1).
-    parametrization: map from skew-symmetric to orthogonal blocks.
+    parametrization: map from skew-symmetric to orthogonal blocks; with "scaled_" before it, one learning rate fits
+      blocks of every size.
     output_scale: learn one factor per output feature, 1 at the start.
     text_encoder: adapt the text encoder's attention as well as the denoiser's.
     """

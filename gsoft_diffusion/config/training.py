@@ -73,8 +73,8 @@ class TrainingConfig(Settings):
     compile: fuse the denoiser's operations with torch.compile; the first step takes minutes.
     cpu_offload: keep the VAE, and text encoders that do not train, in main memory while they are not in use.
     quantize_base: store layers that no adapter uses, T5 and Qwen included, in 4 bits: nf4 (pip install bitsandbytes).
-    learning_rate: step size of the optimizer; by default 2e-5 as in the paper, 1e-3 on a miniature base.
-    text_encoder_lr: step size for the text encoders; by default 2e-6, 2e-5 on a miniature base; none with prodigy.
+    learning_rate: step size of the optimizer; by default 2e-5, 2e-4 on a miniature base.
+    text_encoder_lr: step size for the text encoders; by default 2e-6, 4e-6 on a miniature base; none with prodigy.
     lr_scheduler: how the learning rate changes over the run.
     lr_warmup_steps: steps of linear warm-up at the start, for schedules other than constant, and for schedulefree.
     lr_num_cycles: restarts of cosine_with_restarts.

@@ -210,7 +210,8 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
 
 def _method(config: AdapterConfig) -> str:
     size = f"{config.nblocks} blocks" if config.nblocks else f"blocks of side {config.block_size}"
-    parts = ["Double GSOFT" if config.double else "GSOFT", size, f"{config.nfactors} factors", config.parametrization]
+    kind = config.parametrization.replace("_", " ")
+    parts = ["Double GSOFT" if config.double else "GSOFT", size, f"{config.nfactors} factors", kind]
     return ", ".join(parts + ["a scale for each output"] * config.output_scale)
 
 

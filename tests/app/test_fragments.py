@@ -138,15 +138,18 @@ def test_every_file_to_take_home_says_where_it_goes(folder):
         "kohya_lora_rank8.safetensors",
         "diffusers_lora_rank8.safetensors",
         "merged.safetensors",
+        "diff.safetensors",
     ]
     for name in (*names, "merged_checkpoint-5.safetensors"):
         (folder / name).write_bytes(bytes(1_000_000))
     (folder / "merged").mkdir()
     html = take_home._files(RunView(folder), "adapter.safetensors")
     rows = re.findall(r"<tr>(.*?)</tr>", html)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row, words in zip(
-        rows, ["gsoft-draw", "diffusers", "loras", "checkpoints", "checkpoints", "merged.zip"], strict=True
+        rows,
+        ["gsoft-draw", "where a LoRA goes", "diffusers", "loras", "checkpoints", "checkpoints", "merged.zip"],
+        strict=True,
     ):
         assert words in row
     assert "1.0 MB" in rows[0]

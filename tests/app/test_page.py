@@ -302,12 +302,13 @@ def test_a_prompt_is_needed(visit):
 def test_each_format_is_made_and_downloaded(visit, tmp_path):
     visit.step("5 Take home")
     visit.wait(lambda: "adapter.safetensors" in visit.text("files"), "adapter")
-    for label in ("LoRA for ComfyUI", "whole model in one file", "whole model as a folder", "LoRA for diffusers"):
+    labels = ("LoRA for ComfyUI", "whole model in one file", "full differences", "whole model as a folder")
+    for label in (*labels, "LoRA for diffusers"):
         visit.page.get_by_label(label).check()
         visit.page.click("#make")
         visit.page.wait_for_timeout(300)
     wanted = {"adapter.safetensors", "kohya_lora_rank64.safetensors", "diffusers_lora_rank64.safetensors"}
-    wanted |= {"merged.safetensors", "merged.zip"}
+    wanted |= {"merged.safetensors", "merged.zip", "diff.safetensors"}
     links = visit.page.locator("#files a")
     visit.wait(lambda: {text.rpartition("/")[2] for text in links.all_inner_texts()} == wanted, "all formats")
     for at in range(links.count()):

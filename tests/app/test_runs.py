@@ -111,10 +111,12 @@ def test_what_was_drawn_the_latest_first_pairs_together(folder):
 
 
 def test_exports_and_the_card(folder):
-    for name in ("kohya_lora_rank8.safetensors", "merged_checkpoint-5.safetensors", "other.safetensors"):
+    made = ["diff.safetensors", "diff_checkpoint-5.safetensors", "diffusers_lora_rank8.safetensors"]
+    made += ["kohya_lora_rank8.safetensors", "merged_checkpoint-5.safetensors"]
+    for name in (*made, "other.safetensors"):
         (folder / name).write_text("x")
     (folder / "merged").mkdir()
     (folder / "README.md").write_text("---\na: b\n---\n\n# A dog\n")
     view = RunView(folder)
-    assert view.exports == ["kohya_lora_rank8.safetensors", "merged_checkpoint-5.safetensors", "merged/"]
+    assert view.exports == [*made, "merged/"]
     assert view.card.strip() == "# A dog"

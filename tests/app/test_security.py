@@ -287,6 +287,7 @@ def files(served):
         "adapter.safetensors",
         "checkpoint-5/adapter.safetensors",
         "kohya_lora_rank8.safetensors",
+        "diff.safetensors",
         "checkpoint-5/state.pt",
     ):
         (folder / name).write_bytes(b"numbers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from comfyui_pack import PACK, WIDTHS, learned, own_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsoft.config import RotationConfig
+from gsoft.config import Parametrization, RotationConfig
 from gsoft_diffusion.publish.layer_names import module_path
 
 STRENGTHS = (-0.5, 0.0, 0.5, 1.0, 1.7)
@@ -26,7 +27,7 @@ def layer_of(rotation, config: RotationConfig, numbers: dict[str, Tensor]):
 CONFIGS = [
     RotationConfig(nblocks=nblocks, nfactors=nfactors, double=double, parametrization=name, output_scale=scale)
     for name, double, scale, (nblocks, nfactors) in product(
-        ("cayley", "exp"), (True, False), (True, False), ((4, 2), (8, "dense"), (2, 1), (8, 3))
+        get_args(Parametrization), (True, False), (True, False), ((4, 2), (8, "dense"), (2, 1), (8, 3))
     )
 ]
 
@@ -49,8 +50,8 @@ def test_large_blocks_are_rotations_with_many_threads(rotation, parametrization)
     threads = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
-        free = 0.3 * torch.randn(16, 160 * 159 // 2, generator=torch.Generator().manual_seed(0))
-        blocks = rotation.orthogonal_blocks(free, parametrization)
+        free = 0.3 * torch.randn(1, 16, 160 * 159 // 2, generator=torch.Generator().manual_seed(0))
+        blocks = rotation.orthogonal_blocks(free, parametrization, sides=1)
     finally:
         torch.set_num_threads(threads)
     assert (blocks.mT @ blocks - torch.eye(160)).abs().max() < 2e-5

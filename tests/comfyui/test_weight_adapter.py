@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import get_args
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from comfyui_pack import PACK, WIDTHS, close_in_half, learned, load, own_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsoft.config import RotationConfig
+from gsoft.config import Parametrization, RotationConfig
 
 CONFIG = RotationConfig(nblocks=4)
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out"
 MODULE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out"  # ComfyUI's name for it
 
 
-def adapter_file(numbers: dict[str, Tensor], parametrization: str = "cayley") -> dict[str, Tensor]:
+def adapter_file(numbers: dict[str, Tensor], parametrization: str = "scaled_cayley") -> dict[str, Tensor]:
     """A file's tensors: one layer of the UNet, one of a text encoder."""
     layers = {
         f"{layer}.{name}": tensor
@@ -57,7 +58,7 @@ def test_all_keys_of_the_file_are_used(pack, comfy):
     assert found[0].name == "gsoft"
 
 
-@pytest.mark.parametrize("parametrization", ["cayley", "exp"])
+@pytest.mark.parametrize("parametrization", get_args(Parametrization))
 @pytest.mark.parametrize("strength", [-0.5, 0.5, 1.0, 1.7])
 def test_the_weight_is_turned_in_place(pack, comfy, parametrization, strength):
     numbers, turned = learned(CONFIG), weight()
@@ -124,7 +125,7 @@ def test_errors_are_logged_and_the_weight_stays(adapter, caplog):
 
 def test_a_file_of_an_early_version_is_not_used_and_that_is_said_once(pack, comfy, caplog):
     file = adapter_file(learned(CONFIG))
-    del file["parametrization.cayley"]
+    del file["parametrization.scaled_cayley"]
     loaded: set[str] = set()
     with caplog.at_level(logging.ERROR):
         for _ in range(2):

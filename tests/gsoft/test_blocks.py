@@ -5,7 +5,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gsoft import blocks as module
-from gsoft.blocks import REACH, cayley, exponential, free_numbers, orthogonal_blocks, skew_symmetric
+from gsoft.blocks import (
+    REACH,
+    cayley,
+    exponential,
+    free_numbers,
+    orthogonal_blocks,
+    skew_factor,
+    skew_symmetric,
+)
 
 MAPS = ["cayley", "exp"]
 
@@ -103,9 +111,23 @@ def test_sign_convention():
 
 
 @pytest.mark.parametrize("map_", [cayley, exponential])
-def test_gradcheck(map_):
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_gradcheck(map_, factor):
     free = random_free(3, 2, 2, free_numbers(4), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda numbers: map_(numbers.unbind(), 4, torch.float64), (free,))
+    assert torch.autograd.gradcheck(lambda numbers: map_(numbers.unbind(), 4, torch.float64, factor), (free,))
+
+
+@pytest.mark.parametrize(("parametrization", "turns"), [("scaled_cayley", 1), ("scaled_exp", 2)])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("nfactors", "size"), [(1, 2), (2, 5), (3, 40)])
+def test_learned_numbers_are_divided_by_those_in_a_row(parametrization, turns, double, nfactors, size):
+    free = 0.01 * random_free(nfactors, 2, free_numbers(size))
+    wanted = 64 * turns / ((2 if double else 1) * nfactors * (size - 1))
+    assert skew_factor(parametrization, size, nfactors, double) == pytest.approx(wanted)
+    (found,) = orthogonal_blocks([free], size, parametrization, double=double)
+    (plain,) = orthogonal_blocks([wanted * free], size, parametrization.removeprefix("scaled_"))
+    torch.testing.assert_close(found, plain, atol=2e-6, rtol=0)
+    assert skew_factor(parametrization.removeprefix("scaled_"), size, nfactors, double) == 1
 
 
 def test_cayley_gradient_is_that_of_a_solve(monkeypatch):

@@ -55,9 +55,9 @@ def calls(monkeypatch):
     def count(name):
         original = getattr(module, name)
 
-        def counting(*args):
+        def counting(*args, **options):
             counted[name] += 1
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(module, name, counting)
 

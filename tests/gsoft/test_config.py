@@ -33,7 +33,11 @@ def test_names_in_any_collection(kind):
         ({"block_size": 1}, ("block_size",), r"^block_size 1: must be 2 or more \(a block of side 1 cannot rotate\)$"),
         ({"block_size": 2.0}, ("block_size",), "block_size 2.0: must be"),
         ({"block_size": 4, "nfactors": "all"}, ("nfactors",), '^nfactors all: must be 1 or more, or "dense"$'),
-        ({"block_size": 4, "parametrization": "qr"}, ("parametrization",), "must be cayley or exp"),
+        (
+            {"block_size": 4, "parametrization": "qr"},
+            ("parametrization",),
+            "parametrization qr: must be one of scaled_cayley, scaled_exp, cayley, exp",
+        ),
         ({"block_size": 4, "double": 1}, ("double",), "must be True or False"),
         (
             {"block_size": 4, "target_modules": []},

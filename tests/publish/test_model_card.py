@@ -75,7 +75,7 @@ def test_settings_are_listed():
     _, text = parts(model_card("adapter", "a", [adapter_file(with_prior_preservation=True)]))
     for row in (
         "| base model | stable-diffusion-v1-5/stable-diffusion-v1-5 |",
-        "| method | Double GSOFT, 32 blocks, 2 factors, cayley, a scale for each output |",
+        "| method | Double GSOFT, 32 blocks, 2 factors, scaled cayley, a scale for each output |",
         "| steps | 300 |",
         "| learning rate | 2e-05 |",
         "| prior preservation | yes |",

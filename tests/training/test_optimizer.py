@@ -65,7 +65,7 @@ def test_weight_decay_leaves_scales_alone(config):
 
 @pytest.mark.parametrize(
     ("given", "optimizer", "expected"),
-    [(None, "adamw", 2e-5), (0.25, "adamw", 0.25), (None, "prodigy", 1.0)],
+    [(None, "adamw", 4e-6), (0.25, "adamw", 0.25), (None, "prodigy", 1.0)],
 )
 def test_text_encoders_have_a_learning_rate_of_their_own(config, given, optimizer, expected):
     pytest.importorskip("prodigyopt")

@@ -31,7 +31,7 @@ def test_a_run_leaves_an_adapter_that_loads_and_its_settings(config):
     assert file.training["sampler"]["scheduler"] == "DDIMScheduler"
     assert file.training["resolution"] == 32
     settings = TrainingConfig.from_dict(read_yaml(folder / "settings.yaml"))
-    assert settings == replace(config, resolution=32, text_encoder_lr=2e-5, sampler=settings.sampler).resolved()
+    assert settings == replace(config, resolution=32, text_encoder_lr=4e-6, sampler=settings.sampler).resolved()
 
 
 def test_trainables_of_all_parts_move(config):

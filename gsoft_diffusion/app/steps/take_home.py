@@ -21,6 +21,7 @@ EVERY = 3.0  # seconds between looks at what was made
 FORMATS = {
     "kohya_lora": "LoRA for ComfyUI, A1111 and Forge: small, loses a little",
     "checkpoint": "whole model in one file, for ComfyUI, A1111 and Forge: large, loses nothing",
+    "diff": "full differences, for ComfyUI, A1111 and Forge: large, mixes with LoRAs, loses nothing at strength 1",
     "diffusers": "whole model as a folder, for diffusers: large, loses nothing",
     "diffusers_lora": "LoRA for diffusers: small, loses a little",
 }
@@ -29,6 +30,7 @@ GOES = {  # by the beginnings of names of files
     "node pack (comfyui/README.md); it is exact, and small",
     "kohya_lora": "into ComfyUI/models/loras (node Load LoRA), or models/Lora of A1111 and Forge",
     "diffusers_lora": "to pipeline.load_lora_weights in diffusers",
+    "diff": "where a LoRA goes: ComfyUI/models/loras, or models/Lora of A1111 and Forge",
     "merged/": "to DiffusionPipeline.from_pretrained in diffusers, or ComfyUI/models/diffusers",
     "merged": "into ComfyUI/models/checkpoints (node Load Checkpoint), or models/Stable-diffusion of A1111 and Forge",
 }

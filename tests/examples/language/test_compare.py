@@ -32,6 +32,7 @@ def comparison(encoder, data_dir, monkeypatch) -> Comparison:
         methods=tuple(RATES),
         seeds=2,
         max_steps=2,
+        evaluations=2,
         batch_size=8,
         max_length=12,
     )
@@ -131,9 +132,8 @@ def test_processes_of_their_own(encoder, data_dir, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(module, "RATES", {"lora": (1e-2,)})
     monkeypatch.setattr(module, "REPETITIONS", 1)
     monkeypatch.setattr(report, "DRAWS", 50)
-    size = (
-        "--tasks sentiment --sweep_tasks sentiment --methods lora --seeds 2 --max_steps 2 --max_length 12 --workers 2"
-    )
+    size = "--tasks sentiment --sweep_tasks sentiment --methods lora --seeds 2 --max_length 12 --workers 2"
+    size += " --max_steps 2 --evaluations 2"
     options = ["--model", str(encoder), "--data_dir", str(data_dir), "--out", str(tmp_path), *size.split()]
     monkeypatch.setattr(sys, "argv", ["compare", *options])
     assert module.main() == 0
