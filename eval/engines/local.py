@@ -15,6 +15,7 @@ from eval.engines.worker import Workers, attempt
 from eval.experiment import Cell, Experiment
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.hub_access import stay_offline
+from gsoft_diffusion.foundation.processes import end_with_parent
 
 
 def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: Workers) -> None:
@@ -24,7 +25,7 @@ def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, worker
     time. The hub is not asked again for what is in its cache on this machine by now. Raises UserError if a cell's
     process is killed, and what a cell raised.
     """
-    pool = ProcessPoolExecutor(workers.number, _process_context(), stay_offline, max_tasks_per_child=1)
+    pool = ProcessPoolExecutor(workers.number, _process_context(), _begin, max_tasks_per_child=1)
     try:
         jobs = {pool.submit(attempt, experiment, cell, out, workers.cores): cell for cell in cells}
         with tqdm(total=len(cells), desc="cells", unit="cell") as progress:
@@ -40,6 +41,11 @@ def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, worker
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # what is running ends first, its result is not lost
+
+
+def _begin() -> None:
+    end_with_parent()
+    stay_offline()
 
 
 def _process_context() -> BaseContext:

@@ -101,6 +101,7 @@ def test_local_workers_do_not_ask_the_hub(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(local, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(local, "end_with_parent", lambda: None)  # threads have none
     monkeypatch.setattr(local, "attempt", lambda *given: seen.append(huggingface_hub.is_offline_mode()))
     local.run_locally(experiment(world), [BASE], tmp_path, Workers(1, 1))
     assert seen == [True]
