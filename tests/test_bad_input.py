@@ -312,6 +312,13 @@ ERRORS = [
     Case("a weight of class images that are not used", options=("--prior_loss_weight", "0.5")),
     Case("a negative prompt without guidance", options=("--guidance_scale", "1", "--negative_prompt", "blurry")),
     Case("scores of pictures, with a single photo", only_one, ("--score_validation", "--num_validation_images", "1")),
+    Case(
+        "the best step, with a single photo",
+        only_one,
+        ("--keep", "best", "--num_validation_images", "1"),
+    ),
+    Case("the best step of a run that draws nothing", options=("--keep", "best")),
+    Case("patience without keeping the best step", options=("--patience", "5")),
     Case("changes to accept without resuming", options=("--accept_changes",)),
     Case("a revision of a local folder", options=("--revision", "main")),
     Case("an unknown tracker", options=("--report_to", "tensorboard,abacus")),

@@ -106,7 +106,10 @@ class TrainingConfig(Settings):
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
     validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
     score_validation: also draw the validation prompts with the base model, keep every picture, and score how like the
-      photos and how true to the prompts they are; for one subject with two photos or more.
+      photos and how true to the prompts they are; for subjects with two photos or more.
+    keep: which adapter is the result: last, or best, the step whose validation pictures have the best balance of
+      likeness to the photos and truth to the prompts. With best they are scored as with score_validation.
+    patience: with keep best, end the run when so many validations in a row bring nothing better; 0 for never.
     sample_batch_size: pictures drawn at a time.
     sampler: how validation and class images are drawn; saved in the adapter for inference.
     """
@@ -177,6 +180,8 @@ class TrainingConfig(Settings):
     num_validation_images: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 2
     validation_steps: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 250
     score_validation: Annotated[bool, Mark.FREE_TO_CHANGE] = False
+    keep: Annotated[Literal["last", "best"], Mark.FREE_TO_CHANGE] = "last"
+    patience: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 3
     sample_batch_size: Annotated[int, POSITIVE, Mark.FREE_TO_CHANGE] = 4
     sampler: SamplerConfig = SamplerConfig()
 
@@ -215,6 +220,11 @@ class TrainingConfig(Settings):
         if not self.with_prior_preservation and any(one.asks_for_class_images for one in self.concepts_list):
             notes.append("--concepts_list names class images, which are only used with --with_prior_preservation")
         return notes
+
+    @property
+    def scores_validation(self) -> bool:
+        """Whether validation pictures are scored."""
+        return self.score_validation or self.keep == "best"
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -288,6 +298,16 @@ _REFUSED = (
         ("class_prompt",),
         lambda settings: settings.with_prior_preservation or not settings.concepts[0].asks_for_class_images,
         "it is about class images; give --with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("keep",),
+        lambda settings: settings.num_validation_images and settings.validation_steps,
+        "it chooses by the pictures of several steps; give --num_validation_images and --validation_steps above 0",
+    ),
+    OnlyWith(
+        ("patience",),
+        lambda settings: settings.keep == "best",
+        "it is for --keep best; give that, or leave it out",
     ),
     OnlyWith(
         ("lr_scheduler",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,8 +20,8 @@ from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 
-def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
-    """The photos of all subjects, one subject after the other.
+def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> dict[Concept, list[Photo]]:
+    """The photos of each subject.
 
     config: the resolved settings, which name the subjects' folders and prompts.
     say: is told, line by line, what was found and what is odd about it.
@@ -28,7 +29,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
     Raises UserError for a photo, caption or mask that is damaged or ambiguous, for a photo in two subjects' folders,
     for a caption with another subject's name, and for a weight of masks where no photo has one.
     """
-    photos: list[Photo] = []
+    found: dict[Concept, list[Photo]] = {}
     owners: dict[Path, Concept] = {}
     for concept in config.concepts:
         folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
@@ -44,7 +45,8 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
                 )
         check_names(concept, folder.photos, config.concepts)
         say_unnamed(concept, folder.photos, say)
-        photos += folder.photos
+        found[concept] = list(folder.photos)
+    photos = list(chain(*found.values()))
     note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
     if masks and config.unmasked_weight == 1:
@@ -54,7 +56,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
             f"--unmasked_weight {config.unmasked_weight:g}: no photo has a mask; give them transparent backgrounds, "
             "or mask files like dog1-masklabel.png for dog1.jpg, white where the subject is"
         )
-    return photos
+    return found
 
 
 def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None]) -> None:
