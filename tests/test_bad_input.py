@@ -318,6 +318,11 @@ ERRORS = [
         ("--keep", "best", "--num_validation_images", "1"),
     ),
     Case("the best step of a run that draws nothing", options=("--keep", "best")),
+    Case("held-out photos that nothing is measured on", options=("--validation_data_dir", "photos")),
+    Case(
+        "held-out photos that are trained on",
+        options=("--validation_loss", "--validation_data_dir", "photos"),
+    ),
     Case("patience without keeping the best step", options=("--patience", "5")),
     Case("changes to accept without resuming", options=("--accept_changes",)),
     Case("a revision of a local folder", options=("--revision", "main")),

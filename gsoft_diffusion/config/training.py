@@ -104,9 +104,13 @@ class TrainingConfig(Settings):
     validation_prompts: prompts drawn during training and at its end, with `{0} {1}` for the subject's name as in
       inference.py; by default the subject in a few scenes.
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
-    validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
+    validation_steps: draw the validation prompts every so many steps; 0 for only at the end. The validation loss is
+      measured then, too.
     score_validation: also draw the validation prompts with the base model, keep every picture, and score how like the
       photos and how true to the prompts they are; for subjects with two photos or more.
+    validation_loss: also measure the loss at every validation, on the photos under crops, noise and timesteps that are
+      always the same.
+    validation_data_dir: folder with other photos of the subject, to measure the validation loss on instead.
     keep: which adapter is the result: last, or best, the step whose validation pictures have the best balance of
       likeness to the photos and truth to the prompts. With best they are scored as with score_validation.
     patience: with keep best, end the run when so many validations in a row bring nothing better; 0 for never.
@@ -180,6 +184,8 @@ class TrainingConfig(Settings):
     num_validation_images: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 2
     validation_steps: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 250
     score_validation: Annotated[bool, Mark.FREE_TO_CHANGE] = False
+    validation_loss: Annotated[bool, Mark.FREE_TO_CHANGE] = False
+    validation_data_dir: Annotated[str | None, Mark.PATH, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = None
     keep: Annotated[Literal["last", "best"], Mark.FREE_TO_CHANGE] = "last"
     patience: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 3
     sample_batch_size: Annotated[int, POSITIVE, Mark.FREE_TO_CHANGE] = 4
@@ -193,6 +199,10 @@ class TrainingConfig(Settings):
             defaults = {field.name: field.default for field in fields(self)}
             if given := [field.name for field in fields(Concept) if getattr(self, field.name) != defaults[field.name]]:
                 raise UserError(f"--{given[0]}: describes one subject; with --concepts_list, write it into that file")
+            if self.validation_data_dir:
+                raise UserError(
+                    "--validation_data_dir: is for one subject, and --concepts_list names several; leave it out"
+                )
         if self.with_prior_preservation and not all(one.class_word or one.class_prompt for one in concepts):
             raise UserError("--with_prior_preservation needs --class_word or --class_prompt")
         check_rules(self)
@@ -305,6 +315,11 @@ _REFUSED = (
         "it chooses by the pictures of several steps; give --num_validation_images and --validation_steps above 0",
     ),
     OnlyWith(
+        ("validation_data_dir",),
+        lambda settings: settings.validation_loss,
+        "it is for --validation_loss; give that as well, or leave it out",
+    ),
+    OnlyWith(
         ("patience",),
         lambda settings: settings.keep == "best",
         "it is for --keep best; give that, or leave it out",
@@ -368,7 +383,7 @@ _NOTED = (
     ),
     OnlyWith(
         ("validation_steps",),
-        lambda settings: settings.num_validation_images,
+        lambda settings: settings.num_validation_images or settings.validation_loss,
         "--num_validation_images is 0, so nothing is drawn",
     ),
     OnlyWith(

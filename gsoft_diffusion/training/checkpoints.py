@@ -52,6 +52,7 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
         for given, what in (
             (concept.instance_data_dir, "a subject's photos"),
             (concept.class_data_dir, "class images"),
+            (config.validation_data_dir, "held-out photos"),
         ):
             if given and Path(given).resolve() == folder.resolve():
                 raise UserError(f"--output_dir {folder}: is the folder of {what}; choose another")
@@ -363,6 +364,7 @@ def recorded(config: TrainingConfig) -> TrainingConfig:
         of_photos(config),
         concepts_list=tuple(map(of_photos, config.concepts_list)),
         output_dir=absolute(config.output_dir),
+        validation_data_dir=absolute(config.validation_data_dir),
         pretrained_model_name_or_path=lasting_name(config.pretrained_model_name_or_path),
         base_config=config.base_config and lasting_name(config.base_config),
     )

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.photos.crops import Variant, nearest_size, pixels, subject_weights, variants, view
 from gsoft_diffusion.photos.folder import Photo, Size
 
-ORDER, DRAWS, DROPOUT, SIZES = range(4)  # what random numbers are for, so that none are used twice
+ORDER, DRAWS, DROPOUT, SIZES, HELD_OUT = range(5)  # what random numbers are for, so that none are used twice
 
 
 def derived_seed(*key: int) -> int:
@@ -105,7 +105,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         """
         shown = self._shown(positions)
         for photo, variant in tqdm(shown, desc="encoding photos", unit="picture", disable=len(shown) < 50):
-            picture = self._picture(photo, variant)
+            picture = self.picture(photo, variant)
             picture["moments"] = encode_images(picture.pop("pixels")[None])[0].cpu()
             self._cache[photo, variant] = picture
 
@@ -121,7 +121,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         photo, variant, generator = self._draw(position)
         shape = self.view_settings.sizes[variant.size]
-        return (self._cache.get((photo, variant)) or self._picture(photo, variant)) | {
+        return (self._cache.get((photo, variant)) or self.picture(photo, variant)) | {
             "latent_noise": torch.randn(shape, generator=generator),
             "noise": torch.randn(shape, generator=generator),
             "offset": torch.randn((shape[0], 1, 1), generator=generator),
@@ -171,7 +171,11 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     def _variants(self, photo: Photo, size: Size) -> list[Variant]:
         return variants(photo.size, size, self.view_settings.center_crop, self.view_settings.random_flip)
 
-    def _picture(self, photo: Photo, variant: Variant) -> dict[str, Tensor]:
+    def picture(self, photo: Photo, variant: Variant) -> dict[str, Tensor]:
+        """`pixels`, `view` and, if masks are used, `weights` of a photo, as samples have them (see the class).
+
+        photo: any, also one that is not trained on. variant: how to show it, in one of the sizes.
+        """
         picture = {"pixels": pixels(photo, variant), "view": view(photo, variant)}
         if self.view_settings.unmasked_weight != 1:
             _, height, width = self.view_settings.sizes[variant.size]

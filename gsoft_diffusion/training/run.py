@@ -35,10 +35,11 @@ from gsoft_diffusion.training.progress import Progress
 from gsoft_diffusion.training.signals import DrawRequest, Stderr, StopRequest, leave_signals_to_the_run
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.step import TrainingStep
-from gsoft_diffusion.training.subjects import class_photos
+from gsoft_diffusion.training.subjects import class_photos, held_out_photos
 from gsoft_diffusion.training.tracking import Tracking
 from gsoft_diffusion.training.trainable import MakeAdapter
 from gsoft_diffusion.training.validation import Validation
+from gsoft_diffusion.training.validation_loss import ValidationLoss
 
 SMOOTHING = 50  # steps over which the progress bar averages the loss
 
@@ -57,7 +58,8 @@ class Run:
     """One training run: everything is made ready in the constructor, `execute` trains.
 
     Its parts are its attributes: `state` is what changes, `training_step` what happens in a step, `validation` and
-    `outputs` what is drawn and written, `tracking` what trackers are told, `progress` what others may watch.
+    `validation_loss` (None if it is not asked for) what is drawn and measured, `outputs` what is written, `tracking`
+    what trackers are told, `progress` what others may watch.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class Run:
         prior = class_photos(config, accelerator, model, adapter, identity, photos)
         self.dataset = make_dataset(config, model, photos, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
-        predictor = Predictor(model, adapter, self.dataset.prompts).train()
+        held_out = held_out_photos(config, instance, accelerator.print) if config.validation_loss else []
+        prompts = dict.fromkeys([*self.dataset.prompts, *(photo.prompt for photo in held_out)])
+        predictor = Predictor(model, adapter, list(prompts)).train()
         # Before accelerate remembers the optimizer's `step`, which PyTorch's schedules put a counter around.
         lr_scheduler = make_lr_scheduler(config, optimizer)
         prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
@@ -99,6 +103,11 @@ class Run:
         self.tracking = Tracking(config, accelerator)
         self.training_step = TrainingStep(config, accelerator, model, self.state)
         self.progress = Progress(self.outputs.folder, accelerator.print)
+        self.validation_loss = (
+            ValidationLoss(config, model, self.state, predictor, self.dataset, held_out)
+            if held_out and accelerator.is_main_process
+            else None
+        )
         self.validation = Validation(config, accelerator, model, self.state, self.tracking, instance)
         counts = adapter.parameter_counts()
         accelerator.print(
@@ -182,7 +191,7 @@ class Run:
                     return True
                 if state.step == self.max_train_steps:
                     continue  # the last sheet comes after the result is saved
-                if _due(state.step, config.validation_steps):
+                if self._validates(state.step):
                     drawn = self.validation.draw(stop)
                     if not drawn or self.validation.is_over():
                         if not _due(state.step, config.checkpointing_steps):
@@ -218,6 +227,9 @@ class Run:
             num_processes=accelerator.num_processes,
         )
 
+    def _validates(self, step: int) -> bool:
+        return _due(step, self.config.validation_steps)
+
     def _progress_bar(self) -> tqdm[NoReturn]:
         hidden = not self.accelerator.is_main_process
         shown: dict[str, Any] = {"desc": "training", "unit": "step", "file": Stderr(), "dynamic_ncols": True}
@@ -229,9 +241,12 @@ class Run:
         also = {"skipped": state.skipped} if state.skipped else {}
         also |= {"best": state.best.step} if state.best else {}
         progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{state.learning_rate:.2g}", **also)
-        self.tracking.log({"loss": recent[-1], "lr": state.learning_rate}, state.step)
+        measured = {}
+        if self.validation_loss and (state.step == self.max_train_steps or self._validates(state.step)):
+            measured["validation_loss"] = self.validation_loss()
+        self.tracking.log({"loss": recent[-1], "lr": state.learning_rate, **measured}, state.step)
         if self.accelerator.is_main_process:
-            self.progress.write(state.step, recent[-1], state.learning_rate)
+            self.progress.write(state.step, recent[-1], state.learning_rate, **measured)
 
     def _how_to_go_on(self) -> str:
         settings = shlex.quote(str(self.outputs.folder / SETTINGS))

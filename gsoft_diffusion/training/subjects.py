@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -126,6 +126,28 @@ def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], 
         if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):
             named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
             say(f'note: the {what} "{words}" is not in the captions of {named}; these captions do not name the subject')
+
+
+def held_out_photos(
+    config: TrainingConfig, instance: Mapping[Concept, Sequence[Photo]], say: Callable[[str], None]
+) -> list[Photo]:
+    """The photos that the validation loss is measured on: those of `validation_data_dir`, or else all that train.
+
+    config: the run's settings. instance: each subject's photos. say: is told what was found.
+
+    Raises UserError as `read_folder`, and if one of them trains as well.
+    """
+    trained = list(chain(*instance.values()))
+    if not config.validation_data_dir:
+        return trained
+    prompt = config.instance_prompt or ""
+    folder = read_folder(config.validation_data_dir, "--validation_data_dir", prompt)
+    say(f"held out: {folder}")
+    known = set(map(id, trained))
+    for first, copy in copies((*trained, *folder.photos)):
+        if id(first) in known and id(copy) not in known:
+            raise UserError(f"{copy.path}: is the same picture as {first.path}, which is trained on; name other photos")
+    return list(folder.photos)
 
 
 def class_photos(

@@ -30,8 +30,8 @@ from gsoft_diffusion.training.validation_scores import ValidationScores
 class Validation:
     """Draws the validation prompts, as one labelled picture, `validation/step-<step>.png`, or several.
 
-    With `score_validation` it also keeps every picture in `validation/step-<step>/`, with their scores, and draws the
-    curve of all steps. With `--keep best` it has the state keep the best step.
+    With `score_validation` it also keeps every picture in `validation/step-<step>/`, with their scores. Of scores and
+    validation losses it draws the curve of all steps. With `--keep best` it has the state keep the best step.
     """
 
     def __init__(
@@ -100,7 +100,10 @@ class Validation:
 
     def draw_here(self, stop: StopRequest) -> bool:
         """Draw in this process, whatever the others do; returns whether all was drawn. stop, errors: as in `draw`."""
-        return self._draw(self.state.step, stop)
+        drawn = self._draw(self.state.step, stop)
+        if self.config.scores_validation or self.config.validation_loss:
+            write_curve(self.folder, self.state.step, self.state.best.step if self.state.best else None)
+        return drawn
 
     def is_owed(self) -> bool:
         """Whether this step's pictures are due and, as the run was stopped or killed before, have not been drawn.
@@ -148,8 +151,6 @@ class Validation:
         self.tracking.log(scores, step)
         if self.config.keep == "best" and "balance" in scores:
             self.state.keep_if_best(scores["balance"], judge.judged_by)
-        if step:
-            write_curve(self.folder, step, self.state.best.step if self.state.best else None)
 
     def is_drawn(self) -> bool:
         """Whether the sheet of this step is there."""
