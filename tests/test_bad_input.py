@@ -310,6 +310,11 @@ ERRORS = [
     Case("a warm-up as long as the run", options=("--lr_scheduler", "linear", "--lr_warmup_steps", "100")),
     Case("restarts for a schedule that has none", options=("--lr_scheduler", "cosine", "--lr_num_cycles", "3")),
     Case("a weight of class images that are not used", options=("--prior_loss_weight", "0.5")),
+    Case("a target of a class that is not kept", options=("--prior_target", "base_prediction")),
+    Case(
+        "class images where the base model's predictions keep the class",
+        options=("--with_prior_preservation", "--prior_target", "base_prediction", "--num_class_images", "5"),
+    ),
     Case("a negative prompt without guidance", options=("--guidance_scale", "1", "--negative_prompt", "blurry")),
     Case("scores of pictures, with a single photo", only_one, ("--score_validation", "--num_validation_images", "1")),
     Case(

@@ -63,11 +63,13 @@ class TrainingConfig(Settings):
     random_flip: mirror half of the photos.
     unmasked_weight: weight of the loss outside of the subject's mask (0.1 is usual); 1 ignores masks.
     cache_latents: encode every photo (and each of its crops and flips) once, before training.
-    with_prior_preservation: train on pictures of the class as well, so that the class is not forgotten.
-    prior_loss_weight: weight of the class images' loss.
+    with_prior_preservation: train on the class as well, so that it is not forgotten.
+    prior_target: what the class is held to: class_images, pictures of it; or base_prediction, what the base model
+      itself predicts for the photos and the class prompt, which needs no pictures.
+    prior_loss_weight: weight of the class's loss.
     num_class_images: class images to train on; the base model draws missing ones, and surplus ones are not used.
     max_train_steps: optimizer steps; by default 3000 as in the paper, 500 on a miniature base.
-    train_batch_size: photos in a batch, on each device (and as many class images with prior preservation).
+    train_batch_size: photos in a batch, on each device (and as many samples of the class with prior preservation).
     gradient_accumulation_steps: batches in one optimizer step; by default what accelerate's launcher says.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
     compile: fuse the denoiser's operations with torch.compile; the first step takes minutes.
@@ -141,6 +143,7 @@ class TrainingConfig(Settings):
     cache_latents: bool = True
 
     with_prior_preservation: bool = False
+    prior_target: Literal["class_images", "base_prediction"] = "class_images"
     prior_loss_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     num_class_images: Annotated[int, POSITIVE] = 100
 
@@ -229,7 +232,14 @@ class TrainingConfig(Settings):
         notes = list(without_effect(self, _NOTED))
         if not self.with_prior_preservation and any(one.asks_for_class_images for one in self.concepts_list):
             notes.append("--concepts_list names class images, which are only used with --with_prior_preservation")
+        if self.predicts_prior and any(one.class_data_dir for one in self.concepts_list):
+            notes.append("--concepts_list names folders of class images, and --prior_target base_prediction uses none")
         return notes
+
+    @property
+    def predicts_prior(self) -> bool:
+        """Whether the class is held to the base model's own predictions."""
+        return self.with_prior_preservation and self.prior_target == "base_prediction"
 
     @property
     def scores_validation(self) -> bool:
@@ -300,9 +310,19 @@ def _is_file(settings: Any) -> bool:
 
 _REFUSED = (
     OnlyWith(
-        ("prior_loss_weight", "num_class_images", "class_data_dir"),
+        ("prior_target", "prior_loss_weight"),
+        lambda settings: settings.with_prior_preservation,
+        "it is about keeping the class; give --with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("num_class_images", "class_data_dir"),
         lambda settings: settings.with_prior_preservation,
         "it is about class images; give --with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("num_class_images", "class_data_dir"),
+        lambda settings: not settings.predicts_prior,
+        "--prior_target base_prediction uses no class images; leave it out",
     ),
     OnlyWith(
         ("class_prompt",),
@@ -379,7 +399,7 @@ _NOTED = (
     OnlyWith(
         ("with_prior_preservation",),
         lambda settings: settings.prior_loss_weight > 0,
-        "--prior_loss_weight is 0, so class images teach nothing",
+        "--prior_loss_weight is 0, so the class is not kept",
     ),
     OnlyWith(
         ("validation_steps",),

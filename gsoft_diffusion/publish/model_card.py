@@ -201,6 +201,10 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
     }
     for name, label in names.items():
         value = training.get(name)
+        if name == "with_prior_preservation" and value and training.get("prior_target") == "base_prediction":
+            value = "by the base model's predictions"
+        if name == "balance" and isinstance(value, float):
+            value = f"{value:.3f}"
         if value is not None and value is not False:
             settings[label] = "yes" if value is True else value
     sampler = training.get("sampler")

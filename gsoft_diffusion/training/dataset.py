@@ -57,7 +57,7 @@ class ViewSettings:
 class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     """Sample `p` of the run, for `p` = 0, 1, 2, …: a photo of a subject, or one of a class if `p` is odd.
 
-    Without class photos every sample is a subject's. Each sample is a dict of
+    A batch has as many of both. Without class photos every sample is a subject's. Each sample is a dict of
     `moments` (2·C, h, w) if latents are cached, else `pixels` (3, H, W) in [-1, 1];
     `view` (6,), how the photo is shown (see `crops.view`); `weights` (1, h, w) of the loss, if masks are used;
     `latent_noise` and `noise` (C, h, w): what draws the latents, and what diffusion adds; `offset` (C, 1, 1);

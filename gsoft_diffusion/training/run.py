@@ -90,7 +90,7 @@ class Run:
         set_up_networks(config, model)
         optimizer = make_optimizer(config, adapter)
         photos = list(chain(*instance.values()))
-        prior = class_photos(config, accelerator, model, adapter, identity, photos)
+        prior = class_photos(config, accelerator, model, adapter, identity, instance)
         self.dataset = make_dataset(config, model, photos, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
         held_out = held_out_photos(config, instance, accelerator.print) if config.validation_loss else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -156,21 +157,29 @@ def class_photos(
     model: BaseModel,
     adapter: TrainableAdapter,
     identity: BaseModelIdentity,
-    instance: Sequence[Photo],
+    instance: Mapping[Concept, Sequence[Photo]],
 ) -> list[Photo]:
-    """The class images of all subjects; subjects of one class share them.
+    """What the classes are kept by: the class images of all subjects; subjects of one class share them.
 
-    config: the run's settings; without prior preservation there are no class images.
+    If the base model's predictions keep them, it is the subjects' own photos with the class prompts, without masks.
+
+    config: the run's settings; without prior preservation there are none.
     accelerator: the main process draws first, the others wait; prints what was found.
     model: the base model, which draws those that are missing.
     adapter: in the model already; disabled meanwhile.
     identity: the base model's, as `identity_of` gave it.
-    instance: the photos of all subjects.
+    instance: each subject's photos.
 
     Raises UserError as `ensure_class_images`, and if a class image is a photo of a subject.
     """
     if not config.with_prior_preservation:
         return []
+    if config.predicts_prior:
+        return [
+            replace(photo, prompt=concept.class_prompt or "", mask=None)
+            for concept, photos in instance.items()
+            for photo in photos
+        ]
     wanted = (config.max_train_steps or 0) * config.gradient_accumulation_steps * config.train_batch_size
     wanted *= accelerator.num_processes
     folders: dict[Path, str] = {}
@@ -184,5 +193,5 @@ def class_photos(
         photos += folder.photos
     if wanted < len(photos):
         accelerator.print(f"note: this run is too short for {len(photos) - wanted} of its class images")
-    check_class_images(photos, instance)
+    check_class_images(photos, list(chain(*instance.values())))
     return photos

@@ -308,6 +308,11 @@ def test_articles(noun, expected):
         ({"keep": "best", "num_validation_images": 0}, "--keep would have no effect"),
         ({"keep": "best", "validation_steps": 0}, "--keep would have no effect"),
         ({"patience": 2}, "--patience would have no effect"),
+        ({"prior_target": "base_prediction"}, "--prior_target would have no effect"),
+        (
+            {"with_prior_preservation": True, "prior_target": "base_prediction", "class_data_dir": "dogs"},
+            "--class_data_dir would have no effect: --prior_target base_prediction uses no class images",
+        ),
         ({"validation_data_dir": "others"}, "--validation_data_dir would have no effect"),
         ({"base_config": "folder"}, "--base_config would have no effect"),
         ({"pretrained_model_name_or_path": "a.safetensors", "variant": "fp16"}, "--variant would have no effect"),

@@ -67,7 +67,9 @@ def test_the_result_is_the_best_step_and_says_so(keeping, balances, capfd):
     assert_same(file.tensors, weights(replace(keeping, keep="last", max_train_steps=4), "four"))
     assert "kept: step 4, by its balance of likeness and prompt, 0.600\n" in capfd.readouterr().out
     card = (result.adapter.parent / "README.md").read_text()
-    assert "| steps | 4 |\n| steps of the run, of which the best was kept | 8 |\n" in card
+    for row in ("steps | 4", "steps of the run, of which the best was kept | 8"):
+        assert f"| {row} |\n" in card
+    assert "| balance of likeness and prompt, from 0 to 1 | 0.600 |" in card
     assert "validation/step-000004.png" in card
 
 
