@@ -138,8 +138,8 @@ def adapters_of(folder: Path) -> dict[int, Path]:
     for path in adapters.values():
         read_adapter(path)
     if (folder / ADAPTER).is_file():
-        step = read_adapter(folder / ADAPTER).training.get("step")
-        if not isinstance(step, int):
+        step = read_adapter(folder / ADAPTER).step
+        if step is None:
             raise UserError(f"{folder / ADAPTER}: does not say after how many steps it was written")
         adapters[step] = folder / ADAPTER
     if len(adapters) < 2:

@@ -34,6 +34,8 @@ FORMAT = Format(
     "gsoft-diffusion",
     earlier=(FIRST_VERSION,),
 )
+# In what a file says of its training, where "step" is the best of a run: after how many steps the run ended.
+LAST_STEP = "last_step"
 PARAMETRIZATION = "parametrization."  # what the name of the empty tensor starts with
 
 
@@ -58,6 +60,16 @@ class AdapterFile:
         return all((tensor == name.endswith("output_scale")).all() for name, tensor in self.tensors.items())
 
     @property
+    def step(self) -> int | None:
+        """After how many steps the adapter was as it is, None if the file does not say."""
+        return _whole(self.training.get("step"))
+
+    @property
+    def last_step(self) -> int | None:
+        """How many steps the run had done that wrote the file: more than `step` if that was the best. None as there."""
+        return _whole(self.training.get(LAST_STEP, self.training.get("step")))
+
+    @property
     def subjects(self) -> list[dict[str, str]]:
         """Each subject's known names: instance_prompt, class_prompt, unique_token, class_word."""
         several = self.prompts.get("subjects")
@@ -66,6 +78,10 @@ class AdapterFile:
             {name: text for name, text in subject.items() if isinstance(text, str)} if isinstance(subject, dict) else {}
             for subject in subjects
         ]
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 class SavableAdapter(Protocol):

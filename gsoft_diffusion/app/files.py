@@ -17,7 +17,7 @@ from gsoft_diffusion.app.workspace import Workspace, inside
 from gsoft_diffusion.foundation.errors import UserError
 
 PICTURES = re.compile(
-    r"validation/step-\d+(_\d+)?\.png|validation/step-\d+/[^/]+\.png|images/(checkpoint-\d+/)?[^/]+\.png"
+    r"validation/curve\.png|validation/step-\d+(_\d+)?\.png|validation/step-\d+/[^/]+\.png|images/(checkpoint-\d+/)?[^/]+\.png"
 )
 TAKEN = re.compile(
     r"(checkpoint-\d+/)?adapter\.safetensors|README\.md"

@@ -144,8 +144,15 @@ def sheets(view: RunView) -> str:
         known = next(picture for picture in shown if picture)
         cells = "".join(f"<td>{_linked(view.name, picture)}</td>" for picture in shown)
         rows.append(f'<tr><th scope="row">{escape(known.prompt)}</th>{cells}</tr>')
+    curve = ""
+    if view.curve:
+        name, changed = view.curve
+        address = f"{picture_address(view.name, name)}?{changed}"
+        curve = (
+            f'<div class="whole-sheets">{_image(address, "likeness, truth to the prompts and balance by step")}</div>'
+        )
     return (
-        '<div class="sheets" tabindex="0" role="region" aria-label="what was drawn, step by step">'
+        f'{curve}<div class="sheets" tabindex="0" role="region" aria-label="what was drawn, step by step">'
         f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

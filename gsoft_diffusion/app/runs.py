@@ -15,7 +15,7 @@ from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, PROGRESS, SETTINGS, pictures_of, step_of
+from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, CURVE, PROGRESS, SETTINGS, pictures_of, step_of
 from gsoft_diffusion.sampling.pictures import read_facts
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.progress import StepNumbers, read_progress, seconds_left
@@ -129,6 +129,12 @@ class RunView:
         return best_step([each.scores for each in self.steps if each.scores])
 
     @property
+    def curve(self) -> tuple[str, int] | None:
+        """The picture of its scores, and a number that changes with it; None if there is none."""
+        path = self.folder / CURVE
+        return (CURVE, path.stat().st_mtime_ns) if path.is_file() else None
+
+    @property
     def adapters(self) -> dict[int, Path]:
         """Its adapters by step: the checkpoints', and the result."""
         found = {step_of(path): path / ADAPTER for path in checkpoints(self.folder) if (path / ADAPTER).is_file()}
@@ -187,7 +193,6 @@ def _facts(path: Path, changed: int) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _step_of_adapter(path: Path, changed: int) -> int:
     try:
-        step = read_adapter(path).training.get("step")
+        return read_adapter(path).step or 0
     except UserError:
         return 0
-    return step if isinstance(step, int) else 0

@@ -63,11 +63,13 @@ class TrainingConfig(Settings):
     random_flip: mirror half of the photos.
     unmasked_weight: weight of the loss outside of the subject's mask (0.1 is usual); 1 ignores masks.
     cache_latents: encode every photo (and each of its crops and flips) once, before training.
-    with_prior_preservation: train on pictures of the class as well, so that the class is not forgotten.
-    prior_loss_weight: weight of the class images' loss.
+    with_prior_preservation: train on the class as well, so that it is not forgotten.
+    prior_target: what the class is held to: class_images, pictures of it; or base_prediction, what the base model
+      itself predicts for the photos and the class prompt, which needs no pictures.
+    prior_loss_weight: weight of the class's loss.
     num_class_images: class images to train on; the base model draws missing ones, and surplus ones are not used.
     max_train_steps: optimizer steps; by default 3000 as in the paper, 500 on a miniature base.
-    train_batch_size: photos in a batch, on each device (and as many class images with prior preservation).
+    train_batch_size: photos in a batch, on each device (and as many samples of the class with prior preservation).
     gradient_accumulation_steps: batches in one optimizer step; by default what accelerate's launcher says.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
     compile: fuse the denoiser's operations with torch.compile; the first step takes minutes.
@@ -107,9 +109,16 @@ class TrainingConfig(Settings):
     validation_prompts: prompts drawn during training and at its end, with `{0} {1}` for the subject's name as in
       inference.py; by default the subject in a few scenes.
     num_validation_images: pictures for each validation prompt; 0 for no validation at all.
-    validation_steps: draw the validation prompts every so many steps; 0 for only at the end.
+    validation_steps: draw the validation prompts every so many steps; 0 for only at the end. The validation loss is
+      measured then, too.
     score_validation: also draw the validation prompts with the base model, keep every picture, and score how like the
-      photos and how true to the prompts they are; for one subject with two photos or more.
+      photos and how true to the prompts they are; for subjects with two photos or more.
+    validation_loss: also measure the loss at every validation, on the photos under crops, noise and timesteps that are
+      always the same.
+    validation_data_dir: folder with other photos of the subject, to measure the validation loss on instead.
+    keep: which adapter is the result: last, or best, the step whose validation pictures have the best balance of
+      likeness to the photos and truth to the prompts. With best they are scored as with score_validation.
+    patience: with keep best, end the run when so many validations in a row bring nothing better; 0 for never.
     sample_batch_size: pictures drawn at a time.
     sampler: how validation and class images are drawn; saved in the adapter for inference.
     """
@@ -137,6 +146,7 @@ class TrainingConfig(Settings):
     cache_latents: bool = True
 
     with_prior_preservation: bool = False
+    prior_target: Literal["class_images", "base_prediction"] = "class_images"
     prior_loss_weight: Annotated[float, NOT_NEGATIVE] = 1.0
     num_class_images: Annotated[int, POSITIVE] = 100
 
@@ -181,6 +191,10 @@ class TrainingConfig(Settings):
     num_validation_images: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 2
     validation_steps: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 250
     score_validation: Annotated[bool, Mark.FREE_TO_CHANGE] = False
+    validation_loss: Annotated[bool, Mark.FREE_TO_CHANGE] = False
+    validation_data_dir: Annotated[str | None, Mark.PATH, Mark.PRIVATE, Mark.FREE_TO_CHANGE] = None
+    keep: Annotated[Literal["last", "best"], Mark.FREE_TO_CHANGE] = "last"
+    patience: Annotated[int, NOT_NEGATIVE, Mark.FREE_TO_CHANGE] = 3
     sample_batch_size: Annotated[int, POSITIVE, Mark.FREE_TO_CHANGE] = 4
     sampler: SamplerConfig = SamplerConfig()
 
@@ -192,6 +206,10 @@ class TrainingConfig(Settings):
             defaults = {field.name: field.default for field in fields(self)}
             if given := [field.name for field in fields(Concept) if getattr(self, field.name) != defaults[field.name]]:
                 raise UserError(f"--{given[0]}: describes one subject; with --concepts_list, write it into that file")
+            if self.validation_data_dir:
+                raise UserError(
+                    "--validation_data_dir: is for one subject, and --concepts_list names several; leave it out"
+                )
         if self.with_prior_preservation and not all(one.class_word or one.class_prompt for one in concepts):
             raise UserError("--with_prior_preservation needs --class_word or --class_prompt")
         check_rules(self)
@@ -218,7 +236,19 @@ class TrainingConfig(Settings):
         notes = list(without_effect(self, _NOTED))
         if not self.with_prior_preservation and any(one.asks_for_class_images for one in self.concepts_list):
             notes.append("--concepts_list names class images, which are only used with --with_prior_preservation")
+        if self.predicts_prior and any(one.class_data_dir for one in self.concepts_list):
+            notes.append("--concepts_list names folders of class images, and --prior_target base_prediction uses none")
         return notes
+
+    @property
+    def predicts_prior(self) -> bool:
+        """Whether the class is held to the base model's own predictions."""
+        return self.with_prior_preservation and self.prior_target == "base_prediction"
+
+    @property
+    def scores_validation(self) -> bool:
+        """Whether validation pictures are scored."""
+        return self.score_validation or self.keep == "best"
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -284,14 +314,39 @@ def _is_file(settings: Any) -> bool:
 
 _REFUSED = (
     OnlyWith(
-        ("prior_loss_weight", "num_class_images", "class_data_dir"),
+        ("prior_target", "prior_loss_weight"),
+        lambda settings: settings.with_prior_preservation,
+        "it is about keeping the class; give --with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("num_class_images", "class_data_dir"),
         lambda settings: settings.with_prior_preservation,
         "it is about class images; give --with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("num_class_images", "class_data_dir"),
+        lambda settings: not settings.predicts_prior,
+        "--prior_target base_prediction uses no class images; leave it out",
     ),
     OnlyWith(
         ("class_prompt",),
         lambda settings: settings.with_prior_preservation or not settings.concepts[0].asks_for_class_images,
         "it is about class images; give --with_prior_preservation as well, or leave it out",
+    ),
+    OnlyWith(
+        ("keep",),
+        lambda settings: settings.num_validation_images and settings.validation_steps,
+        "it chooses by the pictures of several steps; give --num_validation_images and --validation_steps above 0",
+    ),
+    OnlyWith(
+        ("validation_data_dir",),
+        lambda settings: settings.validation_loss,
+        "it is for --validation_loss; give that as well, or leave it out",
+    ),
+    OnlyWith(
+        ("patience",),
+        lambda settings: settings.keep == "best",
+        "it is for --keep best; give that, or leave it out",
     ),
     OnlyWith(
         ("lr_scheduler",),
@@ -348,11 +403,11 @@ _NOTED = (
     OnlyWith(
         ("with_prior_preservation",),
         lambda settings: settings.prior_loss_weight > 0,
-        "--prior_loss_weight is 0, so class images teach nothing",
+        "--prior_loss_weight is 0, so the class is not kept",
     ),
     OnlyWith(
         ("validation_steps",),
-        lambda settings: settings.num_validation_images,
+        lambda settings: settings.num_validation_images or settings.validation_loss,
         "--num_validation_images is 0, so nothing is drawn",
     ),
     OnlyWith(

@@ -4,7 +4,8 @@ adapter.safetensors  the result
 settings.yaml        the run's resolved settings
 checkpoint-<step>/   see `training/checkpoints.py`
 progress.jsonl       loss and time of every step, see `training/progress.py`
-validation/          contact sheets; with `score_validation` also `step-<step>/`, every picture and its scores
+validation/          contact sheets; with `score_validation` also `step-<step>/`, every picture and its scores, and the
+                     curve of all steps, `curve.csv` and `curve.png`
 README.md            the model card
 """
 
@@ -20,6 +21,7 @@ ADAPTER = "adapter.safetensors"  # also in the folder of a checkpoint
 SETTINGS = "settings.yaml"
 PROGRESS = "progress.jsonl"
 CARD = "README.md"
+CURVE, CURVE_TABLE = "validation/curve.png", "validation/curve.csv"
 SCORES = "scores.json"  # in the folder of a step's validation pictures
 METADATA_KEY = "gsoft_diffusion"  # text field of PNGs that this program draws; it holds their settings, as JSON
 
@@ -59,6 +61,12 @@ def pictures_of(folder: Path, step: int) -> Path:
     folder: the run's. step: after which they were drawn; 0 for the base model's.
     """
     return folder / "validation" / f"step-{step:06d}"
+
+
+def scored_steps(folder: Path) -> list[int]:
+    """The steps of which a run's folder has scores, in order; 0 is the base model's."""
+    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in (folder / "validation").glob(f"*/{SCORES}"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def latest_sheet(folder: Path, step: int | None = None) -> Path | None:

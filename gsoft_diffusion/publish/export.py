@@ -87,8 +87,7 @@ def _default_target(adapter: Path, layout: str, rank: int) -> Path:
 
 def _sheet(file: AdapterFile) -> Path | None:
     """The last contact sheet of the adapter's run that is not of a later step."""
-    step = file.training.get("step")
-    return latest_sheet(run_folder(file.path), step if isinstance(step, int) else None)
+    return latest_sheet(run_folder(file.path), file.step)
 
 
 def _export_merged(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
 from gsoft_diffusion.foundation.run_folder import CARD, latest_sheet
@@ -68,7 +69,7 @@ def make_package(run: Path, adapter: str) -> tuple[Path, list[str]]:
     UserError if it cannot be written.
     """
     package = run / PACKAGE
-    sheet = latest_sheet(run)
+    sheet = latest_sheet(run, read_adapter(run / adapter).step)
     files = [run / CARD, run / adapter, *([sheet] if sheet else [])]
     names = [file.relative_to(run).as_posix() for file in files]
     try:

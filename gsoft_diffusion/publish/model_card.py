@@ -13,7 +13,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from gsoft.fingerprint import BaseModelIdentity, difference, how_far
-from gsoft_diffusion.adapters.file import AdapterFile
+from gsoft_diffusion.adapters.file import LAST_STEP, AdapterFile
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.models.families import BaseModel
@@ -182,6 +182,8 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
     settings["trained"] = "attention of the denoiser" + (" and the text encoders" if file.config.text_encoder else "")
     names = {
         "step": "steps",
+        LAST_STEP: "steps of the run, of which the best was kept",
+        "balance": "balance of likeness and prompt, from 0 to 1",
         "train_batch_size": "batch size",
         "gradient_accumulation_steps": "batches in a step",
         "optimizer": "optimizer",
@@ -199,6 +201,10 @@ def _settings(file: AdapterFile) -> dict[str, Any]:
     }
     for name, label in names.items():
         value = training.get(name)
+        if name == "with_prior_preservation" and value and training.get("prior_target") == "base_prediction":
+            value = "by the base model's predictions"
+        if name == "balance" and isinstance(value, float):
+            value = f"{value:.3f}"
         if value is not None and value is not False:
             settings[label] = "yes" if value is True else value
     sampler = training.get("sampler")

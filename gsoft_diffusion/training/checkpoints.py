@@ -52,6 +52,7 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
         for given, what in (
             (concept.instance_data_dir, "a subject's photos"),
             (concept.class_data_dir, "class images"),
+            (config.validation_data_dir, "held-out photos"),
         ):
             if given and Path(given).resolve() == folder.resolve():
                 raise UserError(f"--output_dir {folder}: is the folder of {what}; choose another")
@@ -180,18 +181,18 @@ def other_base(before: str, now: str) -> str:
 
 
 def step_of_result(folder: Path) -> int:
-    """How many steps the adapter in a run's folder was trained, 0 if there is none that can be read."""
+    """How many steps the run had done that wrote the adapter in its folder, 0 if there is none that can be read."""
     try:
-        step = read_adapter(folder / ADAPTER).training.get("step")
+        return read_adapter(folder / ADAPTER).last_step or 0
     except UserError:
         return 0
-    return step if isinstance(step, int) else 0
 
 
-def check_goes_further(config: TrainingConfig, step: int) -> None:
+def check_goes_further(config: TrainingConfig, step: int, over: bool = False) -> None:
     """Raise UserError if a run that goes on has nothing to do, or would replace the result by one of fewer steps.
 
-    config: the run's settings, with `max_train_steps` filled in. step: of the checkpoint that it goes on from.
+    config: the run's settings, with `max_train_steps` filled in. step: of the checkpoint that it goes on from. over:
+    whether the run had ended there, as its subject improved no longer.
 
     A run that was killed at its very end still has to write its result, so that is no reason to refuse it.
     """
@@ -203,9 +204,15 @@ def check_goes_further(config: TrainingConfig, step: int) -> None:
             f"--max_train_steps {steps}: {folder / ADAPTER} was trained {result} steps and would be replaced by less; "
             f"give {result} or more, or another --output_dir"
         )
-    complete = result == steps and (folder / CARD).exists()
+    end = step if over else steps
+    complete = result == end and (folder / CARD).exists()
     if config.num_validation_images:
-        complete = complete and sheet_of(folder, steps).exists()
+        complete = complete and sheet_of(folder, end).exists()
+    if over and complete and not config.push_to_hub:
+        raise UserError(
+            f"--patience {config.patience}: the run ended at step {step}, as its subject improved no longer, so "
+            "nothing is left to train; to train on, give more, or 0"
+        )
     if step > steps or (step == steps and (complete or not checkpoints(folder)) and not config.push_to_hub):
         raise UserError(
             f"--max_train_steps {steps}: the checkpoint has {step} steps, so nothing is left to train; to train on, "
@@ -357,6 +364,7 @@ def recorded(config: TrainingConfig) -> TrainingConfig:
         of_photos(config),
         concepts_list=tuple(map(of_photos, config.concepts_list)),
         output_dir=absolute(config.output_dir),
+        validation_data_dir=absolute(config.validation_data_dir),
         pretrained_model_name_or_path=lasting_name(config.pretrained_model_name_or_path),
         base_config=config.base_config and lasting_name(config.base_config),
     )

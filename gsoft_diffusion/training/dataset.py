@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.photos.crops import Variant, nearest_size, pixels, subject_weights, variants, view
 from gsoft_diffusion.photos.folder import Photo, Size
 
-ORDER, DRAWS, DROPOUT, SIZES, FIRST_VALUES = range(5)  # what random numbers are for, so that none are used twice
+# What random numbers are for, so that none are used twice.
+ORDER, DRAWS, DROPOUT, SIZES, FIRST_VALUES, HELD_OUT = range(6)
 
 
 def derived_seed(*key: int) -> int:
@@ -57,7 +58,7 @@ class ViewSettings:
 class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     """Sample `p` of the run, for `p` = 0, 1, 2, …: a photo of a subject, or one of a class if `p` is odd.
 
-    Without class photos every sample is a subject's. Each sample is a dict of
+    A batch has as many of both. Without class photos every sample is a subject's. Each sample is a dict of
     `moments` (2·C, h, w) if latents are cached, else `pixels` (3, H, W) in [-1, 1];
     `view` (6,), how the photo is shown (see `crops.view`); `weights` (1, h, w) of the loss, if masks are used;
     `latent_noise` and `noise` (C, h, w): what draws the latents, and what diffusion adds; `offset` (C, 1, 1);
@@ -105,7 +106,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
         """
         shown = self._shown(positions)
         for photo, variant in tqdm(shown, desc="encoding photos", unit="picture", disable=len(shown) < 50):
-            picture = self._picture(photo, variant)
+            picture = self.picture(photo, variant)
             picture["moments"] = encode_images(picture.pop("pixels")[None])[0].cpu()
             self._cache[photo, variant] = picture
 
@@ -121,7 +122,7 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         photo, variant, generator = self._draw(position)
         shape = self.view_settings.sizes[variant.size]
-        return (self._cache.get((photo, variant)) or self._picture(photo, variant)) | {
+        return (self._cache.get((photo, variant)) or self.picture(photo, variant)) | {
             "latent_noise": torch.randn(shape, generator=generator),
             "noise": torch.randn(shape, generator=generator),
             "offset": torch.randn((shape[0], 1, 1), generator=generator),
@@ -171,7 +172,11 @@ class DreamBoothDataset(Dataset[dict[str, Tensor]]):
     def _variants(self, photo: Photo, size: Size) -> list[Variant]:
         return variants(photo.size, size, self.view_settings.center_crop, self.view_settings.random_flip)
 
-    def _picture(self, photo: Photo, variant: Variant) -> dict[str, Tensor]:
+    def picture(self, photo: Photo, variant: Variant) -> dict[str, Tensor]:
+        """`pixels`, `view` and, if masks are used, `weights` of a photo, as samples have them (see the class).
+
+        photo: any, also one that is not trained on. variant: how to show it, in one of the sizes.
+        """
         picture = {"pixels": pixels(photo, variant), "view": view(photo, variant)}
         if self.view_settings.unmasked_weight != 1:
             _, height, width = self.view_settings.sizes[variant.size]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft.whole_file import whole_file
-from gsoft_diffusion.adapters.file import FORMAT, read_adapter, save_adapter
+from gsoft_diffusion.adapters.file import FORMAT, LAST_STEP, read_adapter, save_adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import Mark, marked
 from gsoft_diffusion.foundation.errors import UserError, user_errors
@@ -20,6 +20,7 @@ from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, latest_sheet
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.publish.model_card import OTHER_BASE, may_write, model_card
 from gsoft_diffusion.training import checkpoints
+from gsoft_diffusion.training.best import Best
 from gsoft_diffusion.training.state import TrainingState
 
 
@@ -63,18 +64,21 @@ class RunOutputs:
         checkpoints.write_settings(written, self.accelerator.num_processes)
 
     def save_result(self, state: TrainingState) -> None:
-        """Write the adapter, unless the run was stopped before it got as far as the one that is there."""
+        """Write the adapter, unless the run was stopped before it got as far as the one that is there.
+
+        With `--keep best` it is that of the best step so far.
+        """
         before = checkpoints.step_of_result(self.folder)
         if before > state.step:
             self.accelerator.print(f"note: {self.adapter} stays as it is, trained {before} steps")
         else:
-            self.save_adapter(self.adapter, state)
+            self.save_adapter(self.adapter, state, state.best)
 
-    def save_adapter(self, path: Path, state: TrainingState) -> None:
-        """Write the adapter as of now, with settings and prompts inside; nothing private.
+    def save_adapter(self, path: Path, state: TrainingState, best: Best | None = None) -> None:
+        """Write the adapter, with settings and prompts inside; nothing private.
 
-        path: of the file. state: the run's, whose adapter is written as it is used in inference. Raises UserError as
-        `save_adapter` in `adapters.file`.
+        path: of the file. state: the run's, whose adapter is written as it is used in inference. best: write that of
+        this step, instead of that of now. Raises UserError as `save_adapter` in `adapters.file`.
         """
         config, private = self.config, marked(TrainingConfig, Mark.PRIVATE)
         training = {name: value for name, value in config.to_dict().items() if name not in (*private, "adapter")}
@@ -82,8 +86,9 @@ class RunOutputs:
         names = ("instance_prompt", "class_prompt", "unique_token", "class_word")
         subjects = [{name: getattr(concept, name) for name in names} for concept in config.concepts]
         prompts = subjects[0] if len(subjects) == 1 else {"subjects": subjects}
-        with state.evaluated():
-            training |= {"step": state.step} | ({OTHER_BASE: self.other_base} if self.other_base else {})
+        chosen = {"step": best.step, LAST_STEP: state.step, "balance": best.balance} if best else {"step": state.step}
+        with state.evaluated(best):
+            training |= chosen | ({OTHER_BASE: self.other_base} if self.other_base else {})
             save_adapter(path, state.adapter, base_model=self.public_base, training=training, prompts=prompts)
 
     def write_checkpoint(self, state: TrainingState, circumstances: Mapping[str, Any]) -> None:
@@ -106,14 +111,16 @@ class RunOutputs:
         """Write the model card, unless there is one that the user has written. Raises UserError if it cannot be
         written.
         """
-        path, sheet = self.folder / CARD, latest_sheet(self.folder)
-        picture = sheet.relative_to(self.folder).as_posix() if sheet else None
+        path = self.folder / CARD
         if not may_write(path):
             self.accelerator.print(f"note: {path} stays as you wrote it")
             return
         try:
             with whole_file(path) as file:
-                files = [read_adapter(self.adapter)]
-                file.write(model_card("adapter", self.adapter.name, files, model=self.model, picture=picture).encode())
+                adapter = read_adapter(self.adapter)
+                sheet = latest_sheet(self.folder, adapter.step)
+                picture = sheet.relative_to(self.folder).as_posix() if sheet else None
+                card = model_card("adapter", self.adapter.name, [adapter], model=self.model, picture=picture)
+                file.write(card.encode())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; the adapter is in {self.adapter}") from error

@@ -23,6 +23,7 @@ class Predictor(nn.Module):
         prompts: all that the run trains on; `forward` takes their numbers.
         """
         super().__init__()
+        self.prompts = list(prompts)
         self.model = model  # no module: it says how those below work together
         self.network = model.denoiser
         self.text_encoders = nn.ModuleList(model.text_encoders if adapter.config.text_encoder else [])
@@ -30,6 +31,10 @@ class Predictor(nn.Module):
         with torch.no_grad(), model.on_device(*model.all_text_encoders()):
             prompt_inputs = model.prepare(prompts) if self.text_encoders else model.encode_prompts(prompts)
         self.prompt_inputs = prompt_inputs  # each (prompts, …)
+
+    def number_of(self, prompt: str) -> Tensor:
+        """The place of one of the prompts among them, a scalar, as `forward` takes it. Raises ValueError for others."""
+        return torch.tensor(self.prompts.index(prompt))
 
     def forward(
         self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, prompt_of: Tensor, views: Tensor

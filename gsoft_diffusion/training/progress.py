@@ -1,6 +1,8 @@
 """The numbers of a run's steps in its folder, for programs that watch it: `progress.jsonl`, a line for each step.
 
 {"step": 12, "loss": 0.1034, "lr": 0.001, "time": 1764112345.71}
+
+Steps at which it was measured have a `validation_loss`, too.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ RECENT = 50  # steps that decide how long the rest will take
 @dataclass(frozen=True)
 class StepNumbers:
     """What a run says of a step: how many are done, the step's loss and learning rate, and the time in seconds since
-    1970.
+    1970; the validation loss where it was measured.
     """
 
     step: int
     loss: float
     lr: float
     time: float
+    validation_loss: float | None = None
 
 
 class Progress:
@@ -39,15 +42,17 @@ class Progress:
         self.path, self.say = folder / PROGRESS, say
         self._written = True
 
-    def write(self, step: int, loss: float, lr: float) -> None:
+    def write(self, step: int, loss: float, lr: float, validation_loss: float | None = None) -> None:
         """Add a step's line.
 
-        step: optimizer steps done. loss, lr: the step's.
+        step: optimizer steps done. loss, lr: the step's. validation_loss: None where it was not measured.
         """
         if self._written:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(StepNumbers(step, loss, lr, time.time()))) + "\n")
+                    numbers = asdict(StepNumbers(step, loss, lr, time.time(), validation_loss))
+                    known = {name: value for name, value in numbers.items() if value is not None}
+                    file.write(json.dumps(known) + "\n")
             except OSError as error:
                 self._written = False
                 self.say(f"note: cannot write {self.path} ({error.strerror}); nothing more is written to it")
@@ -78,7 +83,10 @@ def seconds_left(steps: Sequence[StepNumbers], last: int) -> float | None:
 def _numbers(line: str) -> StepNumbers | None:
     try:
         values: Any = json.loads(line)
-        numbers = StepNumbers(int(values["step"]), *(float(values[name]) for name in ("loss", "lr", "time")))
+        known = {name: float(values[name]) for name in ("loss", "lr", "time")}
+        if "validation_loss" in values:
+            known["validation_loss"] = float(values["validation_loss"])
+        numbers = StepNumbers(int(values["step"]), **known)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return numbers

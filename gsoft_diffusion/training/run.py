@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
-from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.config.command_line import command
 from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS
 from gsoft_diffusion.models.families import BaseModel
@@ -36,10 +36,11 @@ from gsoft_diffusion.training.progress import Progress
 from gsoft_diffusion.training.signals import DrawRequest, Stderr, StopRequest, leave_signals_to_the_run
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.step import TrainingStep
-from gsoft_diffusion.training.subjects import class_photos
+from gsoft_diffusion.training.subjects import class_photos, held_out_photos
 from gsoft_diffusion.training.tracking import Tracking
 from gsoft_diffusion.training.trainable import MakeAdapter
 from gsoft_diffusion.training.validation import Validation
+from gsoft_diffusion.training.validation_loss import ValidationLoss
 
 SMOOTHING = 50  # steps over which the progress bar averages the loss
 
@@ -58,7 +59,8 @@ class Run:
     """One training run: everything is made ready in the constructor, `execute` trains.
 
     Its parts are its attributes: `state` is what changes, `training_step` what happens in a step, `validation` and
-    `outputs` what is drawn and written, `tracking` what trackers are told, `progress` what others may watch.
+    `validation_loss` (None if it is not asked for) what is drawn and measured, `outputs` what is written, `tracking`
+    what trackers are told, `progress` what others may watch.
     """
 
     def __init__(
@@ -66,13 +68,13 @@ class Run:
         config: TrainingConfig,
         accelerator: Accelerator,
         model: BaseModel,
-        instance: Sequence[Photo],
+        instance: Mapping[Concept, Sequence[Photo]],
         make_adapter: MakeAdapter = inject,
     ) -> None:
         """config: the settings, with nothing left open; see `with_model_defaults`.
         accelerator: as `make_accelerator` gave it.
         model: the base model, without an adapter; the run puts one in.
-        instance: the photos of all subjects.
+        instance: each subject's photos.
         make_adapter: puts what is trained into the model.
 
         Raises UserError for what does not fit: the step into memory, the settings to the model, the class images.
@@ -89,10 +91,13 @@ class Run:
         check_step(config, model, adapter, accelerator.device)
         set_up_networks(config, model)
         optimizer = make_optimizer(config, adapter)
+        photos = list(chain(*instance.values()))
         prior = class_photos(config, accelerator, model, adapter, identity, instance)
-        self.dataset = make_dataset(config, model, instance, prior, accelerator.print)
+        self.dataset = make_dataset(config, model, photos, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
-        predictor = Predictor(model, adapter, self.dataset.prompts).train()
+        held_out = held_out_photos(config, instance, accelerator.print) if config.validation_loss else []
+        prompts = dict.fromkeys([*self.dataset.prompts, *(photo.prompt for photo in held_out)])
+        predictor = Predictor(model, adapter, list(prompts)).train()
         # Before accelerate remembers the optimizer's `step`, which PyTorch's schedules put a counter around.
         lr_scheduler = make_lr_scheduler(config, optimizer)
         prepared, prepared_optimizer = accelerator.prepare(predictor, optimizer)
@@ -100,6 +105,11 @@ class Run:
         self.tracking = Tracking(config, accelerator)
         self.training_step = TrainingStep(config, accelerator, model, self.state)
         self.progress = Progress(self.outputs.folder, accelerator.print)
+        self.validation_loss = (
+            ValidationLoss(config, model, self.state, predictor, self.dataset, held_out)
+            if held_out and accelerator.is_main_process
+            else None
+        )
         self.validation = Validation(config, accelerator, model, self.state, self.tracking, instance)
         counts = adapter.parameter_counts()
         accelerator.print(
@@ -118,10 +128,13 @@ class Run:
         base = state["circumstances"].get(BASE_WEIGHTS, self.circumstances[BASE_WEIGHTS])
         self.outputs.resumed_from(checkpoint / ADAPTER, base)
         self.state.load(checkpoint, state, self.config)
+        self.validation.resumed_from(checkpoint)
         self.accelerator.print(f"going on from step {self.state.step}")
 
     def execute(self) -> TrainingResult:
-        """Train from the current step to the last, or until a signal asks to stop; save; draw a last sheet.
+        """Train from the current step to the last; save; draw a last sheet.
+
+        It ends earlier if a signal asks to stop, or if the subject improves no longer and the best step is kept.
 
         Raises UserError if a loss or gradient is not finite, or if something cannot be written.
         """
@@ -133,16 +146,18 @@ class Run:
         if self.config.cache_latents:
             self.dataset.cache(self.model.encode_images, chain.from_iterable(self.positions()))
         with StopRequest(launched=accelerator.num_processes > 1) as stop, DrawRequest() as draw:
-            if first == 0:
-                self.validation.draw_base(stop)
+            self.validation.draw_base(stop)
             started = time.perf_counter()
-            self._train(stop, draw)
+            stopped = self._train(stop, draw)
             seconds = time.perf_counter() - started
-            interrupted = state.step < self.max_train_steps
+            interrupted = stopped and state.step < self.max_train_steps
             if accelerator.is_main_process:
                 self.outputs.save_result(state)
-            if not interrupted and (state.step > first or not self.validation.is_drawn()):
+            unseen = state.judged != state.step and (state.step > first or self.config.keep == "best")
+            if not interrupted and (unseen or not self.validation.is_drawn()):
                 self.validation.draw(stop)
+                if accelerator.is_main_process and state.best and state.best.step == state.step:
+                    self.outputs.save_result(state)  # by that last sheet it is the best
         if interrupted:
             accelerator.print(self._how_to_go_on())
         if accelerator.is_main_process and isinstance(state.adapter, Adapter):
@@ -151,10 +166,15 @@ class Run:
             accelerator.print(line)
         return TrainingResult(self.outputs.adapter, state.step, interrupted, seconds)
 
-    def _train(self, stop: StopRequest, draw: DrawRequest) -> None:
+    def _train(self, stop: StopRequest, draw: DrawRequest) -> bool:
+        """Take the remaining steps; returns whether a signal asked to stop before they were all done."""
         config, accelerator, state, step = self.config, self.accelerator, self.state, self.training_step
         recent: deque[float] = deque(maxlen=SMOOTHING)
         losses: list[Tensor] = []  # of the batches since the last optimizer step
+        if self.validation.is_owed() and not self.validation.draw(stop):
+            return True
+        if self.validation.is_over():
+            return False
         with self._progress_bar() as progress:
             for batch in self.batches():
                 with accelerator.accumulate(state.predictor):
@@ -170,13 +190,18 @@ class Run:
                 if stopping or _due(state.step, config.checkpointing_steps):
                     self.outputs.write_checkpoint(state, self.circumstances)
                 if stopping:
-                    return
+                    return True
                 if state.step == self.max_train_steps:
                     continue  # the last sheet comes after the result is saved
-                if _due(state.step, config.validation_steps):
-                    self.validation.draw(stop)
+                if self._validates(state.step):
+                    drawn = self.validation.draw(stop)
+                    if not drawn or self.validation.is_over():
+                        if not _due(state.step, config.checkpointing_steps):
+                            self.outputs.write_checkpoint(state, self.circumstances)
+                        return not drawn
                 elif draw.taken() and accelerator.is_main_process:
                     self.validation.draw_here(stop)
+        return False
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The run's remaining batches, as `collate` makes them, with the model's timesteps.
@@ -210,6 +235,9 @@ class Run:
             num_processes=accelerator.num_processes,
         )
 
+    def _validates(self, step: int) -> bool:
+        return _due(step, self.config.validation_steps)
+
     def _progress_bar(self) -> tqdm[NoReturn]:
         hidden = not self.accelerator.is_main_process
         shown: dict[str, Any] = {"desc": "training", "unit": "step", "file": Stderr(), "dynamic_ncols": True}
@@ -218,11 +246,15 @@ class Run:
     def _report(self, recent: Sequence[float], progress: tqdm[NoReturn]) -> None:
         state = self.state
         progress.update()
-        skipped = {"skipped": state.skipped} if state.skipped else {}
-        progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{state.learning_rate:.2g}", **skipped)
-        self.tracking.log({"loss": recent[-1], "lr": state.learning_rate}, state.step)
+        also = {"skipped": state.skipped} if state.skipped else {}
+        also |= {"best": state.best.step} if state.best else {}
+        progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", lr=f"{state.learning_rate:.2g}", **also)
+        measured = {}
+        if self.validation_loss and (state.step == self.max_train_steps or self._validates(state.step)):
+            measured["validation_loss"] = self.validation_loss()
+        self.tracking.log({"loss": recent[-1], "lr": state.learning_rate, **measured}, state.step)
         if self.accelerator.is_main_process:
-            self.progress.write(state.step, recent[-1], state.learning_rate)
+            self.progress.write(state.step, recent[-1], state.learning_rate, **measured)
 
     def _how_to_go_on(self) -> str:
         settings = shlex.quote(str(self.outputs.folder / SETTINGS))
@@ -236,6 +268,11 @@ class Run:
     def _closing_lines(self) -> Iterator[str]:
         state, result = self.state, self.outputs.adapter
         yield from state.nothing_learned()
+        if best := state.best:
+            end = "" if state.step == self.max_train_steps else f"; no step up to {state.step} was better"
+            yield f"kept: step {best.step}, by its balance of likeness and prompt, {best.balance:.3f}{end}"
+        elif self.config.keep == "best":
+            yield "note: no step had a balance of likeness and prompt above 0, so the last one is kept"
         if state.skipped:
             yield f"{state.skipped} of {state.step} steps were skipped: their gradients overflowed in fp16"
         prompt = shlex.quote((self.config.validation_prompts or ("",))[-1])

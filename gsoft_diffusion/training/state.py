@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gsoft_diffusion.adapters.injection import Adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.training.best import Best
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "warmup_steps")  # the optimizer's that are settings
@@ -24,6 +25,8 @@ class TrainingState:
     predictor: the prepared module that the adapter is in. optimizer: prepared by accelerate; lr_scheduler: not, as it
     counts optimizer steps, however many processes take them together. scaler: fp16's, or None.
     step: optimizer steps done. skipped: those that the scaler left out, since a gradient had overflowed.
+    best: with `--keep best`, the best step so far; None if none is known. judged: the last step of which validation
+    pictures were drawn when they were due.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class TrainingState:
         """
         self.adapter, self.predictor = adapter, predictor
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
-        self.step = self.skipped = 0
+        self.step = self.skipped = self.judged = 0
+        self.best: Best | None = None
         self.optimizer.train()  # schedule-free optimizers start in evaluation mode; to others it means nothing
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +55,8 @@ class TrainingState:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "skipped": self.skipped,
+            "best": self.best and self.best.to_dict(),
+            "judged": self.judged,
         }
 
     def load(self, checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
@@ -76,7 +82,9 @@ class TrainingState:
             raise UserError(f"{checkpoint} does not fit the settings: {first_line(error)}") from error
         if config.accept_changes:
             self._set_hyperparameters(fresh)
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.skipped, self.judged = state["step"], state["skipped"], state.get("judged", 0)
+        best = state.get("best") if config.keep == "best" else None
+        self.best = best and Best.from_dict(best)
 
     def _set_hyperparameters(self, fresh: Sequence[Mapping[str, Any]]) -> None:
         """Let the settings decide again, where the optimizer's loaded state had brought back the checkpoint's."""
@@ -91,13 +99,29 @@ class TrainingState:
         group = self.optimizer.param_groups[0]
         return group["lr"] * group.get("d", 1)
 
+    def keep_if_best(self, balance: float, judged_by: Mapping[str, Any]) -> None:
+        """Keep the adapter of this step if none before was as good.
+
+        balance: of its validation pictures; 0 is none worth keeping. judged_by: as in `Best`.
+        """
+        if balance <= (self.best.balance if self.best else 0):
+            return
+        with self.evaluated():
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
+        self.best = Best(self.step, balance, judged_by, tensors)
+
     @contextmanager
-    def evaluated(self) -> Iterator[None]:
-        """Inside the block the models are as in inference; schedule-free optimizers put their averaged weights in."""
+    def evaluated(self, best: Best | None = None) -> Iterator[None]:
+        """Inside the block the models are as in inference; schedule-free optimizers put their averaged weights in.
+
+        best: have the adapter of this step in the models, instead of that of now.
+        """
         self.predictor.eval()
         training_weights = [parameter.detach().clone() for parameter in self.adapter.parameters()]
         self.optimizer.eval()
         try:
+            if best:
+                self.adapter.load_state_dict(best.adapter)
             yield
         finally:
             self.optimizer.train()

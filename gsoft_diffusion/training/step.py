@@ -18,6 +18,7 @@ from gsoft_diffusion.models.noise import prediction_target
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.dataset import DROPOUT, derived_seed
 from gsoft_diffusion.training.losses import add_offset, training_loss
+from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.state import TrainingState
 
 
@@ -37,6 +38,7 @@ class TrainingStep:
         """
         self.config, self.accelerator, self.model, self.state = config, accelerator, model, state
         self.noise_scheduler = model.noise_scheduler()
+        self._base: Predictor = accelerator.unwrap_model(state.predictor)  # which no other process waits for
 
     def backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Run forward and backward pass for one batch of this process.
@@ -56,10 +58,13 @@ class TrainingStep:
         latents = model.sample_latents(moments, batch["latent_noise"])
         noise = add_offset(batch["noise"], batch["offset"], config.offset_noise)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        target = prediction_target(self.noise_scheduler, latents, noise, timesteps)
+        if config.predicts_prior:
+            target = self._with_base_prediction(target, noisy_latents, batch)
         model_pred = self.state.predictor(noisy_latents, timesteps, batch["prompts"], batch["prompt_of"], batch["view"])
         return training_loss(
             model_pred,
-            prediction_target(self.noise_scheduler, latents, noise, timesteps),
+            target,
             timesteps,
             batch["is_prior"],
             self.noise_scheduler,
@@ -67,6 +72,22 @@ class TrainingStep:
             prior_loss_weight=config.prior_loss_weight,
             weights=batch.get("weights"),
         )
+
+    @torch.no_grad()
+    def _with_base_prediction(self, target: Tensor, noisy_latents: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The target with what the base model predicts, under the same noise, in place of the class's."""
+        own = slice(1, None, 2)  # the class's samples, known without a look at `is_prior`, which a GPU would wait for
+        with self.state.adapter.disabled():
+            predicted = self._base(
+                noisy_latents[own],
+                batch["timestep"][own],
+                batch["prompts"],
+                batch["prompt_of"][own],
+                batch["view"][own],
+            )
+        target = target.float().clone()
+        target[own] = predicted
+        return target
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm before that, a scalar on the device."""

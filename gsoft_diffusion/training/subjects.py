@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,8 +21,8 @@ from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 
-def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[Photo]:
-    """The photos of all subjects, one subject after the other.
+def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> dict[Concept, list[Photo]]:
+    """The photos of each subject.
 
     config: the resolved settings, which name the subjects' folders and prompts.
     say: is told, line by line, what was found and what is odd about it.
@@ -28,7 +30,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
     Raises UserError for a photo, caption or mask that is damaged or ambiguous, for a photo in two subjects' folders,
     for a caption with another subject's name, and for a weight of masks where no photo has one.
     """
-    photos: list[Photo] = []
+    found: dict[Concept, list[Photo]] = {}
     owners: dict[Path, Concept] = {}
     for concept in config.concepts:
         folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
@@ -44,7 +46,8 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
                 )
         check_names(concept, folder.photos, config.concepts)
         say_unnamed(concept, folder.photos, say)
-        photos += folder.photos
+        found[concept] = list(folder.photos)
+    photos = list(chain(*found.values()))
     note_copies(photos, say)
     masks = sum(photo.mask is not None for photo in photos)
     if masks and config.unmasked_weight == 1:
@@ -54,7 +57,7 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> list[
             f"--unmasked_weight {config.unmasked_weight:g}: no photo has a mask; give them transparent backgrounds, "
             "or mask files like dog1-masklabel.png for dog1.jpg, white where the subject is"
         )
-    return photos
+    return found
 
 
 def note_other_names(concept: Concept, folder: Folder, say: Callable[[str], None]) -> None:
@@ -126,27 +129,57 @@ def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], 
             say(f'note: the {what} "{words}" is not in the captions of {named}; these captions do not name the subject')
 
 
+def held_out_photos(
+    config: TrainingConfig, instance: Mapping[Concept, Sequence[Photo]], say: Callable[[str], None]
+) -> list[Photo]:
+    """The photos that the validation loss is measured on: those of `validation_data_dir`, or else all that train.
+
+    config: the run's settings. instance: each subject's photos. say: is told what was found.
+
+    Raises UserError as `read_folder`, and if one of them trains as well.
+    """
+    trained = list(chain(*instance.values()))
+    if not config.validation_data_dir:
+        return trained
+    prompt = config.instance_prompt or ""
+    folder = read_folder(config.validation_data_dir, "--validation_data_dir", prompt)
+    say(f"held out: {folder}")
+    known = set(map(id, trained))
+    for first, copy in copies((*trained, *folder.photos)):
+        if id(first) in known and id(copy) not in known:
+            raise UserError(f"{copy.path}: is the same picture as {first.path}, which is trained on; name other photos")
+    return list(folder.photos)
+
+
 def class_photos(
     config: TrainingConfig,
     accelerator: Accelerator,
     model: BaseModel,
     adapter: TrainableAdapter,
     identity: BaseModelIdentity,
-    instance: Sequence[Photo],
+    instance: Mapping[Concept, Sequence[Photo]],
 ) -> list[Photo]:
-    """The class images of all subjects; subjects of one class share them.
+    """What the classes are kept by: the class images of all subjects; subjects of one class share them.
 
-    config: the run's settings; without prior preservation there are no class images.
+    If the base model's predictions keep them, it is the subjects' own photos with the class prompts, without masks.
+
+    config: the run's settings; without prior preservation there are none.
     accelerator: the main process draws first, the others wait; prints what was found.
     model: the base model, which draws those that are missing.
     adapter: in the model already; disabled meanwhile.
     identity: the base model's, as `identity_of` gave it.
-    instance: the photos of all subjects.
+    instance: each subject's photos.
 
     Raises UserError as `ensure_class_images`, and if a class image is a photo of a subject.
     """
     if not config.with_prior_preservation:
         return []
+    if config.predicts_prior:
+        return [
+            replace(photo, prompt=concept.class_prompt or "", mask=None)
+            for concept, photos in instance.items()
+            for photo in photos
+        ]
     wanted = (config.max_train_steps or 0) * config.gradient_accumulation_steps * config.train_batch_size
     wanted *= accelerator.num_processes
     folders: dict[Path, str] = {}
@@ -160,5 +193,5 @@ def class_photos(
         photos += folder.photos
     if wanted < len(photos):
         accelerator.print(f"note: this run is too short for {len(photos) - wanted} of its class images")
-    check_class_images(photos, instance)
+    check_class_images(photos, list(chain(*instance.values())))
     return photos

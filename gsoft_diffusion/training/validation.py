@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import product, takewhile
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from gsoft.whole_file import whole_file
-from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import sheet_of
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
-from gsoft_diffusion.sampling.generation import generate, sheet_rows
+from gsoft_diffusion.sampling.generation import Sample, generate, sheet_rows
 from gsoft_diffusion.sampling.pictures import contact_sheets
+from gsoft_diffusion.training.best import no_longer_improves
+from gsoft_diffusion.training.curve import write_curve
 from gsoft_diffusion.training.signals import StopRequest
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.tracking import Tracking
@@ -26,7 +30,8 @@ from gsoft_diffusion.training.validation_scores import ValidationScores
 class Validation:
     """Draws the validation prompts, as one labelled picture, `validation/step-<step>.png`, or several.
 
-    With `score_validation` it also keeps every picture in `validation/step-<step>/`, with their scores.
+    With `score_validation` it also keeps every picture in `validation/step-<step>/`, with their scores. Of scores and
+    validation losses it draws the curve of all steps. With `--keep best` it has the state keep the best step.
     """
 
     def __init__(
@@ -36,14 +41,14 @@ class Validation:
         model: BaseModel,
         state: TrainingState,
         tracking: Tracking,
-        instance: Sequence[Photo] = (),
+        instance: Mapping[Concept, Sequence[Photo]],
     ) -> None:
         """config: names the prompts, how many pictures of each, and the sampler.
         accelerator: says which process draws.
         model: the base model, which the adapter is in.
         state: the run's; pictures are drawn with its adapter as in inference.
         tracking: is given the sheets.
-        instance: the subject's photos, which pictures are compared with.
+        instance: each subject's photos, which pictures are compared with.
 
         Raises UserError if scores are asked for and cannot be made of these photos.
         """
@@ -54,35 +59,75 @@ class Validation:
         self.jobs = list(product(config.validation_prompts or (), seeds))
         self.scores = (
             ValidationScores(config, model, instance, self.jobs, self.folder)
-            if config.score_validation and accelerator.is_main_process and self.jobs
+            if config.scores_validation and accelerator.is_main_process and self.jobs
             else None
         )
 
-    def draw_base(self, stop: StopRequest) -> None:
-        """Draw the prompts with the base model, if pictures are compared with it and a run has not done so before.
+    def resumed_from(self, checkpoint: Path) -> None:
+        """Raise UserError if the best step of the run so far was judged otherwise than those to come would be.
 
-        The adapter must be as at its start, when it changes nothing. stop: as in `draw`.
+        checkpoint: its folder, for the message. With `accept_changes` that step is forgotten instead.
         """
-        if self.scores and not sheet_of(self.folder, 0).exists():
-            self.draw_here(stop)
+        best = self.state.best
+        if best and self.scores and best.judged_by != self.scores.judged_by:
+            if not self.config.accept_changes:
+                raise UserError(
+                    f"cannot resume {checkpoint}: its best step, {best.step}, was judged by other pictures or encoders "
+                    "(--validation_prompts, --num_validation_images); put them back, or give --accept_changes, to "
+                    "choose among later steps"
+                )
+            self.state.best = None
+
+    def draw_base(self, stop: StopRequest) -> None:
+        """Draw the prompts with the base model, if pictures are compared with it and that was not done before.
+
+        stop: as in `draw`.
+        """
+        if self.scores and not self.scores.base_is_known:
+            self._draw(0, stop)
         self.accelerator.wait_for_everyone()
 
-    def draw(self, stop: StopRequest) -> None:
-        """Draw and write the pictures in the main process; the others wait.
+    def draw(self, stop: StopRequest) -> bool:
+        """Draw and write the pictures in the main process; the others wait. Returns whether all was drawn.
 
         stop: a request to stop does not wait for the pictures; they are left out then. Raises UserError if a sheet
         cannot be written.
         """
-        if self.accelerator.is_main_process:
-            self.draw_here(stop)
-        self.accelerator.wait_for_everyone()
+        drawn = self._any_process(self.accelerator.is_main_process and self.draw_here(stop))
+        if drawn:
+            self.state.judged = self.state.step
+        return drawn
 
-    def draw_here(self, stop: StopRequest) -> None:
-        """Draw in this process, whatever the others do. stop, errors: as in `draw`."""
-        config, step = self.config, self.state.step
+    def draw_here(self, stop: StopRequest) -> bool:
+        """Draw in this process, whatever the others do; returns whether all was drawn. stop, errors: as in `draw`."""
+        drawn = self._draw(self.state.step, stop)
+        if self.config.scores_validation or self.config.validation_loss:
+            write_curve(self.folder, self.state.step, self.state.best.step if self.state.best else None)
+        return drawn
+
+    def is_owed(self) -> bool:
+        """Whether this step's pictures are due and, as the run was stopped or killed before, have not been drawn.
+
+        They may be in the folder: what counts is whether the state knows how good they are.
+        """
+        config, state = self.config, self.state
+        due = config.keep == "best" and state.step > 0 and state.step % config.validation_steps == 0
+        return due and state.judged != state.step
+
+    def is_over(self) -> bool:
+        """Whether the run ends here, as its subject improves no longer; all processes must ask, and agree."""
+        state = self.state
+        here = self.accelerator.is_main_process and no_longer_improves(self.config, state.best, state.judged)
+        return self._any_process(here)
+
+    def _any_process(self, here: bool) -> bool:
+        return bool(self.accelerator.gather(torch.tensor([here], device=self.accelerator.device)).any())
+
+    def _draw(self, step: int, stop: StopRequest) -> bool:
+        config = self.config
         if not self.jobs:
-            return
-        with self.state.evaluated():
+            return True
+        with self.state.evaluated(), nullcontext() if step else self.state.adapter.disabled():
             samples = generate(
                 self.model,
                 self.jobs,
@@ -92,24 +137,31 @@ class Validation:
             )
             drawn = list(takewhile(lambda _: not stop.requested, samples))
         if len(drawn) < len(self.jobs):
-            return
+            return False
         if self.scores:
-            self.tracking.log(self.scores.write(drawn, step), step)
+            self._score(self.scores, drawn, step)
         rows = sheet_rows({"adapter": drawn}, config.num_validation_images)
         title = f"step {step}" if step else "step 0: the base model"
         for number, sheet in enumerate(contact_sheets(rows, title), start=1):
-            self._write(sheet, number)
+            self._write(sheet, number, step)
+        return True
+
+    def _score(self, judge: ValidationScores, drawn: Sequence[Sample], step: int) -> None:
+        scores = judge.write(drawn, step)
+        self.tracking.log(scores, step)
+        if self.config.keep == "best" and "balance" in scores:
+            self.state.keep_if_best(scores["balance"], judge.judged_by)
 
     def is_drawn(self) -> bool:
         """Whether the sheet of this step is there."""
         return sheet_of(self.folder, self.state.step).exists()
 
-    def _write(self, sheet: Image.Image, number: int) -> None:
-        path = sheet_of(self.folder, self.state.step, number)
+    def _write(self, sheet: Image.Image, number: int, step: int) -> None:
+        path = sheet_of(self.folder, step, number)
         try:
             path.parent.mkdir(exist_ok=True)
             with whole_file(path) as file:
                 sheet.save(file, "PNG")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are intact") from error
-        self.tracking.log_sheet(sheet, number, self.state.step)
+        self.tracking.log_sheet(sheet, number, step)

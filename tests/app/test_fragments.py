@@ -83,6 +83,17 @@ def test_what_went_wrong_is_part_of_the_headline(folder, job):
     only_text(html)
 
 
+def test_the_curve_is_above_the_pictures_and_asked_for_again_when_it_changes(folder, job):
+    save_png(Image.new("RGB", (8, 8)), folder / "validation" / "step-000005", "{}_seed0_x.png", 0, {})
+    Image.new("RGB", (8, 8)).save(folder / "validation" / "step-000005.png")
+    assert "curve.png" not in fragments.sheets(RunView(folder, job))
+    Image.new("RGB", (8, 8)).save(folder / "validation" / "curve.png")
+    first = fragments.sheets(RunView(folder, job))
+    assert f"/files/picture/{folder.name}/validation/curve.png?" in first.replace("%20", " ")
+    os.utime(folder / "validation" / "curve.png", (1, 1))
+    assert fragments.sheets(RunView(folder, job)) != first
+
+
 def test_texts_of_others_stay_texts(workspace, folder, job, tmp_path):
     facts = {
         "prompt": EVIL,

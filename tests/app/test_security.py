@@ -279,7 +279,12 @@ def files(served):
     """Files that may be had, and others beside them that may not."""
     workspace, _ = served
     folder = write_run(workspace.root / "my dog")
-    for name in ("validation/step-000001.png", "images/0000_seed0_x.png", "images/checkpoint-5/0000_seed0_x.png"):
+    for name in (
+        "validation/curve.png",
+        "validation/step-000001.png",
+        "images/0000_seed0_x.png",
+        "images/checkpoint-5/0000_seed0_x.png",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(PNG)
     (folder / "checkpoint-5").mkdir()

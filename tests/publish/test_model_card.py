@@ -83,6 +83,10 @@ def test_settings_are_listed():
     ):
         assert row in text
     assert "min-SNR" not in text
+    predicted = adapter_file(with_prior_preservation=True, prior_target="base_prediction")
+    assert (
+        "| prior preservation | by the base model's predictions |" in parts(model_card("adapter", "a", [predicted]))[1]
+    )
 
 
 def test_several_adapters_and_subjects():

@@ -29,6 +29,7 @@ from gsoft_diffusion.training.train import train
     [
         {"with_prior_preservation": True, "num_class_images": 3, "random_flip": True, "offset_noise": 0.1},
         {"optimizer": "schedulefree"},
+        {"with_prior_preservation": True, "prior_target": "base_prediction"},
         *(
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (

@@ -83,11 +83,17 @@ def test_workers_change_nothing(config):
     assert_same(weights(config, "none"), weights(replace(config, dataloader_num_workers=1), "one"))
 
 
-@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        {},
+        {"with_prior_preservation": True, "num_class_images": 2},
+        {"with_prior_preservation": True, "prior_target": "base_prediction"},
+    ],
+    ids=str,
+)
 def test_accumulated_batches_equal_a_large_one(config, prior):
-    config = replace(config, train_batch_size=4)
-    if prior:
-        config = replace(config, with_prior_preservation=True, num_class_images=2)
+    config = replace(config, train_batch_size=4, **prior)
     accumulated = replace(config, train_batch_size=1, gradient_accumulation_steps=4)
     assert (
         difference(weights(config, "large"), weights(accumulated, "accumulated")) < 1e-3

@@ -9,10 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from training_runs import assert_same, difference, weights
+from training_runs import assert_same, batches, difference, weights
 
-from gsoft_diffusion.config import AdapterConfig, TrainingConfig
+from gsoft_diffusion.config import AdapterConfig, Concept, TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import step as step_module
 from gsoft_diffusion.training import train as training
 from gsoft_diffusion.training.checkpoints import read_state
@@ -53,6 +54,62 @@ def test_loss_falls(any_base, config, text_encoder, prior):
     finally:
         training.Run = original
     assert losses[1] < 0.98 * losses[0]
+
+
+@pytest.fixture
+def predicting(config):
+    """The class is kept by the base model's predictions, under settings in which every part of a sample counts."""
+    changes = {"random_flip": True, "offset_noise": 0.1, "learning_rate": 1e-1}
+    return replace(config, with_prior_preservation=True, prior_target="base_prediction", **changes)
+
+
+def test_the_class_is_held_to_what_the_base_model_predicts(predicting, monkeypatch):
+    """For the photos and the class prompt, as the model says that no adapter was ever in."""
+    original, seen = step_module.training_loss, []
+
+    def loss(model_pred, target, timesteps, is_prior, scheduler, **options):
+        seen.append((model_pred.detach()[is_prior], target[is_prior]))
+        return original(model_pred, target, timesteps, is_prior, scheduler, **options)
+
+    monkeypatch.setattr(step_module, "training_loss", loss)
+    run, given = batches(predicting, monkeypatch)
+    assert run.dataset.prompts == ["a photo of a sks dog", "a photo of a dog"]
+    assert not (Path(predicting.output_dir).parent / "class_images").exists()
+    model = load_model(predicting.pretrained_model_name_or_path)
+    scheduler, conditioning = model.noise_scheduler(), model.encode_prompts(["a photo of a dog"] * 2)
+    for (found, target), batch in zip(seen, given, strict=True):
+        own = {name: tensor[batch["is_prior"]] for name, tensor in batch.items() if len(tensor) == 4}
+        noise = own["noise"] + 0.1 * own["offset"]
+        noisy = scheduler.add_noise(model.sample_latents(own["moments"], own["latent_noise"]), noise, own["timestep"])
+        with torch.no_grad():
+            expected = model.predict(noisy, own["timestep"], conditioning, own["view"])
+        torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-4)
+        if given[0] is batch:  # nothing is learned yet, so that there is nothing to put right
+            torch.testing.assert_close(found, target, rtol=1e-4, atol=1e-4)
+        else:
+            assert (found - target).abs().max() > 1e-3
+
+
+def test_the_class_of_each_subject_is_held(predicting, tmp_path, monkeypatch):
+    mugs = tmp_path / "mugs"
+    mugs.mkdir()
+    for number in range(2):
+        Image.effect_noise((40, 40), 50 + number).save(mugs / f"{number}.png")
+    concepts = (Concept(predicting.instance_data_dir, "dog", "sks"), Concept(str(mugs), "mug", "zwx"))
+    config = replace(predicting, instance_data_dir="", class_word=None, concepts_list=concepts, max_train_steps=6)
+    run, _ = batches(config, monkeypatch)
+    prompts = {(photo.path.parent.name, photo.prompt) for photo in run.dataset.streams[1]}
+    assert prompts == {("photos", "a photo of a dog"), ("mugs", "a photo of a mug")}
+
+
+def test_a_mask_takes_nothing_from_the_class(predicting, monkeypatch):
+    mask = Image.new("L", (40, 40))
+    mask.paste(255, (0, 0, 20, 40))
+    mask.save(Path(predicting.instance_data_dir) / "0-masklabel.png")
+    _, given = batches(replace(predicting, unmasked_weight=0.0, max_train_steps=8), monkeypatch)
+    weights_of_class = torch.cat([batch["weights"][batch["is_prior"]] for batch in given])
+    assert (weights_of_class == 1).all()
+    assert any((batch["weights"] < 1).any() for batch in given)
 
 
 def test_masks_keep_the_background_out_of_the_gradient(config, monkeypatch):

@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from gsoft_diffusion.config import Concept
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import latest_sheet
 from gsoft_diffusion.sampling.pictures import read_facts
+from gsoft_diffusion.scoring.judge import Judge, encoders_for
 from gsoft_diffusion.training import validation as validation_module
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.train import train
@@ -79,6 +81,59 @@ def test_without_the_setting_there_are_sheets_only(scored):
     assert sorted(path.name for path in (folder / "validation").iterdir()) == ["step-000002.png", "step-000004.png"]
 
 
+def two_subjects(config, tmp_path):
+    """A dog and a mug, of whose two photos one is the other, turned."""
+    mugs = tmp_path / "mugs"
+    mugs.mkdir()
+    photo = Image.effect_noise((40, 40), 50)
+    for number in range(2):
+        photo.rotate(90 * number).save(mugs / f"{number}.png")
+    concepts = (Concept(config.instance_data_dir, "dog", "sks"), Concept(str(mugs), "mug", "zwx"))
+    return replace(config, instance_data_dir="", class_word=None, concepts_list=concepts, max_train_steps=2)
+
+
+def test_each_of_several_subjects_is_scored_by_the_pictures_that_name_it(scored, tmp_path):
+    prompts = ("a sks dog on the beach", "a zwx mug", "a sks dog beside a zwx mug")
+    config = replace(two_subjects(scored, tmp_path), validation_prompts=prompts)
+    place = train(config).adapter.parent / "validation" / "step-000002"
+    values = json.loads((place / "scores.json").read_text())
+    assert values["subjects"].keys() == {"a sks dog", "a zwx mug"}
+    for name in ("dino", "clip_t", "balance"):
+        assert values[name] == pytest.approx(sum(each[name] for each in values["subjects"].values()) / 2)
+    pictures = [Image.open(path) for path in sorted(place.glob("*.png"))]
+    judge = Judge(
+        encoders_for(True), map(Image.open, sorted((tmp_path / "mugs").iterdir())), ["a mug", "a dog beside a mug"]
+    )
+    alone = judge(pictures[1:])
+    assert values["subjects"]["a zwx mug"]["dino"] == pytest.approx(alone.dino, abs=1e-6)
+    assert values["subjects"]["a zwx mug"]["clip_t"] == pytest.approx(alone.clip_t, abs=1e-6)
+
+
+def test_a_subject_that_no_prompt_names_cannot_be_scored(scored, tmp_path):
+    with pytest.raises(UserError, match="--score_validation: no validation prompt names a zwx mug, so that it cannot"):
+        train(two_subjects(scored, tmp_path))
+
+
+def test_the_base_is_drawn_again_for_other_prompts(scored):
+    scored = replace(scored, max_train_steps=2, checkpointing_steps=2)
+    folder = train(scored).adapter.parent
+    other = replace(scored, validation_prompts=("a sks dog in space",), resume_from_checkpoint="latest")
+    train(replace(other, max_train_steps=3))
+    (picture,) = (folder / "validation" / "step-000000").glob("*.png")
+    assert read_facts(picture)["prompt"] == "a sks dog in space"
+
+
+def test_the_base_is_drawn_without_the_adapter_when_scores_are_asked_for_later(scored):
+    whole = train(replace(scored, max_train_steps=2, output_dir=f"{scored.output_dir}-whole")).adapter.parent
+    scored = replace(scored, max_train_steps=2, checkpointing_steps=2)
+    folder = train(replace(scored, score_validation=False)).adapter.parent
+    train(replace(scored, max_train_steps=3, resume_from_checkpoint="latest"))
+    first, later = (sorted((each / "validation" / "step-000000").glob("*.png")) for each in (whole, folder))
+    for one, other in zip(first, later, strict=True):
+        assert max(high for _, high in _differences(Image.open(one), Image.open(other))) <= 1
+    assert read_scores(folder, 3).balance is not None
+
+
 def test_one_photo_cannot_be_scored_with(scored, photos):
     for path in sorted(photos.glob("*.png"))[1:]:
         path.unlink()
@@ -111,7 +166,7 @@ def test_a_signal_asks_for_a_sheet_after_the_step(config, monkeypatch):
 
     def drawn(validation, stop):
         steps.append(validation.state.step)
-        draw(validation, stop)
+        return draw(validation, stop)
 
     monkeypatch.setattr(TrainingStep, "update", updated)
     monkeypatch.setattr(validation_module.Validation, "draw_here", drawn)
