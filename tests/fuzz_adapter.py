@@ -53,7 +53,7 @@ def valid_file() -> bytes:
         "prompts": {"instance_prompt": "a photo"},
     }
     metadata = {FORMAT.key: FORMAT.version} | {name: json.dumps(section) for name, section in sections.items()}
-    shapes["parametrization.cayley"] = (0,)
+    shapes[f"parametrization.{config.parametrization}"] = (0,)
     return save({name: torch.zeros(shape) for name, shape in shapes.items()}, metadata)
 
 
