@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo app test check coverage fuzz faults screenshots clean
+.PHONY: demo app test cluster-test check coverage fuzz faults screenshots clean
 
 # The user's two scripts with their default settings; each demo gets a folder of its own.
 demo: OUT := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -17,6 +17,10 @@ app: $(VENV)/.installed-app
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Comparisons on a Ray and on a Slurm cluster, which are started on this machine and ended again; see docs/cluster.md.
+cluster-test: $(VENV)/.installed-cluster
+	CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -59,3 +63,7 @@ $(VENV)/.installed-app: $(VENV)/bin/python requirements.txt requirements-app.txt
 $(VENV)/.installed-dev: $(VENV)/bin/python requirements.txt requirements-app.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.installed $(VENV)/.installed-app
+
+$(VENV)/.installed-cluster: $(VENV)/.installed-dev requirements-cluster.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
+	touch $@

@@ -20,6 +20,7 @@ from typing import Any
 from eval.baselines import BaselineConfig
 from eval.cell import pictures_of
 from eval.engines import ENGINES
+from eval.engines.worker import Workers, cores_each
 from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
 from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
 from eval.prompts import prompts_for
@@ -43,11 +44,13 @@ FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
 BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
 
 
-def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", workers: int = 1) -> None:
+def run_benchmark(
+    experiment: Experiment, out: Path, engine: str = "local", workers: int = 1, cores: int | None = None
+) -> None:
     """Run every cell that is not done yet, and write the report.
 
     experiment: the settings. out: the folder for results and report, made if it is not there. engine: a key of
-    `ENGINES`. workers: cells at a time.
+    `ENGINES`. workers: cells at a time. cores: for each cell; by default this machine's, shared among `workers`.
 
     Raises UserError if the folder holds results of other settings, if models or encoders cannot be had, or if every
     training diverged.
@@ -61,7 +64,7 @@ def run_benchmark(experiment: Experiment, out: Path, engine: str = "local", work
         missing = [cell for cell in dict.fromkeys(cells) if cell not in done]
         print(f"{what}: {len(cells)} cells, {len(missing)} of them to do")
         if missing:
-            run_cells(experiment, missing, out, workers)
+            run_cells(experiment, missing, out, Workers(workers, cores or cores_each(workers)))
         return collect_results(out)
 
     run_missing("base model and photos", base_cells(experiment))
@@ -269,16 +272,18 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="where cells run (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time (default: %(default)s)")
+    parser.add_argument("--cores", type=int, help="for each cell (default: this machine's, shared among the workers)")
     args = parser.parse_args()
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    for name in ("workers", "cores"):
+        if (given := vars(args)[name]) is not None and given < 1:
+            raise UserError(f"--{name} {given}: must be 1 or more")
     settings = read_yaml(args.experiment)
     settings |= {name: vars(args)[name] for name in ("subjects_dir", "class_word") if vars(args)[name]}
     experiment = Experiment.from_dict(settings, args.experiment)
     if args.dry_run:
         print(plan(experiment, args.out, args.workers))
     else:
-        run_benchmark(experiment, args.out, args.engine, args.workers)
+        run_benchmark(experiment, args.out, args.engine, args.workers, args.cores)
     return 0
 
 

@@ -110,6 +110,7 @@ def test_extras_name_what_the_requirements_pin(wheel):
     assert requirements(wheel, "diffusion") == everything - {"open-clip-torch"}
     assert requirements(wheel, "eval") == everything
     assert requirements(wheel, "lipconvnet") == requirements(wheel, "diffusion") | {"foolbox"}
+    assert requirements(wheel, "cluster") == everything | pinned("requirements-cluster.txt")
     assert requirements(wheel, "app") == everything | pinned("requirements-app.txt")
     assert requirements(wheel, "gpu") == everything - {"open-clip-torch"} | pinned("requirements-gpu.txt")
     dev = pinned("requirements-app.txt") | pinned("requirements-dev.txt")

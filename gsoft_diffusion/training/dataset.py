@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from gsoft_diffusion.photos.crops import Variant, nearest_size, pixels, subject_weights, variants, view
 from gsoft_diffusion.photos.folder import Photo, Size
 
-ORDER, DRAWS, DROPOUT, SIZES = range(4)  # what random numbers are for, so that none are used twice
+ORDER, DRAWS, DROPOUT, SIZES, FIRST_VALUES = range(5)  # what random numbers are for, so that none are used twice
 
 
 def derived_seed(*key: int) -> int:

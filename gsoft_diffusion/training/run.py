@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.circumstances import BASE_WEIGHTS, circumstances
-from gsoft_diffusion.training.dataset import BatchPositions, collate
+from gsoft_diffusion.training.dataset import FIRST_VALUES, BatchPositions, collate, derived_seed
 from gsoft_diffusion.training.optimizer import make_lr_scheduler, make_optimizer
 from gsoft_diffusion.training.outputs import RunOutputs
 from gsoft_diffusion.training.predictor import Predictor
@@ -83,6 +84,7 @@ class Run:
         self.outputs = RunOutputs(config, accelerator, model, identity)
         check_snr_gamma(config, model)
         # First what may turn out not to fit, then what takes long.
+        torch.manual_seed(derived_seed(config.seed, FIRST_VALUES))  # some other methods draw theirs
         adapter = make_adapter(config.adapter, model.denoiser, model.text_encoders)
         check_step(config, model, adapter, accelerator.device)
         set_up_networks(config, model)
