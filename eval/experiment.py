@@ -58,6 +58,8 @@ class Experiment(Settings):
     budgets: which sizes: small, medium, large.
     seeds: how often everything is repeated, with seeds 0, 1, 2, …
     learning_rates: what is tried for each method.
+    grid: train every method at every size and rate on all subjects and seeds, and score each step of `curve_every`: for
+      fronts, and for choices that leave the reported subject out. Without it, rates are chosen in a sweep.
     sweep_subjects: how many subjects (the first ones, at seed 0) the learning rates are tried on.
     sweep_budget: the size they are tried at.
     pretrained_model_name_or_path: base model.
@@ -81,13 +83,16 @@ class Experiment(Settings):
     base_images: pictures for the base prompt, "a photo of a sks dog".
     class_images: pictures for the class prompt, which PRES looks at.
     unrelated_images: pictures for each unrelated prompt, which drift looks at.
-    curve_every: score the cells of seed 0 every so many steps as well; 0 for never.
+    curve_every: score the cells of seed 0, in a grid all cells, every so many steps as well; 0 for never.
+    sheets: put pictures onto sheets and into the report. Without it, no picture leaves the folder `work`.
     sampler: how pictures are drawn.
     sample_batch_size: pictures drawn at a time.
     clip: CLIP encoder: auto, folder or open_clip's name.
     dino: DINO encoder: auto, folder or name.
     seconds_per_step: guess for the time estimate, until cells have been measured.
     seconds_per_picture: the same for drawing.
+    difference_sd: guess of the standard deviation over subjects of a paired difference in balance, for which difference
+      can be detected.
     """
 
     subjects_dir: str = "data/subjects"
@@ -97,6 +102,7 @@ class Experiment(Settings):
     budgets: tuple[str, ...] = tuple(BUDGETS)
     seeds: int = 2
     learning_rates: LearningRates = LearningRates()
+    grid: bool = False
     sweep_subjects: int = 2
     sweep_budget: str = "medium"
 
@@ -123,6 +129,7 @@ class Experiment(Settings):
     class_images: int = 8
     unrelated_images: int = 2
     curve_every: int = 0
+    sheets: bool = True
     sampler: SamplerConfig = SamplerConfig()
     sample_batch_size: int = 8
     clip: str = "auto"
@@ -130,6 +137,7 @@ class Experiment(Settings):
 
     seconds_per_step: float = 0.5
     seconds_per_picture: float = 0.5
+    difference_sd: float = 0.1
 
     def __post_init__(self) -> None:
         for name, known in (("methods", METHODS), ("budgets", BUDGETS)):
@@ -142,7 +150,10 @@ class Experiment(Settings):
             raise UserError(f"mixed_precision: {self.mixed_precision}; choose from {', '.join(DTYPES)}")
         require(self, positive, "more than 0", "seeds", "images_per_prompt", "base_images", "max_prompts")
         require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
+        require(self, positive, "more than 0", "difference_sd")
         require(self, not_negative, "0 or more", "curve_every")
+        if self.grid and not self.curve_every:
+            raise UserError("grid: scores several steps of each training; give curve_every, a part of max_train_steps")
         refuse_without_effect(self, _ONLY_WITH)
 
     def anchored(self) -> Experiment:
@@ -163,12 +174,20 @@ class Experiment(Settings):
         """The names of the subjects to compare on. Their photos need not be there if the settings name them."""
         return list(self.subjects) or [subject.name for subject in self.chosen_subjects()]
 
+    def recorded_every(self, seed: int) -> int:
+        """After every so many steps the cells of a seed are scored; 0 if at the end only."""
+        return self.curve_every if self.grid or seed == 0 else 0
+
+    def recorded_steps(self) -> list[int]:
+        """After how many steps a cell is scored where `recorded_every` says that it is, the last step included."""
+        return [*range(self.curve_every, self.max_train_steps, self.curve_every), self.max_train_steps]
+
     def training(
         self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
     ) -> TrainingConfig:
         """The trainer's settings for one cell, the method's own left out.
 
-        subject: what is learned. seed: the cell's; only seed 0 writes checkpoints for curves. learning_rate: of the
+        subject: what is learned. seed: the cell's; it decides whether there are checkpoints. learning_rate: of the
         denoiser and the text encoder. output_dir: the run's folder. class_images: folder for pictures of the class,
         used only with prior preservation.
         """
@@ -185,7 +204,7 @@ class Experiment(Settings):
                 "adapter": replace(TrainingConfig.adapter, text_encoder=self.text_encoder).to_dict(),
                 "text_encoder_lr": learning_rate if self.text_encoder else None,
                 "sampler": self.sampler.to_dict(),
-                "checkpointing_steps": self.curve_every if seed == 0 else 0,
+                "checkpointing_steps": self.recorded_every(seed),
                 "num_validation_images": 0,
                 "report_to": "none",
             }
@@ -212,6 +231,11 @@ _ONLY_WITH = (
         ("curve_every",),
         lambda settings: settings.curve_every < settings.max_train_steps,
         "the trainings are not longer; give less than max_train_steps, or leave it out",
+    ),
+    OnlyWith(
+        ("sweep_subjects", "sweep_budget"),
+        lambda settings: not settings.grid,
+        "a grid has no sweep: it tries all rates at all sizes on all subjects; leave it out",
     ),
 )
 _TRAINING = (
@@ -273,6 +297,18 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
         if len(getattr(experiment.learning_rates, method)) > 1
         for rate in getattr(experiment.learning_rates, method)
         for subject in subjects
+    ]
+
+
+def grid_cells(experiment: Experiment) -> list[Cell]:
+    """Every method at every size and learning rate, on all subjects and seeds."""
+    return [
+        Cell(method, budget, rate, subject, seed)
+        for seed in range(experiment.seeds)
+        for subject in experiment.subject_names()
+        for method in experiment.methods
+        for budget in budgets_of(method, experiment)
+        for rate in getattr(experiment.learning_rates, method)
     ]
 
 

@@ -29,8 +29,9 @@ freedom. One subject or one seed says nothing of the spread over subjects or see
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +41,13 @@ from scipy.stats import t as student
 from gsoft_diffusion.scoring.metrics import Interval
 
 Array = NDArray[np.float64]
+Key = TypeVar("Key", bound=Hashable)
 Pair = tuple[float, float]  # subject fidelity, prompt fidelity
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8
 RESAMPLES = 2000
+SHARES = (0.25, 0.5, 0.75)  # of the way between the ends, where fronts are read
 SURE = 0.95  # share of the resamples that must have a value, or there is no interval of it
 
 
@@ -89,13 +92,12 @@ def front(points: Array) -> Array:
     return np.array(kept[::-1]).reshape(-1, 2)
 
 
-def area(points: Array, base: Pair, photos: Pair) -> float:
-    """The area under the points' front between base model and photos, see the head of this file; between 0 and 1.
+def area(envelope: Array, base: Pair, photos: Pair) -> float:
+    """The area under a front between base model and photos, see the head of this file; between 0 and 1.
 
-    points: `(N, 2)`. base, photos: (subject fidelity, prompt fidelity) of the ends. NaN if the ends are not in order:
-    the photos must have more of the subject, the base model more of the prompt.
+    envelope: `(M, 2)`, as `front` gives it. base, photos: (subject fidelity, prompt fidelity) of the ends. NaN if the
+    ends are not in order: the photos must have more of the subject, the base model more of the prompt.
     """
-    envelope = front(points)
     if not (photos[0] > base[0] and base[1] > photos[1]):
         return math.nan
     if not len(envelope):
@@ -111,31 +113,66 @@ def area(points: Array, base: Pair, photos: Pair) -> float:
     return float(np.trapezoid(heights, knots))
 
 
-def prompt_at(points: Array, subject: float) -> float:
-    """Prompt fidelity of the points' front at a subject fidelity; NaN where the front does not reach.
+def prompt_at(envelope: Array, subject: float) -> float:
+    """Prompt fidelity of a front at a subject fidelity; NaN where the front does not reach.
 
-    points: `(N, 2)`. subject: the level.
+    envelope: `(M, 2)`, as `front` gives it. subject: the level.
     """
-    envelope = front(points)
     if not len(envelope) or not envelope[0, 0] <= subject <= envelope[-1, 0]:
         return math.nan
     return float(np.interp(subject, envelope[:, 0], envelope[:, 1]))
 
 
-def subject_at(points: Array, prompt: float) -> float:
-    """Subject fidelity of the points' front at a prompt fidelity; NaN where the front does not reach.
+def subject_at(envelope: Array, prompt: float) -> float:
+    """Subject fidelity of a front at a prompt fidelity; NaN where the front does not reach.
 
-    points: `(N, 2)`. prompt: the level.
+    envelope: `(M, 2)`, as `front` gives it. prompt: the level.
     """
-    return prompt_at(points[:, ::-1], prompt)
+    return prompt_at(envelope[::-1, ::-1], prompt)
 
 
-def between(low: float, high: float, share: float) -> float:
-    """The level that is so far from one end to the other.
+def levels(base: Pair, photos: Pair) -> tuple[list[float], list[float]]:
+    """The subject fidelities at which prompt fidelities are read, and the reverse: `SHARES` of the way.
 
-    low, high: the ends. share: 0 for the first, 1 for the second.
+    base, photos: the ends, (subject fidelity, prompt fidelity) each. The way of the subject is from the base model to
+    the photos, that of the prompt from the photos to the base model.
     """
-    return low + share * (high - low)
+    subject = [base[0] + share * (photos[0] - base[0]) for share in SHARES]
+    return subject, [photos[1] + share * (base[1] - photos[1]) for share in SHARES]
+
+
+def measures(points: Array, base: Pair, photos: Pair) -> list[float]:
+    """All that is read from the front of some points: its area, prompt fidelities and subject fidelities at `levels`.
+
+    points: `(N, 2)`. base, photos: the ends. What the front does not reach is NaN.
+    """
+    envelope = front(points)
+    at_subject, at_prompt = levels(base, photos)
+    return [
+        area(envelope, base, photos),
+        *(prompt_at(envelope, level) for level in at_subject),
+        *(subject_at(envelope, level) for level in at_prompt),
+    ]
+
+
+def measured(points: Array, ends: Array) -> Array:
+    """`measures` of each resample, `(resamples, measures)`.
+
+    points: `(resamples, N, 2)`. ends: `(resamples, 2, 2)`, those of base model and photos.
+    """
+    return np.array(
+        [measures(each, tuple(base), tuple(photos)) for each, (base, photos) in zip(points, ends, strict=True)]
+    )
+
+
+def bootstrap(scores: Mapping[Key, Sequence[float]]) -> Interval:
+    """Mean over subjects and its interval, as `metrics.bootstrap` gives it, but by the rules of this file.
+
+    scores: for each subject one score a seed, of all subjects the same number.
+    """
+    values = np.array(list(scores.values()), dtype=np.float64)[:, :, None]
+    draws = weighted(values, resampled_weights(values.shape))
+    return estimate(float(values.mean()), draws, *values.shape[:2]).interval
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.methods import METHODS
+from eval.report.fronts import front
+from eval.report.grid import Fronts
 from eval.report.lines import Line
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.metrics import Interval
@@ -87,6 +89,33 @@ def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, f
                 color=COLORS[method],
             )
     return _trade_off(figure, axes, miniature) if axes.lines else None
+
+
+def front_plot(fronts: Fronts, miniature: bool) -> str:
+    """Every method's settings and its front, as SVG: a panel a size; up and to the right is better.
+
+    fronts: what is drawn; what has one size, like full fine-tuning, is in every panel. miniature: whether miniature
+    encoders scored, which the axes say.
+    """
+    budgets: list[str | None] = list(dict.fromkeys(each.budget for each in fronts.methods if each.budget)) or [None]
+    figure = Figure(figsize=(1.5 + 4.2 * len(budgets), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
+    small = " (miniature encoders)" if miniature else ""
+    for axes, budget in zip(panels, budgets, strict=True):
+        for each in fronts.methods:
+            if each.budget in (budget, None):
+                color, name = COLORS[each.method], METHODS[each.method]
+                envelope = front(each.points)
+                axes.plot(each.points[:, 1], each.points[:, 0], "o", color=color, markersize=2.5, alpha=0.5)
+                axes.plot(envelope[:, 1], envelope[:, 0], color=color, linewidth=1.4, label=name)
+        for (subject, prompt), marker, name in ((fronts.base, "X", "base model"), (fronts.photos, "*", "photos")):
+            axes.plot(prompt, subject, marker, color="#222222", markersize=9, label=name)
+        axes.set_title(budget or "", fontsize=10)
+        axes.set_xlabel(f"prompt: CLIP-T{small}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"subject: DINO{small}")
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure)
 
 
 def _trade_off(figure: Figure, axes: Axes, miniature: bool) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_eval import experiment
+from tiny_eval import experiment, grid
 
 from eval import benchmark, cell
 from eval.baselines import BaselineConfig
@@ -274,6 +274,22 @@ def test_plan_lists_cells_time_and_disk(world, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_plan_of_a_grid(world, tmp_path):
+    settings = grid(world, budgets=["small", "medium"], seconds_per_step=10, seconds_per_picture=1)
+    text = plan(settings, tmp_path, workers=2)
+    assert "grid: 24 cells, 0 done" in text  # two subjects, seeds and sizes, three rates
+    assert "learning rates:" not in text
+    assert "double_gsoft--small--lr0.01--cup--seed0" in text
+    minutes = (24 * (2 * 10 + 2 * 9) + 4 * 9) / 2 / 60  # two steps, nine pictures after each; the base model's
+    assert f"in all {minutes:.0f} minutes with 2 workers (guessed" in text
+    assert "MB of results.jsonl" in text
+
+
+def test_a_grid_needs_two_subjects(world, tmp_path):
+    with pytest.raises(UserError, match="grid: chooses each subject's setting on the others; give two subjects"):
+        run_benchmark(grid(world, subjects=["rex"]), tmp_path)
+
+
 def test_plan_is_made_without_the_base_model(world, tmp_path):
     text = plan(experiment(world, pretrained_model_name_or_path="./nowhere", resolution=512), tmp_path, workers=1)
     assert "sizes are listed where the base model is: there is no model folder ./nowhere" in text
@@ -334,6 +350,9 @@ def test_our_methods_are_sized_without_their_scale_too(world):
         ({"step": 3}, "unknown setting step"),
         ({"num_class_images": 3}, "num_class_images would have no effect"),
         ({"curve_every": 400}, "curve_every would have no effect"),
+        ({"grid": True}, "grid: scores several steps of each training; give curve_every"),
+        ({"grid": True, "curve_every": 80, "sweep_subjects": 3}, "sweep_subjects would have no effect"),
+        ({"difference_sd": 0}, "difference_sd 0.0: must be more than 0"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -14,6 +14,8 @@ from eval.report.fronts import (
     estimate,
     front,
     held_out,
+    measured,
+    measures,
     pooled_deviation,
     prompt_at,
     resampled_weights,
@@ -47,27 +49,38 @@ def test_a_front_leaves_out_what_is_beaten():
     ],
 )
 def test_areas_by_hand(points, expected):
-    assert area(np.array(points, dtype=float), BASE, PHOTOS) == pytest.approx(expected)
+    assert area(front(np.array(points, dtype=float)), BASE, PHOTOS) == pytest.approx(expected)
 
 
 def test_an_area_does_not_depend_on_the_scale_of_scores():
     scaled = POINTS * [0.4, 0.2] + [0.1, -0.3]
-    assert area(scaled, (0.1, -0.1), (0.5, -0.3)) == pytest.approx(area(POINTS, BASE, PHOTOS))
+    assert area(front(scaled), (0.1, -0.1), (0.5, -0.3)) == pytest.approx(area(front(POINTS), BASE, PHOTOS))
 
 
 def test_ends_in_the_wrong_order_have_no_area():
-    assert math.isnan(area(POINTS, (0.5, 1.0), (0.5, 0.0)))
-    assert math.isnan(area(POINTS, (0.0, 0.2), (1.0, 0.2)))
+    assert math.isnan(area(front(POINTS), (0.5, 1.0), (0.5, 0.0)))
+    assert math.isnan(area(front(POINTS), (0.0, 0.2), (1.0, 0.2)))
 
 
 def test_levels_are_read_between_points_and_never_beyond():
-    assert prompt_at(POINTS, 0.35) == pytest.approx(0.75)
-    assert prompt_at(POINTS, 0.8) == pytest.approx(0.3)
-    assert math.isnan(prompt_at(POINTS, 0.81))
-    assert math.isnan(prompt_at(POINTS, 0.19))
-    assert subject_at(POINTS, 0.45) == pytest.approx(0.65)
-    assert math.isnan(subject_at(POINTS, 0.95))
-    assert math.isnan(subject_at(POINTS, 0.2))
+    assert prompt_at(front(POINTS), 0.35) == pytest.approx(0.75)
+    assert prompt_at(front(POINTS), 0.8) == pytest.approx(0.3)
+    assert math.isnan(prompt_at(front(POINTS), 0.81))
+    assert math.isnan(prompt_at(front(POINTS), 0.19))
+    assert subject_at(front(POINTS), 0.45) == pytest.approx(0.65)
+    assert math.isnan(subject_at(front(POINTS), 0.95))
+    assert math.isnan(subject_at(front(POINTS), 0.2))
+
+
+def test_all_measures_of_a_front():
+    found = measures(POINTS, BASE, PHOTOS)
+    nan = math.nan
+    expected = [0.54, 0.85, 0.6, 0.35, nan, 0.6, 0.35]  # area; prompt at 0.25, 0.5, 0.75; subject at the same
+    assert found == pytest.approx(expected, nan_ok=True)
+    ends = np.array([[BASE, PHOTOS]] * 2)
+    each = measured(np.stack([POINTS, POINTS + np.array([0.1, 0])]), ends)
+    assert each[0] == pytest.approx(expected, nan_ok=True)
+    assert each[1, 0] == pytest.approx(0.3 * 0.9 + 0.6 * 0.6)
 
 
 def test_weights_are_of_whole_resamples():
@@ -116,6 +129,12 @@ def test_intervals_are_as_long_as_students():
     scores = np.broadcast_to(rng.normal(size=(6, 1, 1)), (6, 2, 2))
     expected = 2.571 * scores[:, 0, 0].std(ddof=1) / math.sqrt(6)
     assert interval_of_mean(scores, resamples=20_000).half_width == pytest.approx(expected, rel=0.15)
+
+
+def test_scores_by_subject_have_the_same_intervals():
+    scores = np.random.default_rng(0).normal(size=(4, 3, 1))
+    by_subject = {str(number): column[:, 0].tolist() for number, column in enumerate(scores)}
+    assert fronts.bootstrap(by_subject) == interval_of_mean(scores, resamples=fronts.RESAMPLES).interval
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4), (3, 1, 4)])
