@@ -28,16 +28,22 @@ class LearningRates(Settings):
     double_gsoft: of Double GSOFT.
     gsoft: of GSOFT.
     lora: of LoRA.
+    dora: of DoRA.
     boft: of BOFT.
     oft: of OFT.
+    hra: of HRA.
+    lokr: of LoKr.
     full: of full fine-tuning.
     """
 
     double_gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     lora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    dora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     boft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     oft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    hra: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    lokr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     full: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
 
     def __post_init__(self) -> None:
@@ -54,7 +60,7 @@ class Experiment(Settings):
     subjects_dir: folder of subjects (see eval/subjects.py), or of the photos of one.
     class_word: what the photos show, if the folder is of one subject.
     subjects: names of the subjects to take; by default all.
-    methods: which methods: double_gsoft, gsoft, lora, boft, oft, full.
+    methods: which methods: double_gsoft, gsoft, lora, dora, boft, oft, hra, lokr, full.
     budgets: which sizes: small, medium, large.
     seeds: how often everything is repeated, with seeds 0, 1, 2, …
     learning_rates: what is tried for each method.

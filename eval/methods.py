@@ -22,8 +22,11 @@ METHODS = {  # name in tables
     "double_gsoft": "Double GSOFT",
     "gsoft": "GSOFT",
     "lora": "LoRA",
+    "dora": "DoRA",
     "boft": "BOFT",
     "oft": "OFT v2",
+    "hra": "HRA",
+    "lokr": "LoKr",
     "full": "Full fine-tuning",
 }
 # Share of the numbers that full fine-tuning of the same layers trains; in Stable Diffusion 2's UNet 6.6, 13.3 and 26.6
@@ -87,7 +90,8 @@ def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_enc
 def describe(config: AnyConfig) -> str:
     """The size in a few words, as in the paper's table."""
     if isinstance(config, BaselineConfig):
-        parts: dict[str, Any] = {"rank": config.rank, "r": config.nblocks, "b": config.block_size, "m": config.nfactors}
+        parts: dict[str, Any] = {"rank": config.rank, "factor": config.factor}
+        parts |= {"r": config.nblocks, "b": config.block_size, "m": config.nfactors}
     else:
         parts = {"r": config.nblocks, "b": config.block_size, "m": config.nfactors}
     return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None) or "all weights"
@@ -97,8 +101,11 @@ def _candidates(method: str, text_encoder: bool, output_scale: bool, narrowest: 
     """Every size worth trying; of two that are equally near the first is taken."""
     if method == "full":
         return [BaselineConfig("full", text_encoder=text_encoder)]
-    if method == "lora":
-        return [BaselineConfig("lora", rank=rank, text_encoder=text_encoder) for rank in range(1, narrowest)]
+    if method in ("lora", "dora", "hra"):
+        ranks = range(2, narrowest, 2) if method == "hra" else range(1, narrowest)
+        return [BaselineConfig(method, rank=rank, text_encoder=text_encoder) for rank in ranks]  # type: ignore[arg-type]
+    if method == "lokr":
+        return [BaselineConfig("lokr", factor=factor, text_encoder=text_encoder) for factor in range(2, 17)]
     shapes: list[dict[str, int]] = [{name: size} for name in ("nblocks", "block_size") for size in POWERS]
     if method in ("gsoft", "double_gsoft"):
         shared = {"double": method == "double_gsoft", "text_encoder": text_encoder, "output_scale": output_scale}

@@ -130,7 +130,7 @@ def _setting(line: Line, subject: str) -> str:
     result = line.result_of(subject)
     if not line.scores["dino"]:
         return "diverged"
-    return f"{result['cell']['learning_rate']:g}, {result.get('stopped_at') or result['curve'][-1]['step']} steps"
+    return f"{result['cell']['learning_rate']:g}, step {result.get('stopped_at') or result['curve'][-1]['step']}"
 
 
 def measure_rows(fronts: Fronts) -> list[dict[str, str]]:

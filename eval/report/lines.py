@@ -57,7 +57,7 @@ class Line:
         """Its title with the learning rate of a subject, where there is one, and the step if that is before the end."""
         result = self.result_of(subject)
         rate, step = result["cell"]["learning_rate"], result.get("stopped_at")
-        return self.title + (f", {rate:g}" if rate else "") + (f", {step} steps" if step else "")
+        return self.title + (f", {rate:g}" if rate else "") + (f", step {step}" if step else "")
 
     @property
     def size(self) -> str:

@@ -18,7 +18,17 @@ from eval.report.lines import Line
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.metrics import Interval
 
-COLORS = dict(zip(METHODS, ("#c1121f", "#f08a24", "#1d6fb8", "#2a9d4a", "#7b4fb5", "#6b6b6b"), strict=True))
+COLORS = {
+    "double_gsoft": "#c1121f",
+    "gsoft": "#f08a24",
+    "lora": "#1d6fb8",
+    "dora": "#5fb3e6",
+    "boft": "#2a9d4a",
+    "oft": "#7b4fb5",
+    "hra": "#a8c545",
+    "lokr": "#d46fa8",
+    "full": "#6b6b6b",
+}
 MARKERS = {"small": "o", "medium": "s", "large": "^", None: "D"}
 
 

@@ -237,7 +237,10 @@ def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world
     ("changes", "lost"),
     [
         ({"subjects": ["rex"]}, "subject cup"),
-        ({"methods": ["double_gsoft", "lora"]}, "method gsoft, method boft, method oft, method full"),
+        (
+            {"methods": ["double_gsoft", "lora"]},
+            "method gsoft, method dora, method boft, method oft, method hra, method lokr",
+        ),
         ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
     ],
 )
@@ -341,7 +344,7 @@ def test_our_methods_are_sized_without_their_scale_too(world):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ["dora"]}, "methods: dora; choose from double_gsoft"),
+        ({"methods": ["vera"]}, "methods: vera; choose from double_gsoft"),
         ({"budgets": []}, "budgets: nothing; choose from small"),
         ({"learning_rates": {"lora": []}}, "learning_rates.lora: give one or more"),
         ({"learning_rates": {"lora": ["fast"]}}, "lora: .* is not a list of numbers"),

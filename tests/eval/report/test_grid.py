@@ -65,7 +65,7 @@ def test_held_out_lines_take_each_subject_at_the_others_best_setting(settings, f
     lines = held_out_lines(settings, results, found)
     assert [line.title for line in lines] == ["Real photos", "Base model", "Double GSOFT medium", "LoRA medium"]
     chosen = chosen_rows(lines, found.subjects)[0]
-    assert (chosen["cup"], chosen["rex"]) == ("0.001, 1 steps", "0.01, 1 steps")
+    assert (chosen["cup"], chosen["rex"]) == ("0.001, step 1", "0.01, step 1")
     cup = results[Cell("double_gsoft", "medium", 1e-3, "cup", 1)]
     assert lines[2].scores["dino"]["cup"][1] == cup["curve"][0]["dino"]
     assert all(len(seeds) == 2 for seeds in lines[3].scores["drift"].values())

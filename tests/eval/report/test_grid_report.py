@@ -77,7 +77,7 @@ def test_sheets_have_the_step_that_was_chosen(world, finished_grid, tmp_path, in
     ]
     assert all(row.pictures.keys() == sheet.columns.keys() for row in sheet.rows.values())
     label = sheet.rows[f"lora--medium--lr0.001--rex--seed0{after}"].label
-    assert label == "LoRA medium, 0.001" + (", 1 steps" if step == 1 else "")
+    assert label == "LoRA medium, 0.001" + (", step 1" if step == 1 else "")
 
 
 def test_without_sheets_no_picture_leaves_the_working_folder(world, finished_grid, tmp_path, in_process):

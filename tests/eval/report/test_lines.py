@@ -59,7 +59,7 @@ def test_a_rate_with_one_divergence_has_no_scores(settings, finished):
     [
         (Cell("base", None, None, "rex", 0), {}, "Base model", "Base model"),
         (Cell("lora", "small", 2e-3, "rex", 0), {}, "LoRA small", "LoRA small, 0.002"),
-        (Cell("lora", "small", 2e-3, "rex", 0), {"stopped_at": 60}, "LoRA small", "LoRA small, 0.002, 60 steps"),
+        (Cell("lora", "small", 2e-3, "rex", 0), {"stopped_at": 60}, "LoRA small", "LoRA small, 0.002, step 60"),
         (Cell("full", None, 1e-4, "rex", 0), {}, "Full fine-tuning", "Full fine-tuning, 0.0001"),
     ],
 )
