@@ -20,12 +20,14 @@ from eval.baselines import BaselineConfig
 from eval.cell import pictures_of
 from eval.engines import ENGINES
 from eval.engines.worker import Workers, cores_each
-from eval.experiment import Cell, Experiment, base_cells, grid_cells, main_cells, sweep_cells
-from eval.methods import METHODS, adapted_layers, count_parameters, describe, matched
-from eval.prompts import prompts_for
+from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
+from eval.methods import TITLES, adapted_layers, adapts_text_encoder, count_parameters, describe, matched
+from eval.prompts import UNRELATED, prompts_for
+from eval.report.fronts import POWER, detectable_difference
 from eval.report.grid import held_out_lines, read_grid
 from eval.report.lines import Line, table_lines
 from eval.report.rates import choose_learning_rates
+from eval.report.spread import spread_of_differences
 from eval.report.write import write_report
 from eval.results import PAGE_NAME, SETTINGS, Results, all_results, collect_results
 from eval.subject_sheets import write_subject_sheet
@@ -38,7 +40,7 @@ from gsoft_diffusion.models.loading import fetch_model, load_model
 from gsoft_diffusion.scoring.encoders import load_encoders
 
 FREE_TO_CHANGE = {  # they decide which cells there are and what is shown of them, not what is in one
-    *("seeds", "subjects", "methods", "budgets", "learning_rates", "sweep_subjects", "sweep_budget"),
+    *("seeds", "subjects", "methods", "budgets", "medium_only", "learning_rates", "sweep_subjects", "sweep_budget"),
     *("seconds_per_step", "seconds_per_picture", "difference_sd", "sheets"),
 }
 BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
@@ -75,7 +77,7 @@ def run_benchmark(
     else:
         results = run_missing("learning rates", sweep_cells(experiment))
         rates = choose_learning_rates(experiment, results)
-        print("chosen: " + ", ".join(f"{METHODS[method]} {rate:g}" for method, rate in rates.items()))
+        print("chosen: " + ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in rates.items()))
         results = run_missing("comparison", main_cells(experiment, rates))
         lines = table_lines(experiment, results, rates)
     if experiment.sheets:
@@ -172,6 +174,13 @@ def left_out(before: Experiment, now: Experiment) -> list[str]:
         if name not in getattr(now, field)
     ]
     lost += [
+        f"{method} at the size {budget}"
+        for method in now.methods
+        if method in before.methods
+        for budget in budgets_of(method, before)
+        if budget in now.budgets and budget not in budgets_of(method, now)
+    ]
+    lost += [
         f"{method}'s learning rate {rate:g}" for method in now.methods for rate in _lost_rates(before, now, method)
     ]
     for field, title in (("seeds", "seeds"), ("sweep_subjects", "subjects in its sweep")):
@@ -185,11 +194,12 @@ def _lost_rates(before: Experiment, now: Experiment, method: str) -> list[float]
     return [rate for rate in getattr(before.learning_rates, method) if method in before.methods and rate not in kept]
 
 
-def plan(experiment: Experiment, out: Path, workers: int) -> str:
+def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None = None) -> str:
     """What `run_benchmark` would do: methods with their sizes, cells, time, disk. Loads no weights but the base's.
 
     experiment: the settings. out: the folder, of which cells that are done are left out of the time. workers: cells at
-    a time. Raises UserError if subjects or prompts cannot be read.
+    a time. earlier: folder of a finished comparison, whose spread says which difference this one can detect; without
+    it, the settings say. Raises UserError if subjects or prompts cannot be read.
     """
     phases = {"base model and photos": base_cells(experiment)}
     if experiment.grid:
@@ -233,7 +243,21 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
         f"in all {_hours(seconds / workers)} with {workers} workers ({source}), {bytes_ / 1e9:.2f} GB of pictures, "
         f"about {lines_bytes / 1e6:.0f} MB of results.jsonl"
     )
+    lines.append(_detectable(experiment, len(subjects), earlier))
     return "\n".join(lines)
+
+
+def _detectable(experiment: Experiment, subjects: int, earlier: Path | None) -> str:
+    """Which difference between two methods the comparison can detect."""
+    deviation = spread_of_differences(earlier) if earlier else experiment.difference_sd
+    least = detectable_difference(deviation, subjects)
+    if least is None:
+        return "detectable difference: none, since one subject says nothing of others"
+    source = f"as in {earlier}" if earlier else "as difference_sd says"
+    return (
+        f"detectable difference in balance: {least:.3f} ({POWER:.0%} power at 5 %, two-sided, {subjects} subjects; "
+        f"standard deviation of differences over subjects {deviation:.3f}, {source})"
+    )
 
 
 def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
@@ -243,12 +267,13 @@ def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
     lines = [f"{len(layers)} layers are adapted, {full:,} numbers"]
     for budget in experiment.budgets:
         for method in experiment.methods:
-            config = matched(method, budget, layers, experiment.text_encoder, experiment.output_scale)
-            count = count_parameters(config, layers) or 0
-            if method != "full":
-                lines.append(
-                    f"    {budget:7} {METHODS[method]:13} {describe(config):12} {count:>12,} ({count / full:.1%})"
-                )
+            if budget not in budgets_of(method, experiment):
+                continue
+            text_encoder = adapts_text_encoder(method, experiment.text_encoder)
+            own = adapted_layers(models.denoiser, models.text_encoders, text_encoder)
+            config = matched(method, budget, own, text_encoder, experiment.output_scale)
+            count = count_parameters(config, own) or 0
+            lines.append(f"    {budget:7} {TITLES[method]:30} {describe(config):12} {count:>12,} ({count / full:.1%})")
     return lines
 
 
@@ -268,6 +293,7 @@ def _seconds(experiment: Experiment, cell: Cell, pictures: int, measured: dict[s
         return measured[cell.method]
     drawn = pictures * _scorings(experiment, cell)
     steps = 0 if cell.method == "base" else experiment.max_train_steps
+    drawn += 0 if cell.method == "base" else len(UNRELATED) * experiment.unrelated_images  # the base model's, for drift
     return steps * experiment.seconds_per_step + drawn * experiment.seconds_per_picture
 
 
@@ -290,7 +316,14 @@ def main() -> int:
     parser.add_argument("--out", type=expanded_path, required=True, help="folder for results and report")
     parser.add_argument("--subjects_dir", help="folder of subjects, or of photos of one, instead of the file's")
     parser.add_argument("--class_word", help="what the photos show, if the folder is of one subject")
-    parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list cells, sizes, time, disk and what can be detected; run nothing"
+    )
+    parser.add_argument(
+        "--earlier",
+        type=expanded_path,
+        help="with --dry-run: folder of a finished comparison, whose spread says which difference this one can detect",
+    )
     parser.add_argument("--engine", choices=ENGINES, default="local", help="where cells run (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time (default: %(default)s)")
     parser.add_argument("--cores", type=int, help="for each cell (default: this machine's, shared among the workers)")
@@ -298,11 +331,13 @@ def main() -> int:
     for name in ("workers", "cores"):
         if (given := vars(args)[name]) is not None and given < 1:
             raise UserError(f"--{name} {given}: must be 1 or more")
+    if args.earlier and not args.dry_run:
+        raise UserError(f"--earlier {args.earlier}: only a dry run says what can be detected; give --dry-run as well")
     settings = read_yaml(args.experiment)
     settings |= {name: vars(args)[name] for name in ("subjects_dir", "class_word") if vars(args)[name]}
     experiment = Experiment.from_dict(settings, args.experiment)
     if args.dry_run:
-        print(plan(experiment, args.out, args.workers))
+        print(plan(experiment, args.out, args.workers, args.earlier))
     else:
         run_benchmark(experiment, args.out, args.engine, args.workers, args.cores)
     return 0

@@ -27,7 +27,7 @@ from PIL import Image
 
 from eval.baselines import BaselineAdapter, BaselineConfig, baseline_maker, load_baseline
 from eval.experiment import Cell, Experiment
-from eval.methods import AnyConfig, adapted_layers, count_parameters, describe, matched
+from eval.methods import AnyConfig, adapted_layers, adapts_text_encoder, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
 from eval.results import CELL_RESULT, as_columns, cell_folder, is_done, step_folder, work_folder
 from eval.subjects import Subject
@@ -125,9 +125,9 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
 
 def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
     subject, prompts, models, encoders = _prepare(experiment, cell)
-    layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
-    budget = cell.budget or "medium"
-    method = matched(cell.method, budget, layers, experiment.text_encoder, experiment.output_scale)
+    text_encoder = adapts_text_encoder(cell.method, experiment.text_encoder)
+    layers = adapted_layers(models.denoiser, models.text_encoders, text_encoder)
+    method = matched(cell.method, cell.budget or "medium", layers, text_encoder, experiment.output_scale)
     config = _training(experiment, cell, subject, models, out, scratch)
     if isinstance(method, AdapterConfig):
         method = replace(method, parametrization=experiment.parametrization)
@@ -194,7 +194,14 @@ def _training(
     """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
     digest = hashlib.sha256(subject.class_word.encode()).hexdigest()[:12]  # other words may have the same slug
     class_images = work_folder(out) / "class_images" / f"{slug(subject.class_word)}-{digest}"
-    config = experiment.training(subject, cell.seed, cell.learning_rate or 1, scratch / "run", class_images)
+    config = experiment.training(
+        subject,
+        cell.seed,
+        cell.learning_rate or 1,
+        adapts_text_encoder(cell.method, experiment.text_encoder),
+        scratch / "run",
+        class_images,
+    )
     return with_model_defaults(config.resolved(), models)
 
 

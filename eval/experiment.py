@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.methods import BUDGETS, METHODS
+from eval.methods import BUDGETS, METHODS, TITLES
 from eval.prompts import DREAMBOOTH
 from eval.subjects import Subject, read_subjects
 from gsoft.config import Parametrization
@@ -26,6 +26,9 @@ class LearningRates(Settings):
     """The learning rates that each method is tried with; the best of them is used for its rows.
 
     double_gsoft: of Double GSOFT.
+    double_gsoft_dense: of Double GSOFT with a dense Q.
+    double_gsoft_unscaled: of Double GSOFT without its output scale.
+    double_gsoft_denoiser: of Double GSOFT on the denoiser alone.
     gsoft: of GSOFT.
     lora: of LoRA.
     dora: of DoRA.
@@ -37,6 +40,9 @@ class LearningRates(Settings):
     """
 
     double_gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft_dense: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft_unscaled: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft_denoiser: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     lora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     dora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -47,7 +53,7 @@ class LearningRates(Settings):
     full: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
 
     def __post_init__(self) -> None:
-        for method in METHODS:
+        for method in TITLES:
             rates = getattr(self, method)
             if not rates or min(rates) <= 0:
                 raise UserError(f"learning_rates.{method}: give one or more, each above 0")
@@ -60,8 +66,11 @@ class Experiment(Settings):
     subjects_dir: folder of subjects (see eval/subjects.py), or of the photos of one.
     class_word: what the photos show, if the folder is of one subject.
     subjects: names of the subjects to take; by default all.
-    methods: which methods: double_gsoft, gsoft, lora, dora, boft, oft, hra, lokr, full.
+    methods: which methods: double_gsoft, gsoft, lora, dora, boft, oft, hra, lokr, full; and Double GSOFT with one thing
+      changed: double_gsoft_dense (dense Q), double_gsoft_unscaled (no output scale), double_gsoft_denoiser (no text
+      encoder). By default the former.
     budgets: which sizes: small, medium, large.
+    medium_only: those of the methods that are compared at the medium size only.
     seeds: how often everything is repeated, with seeds 0, 1, 2, …
     learning_rates: what is tried for each method.
     grid: train every method at every size and rate on all subjects and seeds, and score each step of `curve_every`: for
@@ -106,6 +115,7 @@ class Experiment(Settings):
     subjects: tuple[str, ...] = ()
     methods: tuple[str, ...] = tuple(METHODS)
     budgets: tuple[str, ...] = tuple(BUDGETS)
+    medium_only: tuple[str, ...] = ()
     seeds: int = 2
     learning_rates: LearningRates = LearningRates()
     grid: bool = False
@@ -146,10 +156,17 @@ class Experiment(Settings):
     difference_sd: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, known in (("methods", METHODS), ("budgets", BUDGETS)):
+        for name, known in (("methods", TITLES), ("budgets", BUDGETS)):
             given = getattr(self, name)
             if not given or set(given) - set(known):
                 raise UserError(f"{name}: {', '.join(given) or 'nothing'}; choose from {', '.join(known)}")
+        if unknown := [name for name in self.medium_only if name not in self.methods]:
+            raise UserError(f"medium_only: {', '.join(unknown)} is none of methods; give some of these")
+        if self.medium_only and "medium" not in self.budgets:
+            raise UserError("medium_only would have no effect: budgets have no medium; add it, or leave it out")
+        for name, alike in (("double_gsoft_denoiser", self.text_encoder), ("double_gsoft_unscaled", self.output_scale)):
+            if name in self.methods and not alike:
+                raise UserError(f"methods: {name} is what double_gsoft is with these settings; leave it out")
         if self.sweep_budget not in BUDGETS:
             raise UserError(f"sweep_budget: {self.sweep_budget}; choose from {', '.join(BUDGETS)}")
         if self.mixed_precision not in DTYPES:
@@ -189,13 +206,19 @@ class Experiment(Settings):
         return [*range(self.curve_every, self.max_train_steps, self.curve_every), self.max_train_steps]
 
     def training(
-        self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
+        self,
+        subject: Subject,
+        seed: int,
+        learning_rate: float,
+        text_encoder: bool,
+        output_dir: Path,
+        class_images: Path,
     ) -> TrainingConfig:
         """The trainer's settings for one cell, the method's own left out.
 
         subject: what is learned. seed: the cell's; it decides whether there are checkpoints. learning_rate: of the
-        denoiser and the text encoder. output_dir: the run's folder. class_images: folder for pictures of the class,
-        used only with prior preservation.
+        denoiser and the text encoder. text_encoder: whether the cell's method adapts that. output_dir: the run's
+        folder. class_images: folder for pictures of the class, used only with prior preservation.
         """
         shared: dict[str, Any] = {name: getattr(self, name) for name in _TRAINING}
         return TrainingConfig.from_dict(
@@ -207,8 +230,8 @@ class Experiment(Settings):
                 "class_data_dir": str(class_images) if self.with_prior_preservation else None,
                 "seed": seed,
                 "learning_rate": learning_rate,
-                "adapter": replace(TrainingConfig.adapter, text_encoder=self.text_encoder).to_dict(),
-                "text_encoder_lr": learning_rate if self.text_encoder else None,
+                "adapter": replace(TrainingConfig.adapter, text_encoder=text_encoder).to_dict(),
+                "text_encoder_lr": learning_rate if text_encoder else None,
                 "sampler": self.sampler.to_dict(),
                 "checkpointing_steps": self.recorded_every(seed),
                 "num_validation_images": 0,
@@ -264,7 +287,7 @@ _TRAINING = (
 class Cell:
     """One independent job: train one method on one subject with one seed, draw and score.
 
-    method: a key of `METHODS`, or `base`, which trains nothing.
+    method: a key of `TITLES`, or `base`, which trains nothing.
     budget, learning_rate: None where the method has none.
     """
 
@@ -289,9 +312,11 @@ class Cell:
 def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
     """The budgets that a method is trained at: None alone for full fine-tuning and the base model, which have one size.
 
-    method: a key of `METHODS`, or `base`. experiment: says which budgets there are.
+    method: a key of `TITLES`, or `base`. experiment: says which budgets there are.
     """
-    return (None,) if method in ("full", "base") else experiment.budgets
+    if method in ("full", "base"):
+        return (None,)
+    return ("medium",) if method in experiment.medium_only else experiment.budgets
 
 
 def sweep_cells(experiment: Experiment) -> list[Cell]:

@@ -29,6 +29,12 @@ METHODS = {  # name in tables
     "lokr": "LoKr",
     "full": "Full fine-tuning",
 }
+ABLATIONS = {  # Double GSOFT with one thing changed; GSOFT itself is the one with rotations on one side only
+    "double_gsoft_dense": "Double GSOFT, dense Q",
+    "double_gsoft_unscaled": "Double GSOFT, no output scale",
+    "double_gsoft_denoiser": "Double GSOFT, no text encoder",
+}
+TITLES = METHODS | ABLATIONS
 # Share of the numbers that full fine-tuning of the same layers trains; in Stable Diffusion 2's UNet 6.6, 13.3 and 26.6
 # million of 99.9, the three groups of the paper's Table 2.
 BUDGETS = {"small": 0.066, "medium": 0.133, "large": 0.266}
@@ -40,9 +46,9 @@ def matched(
 ) -> AnyConfig:
     """The method's settings whose number of parameters comes nearest to the budget.
 
-    method: a key of `METHODS`; full fine-tuning has one size. budget: a key of `BUDGETS`. layers: all that will be
-    adapted. text_encoder: whether they include the text encoder's. output_scale: of GSOFT and Double GSOFT. Raises
-    UserError if nothing fits the widths.
+    method: a key of `TITLES`; full fine-tuning has one size. budget: a key of `BUDGETS`, a share of what full
+    fine-tuning trains in these layers. layers: all that will be adapted. text_encoder: whether they include the text
+    encoder's. output_scale: of GSOFT and Double GSOFT. Raises UserError if nothing fits the widths.
     """
     widths = [(linear.in_features, linear.out_features) for linear in layers.values()]
     target = BUDGETS[budget] * sum(math.prod(pair) for pair in widths)
@@ -78,6 +84,14 @@ def count_parameters(config: AnyConfig, layers: Mapping[str, nn.Linear]) -> int 
     return total
 
 
+def adapts_text_encoder(method: str, text_encoder: bool) -> bool:
+    """Whether a method adapts the text encoder.
+
+    method: a key of `TITLES`. text_encoder: whether methods do so in the comparison.
+    """
+    return text_encoder and method != "double_gsoft_denoiser"
+
+
 def adapted_layers(unet: nn.Module, text_encoders: Sequence[nn.Module], text_encoder: bool) -> dict[str, nn.Linear]:
     """All linear layers that every method adapts, under their names.
 
@@ -107,12 +121,17 @@ def _candidates(method: str, text_encoder: bool, output_scale: bool, narrowest: 
     if method == "lokr":
         return [BaselineConfig("lokr", factor=factor, text_encoder=text_encoder) for factor in range(2, 17)]
     shapes: list[dict[str, int]] = [{name: size} for name in ("nblocks", "block_size") for size in POWERS]
-    if method in ("gsoft", "double_gsoft"):
-        shared = {"double": method == "double_gsoft", "text_encoder": text_encoder, "output_scale": output_scale}
-        return [AdapterConfig(**shape, **shared) for shape in shapes]  # type: ignore[arg-type]
+    if method in ("gsoft", "double_gsoft", *ABLATIONS):
+        ours: dict[str, Any] = {
+            "double": method != "gsoft",
+            "nfactors": "dense" if method == "double_gsoft_dense" else 2,
+            "text_encoder": text_encoder,
+            "output_scale": output_scale and method != "double_gsoft_unscaled",
+        }
+        return [AdapterConfig(**(ours | shape)) for shape in shapes]
     if method == "oft":
         return [BaselineConfig("oft", **shape, text_encoder=text_encoder) for shape in shapes]
     if method == "boft":  # with one factor it would be OFT
         several = product(shapes, range(2, 7))
         return [BaselineConfig("boft", **shape, nfactors=m, text_encoder=text_encoder) for shape, m in several]
-    raise UserError(f"unknown method {method}; known are {', '.join(METHODS)}")
+    raise UserError(f"unknown method {method}; known are {', '.join(TITLES)}")

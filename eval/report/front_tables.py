@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from eval.methods import METHODS
+from eval.methods import TITLES
 from eval.report.fronts import (
     LEVEL,
     POWER,
@@ -33,12 +33,12 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
     return [
         {
             "size": each.budget or "",
-            "method": METHODS[each.method],
+            "method": TITLES[each.method],
             "settings": str(len(each.settings)),
             "subject (DINO) from – to": _reach(each.points, 0),
             "prompt (CLIP-T) from – to": _reach(each.points, 1),
             "area ↑": _shown(each.estimates[AREA]),
-            f"{METHODS[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
+            f"{TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
             "verdict": verdict(each.differences[AREA]) if each.differences else "",
         }
         for each in fronts.methods
@@ -58,12 +58,12 @@ def subject_rows(fronts: Fronts) -> list[dict[str, str]]:
 
 
 def _level_row(each: MethodFront, places: Iterable[int], at: Sequence[float], axis: int, score: str) -> dict[str, str]:
-    row = {"size": each.budget or "", "method": METHODS[each.method]}
+    row = {"size": each.budget or "", "method": TITLES[each.method]}
     for place, level in zip(places, at, strict=True):
         column = f"at {score} {level:.3f}"
         row[column] = _shown(each.estimates[place], _beyond(each.points, axis, level))
         difference = each.differences[place] if each.differences else None
-        row[f"{METHODS[OURS]} − this, {column}"] = (
+        row[f"{TITLES[OURS]} − this, {column}"] = (
             "" if difference is None or math.isnan(difference.interval.mean) else _shown(difference, signed=True)
         )
     return row
@@ -102,7 +102,7 @@ def setting_rows(fronts: Fronts, grid: Grid) -> list[dict[str, str]]:
             rows.append(
                 {
                     "size": each.budget or "",
-                    "method": METHODS[each.method],
+                    "method": TITLES[each.method],
                     "learning rate": f"{setting.learning_rate:g}",
                     "steps": str(setting.step),
                     "DINO": f"{point[0]:.3f}" if scored else "diverged",
@@ -114,16 +114,29 @@ def setting_rows(fronts: Fronts, grid: Grid) -> list[dict[str, str]]:
     return rows
 
 
-def chosen_rows(lines: Sequence[Line], subjects: Sequence[str]) -> list[dict[str, str]]:
+def chosen_rows(lines: Sequence[Line], grid: Grid) -> list[dict[str, str]]:
     """Which learning rate and step each subject is shown at: the best on all other subjects.
 
-    lines: held out. subjects: their names.
+    lines: held out. grid: what they were chosen from. A rate at the edge of those that were tried says that a better
+    one may lie beyond.
     """
-    return [
-        {"size": line.budget or "", "method": line.name} | {subject: _setting(line, subject) for subject in subjects}
-        for line in lines
-        if line.method not in ("photos", "base")
-    ]
+    rates = {(group.method, group.budget): {s.learning_rate for s in group.settings} for group in grid.groups}
+    rows = []
+    for line in lines:
+        if line.method in ("photos", "base"):
+            continue
+        tried = rates[line.method, line.budget]
+        chosen = [line.result_of(subject)["cell"]["learning_rate"] for subject in grid.subjects]
+        at_edge = sum(rate in (min(tried), max(tried)) for rate in chosen)
+        rows.append(
+            {
+                "size": line.budget or "",
+                "method": line.name,
+                "at the edge of its rates": f"{at_edge} of {len(chosen)}",
+                **{subject: _setting(line, subject) for subject in grid.subjects},
+            }
+        )
+    return rows
 
 
 def _setting(line: Line, subject: str) -> str:
@@ -163,10 +176,10 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
     paragraphs = []
     compared = [each for each in fronts.methods if each.differences]
     if not compared:
-        return f"{METHODS[OURS]} was not compared with another method of its size, so there is no verdict."
+        return f"{TITLES[OURS]} was not compared with another method of its size, so there is no verdict."
     for budget in dict.fromkeys(each.budget for each in compared):
         by_area = [
-            (METHODS[each.method], each.differences[AREA])
+            (TITLES[each.method], each.differences[AREA])
             for each in compared
             if each.budget == budget and each.differences
         ]
@@ -176,7 +189,7 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
             if size == budget and "balance" in intervals
         ]
         paragraphs.append(
-            f"At the size {budget}, by the area under the front {METHODS[OURS]} is {_verdicts(by_area)}. By balance, "
+            f"At the size {budget}, by the area under the front {TITLES[OURS]} is {_verdicts(by_area)}. By balance, "
             f"each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
         )
     return "\n\n".join([*paragraphs, _resolution(compared, grid, assumed)])

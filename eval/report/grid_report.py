@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eval.experiment import Experiment
-from eval.methods import METHODS
+from eval.methods import TITLES
 from eval.report.front_tables import (
     area_rows,
     chosen_rows,
@@ -55,8 +55,8 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
         "One setting for each, chosen on the other subjects": (
             f"{HELD_OUT}\n\n{markdown_table(table_rows(lines, bootstrap))}"
         ),
-        f"{METHODS[OURS]} against the others, at these settings": markdown_table(difference_rows(lines, bootstrap)),
-        "The settings that were chosen": markdown_table(chosen_rows(lines, grid.subjects)),
+        f"{TITLES[OURS]} against the others, at these settings": markdown_table(difference_rows(lines, bootstrap)),
+        "The settings that were chosen": markdown_table(chosen_rows(lines, grid)),
         "All settings": markdown_table(settings),
     }
     return Report(

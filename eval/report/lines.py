@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, main_cells, sweep_cells
-from eval.methods import METHODS
+from eval.methods import TITLES
 from eval.results import RESULTS, Results, recorded_steps, result_at
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.scoring import metrics
@@ -46,7 +46,7 @@ class Line:
     def name(self) -> str:
         """What tables call its method."""
         named = {"base": "Base model", "photos": "Real photos"}
-        return named.get(self.method) or METHODS[self.method]
+        return named.get(self.method) or TITLES[self.method]
 
     @property
     def title(self) -> str:
@@ -190,24 +190,38 @@ def at_step(line: Line, step: int, ends: References) -> Line:
     return line_of(line.method, line.budget, line.learning_rate, results, ends)
 
 
-def differences(
-    lines: Sequence[Line], ours: str = OURS, bootstrap: Bootstrap = metrics.bootstrap
-) -> list[tuple[str, str, dict[str, Interval]]]:
-    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals).
+Pairs = dict[str, dict[str, list[float]]]  # differences by score, subject and seed
 
-    lines: of the table. ours: the key in `METHODS` of the method that is compared. bootstrap: what makes an interval of
-    differences by subject. Intervals are by name of `COMPARED`, without those that one of the two lines lacks.
+
+def paired_scores(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, Pairs]]:
+    """Our method's scores minus each other one's of the same budget, by subject and seed: (budget, other, pairs).
+
+    lines: of the table. ours: the key in `TITLES` of the method that is compared. Pairs are by name of `COMPARED`,
+    without those that one of the two lines lacks.
     """
     mine = {line.budget: line for line in lines if line.method == ours}
     found = []
     for other in lines:
         if other.method in ("photos", "base", "full", ours) or other.budget not in mine:
             continue
-        intervals = {}
+        pairs: Pairs = {}
         for name in COMPARED:
             a, b = mine[other.budget].scores[name], other.scores[name]
             if a and a.keys() == b.keys():
-                pairs = {s: [x - y for x, y in zip(a[s], b[s], strict=True)] for s in a}
-                intervals[name] = bootstrap(pairs)
-        found.append((other.budget or "", other.name, intervals))
+                pairs[name] = {s: [x - y for x, y in zip(a[s], b[s], strict=True)] for s in a}
+        found.append((other.budget or "", other.name, pairs))
     return found
+
+
+def differences(
+    lines: Sequence[Line], ours: str = OURS, bootstrap: Bootstrap = metrics.bootstrap
+) -> list[tuple[str, str, dict[str, Interval]]]:
+    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals).
+
+    lines: of the table. ours: the key in `TITLES` of the method that is compared. bootstrap: what makes an interval of
+    differences by subject. Intervals are by name of `COMPARED`, without those that one of the two lines lacks.
+    """
+    return [
+        (budget, other, {name: bootstrap(scores) for name, scores in pairs.items()})
+        for budget, other, pairs in paired_scores(lines, ours)
+    ]

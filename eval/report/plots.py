@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.methods import METHODS
+from eval.methods import TITLES
 from eval.report.fronts import front
 from eval.report.grid import Fronts
 from eval.report.lines import Line
@@ -28,6 +28,9 @@ COLORS = {
     "hra": "#a8c545",
     "lokr": "#d46fa8",
     "full": "#6b6b6b",
+    "double_gsoft_dense": "#7a0c16",
+    "double_gsoft_unscaled": "#e8788a",
+    "double_gsoft_denoiser": "#8c5a2b",
 }
 MARKERS = {"small": "o", "medium": "s", "large": "^", None: "D"}
 
@@ -50,7 +53,7 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
         spread: dict[str, Any] = {"xerr": _error_bars(x), "yerr": _error_bars(y)}
         label = f"{line.name}{f', {line.budget}' if line.budget else ''}"
         axes.errorbar(x.mean, y.mean, fmt=marker, color=color, elinewidth=0.6, alpha=0.85, label=label, **spread)
-    for method in METHODS:
+    for method in TITLES:
         points = [(line.interval("clip_t"), line.interval("dino")) for line in lines if line.method == method]
         reached = [(x.mean, y.mean) for x, y in points if x and y]
         if len(reached) > 1:
@@ -83,7 +86,7 @@ def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, f
         points = {rate: (x.mean, y.mean) for rate, (x, y) in ends.items() if x and y}
         if not points:
             continue
-        axes.plot(*zip(*points.values(), strict=True), color=COLORS[method], linewidth=1, label=METHODS[method])
+        axes.plot(*zip(*points.values(), strict=True), color=COLORS[method], linewidth=1, label=TITLES[method])
         for rate, point in points.items():
             axes.plot(*point, "o", color=COLORS[method], markersize=8 if rate == chosen[method] else 3)
         for rate in {min(points), chosen[method], max(points)} & points.keys():
@@ -114,7 +117,7 @@ def front_plot(fronts: Fronts, miniature: bool) -> str:
     for axes, budget in zip(panels, budgets, strict=True):
         for each in fronts.methods:
             if each.budget in (budget, None):
-                color, name = COLORS[each.method], METHODS[each.method]
+                color, name = COLORS[each.method], TITLES[each.method]
                 envelope = front(each.points)
                 axes.plot(each.points[:, 1], each.points[:, 0], "o", color=color, markersize=2.5, alpha=0.5)
                 axes.plot(envelope[:, 1], envelope[:, 0], color=color, linewidth=1.4, label=name)

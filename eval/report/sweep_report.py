@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eval.experiment import Experiment
-from eval.methods import METHODS
+from eval.methods import TITLES
 from eval.report.introduction import introduction
 from eval.report.lines import OURS, references, sweep_lines, table_lines
 from eval.report.page import PICTURES, Report
@@ -32,7 +32,7 @@ def sweep_report(experiment: Experiment, results: Results) -> Report:
     sections = {
         "": introduction(experiment, lines, shown, encoders),
         "Scores": markdown_table(table_rows(lines)),
-        f"{METHODS[OURS]} against the others": markdown_table(difference_rows(lines)),
+        f"{TITLES[OURS]} against the others": markdown_table(difference_rows(lines)),
         "Learning rates": markdown_table(sweep),
         **({PICTURES: ""} if experiment.sheets else {}),
     }

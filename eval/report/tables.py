@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
-from eval.methods import METHODS
+from eval.methods import TITLES
 from eval.report.lines import COMPARED, OURS, SCORES, Bootstrap, Line, References, at_step, differences, steps_of
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.metrics import Interval
@@ -51,7 +51,7 @@ def sweep_rows(
                 if line.results and not line.scores["dino"]:
                     texts = dict.fromkeys(texts, "diverged")
                 after = {"steps": str(step or "")} if curves else {}
-                names = {"method": METHODS[method], **after, "learning rate": f"{rate:g}"}
+                names = {"method": TITLES[method], **after, "learning rate": f"{rate:g}"}
                 rows.append(names | texts | {"chosen": "✓" if rate == chosen[method] and step == steps[-1] else ""})
     return rows
 
@@ -64,7 +64,7 @@ def difference_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootst
     return [
         {
             "budget": budget,
-            f"{METHODS[OURS]} minus": other,
+            f"{TITLES[OURS]} minus": other,
             **{SCORES[name].split(" ")[0]: text_of(intervals.get(name), signed=True) for name in COMPARED},
         }
         for budget, other, intervals in differences(lines, bootstrap=bootstrap)

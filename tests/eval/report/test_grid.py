@@ -64,8 +64,9 @@ def test_held_out_lines_take_each_subject_at_the_others_best_setting(settings, f
     ours.balances[:] = [[[0.1] * 2, [0.9] * 2], [[0.2] * 2, [0.3] * 2], [[0.9] * 2, [0.4] * 2], [[0.3] * 2, [0.1] * 2]]
     lines = held_out_lines(settings, results, found)
     assert [line.title for line in lines] == ["Real photos", "Base model", "Double GSOFT medium", "LoRA medium"]
-    chosen = chosen_rows(lines, found.subjects)[0]
+    chosen = chosen_rows(lines, found)[0]
     assert (chosen["cup"], chosen["rex"]) == ("0.001, step 1", "0.01, step 1")
+    assert chosen["at the edge of its rates"] == "2 of 2"
     cup = results[Cell("double_gsoft", "medium", 1e-3, "cup", 1)]
     assert lines[2].scores["dino"]["cup"][1] == cup["curve"][0]["dino"]
     assert all(len(seeds) == 2 for seeds in lines[3].scores["drift"].values())
@@ -85,7 +86,7 @@ def test_a_method_that_diverged_everywhere_has_a_line_and_no_front(settings, fin
     fronts = compare_fronts(found, resamples=50)
     assert area_rows(fronts)[1]["subject (DINO) from – to"] == "diverged"
     assert {row["CLIP-T"] for row in setting_rows(fronts, found)[4:]} == {"diverged"}
-    assert chosen_rows(lines, found.subjects)[1]["rex"] == "diverged"
+    assert chosen_rows(lines, found)[1]["rex"] == "diverged"
     assert "diverged" in prompt_rows(fronts)[1].values()
 
 
