@@ -38,7 +38,7 @@ SHAPING = {  # the settings that decide a method's size: exactly these must be g
     "lora": [{"rank"}],
     "dora": [{"rank"}],
     "hra": [{"rank"}],
-    "lokr": [{"factor"}],
+    "lokr": [{"factor"}, {"factor", "rank"}],
     "boft": [{"nblocks", "nfactors"}, {"block_size", "nfactors"}],
     "oft": [{"nblocks"}, {"block_size"}],
     "full": [set[str]()],
@@ -54,10 +54,10 @@ class BaselineConfig(Settings):
     method: lora (Hu et al., arXiv 2106.09685), dora (Liu et al., arXiv 2402.09353), boft (Liu et al., arXiv
       2311.06243), oft (version 2, Qiu et al., arXiv 2506.19847), hra (Yuan et al., arXiv 2405.17484, without its
       regularisation), lokr (Yeh et al., arXiv 2309.14859) or full, which trains the weights themselves.
-    rank: of LoRA's and DoRA's product, whose scaling is 1; how many reflections HRA has, which must be even, so that
-      they undo each other at the start.
-    factor: sides of LoKr's first matrix, where they divide the width; the second, trained as a whole, is so much
-      smaller than the weight.
+    rank: of LoRA's and DoRA's product, whose scaling is 1, and of LoKr's second matrix, which is trained as a whole
+      without a rank or where the rank is half its side or more; how many reflections HRA has, which must be even, so
+      that they undo each other at the start.
+    factor: sides of LoKr's first matrix, where they divide the width.
     nblocks: diagonal blocks of OFT's matrix and of each of BOFT's factors; give this or `block_size`.
     block_size: side of every block.
     nfactors: BOFT's butterfly factors.
@@ -109,7 +109,7 @@ class BaselineAdapter(nn.Module):
 
     Parameters are float32 and named like an `Adapter`'s: `unet.<attention path>.to_q.lora_a`, `….lora_b` for LoRA, with
     `….magnitude` for DoRA; `….rotation` for OFT; `….rotation` and `….output_scale` for BOFT; `….reflections` for HRA;
-    `….small` and `….large` for LoKr's two matrices; `….weight` for full fine-tuning.
+    `….small` and `….large`, or `….large_a` and `….large_b`, for LoKr's two matrices; `….weight` for full fine-tuning.
     """
 
     def __init__(self, config: BaselineConfig, unet: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
@@ -345,7 +345,10 @@ def expected_parameters(
         (small_out, large_out), (small_in, large_in) = (
             lokr.factorization(width, config.factor or 1) for width in (out_features, in_features)
         )
-        return {"small": (small_out, small_in), "large": (large_out, large_in)}
+        small: dict[str, tuple[int, ...]] = {"small": (small_out, small_in)}
+        if config.rank is None or config.rank >= max(large_out, large_in) / 2:
+            return small | {"large": (large_out, large_in)}
+        return small | {"large_a": (large_out, rank), "large_b": (rank, large_in)}
     nblocks, size = fit_blocks(in_features, config.nblocks, config.block_size, layer)
     if config.method == "oft":
         return {"rotation": (nblocks, free_numbers(size))}
@@ -401,7 +404,8 @@ def _peft_config(config: BaselineConfig, names: list[str]) -> Any:
     if config.method == "hra":
         return HRAConfig(r=rank, target_modules=names)
     if config.method == "lokr":
-        return LoKrConfig(r=WHOLE, alpha=WHOLE, decompose_factor=config.factor or 1, target_modules=names)
+        rank = config.rank or WHOLE
+        return LoKrConfig(r=rank, alpha=rank, decompose_factor=config.factor or 1, target_modules=names)
     if config.method == "oft":
         return OFTConfig(r=size["nblocks"], oft_block_size=size["block_size"], target_modules=names)
     return BOFTConfig(
@@ -435,7 +439,8 @@ def _parameters(layer: Any) -> dict[str, nn.Parameter]:
     if kind is hra.HRALinear:
         return {"reflections": layer.hra_u[PEFT_NAME]}
     if kind is lokr.Linear:
-        return {"small": layer.lokr_w1[PEFT_NAME], "large": layer.lokr_w2[PEFT_NAME]}
+        found = {"small": layer.lokr_w1, "large": layer.lokr_w2, "large_a": layer.lokr_w2_a, "large_b": layer.lokr_w2_b}
+        return {name: each[PEFT_NAME] for name, each in found.items() if PEFT_NAME in each}
     if kind is oft.Linear:
         return {"rotation": layer.oft_R[PEFT_NAME].weight}
     return {"rotation": layer.boft_R[PEFT_NAME], "output_scale": layer.boft_s[PEFT_NAME]}

@@ -271,7 +271,7 @@ def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
                 continue
             text_encoder = adapts_text_encoder(method, experiment.text_encoder)
             own = adapted_layers(models.denoiser, models.text_encoders, text_encoder)
-            config = matched(method, budget, own, text_encoder, experiment.output_scale)
+            config = matched(method, budget, layers, text_encoder, experiment.output_scale)
             count = count_parameters(config, own) or 0
             lines.append(f"    {budget:7} {TITLES[method]:30} {describe(config):12} {count:>12,} ({count / full:.1%})")
     return lines

@@ -126,8 +126,9 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
 def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
     subject, prompts, models, encoders = _prepare(experiment, cell)
     text_encoder = adapts_text_encoder(cell.method, experiment.text_encoder)
+    all_layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
+    method = matched(cell.method, cell.budget or "medium", all_layers, text_encoder, experiment.output_scale)
     layers = adapted_layers(models.denoiser, models.text_encoders, text_encoder)
-    method = matched(cell.method, cell.budget or "medium", layers, text_encoder, experiment.output_scale)
     config = _training(experiment, cell, subject, models, out, scratch)
     if isinstance(method, AdapterConfig):
         method = replace(method, parametrization=experiment.parametrization)

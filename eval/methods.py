@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -46,10 +47,15 @@ def matched(
 ) -> AnyConfig:
     """The method's settings whose number of parameters comes nearest to the budget.
 
-    method: a key of `TITLES`; full fine-tuning has one size. budget: a key of `BUDGETS`, a share of what full
-    fine-tuning trains in these layers. layers: all that will be adapted. text_encoder: whether they include the text
-    encoder's. output_scale: of GSOFT and Double GSOFT. Raises UserError if nothing fits the widths.
+    method: a key of `TITLES`; full fine-tuning has one size. budget: a key of `BUDGETS`. layers: all that methods adapt
+    in the comparison. text_encoder: whether this one adapts the text encoder's. output_scale: of GSOFT and Double
+    GSOFT. Double GSOFT without its scale or the text encoder keeps the blocks that it has with them. Raises UserError
+    if nothing fits the widths.
     """
+    if method in ("double_gsoft_unscaled", "double_gsoft_denoiser"):
+        whole = matched("double_gsoft", budget, layers, text_encoder, output_scale)
+        assert isinstance(whole, AdapterConfig)
+        return replace(whole, output_scale=output_scale and method != "double_gsoft_unscaled")
     widths = [(linear.in_features, linear.out_features) for linear in layers.values()]
     target = BUDGETS[budget] * sum(math.prod(pair) for pair in widths)
     candidates = _candidates(method, text_encoder, output_scale, min(min(pair) for pair in widths))
@@ -119,14 +125,15 @@ def _candidates(method: str, text_encoder: bool, output_scale: bool, narrowest: 
         ranks = range(2, narrowest, 2) if method == "hra" else range(1, narrowest)
         return [BaselineConfig(method, rank=rank, text_encoder=text_encoder) for rank in ranks]  # type: ignore[arg-type]
     if method == "lokr":
-        return [BaselineConfig("lokr", factor=factor, text_encoder=text_encoder) for factor in range(2, 17)]
+        below: list[int | None] = [None, *range(1, narrowest // 4)]  # None: the second matrix as a whole
+        return [BaselineConfig("lokr", factor=2, rank=rank, text_encoder=text_encoder) for rank in below]
     shapes: list[dict[str, int]] = [{name: size} for name in ("nblocks", "block_size") for size in POWERS]
-    if method in ("gsoft", "double_gsoft", *ABLATIONS):
+    if method in ("gsoft", "double_gsoft", "double_gsoft_dense"):
         ours: dict[str, Any] = {
             "double": method != "gsoft",
             "nfactors": "dense" if method == "double_gsoft_dense" else 2,
             "text_encoder": text_encoder,
-            "output_scale": output_scale and method != "double_gsoft_unscaled",
+            "output_scale": output_scale,
         }
         return [AdapterConfig(**(ours | shape)) for shape in shapes]
     if method == "oft":

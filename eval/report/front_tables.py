@@ -197,7 +197,7 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
 
 def _verdicts(differences: Sequence[tuple[str, Estimate]]) -> str:
     words = {"ahead": "ahead of", "behind": "behind", "not decided": "not decided against"}
-    words["no interval"] = "without an interval (one subject or one seed), so without a verdict, against"
+    words["no interval"] = "without an interval, so without a verdict, against"
     found = {word: [pair for pair in differences if verdict(pair[1]) == word] for word in words}
     return "; ".join(
         f"{words[word]} " + ", ".join(f"{name} ({_shown(each, signed=True)})" for name, each in pairs)
@@ -215,7 +215,7 @@ def _resolution(compared: Sequence[MethodFront], grid: Grid, assumed: float) -> 
         f"{len(grid.subjects)} subjects, standard deviation of differences {assumed:g}). "
     )
     if not widths:
-        return text + "There are no intervals: they need two or more subjects and seeds."
+        return text + "No difference has an interval: that needs two or more subjects and seeds, and ends in order."
     return text + (
         f"The {LEVEL:.0%} intervals of the {len(widths)} differences in area reach {min(widths):.3f} to "
         f"{max(widths):.3f} to either side, with a median of {sorted(widths)[len(widths) // 2]:.3f}. Of twenty "

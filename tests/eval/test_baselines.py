@@ -25,6 +25,7 @@ CONFIGS = {
     "dora": BaselineConfig("dora", rank=3),
     "hra": BaselineConfig("hra", rank=4),
     "lokr": BaselineConfig("lokr", factor=2),
+    "lokr by rank": BaselineConfig("lokr", factor=2, rank=3),
     "boft": BaselineConfig("boft", nblocks=4, nfactors=3),
     "boft by block size": BaselineConfig("boft", block_size=4, nfactors=2),
     "oft": BaselineConfig("oft", block_size=4),
@@ -151,11 +152,14 @@ def test_hra_is_a_chain_of_reflections():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_lokr_adds_a_kronecker_product():
+@pytest.mark.parametrize("name", ["lokr", "lokr by rank"])
+def test_lokr_adds_a_kronecker_product(name):
     """`W + w₁ ⊗ w₂` (arXiv 2309.14859)."""
-    layer, adapter, weight, found = tuned_layer("lokr")
+    layer, adapter, weight, found = tuned_layer(name)
     numbers = numbers_of(adapter, layer)
     assert numbers["small"].shape == (2, 2)
+    if name == "lokr by rank":
+        numbers["large"] = numbers["large_a"] @ numbers["large_b"]
     torch.testing.assert_close(found, weight + torch.kron(numbers["small"], numbers["large"]), rtol=1e-4, atol=1e-5)
 
 
@@ -212,6 +216,8 @@ def test_counts_by_hand():
     assert baseline_count(BaselineConfig("dora", rank=4), 320, 640) == 4 * 960 + 640
     assert baseline_count(BaselineConfig("hra", rank=4), 320, 640) == 4 * 320
     assert baseline_count(BaselineConfig("lokr", factor=4), 320, 640) == 4 * 4 + 80 * 160
+    assert baseline_count(BaselineConfig("lokr", factor=4, rank=80), 320, 640) == 4 * 4 + 80 * 160
+    assert baseline_count(BaselineConfig("lokr", factor=4, rank=79), 320, 640) == 4 * 4 + 79 * 240
 
 
 def test_merge_unmerge_and_disabled(config):
@@ -312,7 +318,7 @@ def test_orthogonality_is_reported_where_there_is_any():
         ({"method": "full", "rank": 4}, "full takes nothing"),
         ({"method": "lora", "rank": 0}, "--rank 0: must be 1 or more"),
         ({"method": "hra", "rank": 3}, "rank 3: must be even for hra"),
-        ({"method": "lokr", "rank": 3}, "lokr takes factor as its size, not rank"),
+        ({"method": "lokr", "rank": 3}, "lokr takes factor or factor and rank as its size, not rank"),
         ({"method": "vera", "rank": 4}, "method: 'vera' is not one of"),
     ],
 )

@@ -340,8 +340,7 @@ def test_an_ablation_changes_one_thing(world):
     assert dense == replace(ours, nfactors="dense", nblocks=dense.nblocks, block_size=dense.block_size)
     assert adapts_text_encoder("double_gsoft", True)
     assert not adapts_text_encoder("double_gsoft_denoiser", True)
-    alone = adapted_layers(model.unet, [model.text_encoder], False)
-    assert matched("double_gsoft_denoiser", "medium", alone, False) == replace(ours, text_encoder=False)
+    assert matched("double_gsoft_denoiser", "medium", layers, False) == replace(ours, text_encoder=False)
 
 
 def test_ablations_run_beside_the_method_that_they_change(world, tmp_path):
@@ -353,7 +352,7 @@ def test_ablations_run_beside_the_method_that_they_change(world, tmp_path):
     assert found["double_gsoft_dense"]["method"]["nfactors"] == "dense"
     assert found["double_gsoft_unscaled"]["method"]["output_scale"] is False
     assert found["double_gsoft_denoiser"]["training"]["text_encoder_lr"] is None
-    assert found["double_gsoft_denoiser"]["parameters"] < found["double_gsoft_unscaled"]["parameters"]
+    assert found["double_gsoft_denoiser"]["full_parameters"] < found["double_gsoft_unscaled"]["full_parameters"]
     assert all("scores" in result for result in found.values())
 
 

@@ -97,7 +97,8 @@ def test_a_single_seed_has_no_intervals(world, finished_grid, tmp_path):
     write_report(grid(world, seeds=1), out)
     text = (out / "report.md").read_text()
     assert "no interval, since one subject or one seed" in text
-    assert "without an interval (one subject or one seed), so without a verdict, against LoRA" in text
+    assert "without an interval, so without a verdict, against LoRA" in text
+    assert "No difference has an interval: that needs two or more subjects and seeds" in text
     for name in ("table.csv", "fronts.csv"):
         rows = list(csv.DictReader((out / name).open()))
         assert not any(value for row in rows for key, value in row.items() if key.endswith(("_low", "_high")))
