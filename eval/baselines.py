@@ -1,4 +1,4 @@
-"""What GSOFT is compared with: LoRA, BOFT and OFT from PEFT, and full fine-tuning, on exactly the same layers.
+"""What GSOFT is compared with: methods of PEFT's, and full fine-tuning, on exactly the same layers.
 
 `inject_baseline` and `BaselineAdapter` are to them what `inject` and `Adapter` are to GSOFT.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import BOFTConfig, LoraConfig, OFTConfig, inject_adapter_in_model
+from peft import BOFTConfig, HRAConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from peft.tuners.boft import layer as boft
+from peft.tuners.hra import layer as hra
+from peft.tuners.lokr import layer as lokr
 from peft.tuners.lora import layer as lora
 from peft.tuners.oft import layer as oft
 from safetensors import SafetensorError, safe_open
@@ -33,39 +36,53 @@ from gsoft_diffusion.training.trainable import MakeAdapter
 PEFT_NAME = "default"  # what PEFT calls the one adapter that it holds
 SHAPING = {  # the settings that decide a method's size: exactly these must be given, or one of two
     "lora": [{"rank"}],
+    "dora": [{"rank"}],
+    "hra": [{"rank"}],
+    "lokr": [{"factor"}, {"factor", "rank"}],
     "boft": [{"nblocks", "nfactors"}, {"block_size", "nfactors"}],
     "oft": [{"nblocks"}, {"block_size"}],
     "full": [set[str]()],
 }
+ROTATIONS = ("boft", "oft", "hra")  # the methods that turn weights by an orthogonal matrix
+WHOLE = 2**20  # a rank from which on PEFT's LoKr trains its second matrix as a whole, of any width
 
 
 @dataclass(frozen=True)
 class BaselineConfig(Settings):
     """One method to compare with, and its size.
 
-    method: lora (Hu et al., arXiv 2106.09685), boft (Liu et al., arXiv 2311.06243), oft (version 2, Qiu et al., arXiv
-      2506.19847) or full, which trains the weights themselves.
-    rank: of LoRA's product; its scaling is 1.
+    method: lora (Hu et al., arXiv 2106.09685), dora (Liu et al., arXiv 2402.09353), boft (Liu et al., arXiv
+      2311.06243), oft (version 2, Qiu et al., arXiv 2506.19847), hra (Yuan et al., arXiv 2405.17484, without its
+      regularisation), lokr (Yeh et al., arXiv 2309.14859) or full, which trains the weights themselves.
+    rank: of LoRA's and DoRA's product, whose scaling is 1, and of LoKr's second matrix, which is trained as a whole
+      without a rank or where the rank is half its side or more; how many reflections HRA has, which must be even, so
+      that they undo each other at the start.
+    factor: sides of LoKr's first matrix, where they divide the width.
     nblocks: diagonal blocks of OFT's matrix and of each of BOFT's factors; give this or `block_size`.
     block_size: side of every block.
     nfactors: BOFT's butterfly factors.
     text_encoder: adapt the text encoder's attention as well as the denoiser's.
     """
 
-    method: Literal["lora", "boft", "oft", "full"]
+    method: Literal["lora", "dora", "boft", "oft", "hra", "lokr", "full"]
     rank: int | None = None
+    factor: int | None = None
     nblocks: int | None = None
     block_size: int | None = None
     nfactors: int | None = None
     text_encoder: bool = True
 
     def __post_init__(self) -> None:
-        names = ("rank", "nblocks", "block_size", "nfactors")
+        names = ("rank", "factor", "nblocks", "block_size", "nfactors")
         require(self, lambda value: value >= 1, "1 or more", *names)
         given = {name for name in names if getattr(self, name) is not None}
         if given not in SHAPING[self.method]:
             wanted = " or ".join(" and ".join(sorted(choice)) or "nothing" for choice in SHAPING[self.method])
             raise UserError(f"{self.method} takes {wanted} as its size, not {', '.join(sorted(given)) or 'nothing'}")
+        if self.method == "hra" and self.rank and self.rank % 2:
+            raise UserError(
+                f"rank {self.rank}: must be even for hra, whose reflections undo each other in pairs at first"
+            )
 
 
 def inject_baseline(
@@ -90,8 +107,9 @@ def baseline_maker(config: BaselineConfig) -> MakeAdapter:
 class BaselineAdapter(nn.Module):
     """All trainable parameters of one baseline, and the switches that act on all of it.
 
-    Parameters are float32 and named like an `Adapter`'s: `unet.<attention path>.to_q.lora_a`, `….lora_b` for LoRA;
-    `….rotation` for OFT; `….rotation` and `….output_scale` for BOFT; `….weight` for full fine-tuning.
+    Parameters are float32 and named like an `Adapter`'s: `unet.<attention path>.to_q.lora_a`, `….lora_b` for LoRA, with
+    `….magnitude` for DoRA; `….rotation` for OFT; `….rotation` and `….output_scale` for BOFT; `….reflections` for HRA;
+    `….small` and `….large`, or `….large_a` and `….large_b`, for LoKr's two matrices; `….weight` for full fine-tuning.
     """
 
     def __init__(self, config: BaselineConfig, unet: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
@@ -132,8 +150,11 @@ class BaselineAdapter(nn.Module):
         """The method that was asked for is the one that runs, on the layers that were asked for and no others."""
         wanted = {
             "lora": lora.Linear,
+            "dora": lora.Linear,
             "boft": ButterflyLinear,
             "oft": oft.Linear,
+            "hra": hra.HRALinear,
+            "lokr": lokr.Linear,
             "full": TunedLinear,
         }[self.config.method]
         wrapped = [module for model in self._models for module in model.modules() if isinstance(module, wanted)]
@@ -144,7 +165,7 @@ class BaselineAdapter(nn.Module):
             found = {key: tuple(parameter.shape) for key, parameter in _parameters(layer).items()}
             expected = expected_parameters(self.config, linear.in_features, linear.out_features, name)
             assert found == expected, f"{name}: PEFT made {found} where {self.config.method} has {expected}"
-            if self.config.method == "lora":
+            if self.config.method in ("lora", "dora", "lokr"):
                 assert layer.scaling[PEFT_NAME] == 1, f"{name}: scaled by {layer.scaling[PEFT_NAME]}"
 
     def remove(self) -> None:
@@ -198,7 +219,7 @@ class BaselineAdapter(nn.Module):
         """How many free numbers are trained: in the UNet, in the text encoders, in total.
 
         PEFT's BOFT stores whole `b×b` blocks of which only the skew part acts: `b(b−1)/2` numbers are counted, as for
-        GSOFT.
+        GSOFT. Of HRA's vectors only the direction acts; all their numbers are counted, as in its paper.
         """
         counts = {root_of(self._models[0]): 0, "text_encoder": 0}
         for name, linear in self._linears.items():
@@ -209,7 +230,7 @@ class BaselineAdapter(nn.Module):
     @torch.no_grad()
     def orthogonality_error(self) -> float | None:
         """Largest entry of `|QᵀQ − I|` over all rotations; None for methods that have none."""
-        if self.config.method not in ("boft", "oft"):
+        if self.config.method not in ROTATIONS:
             return None
         rotations = (layer.get_delta_weight(PEFT_NAME) for layer in self._layers.values())
         matrices = (rotation[0] if isinstance(rotation, tuple) else rotation for rotation in rotations)
@@ -325,9 +346,20 @@ def expected_parameters(
     """
     if config.method == "full":
         return {"weight": (out_features, in_features)}
-    if config.method == "lora":
-        rank = config.rank or 0
-        return {"lora_a": (rank, in_features), "lora_b": (out_features, rank)}
+    rank = config.rank or 0
+    if config.method in ("lora", "dora"):
+        product = {"lora_a": (rank, in_features), "lora_b": (out_features, rank)}
+        return product | ({"magnitude": (out_features,)} if config.method == "dora" else {})
+    if config.method == "hra":
+        return {"reflections": (in_features, rank)}
+    if config.method == "lokr":
+        (small_out, large_out), (small_in, large_in) = (
+            lokr.factorization(width, config.factor or 1) for width in (out_features, in_features)
+        )
+        small: dict[str, tuple[int, ...]] = {"small": (small_out, small_in)}
+        if config.rank is None or config.rank >= max(large_out, large_in) / 2:
+            return small | {"large": (large_out, large_in)}
+        return small | {"large_a": (large_out, rank), "large_b": (rank, large_in)}
     nblocks, size = fit_blocks(in_features, config.nblocks, config.block_size, layer)
     if config.method == "oft":
         return {"rotation": (nblocks, free_numbers(size))}
@@ -346,10 +378,9 @@ def baseline_count(config: BaselineConfig, in_features: int, out_features: int) 
     config: the method and its size. in_features, out_features: of the layer. Of a skew-symmetric block `b(b−1)/2`
     numbers count, however PEFT stores it. Raises GSOFTError if the width does not fit.
     """
-    if config.method == "full":
-        return in_features * out_features
-    if config.method == "lora":
-        return (config.rank or 0) * (in_features + out_features)
+    if config.method not in ("boft", "oft"):  # all that is stored acts
+        shapes = expected_parameters(config, in_features, out_features, "layer")
+        return sum(math.prod(shape) for shape in shapes.values())
     _, size = fit_blocks(in_features, config.nblocks, config.block_size, "layer")
     rotation = in_features * (size - 1) // 2
     return rotation if config.method == "oft" else (config.nfactors or 1) * rotation + out_features
@@ -378,9 +409,14 @@ def load_baseline(path: str | Path, unet: nn.Module, text_encoders: Sequence[nn.
 
 def _peft_config(config: BaselineConfig, names: list[str]) -> Any:
     size = {"nblocks": config.nblocks or 0, "block_size": config.block_size or 0}
-    if config.method == "lora":
-        rank = config.rank or 0
-        return LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    rank = config.rank or 0
+    if config.method in ("lora", "dora"):
+        return LoraConfig(r=rank, lora_alpha=rank, use_dora=config.method == "dora", target_modules=names)
+    if config.method == "hra":
+        return HRAConfig(r=rank, target_modules=names)
+    if config.method == "lokr":
+        rank = config.rank or WHOLE
+        return LoKrConfig(r=rank, alpha=rank, decompose_factor=config.factor or 1, target_modules=names)
     if config.method == "oft":
         return OFTConfig(r=size["nblocks"], oft_block_size=size["block_size"], target_modules=names)
     return BOFTConfig(
@@ -408,7 +444,14 @@ def _parameters(layer: Any) -> dict[str, nn.Parameter]:
     if kind is TunedLinear:
         return {"weight": layer.weight}
     if kind is lora.Linear:
-        return {"lora_a": layer.lora_A[PEFT_NAME].weight, "lora_b": layer.lora_B[PEFT_NAME].weight}
+        product = {"lora_a": layer.lora_A[PEFT_NAME].weight, "lora_b": layer.lora_B[PEFT_NAME].weight}
+        magnitudes = layer.lora_magnitude_vector  # empty without DoRA
+        return product | ({"magnitude": magnitudes[PEFT_NAME].weight} if PEFT_NAME in magnitudes else {})
+    if kind is hra.HRALinear:
+        return {"reflections": layer.hra_u[PEFT_NAME]}
+    if kind is lokr.Linear:
+        found = {"small": layer.lokr_w1, "large": layer.lokr_w2, "large_a": layer.lokr_w2_a, "large_b": layer.lokr_w2_b}
+        return {name: each[PEFT_NAME] for name, each in found.items() if PEFT_NAME in each}
     if kind is oft.Linear:
         return {"rotation": layer.oft_R[PEFT_NAME].weight}
     return {"rotation": layer.boft_R[PEFT_NAME], "output_scale": layer.boft_s[PEFT_NAME]}

@@ -2,17 +2,16 @@
 
     python -m eval.benchmark eval/experiments/mini.yaml --out results/mini
 
-First every method's learning rate is chosen on a few subjects, then all run on all. Then all results go into one
-file, pictures onto a sheet for each subject, and `eval.report` makes tables, plots and a page from these. Killed at any
-point, the same command goes on where it stopped.
+First every method's learning rate is chosen on a few subjects, then all run on all; a grid runs every size and rate on
+all. Then all results go into one file, pictures onto a sheet for each subject, and `eval.report` makes tables, plots
+and a page from these. Killed at any point, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,14 @@ from eval.baselines import BaselineConfig, adapted_layers
 from eval.cell import pictures_of
 from eval.engines import ENGINES
 from eval.engines.worker import Workers, cores_each
-from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
-from eval.methods import METHODS, count_parameters, describe, matched
-from eval.prompts import prompts_for
-from eval.report.lines import table_lines
+from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
+from eval.methods import TITLES, adapts_text_encoder, count_parameters, describe, matched
+from eval.prompts import UNRELATED, prompts_for
+from eval.report.fronts import POWER, detectable_difference
+from eval.report.grid import held_out_lines, read_grid
+from eval.report.lines import Line, table_lines
 from eval.report.rates import choose_learning_rates
+from eval.report.spread import spread_of_differences
 from eval.report.write import write_report
 from eval.results import PAGE_NAME, SETTINGS, Results, all_results, collect_results
 from eval.subject_sheets import write_subject_sheet
@@ -37,11 +39,12 @@ from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import fetch_model, load_model
 from gsoft_diffusion.scoring.encoders import load_encoders
 
-FREE_TO_CHANGE = {  # they decide which cells there are, not what is in one
-    *("seeds", "subjects", "methods", "budgets", "learning_rates", "sweep_subjects", "sweep_budget"),
-    *("seconds_per_step", "seconds_per_picture"),
+FREE_TO_CHANGE = {  # they decide which cells there are and what is shown of them, not what is in one
+    *("seeds", "subjects", "methods", "budgets", "medium_only", "learning_rates", "sweep_subjects", "sweep_budget"),
+    *("seconds_per_step", "seconds_per_picture", "difference_sd", "sheets"),
 }
 BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
+BYTES_A_ROW, BYTES_A_COLUMN = 400, 50  # of results.jsonl for a picture: at the end of training, and before
 
 
 def run_benchmark(
@@ -68,11 +71,17 @@ def run_benchmark(
         return collect_results(out)
 
     run_missing("base model and photos", base_cells(experiment))
-    results = run_missing("learning rates", sweep_cells(experiment))
-    rates = choose_learning_rates(experiment, results)
-    print("chosen: " + ", ".join(f"{METHODS[method]} {rate:g}" for method, rate in rates.items()))
-    results = run_missing("comparison", main_cells(experiment, rates))
-    write_sheets(experiment, results, rates, out)
+    if experiment.grid:
+        results = run_missing("grid", grid_cells(experiment))
+        lines = held_out_lines(experiment, results, read_grid(experiment, results))
+    else:
+        results = run_missing("learning rates", sweep_cells(experiment))
+        rates = choose_learning_rates(experiment, results)
+        print("chosen: " + ", ".join(f"{TITLES[method]} {rate:g}" for method, rate in rates.items()))
+        results = run_missing("comparison", main_cells(experiment, rates))
+        lines = table_lines(experiment, results, rates)
+    if experiment.sheets:
+        write_sheets(experiment, lines, out)
     for path in write_report(experiment, out):
         print(path)
     if all("diverged" in result for cell, result in results.items() if cell.method != "base"):
@@ -90,6 +99,10 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     for subject in subjects:
         if len(subject.photos()) < 2:
             raise UserError(f"{subject.folder}: the balance needs at least two photos, to compare them with each other")
+    if experiment.grid and len(subjects) < 2:
+        raise UserError(
+            "grid: chooses each subject's setting on the others; give two subjects or more, or leave it out"
+        )
     experiment = replace(experiment.anchored(), subjects=tuple(subject.name for subject in subjects))
     if not (out / SETTINGS).exists():
         return experiment
@@ -137,15 +150,15 @@ def write_settings(experiment: Experiment, out: Path) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-def write_sheets(experiment: Experiment, results: Results, rates: Mapping[str, float], out: Path) -> None:
+def write_sheets(experiment: Experiment, lines: Sequence[Line], out: Path) -> None:
     """Put the pictures of the table's lines onto each subject's sheet.
 
-    experiment: the settings. results: of all cells. rates: the learning rate that was chosen for each method. out: the
-    comparison's folder. Raises UserError if cells are missing or a picture is damaged.
+    experiment: the settings. lines: of the table. out: the comparison's folder. Raises UserError if a picture is
+    damaged.
     """
-    lines = [line for line in table_lines(experiment, results, rates) if line.results]
+    shown = [line for line in lines if line.results]
     for subject in experiment.chosen_subjects():
-        cells = [(line.full_title, line.result_of(subject.name)) for line in lines]
+        cells = [(line.label_of(subject.name), line.result_of(subject.name)) for line in shown]
         write_subject_sheet(subject, cells, out)
 
 
@@ -161,6 +174,13 @@ def left_out(before: Experiment, now: Experiment) -> list[str]:
         if name not in getattr(now, field)
     ]
     lost += [
+        f"{method} at the size {budget}"
+        for method in now.methods
+        if method in before.methods
+        for budget in budgets_of(method, before)
+        if budget in now.budgets and budget not in budgets_of(method, now)
+    ]
+    lost += [
         f"{method}'s learning rate {rate:g}" for method in now.methods for rate in _lost_rates(before, now, method)
     ]
     for field, title in (("seeds", "seeds"), ("sweep_subjects", "subjects in its sweep")):
@@ -174,18 +194,20 @@ def _lost_rates(before: Experiment, now: Experiment, method: str) -> list[float]
     return [rate for rate in getattr(before.learning_rates, method) if method in before.methods and rate not in kept]
 
 
-def plan(experiment: Experiment, out: Path, workers: int) -> str:
+def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None = None) -> str:
     """What `run_benchmark` would do: methods with their sizes, cells, time, disk. Loads no weights but the base's.
 
     experiment: the settings. out: the folder, of which cells that are done are left out of the time. workers: cells at
-    a time. Raises UserError if subjects or prompts cannot be read.
+    a time. earlier: folder of a finished comparison, whose spread says which difference this one can detect; without
+    it, the settings say. Raises UserError if subjects or prompts cannot be read.
     """
-    rates = {method: getattr(experiment.learning_rates, method)[0] for method in experiment.methods}
-    phases = {
-        "base model and photos": base_cells(experiment),
-        "learning rates": sweep_cells(experiment),
-        "comparison": main_cells(experiment, rates),
-    }
+    phases = {"base model and photos": base_cells(experiment)}
+    if experiment.grid:
+        phases["grid"] = grid_cells(experiment)
+    else:
+        rates = {method: getattr(experiment.learning_rates, method)[0] for method in experiment.methods}
+        phases["learning rates"] = sweep_cells(experiment)
+        phases["comparison"] = main_cells(experiment, rates)
     subjects = experiment.chosen_subjects()
     lines = [f"{len(subjects)} subjects: {', '.join(f'{s.name} ({s.class_word})' for s in subjects)}"]
     resolution = experiment.resolution
@@ -203,22 +225,39 @@ def plan(experiment: Experiment, out: Path, workers: int) -> str:
         f"each cell: {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
         f"then {pictures} pictures of {resolution} px for {len(prompts)} prompts"
     )
-    seconds, bytes_ = 0.0, 0.0
+    seconds, bytes_, lines_bytes = 0.0, 0.0, 0.0
     done = all_results(out)
     measured = mean_seconds(done)
     for name, cells in phases.items():
         missing = [cell for cell in cells if cell not in done]
         each = [_seconds(experiment, cell, pictures, measured) for cell in missing]
         seconds += sum(each)
-        bytes_ += len(missing) * pictures * resolution**2 * BYTES_A_PIXEL
+        kept = sum(pictures * (_scorings(experiment, c) if experiment.grid and c.seed == 0 else 1) for c in missing)
+        bytes_ += kept * resolution**2 * BYTES_A_PIXEL
+        lines_bytes += sum(pictures * (BYTES_A_ROW + BYTES_A_COLUMN * (_scorings(experiment, c) - 1)) for c in cells)
         lines.append(f"{name}: {len(cells)} cells, {len(cells) - len(missing)} done, {_hours(sum(each))} of work")
         lines += [f"    {cell.id}" for cell in cells if cell.seed == 0 and cell.subject == subjects[0].name]
         lines.append(f"    … and the same for every other subject and seed, {len(cells)} in all")
     source = "measured" if measured else "guessed from seconds_per_step and seconds_per_picture"
     lines.append(
-        f"in all {_hours(seconds / workers)} with {workers} workers ({source}), {bytes_ / 1e9:.2f} GB of pictures"
+        f"in all {_hours(seconds / workers)} with {workers} workers ({source}), {bytes_ / 1e9:.2f} GB of pictures, "
+        f"about {lines_bytes / 1e6:.0f} MB of results.jsonl"
     )
+    lines.append(_detectable(experiment, len(subjects), earlier))
     return "\n".join(lines)
+
+
+def _detectable(experiment: Experiment, subjects: int, earlier: Path | None) -> str:
+    """Which difference between two methods the comparison can detect."""
+    deviation = spread_of_differences(earlier) if earlier else experiment.difference_sd
+    least = detectable_difference(deviation, subjects)
+    if least is None:
+        return "detectable difference: none, since one subject says nothing of others"
+    source = f"as in {earlier}" if earlier else "as difference_sd says"
+    return (
+        f"detectable difference in balance: {least:.3f} ({POWER:.0%} power at 5 %, two-sided, {subjects} subjects; "
+        f"standard deviation of differences over subjects {deviation:.3f}, {source})"
+    )
 
 
 def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
@@ -228,12 +267,13 @@ def _sizes(experiment: Experiment, models: BaseModel) -> list[str]:
     lines = [f"{len(layers)} layers are adapted, {full:,} numbers"]
     for budget in experiment.budgets:
         for method in experiment.methods:
-            config = matched(method, budget, layers, experiment.text_encoder, experiment.output_scale)
-            count = count_parameters(config, layers) or 0
-            if method != "full":
-                lines.append(
-                    f"    {budget:7} {METHODS[method]:13} {describe(config):12} {count:>12,} ({count / full:.1%})"
-                )
+            if budget not in budgets_of(method, experiment):
+                continue
+            text_encoder = adapts_text_encoder(method, experiment.text_encoder)
+            own = adapted_layers(models.denoiser, models.text_encoders, text_encoder)
+            config = matched(method, budget, layers, text_encoder, experiment.output_scale)
+            count = count_parameters(config, own) or 0
+            lines.append(f"    {budget:7} {TITLES[method]:30} {describe(config):12} {count:>12,} ({count / full:.1%})")
     return lines
 
 
@@ -242,7 +282,8 @@ def mean_seconds(results: Results) -> dict[str, float]:
     seconds: dict[str, list[float]] = {}
     for cell, result in results.items():
         if "scores" in result:
-            taken = result.get("prepare_seconds", 0) + result.get("train_seconds", 0) + result["pictures_seconds"]
+            parts = ("prepare_seconds", "train_seconds", "pictures_seconds")  # all that results of before have
+            taken = result.get("seconds") or sum(result.get(part, 0) for part in parts)
             seconds.setdefault(cell.method, []).append(taken)
     return {method: sum(values) / len(values) for method, values in seconds.items()}
 
@@ -250,10 +291,16 @@ def mean_seconds(results: Results) -> dict[str, float]:
 def _seconds(experiment: Experiment, cell: Cell, pictures: int, measured: dict[str, float]) -> float:
     if cell.method in measured:
         return measured[cell.method]
-    curve = math.ceil(experiment.max_train_steps / experiment.curve_every) - 1 if experiment.curve_every else 0
-    drawn = pictures * (1 + (curve if cell.seed == 0 and cell.method != "base" else 0))
+    drawn = pictures * _scorings(experiment, cell)
     steps = 0 if cell.method == "base" else experiment.max_train_steps
+    drawn += 0 if cell.method == "base" else len(UNRELATED) * experiment.unrelated_images  # the base model's, for drift
     return steps * experiment.seconds_per_step + drawn * experiment.seconds_per_picture
+
+
+def _scorings(experiment: Experiment, cell: Cell) -> int:
+    """How often a cell draws all its pictures."""
+    recorded = cell.method != "base" and experiment.recorded_every(cell.seed)
+    return len(experiment.recorded_steps()) if recorded else 1
 
 
 def _hours(seconds: float) -> str:
@@ -269,7 +316,14 @@ def main() -> int:
     parser.add_argument("--out", type=expanded_path, required=True, help="folder for results and report")
     parser.add_argument("--subjects_dir", help="folder of subjects, or of photos of one, instead of the file's")
     parser.add_argument("--class_word", help="what the photos show, if the folder is of one subject")
-    parser.add_argument("--dry-run", action="store_true", help="list cells, sizes, time and disk; run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list cells, sizes, time, disk and what can be detected; run nothing"
+    )
+    parser.add_argument(
+        "--earlier",
+        type=expanded_path,
+        help="with --dry-run: folder of a finished comparison, whose spread says which difference this one can detect",
+    )
     parser.add_argument("--engine", choices=ENGINES, default="local", help="where cells run (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time (default: %(default)s)")
     parser.add_argument("--cores", type=int, help="for each cell (default: this machine's, shared among the workers)")
@@ -277,11 +331,13 @@ def main() -> int:
     for name in ("workers", "cores"):
         if (given := vars(args)[name]) is not None and given < 1:
             raise UserError(f"--{name} {given}: must be 1 or more")
+    if args.earlier and not args.dry_run:
+        raise UserError(f"--earlier {args.earlier}: only a dry run says what can be detected; give --dry-run as well")
     settings = read_yaml(args.experiment)
     settings |= {name: vars(args)[name] for name in ("subjects_dir", "class_word") if vars(args)[name]}
     experiment = Experiment.from_dict(settings, args.experiment)
     if args.dry_run:
-        print(plan(experiment, args.out, args.workers))
+        print(plan(experiment, args.out, args.workers, args.earlier))
     else:
         run_benchmark(experiment, args.out, args.engine, args.workers, args.cores)
     return 0

@@ -2,6 +2,7 @@
 
 work/cells/<id>/result.json   settings, versions, times, the score of every picture
 work/cells/<id>/*.png         the pictures
+work/cells/<id>/step60/*.png  in a grid at seed 0, those of each step that was scored before the end
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +27,9 @@ from PIL import Image
 
 from eval.baselines import BaselineAdapter, BaselineConfig, adapted_layers, baseline_maker, load_baseline
 from eval.experiment import Cell, Experiment
-from eval.methods import AnyConfig, count_parameters, describe, matched
+from eval.methods import AnyConfig, adapts_text_encoder, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
-from eval.results import CELL_RESULT, cell_folder, is_done, work_folder
+from eval.results import CELL_RESULT, as_columns, cell_folder, is_done, step_folder, work_folder
 from eval.subjects import Subject
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
@@ -86,7 +87,9 @@ def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "cell").mkdir(parents=True)
     try:
+        started = time.perf_counter()
         result = (_base if cell.method == "base" else _tuned)(experiment, cell, out, scratch)
+        result["seconds"] = time.perf_counter() - started
         with whole_file(scratch / "cell" / CELL_RESULT) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
         target = cell_folder(cell, out)
@@ -122,9 +125,10 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
 
 def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[str, Any]:
     subject, prompts, models, encoders = _prepare(experiment, cell)
-    layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
-    budget = cell.budget or "medium"
-    method = matched(cell.method, budget, layers, experiment.text_encoder, experiment.output_scale)
+    text_encoder = adapts_text_encoder(cell.method, experiment.text_encoder)
+    all_layers = adapted_layers(models.denoiser, models.text_encoders, experiment.text_encoder)
+    method = matched(cell.method, cell.budget or "medium", all_layers, text_encoder, experiment.output_scale)
+    layers = adapted_layers(models.denoiser, models.text_encoders, text_encoder)
     config = _training(experiment, cell, subject, models, out, scratch)
     if isinstance(method, AdapterConfig):
         method = replace(method, parametrization=experiment.parametrization)
@@ -156,12 +160,15 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     untouched = embed(encoders, (picture.image for picture in draw(experiment, models, unrelated, cell.seed)))
     curve = []
     for checkpoint in checkpoints(trained.adapter.parent):
-        if step_of(checkpoint) % (experiment.curve_every or 1) or step_of(checkpoint) >= trained.steps:
+        step = step_of(checkpoint)
+        if step % (experiment.curve_every or 1) or step >= trained.steps:
             continue
         adapter = load_tuned(method, checkpoint / trained.adapter.name, models)
         adapter.merge()
         pictures = draw(experiment, models, prompts, cell.seed)
-        curve.append({"step": step_of(checkpoint)} | score(experiment, pictures, photos, encoders, untouched)["scores"])
+        curve.append(_point(step, score(experiment, pictures, photos, encoders, untouched)))
+        if experiment.grid and cell.seed == 0:  # sheets show seed 0, and in a grid any step
+            _save(pictures, step_folder(scratch / "cell", step))
         adapter.remove()
     adapter = load_tuned(method, trained.adapter, models)
     facts["orthogonality_error"] = adapter.orthogonality_error()
@@ -171,10 +178,15 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     pictures = draw(experiment, models, prompts, cell.seed)
     facts["pictures_seconds"] = time.perf_counter() - started
     scored = score(experiment, pictures, photos, encoders, untouched)
-    if experiment.curve_every and cell.seed == 0:
+    if experiment.recorded_every(cell.seed):
         facts["curve"] = [*curve, {"step": trained.steps} | scored["scores"]]
     _save(pictures, scratch / "cell")
     return facts | scored
+
+
+def _point(step: int, scored: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of a curve before its end; the pictures' scores as columns, in the order of the cell's own pictures."""
+    return {"step": step} | scored["scores"] | {"pictures": as_columns(scored["pictures"])}
 
 
 def _training(
@@ -183,7 +195,14 @@ def _training(
     """The trainer's settings, complete but for the method's own. All subjects of a class share its class images."""
     digest = hashlib.sha256(subject.class_word.encode()).hexdigest()[:12]  # other words may have the same slug
     class_images = work_folder(out) / "class_images" / f"{slug(subject.class_word)}-{digest}"
-    config = experiment.training(subject, cell.seed, cell.learning_rate or 1, scratch / "run", class_images)
+    config = experiment.training(
+        subject,
+        cell.seed,
+        cell.learning_rate or 1,
+        adapts_text_encoder(cell.method, experiment.text_encoder),
+        scratch / "run",
+        class_images,
+    )
     return with_model_defaults(config.resolved(), models)
 
 
@@ -328,5 +347,6 @@ def peak_memory() -> int:
 
 
 def _save(pictures: Sequence[Picture], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     for picture in pictures:
         picture.image.save(folder / picture.file)

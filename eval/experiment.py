@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.methods import BUDGETS, METHODS
+from eval.methods import BUDGETS, METHODS, TITLES
 from eval.prompts import DREAMBOOTH
 from eval.subjects import Subject, read_subjects
 from gsoft.config import Parametrization
@@ -26,22 +26,34 @@ class LearningRates(Settings):
     """The learning rates that each method is tried with; the best of them is used for its rows.
 
     double_gsoft: of Double GSOFT.
+    double_gsoft_dense: of Double GSOFT with a dense Q.
+    double_gsoft_unscaled: of Double GSOFT without its output scale.
+    double_gsoft_denoiser: of Double GSOFT on the denoiser alone.
     gsoft: of GSOFT.
     lora: of LoRA.
+    dora: of DoRA.
     boft: of BOFT.
     oft: of OFT.
+    hra: of HRA.
+    lokr: of LoKr.
     full: of full fine-tuning.
     """
 
     double_gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft_dense: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft_unscaled: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft_denoiser: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     lora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    dora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     boft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     oft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    hra: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    lokr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     full: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
 
     def __post_init__(self) -> None:
-        for method in METHODS:
+        for method in TITLES:
             rates = getattr(self, method)
             if not rates or min(rates) <= 0:
                 raise UserError(f"learning_rates.{method}: give one or more, each above 0")
@@ -54,10 +66,15 @@ class Experiment(Settings):
     subjects_dir: folder of subjects (see eval/subjects.py), or of the photos of one.
     class_word: what the photos show, if the folder is of one subject.
     subjects: names of the subjects to take; by default all.
-    methods: which methods: double_gsoft, gsoft, lora, boft, oft, full.
+    methods: which methods: double_gsoft, gsoft, lora, dora, boft, oft, hra, lokr, full; and Double GSOFT with one thing
+      changed: double_gsoft_dense (dense Q), double_gsoft_unscaled (no output scale), double_gsoft_denoiser (no text
+      encoder). By default the former.
     budgets: which sizes: small, medium, large.
+    medium_only: those of the methods that are compared at the medium size only.
     seeds: how often everything is repeated, with seeds 0, 1, 2, …
     learning_rates: what is tried for each method.
+    grid: train every method at every size and rate on all subjects and seeds, and score each step of `curve_every`: for
+      fronts, and for choices that leave the reported subject out. Without it, rates are chosen in a sweep.
     sweep_subjects: how many subjects (the first ones, at seed 0) the learning rates are tried on.
     sweep_budget: the size they are tried at.
     pretrained_model_name_or_path: base model.
@@ -81,13 +98,16 @@ class Experiment(Settings):
     base_images: pictures for the base prompt, "a photo of a sks dog".
     class_images: pictures for the class prompt, which PRES looks at.
     unrelated_images: pictures for each unrelated prompt, which drift looks at.
-    curve_every: score the cells of seed 0 every so many steps as well; 0 for never.
+    curve_every: score the cells of seed 0, in a grid all cells, every so many steps as well; 0 for never.
+    sheets: put pictures onto sheets and into the report. Without it, no picture leaves the folder `work`.
     sampler: how pictures are drawn.
     sample_batch_size: pictures drawn at a time.
     clip: CLIP encoder: auto, folder or open_clip's name.
     dino: DINO encoder: auto, folder or name.
     seconds_per_step: guess for the time estimate, until cells have been measured.
     seconds_per_picture: the same for drawing.
+    difference_sd: guess of the standard deviation over subjects of a paired difference in balance, for which difference
+      can be detected.
     """
 
     subjects_dir: str = "data/subjects"
@@ -95,8 +115,10 @@ class Experiment(Settings):
     subjects: tuple[str, ...] = ()
     methods: tuple[str, ...] = tuple(METHODS)
     budgets: tuple[str, ...] = tuple(BUDGETS)
+    medium_only: tuple[str, ...] = ()
     seeds: int = 2
     learning_rates: LearningRates = LearningRates()
+    grid: bool = False
     sweep_subjects: int = 2
     sweep_budget: str = "medium"
 
@@ -123,6 +145,7 @@ class Experiment(Settings):
     class_images: int = 8
     unrelated_images: int = 2
     curve_every: int = 0
+    sheets: bool = True
     sampler: SamplerConfig = SamplerConfig()
     sample_batch_size: int = 8
     clip: str = "auto"
@@ -130,19 +153,30 @@ class Experiment(Settings):
 
     seconds_per_step: float = 0.5
     seconds_per_picture: float = 0.5
+    difference_sd: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, known in (("methods", METHODS), ("budgets", BUDGETS)):
+        for name, known in (("methods", TITLES), ("budgets", BUDGETS)):
             given = getattr(self, name)
             if not given or set(given) - set(known):
                 raise UserError(f"{name}: {', '.join(given) or 'nothing'}; choose from {', '.join(known)}")
+        if unknown := [name for name in self.medium_only if name not in self.methods]:
+            raise UserError(f"medium_only: {', '.join(unknown)} is none of methods; give some of these")
+        if self.medium_only and "medium" not in self.budgets:
+            raise UserError("medium_only would have no effect: budgets have no medium; add it, or leave it out")
+        for name, alike in (("double_gsoft_denoiser", self.text_encoder), ("double_gsoft_unscaled", self.output_scale)):
+            if name in self.methods and not alike:
+                raise UserError(f"methods: {name} is what double_gsoft is with these settings; leave it out")
         if self.sweep_budget not in BUDGETS:
             raise UserError(f"sweep_budget: {self.sweep_budget}; choose from {', '.join(BUDGETS)}")
         if self.mixed_precision not in DTYPES:
             raise UserError(f"mixed_precision: {self.mixed_precision}; choose from {', '.join(DTYPES)}")
         require(self, positive, "more than 0", "seeds", "images_per_prompt", "base_images", "max_prompts")
         require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
+        require(self, positive, "more than 0", "difference_sd")
         require(self, not_negative, "0 or more", "curve_every")
+        if self.grid and not self.curve_every:
+            raise UserError("grid: scores several steps of each training; give curve_every, a part of max_train_steps")
         refuse_without_effect(self, _ONLY_WITH)
 
     def anchored(self) -> Experiment:
@@ -163,14 +197,28 @@ class Experiment(Settings):
         """The names of the subjects to compare on. Their photos need not be there if the settings name them."""
         return list(self.subjects) or [subject.name for subject in self.chosen_subjects()]
 
+    def recorded_every(self, seed: int) -> int:
+        """After every so many steps the cells of a seed are scored; 0 if at the end only."""
+        return self.curve_every if self.grid or seed == 0 else 0
+
+    def recorded_steps(self) -> list[int]:
+        """After how many steps a cell is scored where `recorded_every` says that it is, the last step included."""
+        return [*range(self.curve_every, self.max_train_steps, self.curve_every), self.max_train_steps]
+
     def training(
-        self, subject: Subject, seed: int, learning_rate: float, output_dir: Path, class_images: Path
+        self,
+        subject: Subject,
+        seed: int,
+        learning_rate: float,
+        text_encoder: bool,
+        output_dir: Path,
+        class_images: Path,
     ) -> TrainingConfig:
         """The trainer's settings for one cell, the method's own left out.
 
-        subject: what is learned. seed: the cell's; only seed 0 writes checkpoints for curves. learning_rate: of the
-        denoiser and the text encoder. output_dir: the run's folder. class_images: folder for pictures of the class,
-        used only with prior preservation.
+        subject: what is learned. seed: the cell's; it decides whether there are checkpoints. learning_rate: of the
+        denoiser and the text encoder. text_encoder: whether the cell's method adapts that. output_dir: the run's
+        folder. class_images: folder for pictures of the class, used only with prior preservation.
         """
         shared: dict[str, Any] = {name: getattr(self, name) for name in _TRAINING}
         return TrainingConfig.from_dict(
@@ -182,10 +230,10 @@ class Experiment(Settings):
                 "class_data_dir": str(class_images) if self.with_prior_preservation else None,
                 "seed": seed,
                 "learning_rate": learning_rate,
-                "adapter": replace(TrainingConfig.adapter, text_encoder=self.text_encoder).to_dict(),
-                "text_encoder_lr": learning_rate if self.text_encoder else None,
+                "adapter": replace(TrainingConfig.adapter, text_encoder=text_encoder).to_dict(),
+                "text_encoder_lr": learning_rate if text_encoder else None,
                 "sampler": self.sampler.to_dict(),
-                "checkpointing_steps": self.curve_every if seed == 0 else 0,
+                "checkpointing_steps": self.recorded_every(seed),
                 "num_validation_images": 0,
                 "report_to": "none",
             }
@@ -213,6 +261,11 @@ _ONLY_WITH = (
         lambda settings: settings.curve_every < settings.max_train_steps,
         "the trainings are not longer; give less than max_train_steps, or leave it out",
     ),
+    OnlyWith(
+        ("sweep_subjects", "sweep_budget"),
+        lambda settings: not settings.grid,
+        "a grid has no sweep: it tries all rates at all sizes on all subjects; leave it out",
+    ),
 )
 _TRAINING = (
     "pretrained_model_name_or_path",
@@ -234,7 +287,7 @@ _TRAINING = (
 class Cell:
     """One independent job: train one method on one subject with one seed, draw and score.
 
-    method: a key of `METHODS`, or `base`, which trains nothing.
+    method: a key of `TITLES`, or `base`, which trains nothing.
     budget, learning_rate: None where the method has none.
     """
 
@@ -259,9 +312,11 @@ class Cell:
 def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
     """The budgets that a method is trained at: None alone for full fine-tuning and the base model, which have one size.
 
-    method: a key of `METHODS`, or `base`. experiment: says which budgets there are.
+    method: a key of `TITLES`, or `base`. experiment: says which budgets there are.
     """
-    return (None,) if method in ("full", "base") else experiment.budgets
+    if method in ("full", "base"):
+        return (None,)
+    return ("medium",) if method in experiment.medium_only else experiment.budgets
 
 
 def sweep_cells(experiment: Experiment) -> list[Cell]:
@@ -273,6 +328,18 @@ def sweep_cells(experiment: Experiment) -> list[Cell]:
         if len(getattr(experiment.learning_rates, method)) > 1
         for rate in getattr(experiment.learning_rates, method)
         for subject in subjects
+    ]
+
+
+def grid_cells(experiment: Experiment) -> list[Cell]:
+    """Every method at every size and learning rate, on all subjects and seeds."""
+    return [
+        Cell(method, budget, rate, subject, seed)
+        for seed in range(experiment.seeds)
+        for subject in experiment.subject_names()
+        for method in experiment.methods
+        for budget in budgets_of(method, experiment)
+        for rate in getattr(experiment.learning_rates, method)
     ]
 
 

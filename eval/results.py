@@ -10,6 +10,7 @@ work/                    what only a comparison in progress needs: cells with al
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ SETTINGS, RESULTS, PAGE_NAME = "experiment.yaml", "results.jsonl", "report.html"
 CELL_RESULT = "result.json"  # in a cell's folder
 
 Results = dict[Cell, dict[str, Any]]
+DECIMALS = 6  # of a picture's scores before the end of training
 
 
 def work_folder(out: Path) -> Path:
@@ -35,6 +37,61 @@ def cell_folder(cell: Cell, out: Path) -> Path:
     cell: which one. out: the comparison's folder.
     """
     return work_folder(out) / "cells" / cell.id
+
+
+def recorded_steps(result: Mapping[str, Any]) -> list[int]:
+    """After how many steps a cell was scored, by its curve; nothing if it has none."""
+    return [point["step"] for point in result.get("curve", [])]
+
+
+def result_at(result: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A cell's result as it was after so many steps: `scores`, and `pictures` where their scores were kept.
+
+    result: with a curve. step: one of its `recorded_steps`. Before the last of them, `stopped_at` is the step.
+    """
+    if step == recorded_steps(result)[-1]:
+        return dict(result)
+    point = next(point for point in result["curve"] if point["step"] == step)
+    scores = {name: value for name, value in point.items() if name not in ("step", "pictures")}
+    found = {name: value for name, value in result.items() if name != "pictures"} | {"scores": scores}
+    if columns := point.get("pictures"):
+        found["pictures"] = [
+            picture | {name: values[number] for name, values in columns.items()}
+            for number, picture in enumerate(result["pictures"])
+        ]
+    return found | {"stopped_at": step}
+
+
+def as_columns(pictures: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The scores of pictures, by name one list in their order: short, for a curve has many."""
+    return {
+        name: [round(picture[name], DECIMALS) for picture in pictures]
+        for name, value in pictures[0].items()
+        if isinstance(value, float)
+    }
+
+
+def row_id(result: Mapping[str, Any]) -> str:
+    """Names a row of pictures on a sheet: the cell, and the step if that is before the end."""
+    step = result.get("stopped_at")
+    return Cell(**result["cell"]).id + (f"--step{step}" if step else "")
+
+
+def pictures_folder(result: Mapping[str, Any], out: Path) -> Path:
+    """Where the pictures of a result are.
+
+    result: of a cell, or of a step of it. out: the comparison's folder.
+    """
+    folder = cell_folder(Cell(**result["cell"]), out)
+    return step_folder(folder, result["stopped_at"]) if "stopped_at" in result else folder
+
+
+def step_folder(cell: Path, step: int) -> Path:
+    """Where a cell's pictures of a step before the end are.
+
+    cell: its folder. step: their step.
+    """
+    return cell / f"step{step}"
 
 
 def read_results(out: Path) -> Results:

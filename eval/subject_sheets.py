@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from eval.experiment import Cell
-from eval.results import cell_folder
+from eval.results import cell_folder, pictures_folder, row_id
 from eval.subjects import Subject
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import whole_file
@@ -43,7 +43,7 @@ class SheetRow:
 class SubjectSheet:
     """What is on a sheet.
 
-    columns: the prompt of each picture's file name. rows: by the cells' ids.
+    columns: the prompt of each picture's file name. rows: by `row_id` of their results.
     """
 
     photos: Sequence[Image.Image] = ()
@@ -86,11 +86,11 @@ def write_subject_sheet(subject: Subject, cells: Iterable[tuple[str, Mapping[str
     }
     rows = {}
     for label, result in cells:
-        cell = Cell(**result["cell"])
-        kept = before.rows[cell.id].pictures if cell.id in before.rows else {}
-        folder = cell_folder(cell, out)
+        name = row_id(result)
+        kept = before.rows[name].pictures if name in before.rows else {}
+        folder = pictures_folder(result, out)
         missing = [file for file in columns if file not in kept] if "pictures" in result and folder.is_dir() else []
-        rows[cell.id] = SheetRow(label, {**kept, **{file: _picture(folder / file) for file in missing}})
+        rows[name] = SheetRow(label, {**kept, **{file: _picture(folder / file, result, out) for file in missing}})
     photos = [open_image(photo) for photo in subject.photos()] if subject.is_bundled else []
     sheet = SubjectSheet(photos, columns, rows | {name: row for name, row in before.rows.items() if name not in rows})
     if path.exists() and before.has_all_of(sheet):
@@ -127,11 +127,12 @@ def read_subject_sheet(path: Path) -> SubjectSheet:
         ) from error
 
 
-def _picture(path: Path) -> Image.Image:
+def _picture(path: Path, result: Mapping[str, Any], out: Path) -> Image.Image:
     try:
         return open_image(path)
     except UserError as error:
-        raise UserError(f"{error}. It is a cell's: delete {path.parent} and run eval.benchmark again") from error
+        cell = cell_folder(Cell(**result["cell"]), out)
+        raise UserError(f"{error}. It is a cell's: delete {cell} and run eval.benchmark again") from error
 
 
 def _cut(sheet: Image.Image, box: Sequence[int]) -> Image.Image:

@@ -109,3 +109,8 @@ def experiment(world: Path, **changes: object) -> Experiment:
         "sampler": {"num_inference_steps": 2},
     }
     return Experiment.from_dict(settings | changes)
+
+
+def grid(world: Path, **changes: object) -> Experiment:
+    """A small grid in that world: two methods, two seeds, two steps of each training."""
+    return experiment(world, **{"grid": True, "curve_every": 1, "seeds": 2, "sweep_subjects": 2} | changes)

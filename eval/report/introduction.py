@@ -29,7 +29,6 @@ def introduction(
         for e in encoders.values()
     ]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
-    swept = any(len(getattr(experiment.learning_rates, method)) > 1 for method in experiment.methods)
     diverged = [line.title for line in lines if any("diverged" in r for r in line.results)]
     return "\n\n".join(
         [
@@ -37,9 +36,9 @@ def introduction(
             *([f"**{MINIATURE}**"] if miniature else []),
             f"Base model {results[0]['base_model']['name']}; {len(subjects)} subjects ({', '.join(subjects)}), "
             f"{experiment.seeds} seeds, {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
-            "the same for all methods; "
-            + ("every method's learning rate is the best of its sweep." if swept else "learning rates as given."),
-            f"Scores are averaged within each subject first; in brackets {_intervals(lines, len(subjects))}. "
+            f"the same for all methods; {_choices(experiment)}",
+            "Scores are averaged within each subject first; in brackets "
+            f"{_grid_intervals(experiment, subjects) if experiment.grid else _intervals(lines, len(subjects))}. "
             "CLIP-I, DINO and CLIP-T over all context prompts are DreamBooth's protocol; CLIP-I on the base "
             "prompt with CLIP-T on context prompts is the GSOFT paper's. Captions for CLIP-T are the prompts "
             f"{results[0]['captions']}. Balance is the harmonic mean of how far DINO has come from the base model's "
@@ -51,6 +50,30 @@ def introduction(
             *([f"Training diverged, so there is no score: {', '.join(diverged)}."] if diverged else []),
             f"{results[0]['device']}, {results[0]['threads']} threads a cell; {versions}.",
         ]
+    )
+
+
+def _choices(experiment: Experiment) -> str:
+    """Where learning rates and steps come from."""
+    rates = {method: getattr(experiment.learning_rates, method) for method in experiment.methods}
+    if experiment.grid:
+        counts = sorted({len(each) for each in rates.values()})
+        steps = ", ".join(map(str, experiment.recorded_steps()))
+        return (
+            f"every method at every size has {' or '.join(map(str, counts))} learning rates on all subjects and seeds, "
+            f"each scored after {steps} steps."
+        )
+    swept = any(len(each) > 1 for each in rates.values())
+    return "every method's learning rate is the best of its sweep." if swept else "learning rates as given."
+
+
+def _grid_intervals(experiment: Experiment, subjects: Sequence[str]) -> str:
+    """What stands in the brackets of a grid's tables."""
+    if len(subjects) < 2 or experiment.seeds < 2:
+        return "– and no interval, since one subject or one seed says nothing of how scores spread"
+    return (
+        "95 % intervals of a hierarchical bootstrap over subjects, seeds and, for fronts, prompts, paired between "
+        "methods and widened for the number of subjects (eval/report/fronts.py)"
     )
 
 

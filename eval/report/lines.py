@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, main_cells, sweep_cells
-from eval.methods import METHODS
-from eval.results import RESULTS, Results
+from eval.methods import TITLES
+from eval.results import RESULTS, Results, recorded_steps, result_at
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.metrics import Interval
@@ -26,6 +26,7 @@ SCORES = {  # what tables show, with the direction that is better
 }
 COMPARED = ("dino", "clip_i", "clip_t", "balance")
 OURS = "double_gsoft"
+Bootstrap = Callable[[Mapping[str, Sequence[float]]], Interval]
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,18 @@ class Line:
     def name(self) -> str:
         """What tables call its method."""
         named = {"base": "Base model", "photos": "Real photos"}
-        return named.get(self.method) or METHODS[self.method]
+        return named.get(self.method) or TITLES[self.method]
 
     @property
     def title(self) -> str:
         """Its name with what tells it from others of the same method."""
         return f"{self.name} {self.budget or ''}".strip()
 
-    @property
-    def full_title(self) -> str:
-        """Its title with the learning rate, where there is one."""
-        return self.title + (f", {self.learning_rate:g}" if self.learning_rate else "")
+    def label_of(self, subject: str) -> str:
+        """Its title with the learning rate of a subject, where there is one, and the step if that is before the end."""
+        result = self.result_of(subject)
+        rate, step = result["cell"]["learning_rate"], result.get("stopped_at")
+        return self.title + (f", {rate:g}" if rate else "") + (f", step {step}" if step else "")
 
     @property
     def size(self) -> str:
@@ -71,9 +73,12 @@ class Line:
         values = [result[fact] for result in self.results if result.get(fact) is not None]
         return metrics.mean(values) if values else None
 
-    def interval(self, score: str) -> Interval | None:
-        """Mean and bootstrap interval of one of `SCORES`; None where the line has no such score."""
-        return metrics.bootstrap(self.scores[score]) if self.scores.get(score) else None
+    def interval(self, score: str, bootstrap: Bootstrap = metrics.bootstrap) -> Interval | None:
+        """Mean and interval of a score; None where the line has no such score.
+
+        score: one of `SCORES`. bootstrap: what makes an interval of scores by subject.
+        """
+        return bootstrap(self.scores[score]) if self.scores.get(score) else None
 
 
 References = dict[tuple[str, int], tuple[tuple[float, float], tuple[float, float]]]
@@ -113,6 +118,18 @@ def line_of(
     return Line(method, budget, rate, results, scores)
 
 
+def photos_line(base: Iterable[Mapping[str, Any]]) -> Line:
+    """The line of the real photos, which have one score a subject.
+
+    base: the results of the base model, which have the photos' scores.
+    """
+    scores: dict[str, dict[str, list[float]]] = {
+        name: {result["cell"]["subject"]: [result["photos"][name]] for result in base}
+        for name in ("clip_i", "dino", "clip_t")
+    }
+    return Line("photos", None, None, [], scores)
+
+
 def check_complete(cells: Iterable[Cell], results: Results) -> None:
     """Raise UserError naming the cells that have no result."""
     if missing := [cell.id for cell in cells if cell not in results]:
@@ -150,11 +167,7 @@ def table_lines(experiment: Experiment, results: Results, rates: Mapping[str, fl
         return [results[cell] for cell in cells if cell.row == (method, budget, rate)]
 
     base = found("base", None, None)
-    photos: dict[str, dict[str, list[float]]] = {
-        name: {result["cell"]["subject"]: [result["photos"][name]] for result in base}
-        for name in ("clip_i", "dino", "clip_t")
-    }
-    lines = [Line("photos", None, None, [], photos), line_of("base", None, None, base, ends)]
+    lines = [photos_line(base), line_of("base", None, None, base, ends)]
     for budget in (*experiment.budgets, None):
         for method in experiment.methods:
             if budget in budgets_of(method, experiment):
@@ -162,27 +175,28 @@ def table_lines(experiment: Experiment, results: Results, rates: Mapping[str, fl
     return lines
 
 
-def recorded_steps(line: Line) -> list[int]:
+def steps_of(line: Line) -> list[int]:
     """After how many steps all of a line's cells were scored, by their curves."""
-    curves = [result["curve"] for result in line.results if "curve" in result]
-    return [point["step"] for point in curves[0]] if curves and len(curves) == len(line.results) else []
+    recorded = [recorded_steps(result) for result in line.results]
+    return recorded[0] if recorded and all(recorded) else []
 
 
 def at_step(line: Line, step: int, ends: References) -> Line:
     """The line as it was before the end of its training.
 
-    line: with curves. step: one of its `recorded_steps`. ends: what balance is measured between, see `references`.
+    line: with curves. step: one of its `steps_of`. ends: what balance is measured between, see `references`.
     """
-    results = [
-        result | {"scores": point} for result in line.results for point in result["curve"] if point["step"] == step
-    ]
+    results = [result_at(result, step) for result in line.results]
     return line_of(line.method, line.budget, line.learning_rate, results, ends)
 
 
-def differences(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, dict[str, Interval]]]:
-    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals).
+Pairs = dict[str, dict[str, list[float]]]  # differences by score, subject and seed
 
-    lines: of the table. ours: the key in `METHODS` of the method that is compared. Intervals are by name of `COMPARED`,
+
+def paired_scores(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, Pairs]]:
+    """Our method's scores minus each other one's of the same budget, by subject and seed: (budget, other, pairs).
+
+    lines: of the table. ours: the key in `TITLES` of the method that is compared. Pairs are by name of `COMPARED`,
     without those that one of the two lines lacks.
     """
     mine = {line.budget: line for line in lines if line.method == ours}
@@ -190,11 +204,24 @@ def differences(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str,
     for other in lines:
         if other.method in ("photos", "base", "full", ours) or other.budget not in mine:
             continue
-        intervals = {}
+        pairs: Pairs = {}
         for name in COMPARED:
             a, b = mine[other.budget].scores[name], other.scores[name]
             if a and a.keys() == b.keys():
-                pairs = {s: [x - y for x, y in zip(a[s], b[s], strict=True)] for s in a}
-                intervals[name] = metrics.bootstrap(pairs)
-        found.append((other.budget or "", other.name, intervals))
+                pairs[name] = {s: [x - y for x, y in zip(a[s], b[s], strict=True)] for s in a}
+        found.append((other.budget or "", other.name, pairs))
     return found
+
+
+def differences(
+    lines: Sequence[Line], ours: str = OURS, bootstrap: Bootstrap = metrics.bootstrap
+) -> list[tuple[str, str, dict[str, Interval]]]:
+    """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals).
+
+    lines: of the table. ours: the key in `TITLES` of the method that is compared. bootstrap: what makes an interval of
+    differences by subject. Intervals are by name of `COMPARED`, without those that one of the two lines lacks.
+    """
+    return [
+        (budget, other, {name: bootstrap(scores) for name, scores in pairs.items()})
+        for budget, other, pairs in paired_scores(lines, ours)
+    ]

@@ -6,39 +6,48 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from eval.experiment import Cell, Experiment
+from eval.experiment import Experiment
 from eval.report.lines import Line
+from eval.results import row_id
 from eval.subject_sheets import SubjectSheet, read_subject_sheet, sheet_path
 
-PLOTS = {"Scores": ("pareto", "curves"), "Learning rates": ("learning_rates",)}  # of the page's sections
+PICTURES = "Pictures"  # the section that the page fills itself
 LARGEST, QUALITY = 192, 85  # pixels of a picture's longer side, twice what the page shows it with; of WebP
 
 
-def page(
-    experiment: Experiment,
-    out: Path,
-    lines: Sequence[Line],
-    sections: Mapping[str, str],
-    plots: Mapping[str, str | None],
-) -> str:
+@dataclass(frozen=True)
+class Report:
+    """What a report consists of.
+
+    lines: of the table, a column of pictures each. sections: Markdown by heading, in order; `PICTURES` has none, and
+    comes only if there are sheets. plots: SVG by heading and name. tables: CSV by file name.
+    """
+
+    lines: Sequence[Line]
+    sections: Mapping[str, str]
+    plots: Mapping[str, Mapping[str, str]]
+    tables: Mapping[str, str]
+
+
+def page(experiment: Experiment, out: Path, report: Report) -> str:
     """One HTML page that needs no other file: tables, plots, pictures side by side under the same prompt and seed.
 
-    experiment: the settings. out: the comparison's folder, for the subjects' sheets. lines: of the table, a column of
-    pictures each. sections: Markdown by heading. plots: SVG by name, None for one that there is not. Raises UserError
-    for a sheet that is missing or damaged.
+    experiment: the settings. out: the comparison's folder, for the subjects' sheets. report: what is shown. Raises
+    UserError for a sheet that is missing or damaged.
     """
     parts = []
-    for title, text in sections.items():
+    for title, text in report.sections.items():
         parts.append((f"<h2>{html.escape(title)}</h2>" if title else "") + _html(text))
-        for name in PLOTS.get(title, ()):
-            if svg := plots[name]:
-                parts.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
-    parts.append("<h2>Pictures</h2>" + _pictures(experiment, out, lines))
+        for svg in report.plots.get(title, {}).values():
+            parts.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
+        if title == PICTURES:
+            parts.append(_pictures(experiment, out, report.lines))
     return PAGE.replace("{body}", "\n".join(parts))
 
 
@@ -63,12 +72,12 @@ def _html(text: str) -> str:
 def _pictures(experiment: Experiment, out: Path, lines: Sequence[Line]) -> str:
     """For each subject at seed 0 one table: a row for each prompt, a column for each method."""
     columns = [line for line in lines if line.results]
-    titles = [html.escape(line.title) for line in columns]
-    heads = "<tr><th>prompt</th>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"
     blocks: list[str] = []
     for subject in experiment.subject_names():
         sheet = read_subject_sheet(sheet_path(subject, out))
         results = [line.result_of(subject) for line in columns]
+        titles = [html.escape(line.label_of(subject)) for line in columns]
+        heads = "<tr><th>prompt</th>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"
         photos = "".join(_image(photo, "a photo") for photo in sheet.photos)
         rows = [heads]
         for file, prompt in sheet.columns.items():
@@ -86,7 +95,7 @@ def _cell_image(sheet: SubjectSheet, result: Mapping[str, Any], file: str) -> st
     scored = [picture for picture in result.get("pictures", []) if picture["file"] == file]
     if not scored:
         return "diverged"
-    row = sheet.rows.get(Cell(**result["cell"]).id)
+    row = sheet.rows.get(row_id(result))
     if row is None or file not in row.pictures:
         return "not kept"
     return _image(row.pictures[file], f"DINO {scored[0]['dino']:.2f}, CLIP-T {scored[0]['clip_t']:.2f}")
@@ -116,6 +125,7 @@ table { border-collapse: collapse; font-size: 13px }
 th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
 th { border-bottom: 2px solid #888 }
 .pictures td, .pictures th { padding: .2rem; vertical-align: top }
+.pictures th { white-space: normal; max-width: 100px }
 .pictures td:first-child { white-space: normal; min-width: 9rem }
 img { width: 96px; height: 96px; object-fit: cover; image-rendering: auto; border-radius: 3px }
 .photos img { margin-right: 4px }

@@ -11,12 +11,27 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.methods import METHODS
+from eval.methods import TITLES
+from eval.report.fronts import front
+from eval.report.grid import Fronts
 from eval.report.lines import Line
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.metrics import Interval
 
-COLORS = dict(zip(METHODS, ("#c1121f", "#f08a24", "#1d6fb8", "#2a9d4a", "#7b4fb5", "#6b6b6b"), strict=True))
+COLORS = {
+    "double_gsoft": "#c1121f",
+    "gsoft": "#f08a24",
+    "lora": "#1d6fb8",
+    "dora": "#5fb3e6",
+    "boft": "#2a9d4a",
+    "oft": "#7b4fb5",
+    "hra": "#a8c545",
+    "lokr": "#d46fa8",
+    "full": "#6b6b6b",
+    "double_gsoft_dense": "#7a0c16",
+    "double_gsoft_unscaled": "#e8788a",
+    "double_gsoft_denoiser": "#8c5a2b",
+}
 MARKERS = {"small": "o", "medium": "s", "large": "^", None: "D"}
 
 
@@ -38,7 +53,7 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
         spread: dict[str, Any] = {"xerr": _error_bars(x), "yerr": _error_bars(y)}
         label = f"{line.name}{f', {line.budget}' if line.budget else ''}"
         axes.errorbar(x.mean, y.mean, fmt=marker, color=color, elinewidth=0.6, alpha=0.85, label=label, **spread)
-    for method in METHODS:
+    for method in TITLES:
         points = [(line.interval("clip_t"), line.interval("dino")) for line in lines if line.method == method]
         reached = [(x.mean, y.mean) for x, y in points if x and y]
         if len(reached) > 1:
@@ -71,7 +86,7 @@ def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, f
         points = {rate: (x.mean, y.mean) for rate, (x, y) in ends.items() if x and y}
         if not points:
             continue
-        axes.plot(*zip(*points.values(), strict=True), color=COLORS[method], linewidth=1, label=METHODS[method])
+        axes.plot(*zip(*points.values(), strict=True), color=COLORS[method], linewidth=1, label=TITLES[method])
         for rate, point in points.items():
             axes.plot(*point, "o", color=COLORS[method], markersize=8 if rate == chosen[method] else 3)
         for rate in {min(points), chosen[method], max(points)} & points.keys():
@@ -87,6 +102,33 @@ def sweep_plot(sweep: Mapping[str, Mapping[float, Line]], chosen: Mapping[str, f
                 color=COLORS[method],
             )
     return _trade_off(figure, axes, miniature) if axes.lines else None
+
+
+def front_plot(fronts: Fronts, miniature: bool) -> str:
+    """Every method's settings and its front, as SVG: a panel a size; up and to the right is better.
+
+    fronts: what is drawn; what has one size, like full fine-tuning, is in every panel. miniature: whether miniature
+    encoders scored, which the axes say.
+    """
+    budgets: list[str | None] = list(dict.fromkeys(each.budget for each in fronts.methods if each.budget)) or [None]
+    figure = Figure(figsize=(1.5 + 4.2 * len(budgets), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
+    small = " (miniature encoders)" if miniature else ""
+    for axes, budget in zip(panels, budgets, strict=True):
+        for each in fronts.methods:
+            if each.budget in (budget, None):
+                color, name = COLORS[each.method], TITLES[each.method]
+                envelope = front(each.points)
+                axes.plot(each.points[:, 1], each.points[:, 0], "o", color=color, markersize=2.5, alpha=0.5)
+                axes.plot(envelope[:, 1], envelope[:, 0], color=color, linewidth=1.4, label=name)
+        for (subject, prompt), marker, name in ((fronts.base, "X", "base model"), (fronts.photos, "*", "photos")):
+            axes.plot(prompt, subject, marker, color="#222222", markersize=9, label=name)
+        axes.set_title(budget or "", fontsize=10)
+        axes.set_xlabel(f"prompt: CLIP-T{small}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"subject: DINO{small}")
+    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure)
 
 
 def _trade_off(figure: Figure, axes: Axes, miniature: bool) -> str:

@@ -6,13 +6,17 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
-from eval.methods import METHODS
-from eval.report.lines import COMPARED, OURS, SCORES, Line, References, at_step, differences, recorded_steps
+from eval.methods import TITLES
+from eval.report.lines import COMPARED, OURS, SCORES, Bootstrap, Line, References, at_step, differences, steps_of
+from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.metrics import Interval
 
 
-def table_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """The table's cells as text, in the shape of the paper's Table 2."""
+def table_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) -> list[dict[str, str]]:
+    """The table's cells as text, in the shape of the paper's Table 2.
+
+    lines: what is shown. bootstrap: what makes an interval of scores by subject.
+    """
     return [
         {
             "method": line.name,
@@ -22,7 +26,7 @@ def table_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
             "learning rate": f"{line.learning_rate:g}" if line.learning_rate else "",
             "minutes": f"{seconds / 60:.1f}" if (seconds := line.mean("train_seconds")) else "",
             "peak memory, GiB": f"{size / 2**30:.2f}" if (size := line.mean("peak_memory_bytes")) else "",
-            **{title: _text(line.interval(name)) for name, title in SCORES.items()},
+            **{title: text_of(line.interval(name, bootstrap)) for name, title in SCORES.items()},
         }
         for line in lines
     ]
@@ -37,34 +41,41 @@ def sweep_rows(
     training. ends: what balance is measured between, see `references`.
     """
     rows = []
-    curves = any(recorded_steps(line) for by_rate in sweep.values() for line in by_rate.values())
+    curves = any(steps_of(line) for by_rate in sweep.values() for line in by_rate.values())
     for method, by_rate in sweep.items():
         for rate, line in by_rate.items():
-            steps: Sequence[int | None] = recorded_steps(line) or [None]
+            steps: Sequence[int | None] = steps_of(line) or [None]
             for step in steps:
                 shown = line if step is None else at_step(line, step, ends)
                 texts = {SCORES[name]: _short(shown.interval(name)) for name in ("dino", "clip_t", "balance")}
                 if line.results and not line.scores["dino"]:
                     texts = dict.fromkeys(texts, "diverged")
                 after = {"steps": str(step or "")} if curves else {}
-                names = {"method": METHODS[method], **after, "learning rate": f"{rate:g}"}
+                names = {"method": TITLES[method], **after, "learning rate": f"{rate:g}"}
                 rows.append(names | texts | {"chosen": "✓" if rate == chosen[method] and step == steps[-1] else ""})
     return rows
 
 
-def difference_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """Our method minus each other one, as text; see `differences`."""
+def difference_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) -> list[dict[str, str]]:
+    """Our method minus each other one, as text; see `differences`.
+
+    lines: of the table. bootstrap: what makes an interval of differences by subject.
+    """
     return [
         {
             "budget": budget,
-            f"{METHODS[OURS]} minus": other,
-            **{SCORES[name].split(" ")[0]: _text(intervals.get(name), signed=True) for name in COMPARED},
+            f"{TITLES[OURS]} minus": other,
+            **{SCORES[name].split(" ")[0]: text_of(intervals.get(name), signed=True) for name in COMPARED},
         }
-        for budget, other, intervals in differences(lines)
+        for budget, other, intervals in differences(lines, bootstrap=bootstrap)
     ]
 
 
-def _text(interval: Interval | None, signed: bool = False) -> str:
+def text_of(interval: Interval | None, signed: bool = False) -> str:
+    """A mean with its bounds as tables show them, `[–]` where there are none; empty for None.
+
+    interval: what is shown. signed: whether positive numbers have their sign, as differences do.
+    """
     if interval is None:
         return ""
     mark = "+" if signed else ""
@@ -95,8 +106,11 @@ def csv_text(rows: Sequence[Mapping[str, str]]) -> str:
     return file.getvalue()
 
 
-def csv_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """Plain numbers: one column each for mean, low and high; empty where there is none."""
+def csv_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) -> list[dict[str, str]]:
+    """Plain numbers: one column each for mean, low and high; empty where there is none.
+
+    lines: of the table. bootstrap: what makes an interval of scores by subject.
+    """
     rows = []
     for line in lines:
         row = {
@@ -109,7 +123,7 @@ def csv_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
             value = line.mean(fact)
             row[fact] = "" if value is None else f"{value:.6g}"
         for name in SCORES:
-            interval = line.interval(name)
+            interval = line.interval(name, bootstrap)
             for part in ("mean", "low", "high"):
                 value = getattr(interval, part, None)
                 row[f"{name}_{part}"] = "" if value is None else f"{value:.6f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_eval import experiment, write_world
+from tiny_eval import experiment, grid, write_world
 
 from eval import engines
 from eval.benchmark import run_benchmark
@@ -30,6 +30,18 @@ def in_process(monkeypatch):
 
     monkeypatch.setitem(engines.ENGINES, "local", run_here)
     return ran
+
+
+@pytest.fixture(scope="session")
+def finished_grid(world, tmp_path_factory) -> Path:
+    """The output folder of a finished grid. Read only."""
+    out = tmp_path_factory.mktemp("grid")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(
+            engines.ENGINES, "local", lambda e, cells, out, workers: [run_cell(e, c, out) for c in cells]
+        )
+        run_benchmark(grid(world), out)
+    return out
 
 
 @pytest.fixture(scope="session")

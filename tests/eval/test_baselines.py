@@ -1,4 +1,4 @@
-"""LoRA, BOFT, OFT and full fine-tuning: on the same layers as GSOFT, and really what they claim to be."""
+"""PEFT's methods and full fine-tuning: on the same layers as GSOFT, and really what they claim to be."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from gsoft_diffusion import AdapterConfig, BaseModelIdentity, UserError, inject,
 
 CONFIGS = {
     "lora": BaselineConfig("lora", rank=3),
+    "dora": BaselineConfig("dora", rank=3),
+    "hra": BaselineConfig("hra", rank=4),
+    "lokr": BaselineConfig("lokr", factor=2),
+    "lokr by rank": BaselineConfig("lokr", factor=2, rank=3),
     "boft": BaselineConfig("boft", nblocks=4, nfactors=3),
     "boft by block size": BaselineConfig("boft", block_size=4, nfactors=2),
     "oft": BaselineConfig("oft", block_size=4),
@@ -106,6 +110,59 @@ def test_boft_runs_with_all_its_factors_forward_and_backward():
     )  # every block of every factor learns
 
 
+# DoRA, HRA and LoKr against their papers
+
+
+def tuned_layer(name):
+    """A tuned layer with random numbers: the layer, its adapter, the frozen weight and the weight that it acts with."""
+    torch.manual_seed(0)
+    _, _, adapter = tuned(CONFIGS[name])
+    randomise(adapter, size=0.1)
+    layer = next(iter(adapter._layers.values()))
+    weight = layer.base_layer.weight.detach().double()
+    inputs = torch.eye(layer.in_features)
+    bias = 0 if layer.base_layer.bias is None else layer.base_layer.bias.double()
+    return layer, adapter, weight, (layer(inputs).double() - bias).T.detach()
+
+
+def numbers_of(adapter, layer):
+    name = next(name for name, each in adapter._layers.items() if each is layer)
+    return {
+        key.rpartition(".")[2]: value.detach().double()
+        for key, value in adapter.named_parameters()
+        if key.rpartition(".")[0] == name
+    }
+
+
+def test_dora_is_a_magnitude_times_a_direction():
+    """Row `i` of the weight has the length `m_i` and the direction of row `i` of `W + BA` (arXiv 2402.09353, eq. 5)."""
+    layer, adapter, weight, found = tuned_layer("dora")
+    numbers = numbers_of(adapter, layer)
+    moved = weight + numbers["lora_b"] @ numbers["lora_a"]
+    expected = numbers["magnitude"][:, None] * moved / moved.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hra_is_a_chain_of_reflections():
+    """`W ∏ (I − 2 u uᵀ / uᵀu)` (arXiv 2405.17484, eq. 1)."""
+    layer, adapter, weight, found = tuned_layer("hra")
+    expected = weight
+    for vector in numbers_of(adapter, layer)["reflections"].T:
+        expected = expected - 2 * (expected @ vector)[:, None] * vector[None, :] / vector.square().sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lokr", "lokr by rank"])
+def test_lokr_adds_a_kronecker_product(name):
+    """`W + w₁ ⊗ w₂` (arXiv 2309.14859)."""
+    layer, adapter, weight, found = tuned_layer(name)
+    numbers = numbers_of(adapter, layer)
+    assert numbers["small"].shape == (2, 2)
+    if name == "lokr by rank":
+        numbers["large"] = numbers["large_a"] @ numbers["large_b"]
+    torch.testing.assert_close(found, weight + torch.kron(numbers["small"], numbers["large"]), rtol=1e-4, atol=1e-5)
+
+
 def test_pefts_own_fallback_is_not_left_behind():
     before = boft._FBD_CUDA
     tuned(CONFIGS["boft"])
@@ -156,6 +213,11 @@ def test_counts_by_hand():
     assert baseline_count(BaselineConfig("boft", nblocks=32, nfactors=4), 320, 640) == 4 * 32 * 45 + 640
     assert baseline_count(BaselineConfig("oft", block_size=10), 320, 640) == 32 * 45
     assert baseline_count(BaselineConfig("full"), 320, 640) == 320 * 640
+    assert baseline_count(BaselineConfig("dora", rank=4), 320, 640) == 4 * 960 + 640
+    assert baseline_count(BaselineConfig("hra", rank=4), 320, 640) == 4 * 320
+    assert baseline_count(BaselineConfig("lokr", factor=4), 320, 640) == 4 * 4 + 80 * 160
+    assert baseline_count(BaselineConfig("lokr", factor=4, rank=80), 320, 640) == 4 * 4 + 80 * 160
+    assert baseline_count(BaselineConfig("lokr", factor=4, rank=79), 320, 640) == 4 * 4 + 79 * 240
 
 
 def test_merge_unmerge_and_disabled(config):
@@ -236,12 +298,13 @@ def test_half_precision_base_keeps_float32_trainables(config):
 
 def test_orthogonality_is_reported_where_there_is_any():
     errors = {}
-    for name in ("lora", "boft", "oft", "full"):
+    for name in ("lora", "dora", "lokr", "boft", "oft", "hra", "full"):
         _, _, adapter = tuned(CONFIGS[name])
         randomise(adapter, size=0.05)
         errors[name] = adapter.orthogonality_error()
-    assert errors["lora"] is errors["full"] is None
+    assert errors["lora"] is errors["dora"] is errors["lokr"] is errors["full"] is None
     assert errors["boft"] < 1e-5
+    assert errors["hra"] < 1e-5
     assert 1e-5 < errors["oft"] < 0.1  # a short Neumann series only comes near
 
 
@@ -254,7 +317,9 @@ def test_orthogonality_is_reported_where_there_is_any():
         ({"method": "oft", "nblocks": 4, "block_size": 4}, "oft takes nblocks or block_size"),
         ({"method": "full", "rank": 4}, "full takes nothing"),
         ({"method": "lora", "rank": 0}, "--rank 0: must be 1 or more"),
-        ({"method": "dora", "rank": 4}, "method: 'dora' is not one of"),
+        ({"method": "hra", "rank": 3}, "rank 3: must be even for hra"),
+        ({"method": "lokr", "rank": 3}, "lokr takes factor or factor and rank as its size, not rank"),
+        ({"method": "vera", "rank": 4}, "method: 'vera' is not one of"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_eval import experiment
+from tiny_eval import experiment, grid
 
 from eval import benchmark, cell
 from eval.baselines import BaselineConfig, adapted_layers
 from eval.benchmark import plan, run_benchmark
 from eval.cell import run_cell
-from eval.experiment import Cell, Experiment, main_cells, sweep_cells
-from eval.methods import METHODS, count_parameters, matched
+from eval.experiment import Cell, Experiment, grid_cells, main_cells, sweep_cells
+from eval.methods import ABLATIONS, METHODS, adapts_text_encoder, count_parameters, matched
 from eval.report.rates import choose_learning_rates
 from eval.results import all_results, cell_folder, is_done, read_results
 from gsoft_diffusion import UserError
@@ -237,7 +237,10 @@ def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world
     ("changes", "lost"),
     [
         ({"subjects": ["rex"]}, "subject cup"),
-        ({"methods": ["double_gsoft", "lora"]}, "method gsoft, method boft, method oft, method full"),
+        (
+            {"methods": ["double_gsoft", "lora"]},
+            "method gsoft, method dora, method boft, method oft, method hra, method lokr",
+        ),
         ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
     ],
 )
@@ -274,13 +277,30 @@ def test_plan_lists_cells_time_and_disk(world, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_plan_of_a_grid(world, tmp_path):
+    settings = grid(world, budgets=["small", "medium"], seconds_per_step=10, seconds_per_picture=1)
+    text = plan(settings, tmp_path, workers=2)
+    assert "grid: 24 cells, 0 done" in text  # two subjects, seeds and sizes, three rates
+    assert "learning rates:" not in text
+    assert "double_gsoft--small--lr0.01--cup--seed0" in text
+    pictures = 2 * 9 + 4  # nine after each of two steps, and the base model's for drift
+    minutes = (24 * (2 * 10 + pictures) + 4 * 9) / 2 / 60
+    assert f"in all {minutes:.0f} minutes with 2 workers (guessed" in text
+    assert "MB of results.jsonl" in text
+
+
+def test_a_grid_needs_two_subjects(world, tmp_path):
+    with pytest.raises(UserError, match="grid: chooses each subject's setting on the others; give two subjects"):
+        run_benchmark(grid(world, subjects=["rex"]), tmp_path)
+
+
 def test_plan_is_made_without_the_base_model(world, tmp_path):
     text = plan(experiment(world, pretrained_model_name_or_path="./nowhere", resolution=512), tmp_path, workers=1)
     assert "sizes are listed where the base model is: there is no model folder ./nowhere" in text
     assert "pictures of 512 px" in text
 
 
-@pytest.mark.parametrize("name", ["mini", "mini_sizes", "mini_unscaled", "paper", "own"])
+@pytest.mark.parametrize("name", ["mini", "mini_sizes", "mini_unscaled", "paper", "own", "fronts", "fronts_dreambooth"])
 def test_committed_experiments_are_valid(name):
     settings = read_yaml(Path("eval/experiments") / f"{name}.yaml")
     assert Experiment.from_dict(settings).methods
@@ -311,6 +331,39 @@ def test_sizes_come_near_the_budget(method, budget, world):
         assert 0.5 < count / full / {"small": 0.066, "medium": 0.133, "large": 0.266}[budget] < 2
 
 
+def test_an_ablation_changes_one_thing(world):
+    model = load_model(str(world / "base"))
+    layers = adapted_layers(model.unet, [model.text_encoder], True)
+    ours = matched("double_gsoft", "medium", layers, True)
+    unscaled, dense = (matched(f"double_gsoft_{name}", "medium", layers, True) for name in ("unscaled", "dense"))
+    assert unscaled == replace(ours, output_scale=False)
+    assert dense == replace(ours, nfactors="dense", nblocks=dense.nblocks, block_size=dense.block_size)
+    assert adapts_text_encoder("double_gsoft", True)
+    assert not adapts_text_encoder("double_gsoft_denoiser", True)
+    assert matched("double_gsoft_denoiser", "medium", layers, False) == replace(ours, text_encoder=False)
+
+
+def test_ablations_run_beside_the_method_that_they_change(world, tmp_path):
+    methods = ["double_gsoft", *ABLATIONS]
+    settings = experiment(world, methods=methods, subjects=["rex"])
+    for method in ABLATIONS:
+        run_cell(settings, Cell(method, "medium", 1e-3, "rex", 0), tmp_path)
+    found = {cell.method: result for cell, result in all_results(tmp_path).items()}
+    assert found["double_gsoft_dense"]["method"]["nfactors"] == "dense"
+    assert found["double_gsoft_unscaled"]["method"]["output_scale"] is False
+    assert found["double_gsoft_denoiser"]["training"]["text_encoder_lr"] is None
+    assert found["double_gsoft_denoiser"]["full_parameters"] < found["double_gsoft_unscaled"]["full_parameters"]
+    assert all("scores" in result for result in found.values())
+
+
+def test_some_methods_can_be_of_the_medium_size_only(world):
+    settings = grid(world, budgets=["small", "medium"], medium_only=["lora"], seeds=1)
+    found = {(cell.method, cell.budget) for cell in grid_cells(settings)}
+    assert found == {("double_gsoft", "small"), ("double_gsoft", "medium"), ("lora", "medium")}
+    assert benchmark.left_out(replace(settings, medium_only=()), settings) == ["lora at the size small"]
+    assert benchmark.left_out(settings, replace(settings, medium_only=())) == []
+
+
 def test_our_methods_are_sized_without_their_scale_too(world):
     model = load_model(str(world / "base"))
     layers = adapted_layers(model.unet, [model.text_encoder], True)
@@ -325,7 +378,7 @@ def test_our_methods_are_sized_without_their_scale_too(world):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ["dora"]}, "methods: dora; choose from double_gsoft"),
+        ({"methods": ["vera"]}, "methods: vera; choose from double_gsoft"),
         ({"budgets": []}, "budgets: nothing; choose from small"),
         ({"learning_rates": {"lora": []}}, "learning_rates.lora: give one or more"),
         ({"learning_rates": {"lora": ["fast"]}}, "lora: .* is not a list of numbers"),
@@ -334,6 +387,19 @@ def test_our_methods_are_sized_without_their_scale_too(world):
         ({"step": 3}, "unknown setting step"),
         ({"num_class_images": 3}, "num_class_images would have no effect"),
         ({"curve_every": 400}, "curve_every would have no effect"),
+        ({"grid": True}, "grid: scores several steps of each training; give curve_every"),
+        ({"grid": True, "curve_every": 80, "sweep_subjects": 3}, "sweep_subjects would have no effect"),
+        ({"methods": ["lora"], "medium_only": ["dora"]}, "medium_only: dora is none of methods"),
+        ({"medium_only": ["lora"], "budgets": ["small"]}, "medium_only would have no effect: budgets have no medium"),
+        (
+            {"methods": ["double_gsoft_denoiser"], "text_encoder": False},
+            "double_gsoft_denoiser is what double_gsoft is",
+        ),
+        (
+            {"methods": ["double_gsoft_unscaled"], "output_scale": False},
+            "double_gsoft_unscaled is what double_gsoft is",
+        ),
+        ({"difference_sd": 0}, "difference_sd 0.0: must be more than 0"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -7,7 +7,17 @@ import json
 import pytest
 
 from eval.experiment import Cell
-from eval.results import all_results, cell_folder, collect_results, is_done, read_results
+from eval.results import (
+    all_results,
+    as_columns,
+    cell_folder,
+    collect_results,
+    is_done,
+    pictures_folder,
+    read_results,
+    result_at,
+    row_id,
+)
 from gsoft_diffusion import UserError
 
 FIRST, SECOND = Cell("base", None, None, "rex", 0), Cell("lora", "medium", 1e-3, "rex", 0)
@@ -65,3 +75,39 @@ def test_a_damaged_line_is_named(tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(UserError, match=r"results\.jsonl, line 2: is not the result of a cell .*put back"):
         read_results(tmp_path)
+
+
+# Steps before the end
+
+CURVED = {
+    "cell": vars(SECOND),
+    "scores": {"dino": 0.5},
+    "pictures": [{"file": "a.png", "dino": 0.4}, {"file": "b.png", "dino": 0.6}],
+    "curve": [{"step": 20, "dino": 0.25, "pictures": {"dino": [0.2, 0.3]}}, {"step": 40, "dino": 0.5}],
+}
+
+
+def test_a_result_at_a_step_has_the_scores_of_that_step(tmp_path):
+    before = result_at(CURVED, 20)
+    assert before["scores"] == {"dino": 0.25}
+    assert before["pictures"] == [{"file": "a.png", "dino": 0.2}, {"file": "b.png", "dino": 0.3}]
+    assert (row_id(before), pictures_folder(before, tmp_path)) == (
+        f"{SECOND.id}--step20",
+        cell_folder(SECOND, tmp_path) / "step20",
+    )
+    end = result_at(CURVED, 40)
+    assert end == CURVED
+    assert (row_id(end), pictures_folder(end, tmp_path)) == (SECOND.id, cell_folder(SECOND, tmp_path))
+
+
+def test_results_of_before_have_no_pictures_at_their_steps():
+    (first, *_), end = [{"step": 20, "dino": 0.25}], CURVED["curve"][1]
+    assert "pictures" not in result_at(CURVED | {"curve": [first, end]}, 20)
+
+
+def test_columns_keep_scores_and_nothing_else():
+    rows = [
+        {"file": "a.png", "seed": 1, "dino": 0.123456789, "clip_t": 0.5},
+        {"file": "b.png", "dino": 1.0, "clip_t": 0},
+    ]
+    assert as_columns(rows) == {"dino": [0.123457, 1.0], "clip_t": [0.5, 0]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_eval import experiment
 
+from eval.experiment import Cell
 from eval.methods import METHODS
 from eval.report.lines import Line, sweep_lines, table_lines
 from eval.report.rates import choose_learning_rates
@@ -54,12 +55,14 @@ def test_a_rate_with_one_divergence_has_no_scores(settings, finished):
 
 
 @pytest.mark.parametrize(
-    ("line", "title", "full_title"),
+    ("cell", "facts", "title", "label"),
     [
-        (Line("base", None, None, [], {}), "Base model", "Base model"),
-        (Line("lora", "small", 2e-3, [], {}), "LoRA small", "LoRA small, 0.002"),
-        (Line("full", None, 1e-4, [], {}), "Full fine-tuning", "Full fine-tuning, 0.0001"),
+        (Cell("base", None, None, "rex", 0), {}, "Base model", "Base model"),
+        (Cell("lora", "small", 2e-3, "rex", 0), {}, "LoRA small", "LoRA small, 0.002"),
+        (Cell("lora", "small", 2e-3, "rex", 0), {"stopped_at": 60}, "LoRA small", "LoRA small, 0.002, step 60"),
+        (Cell("full", None, 1e-4, "rex", 0), {}, "Full fine-tuning", "Full fine-tuning, 0.0001"),
     ],
 )
-def test_lines_are_named(line, title, full_title):
-    assert (line.title, line.full_title) == (title, full_title)
+def test_lines_are_named(cell, facts, title, label):
+    line = Line(*cell.row, [{"cell": vars(cell), **facts}], {})
+    assert (line.title, line.label_of("rex")) == (title, label)

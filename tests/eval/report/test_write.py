@@ -20,7 +20,7 @@ from gsoft_diffusion import UserError
 
 def test_comparison_ends_in_a_report(finished):
     rows = list(csv.DictReader((finished / "table.csv").open()))
-    assert [row["method"] for row in rows] == ["photos", "base", "double_gsoft", "gsoft", "lora", "boft", "oft", "full"]
+    assert [row["method"] for row in rows] == ["photos", "base", *METHODS]
     assert all(-1 <= float(row["dino_low"]) <= float(row["dino_mean"]) <= float(row["dino_high"]) <= 1 for row in rows)
     assert all(float(row["balance_mean"]) >= 0 for row in rows[2:])
     sweep = list(csv.DictReader((finished / "learning_rates.csv").open()))

@@ -1,0 +1,223 @@
+"""What fronts say, as rows of text, as plain numbers, and as a verdict in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from eval.methods import TITLES
+from eval.report.fronts import (
+    LEVEL,
+    POWER,
+    SHARES,
+    Array,
+    Estimate,
+    bootstrap,
+    detectable_difference,
+    front,
+    levels,
+    verdict,
+)
+from eval.report.grid import Fronts, Grid, MethodFront
+from eval.report.lines import OURS, Line, differences
+from eval.report.tables import text_of
+from gsoft_diffusion.scoring.metrics import Interval
+
+AREA = 0  # places of `measures`: the area, then prompt fidelity at each level of the subject, then the reverse
+AT_SUBJECT = range(1, 1 + len(SHARES))
+AT_PROMPT = range(1 + len(SHARES), 1 + 2 * len(SHARES))
+
+
+def area_rows(fronts: Fronts) -> list[dict[str, str]]:
+    """Each front's area, how far it reaches, and our method's area minus its own."""
+    return [
+        {
+            "size": each.budget or "",
+            "method": TITLES[each.method],
+            "settings": str(len(each.settings)),
+            "subject (DINO) from – to": _reach(each.points, 0),
+            "prompt (CLIP-T) from – to": _reach(each.points, 1),
+            "area ↑": _shown(each.estimates[AREA]),
+            f"{TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
+            "verdict": verdict(each.differences[AREA]) if each.differences else "",
+        }
+        for each in fronts.methods
+    ]
+
+
+def prompt_rows(fronts: Fronts) -> list[dict[str, str]]:
+    """Prompt fidelity at equal subject fidelity, and our method's minus each other one's."""
+    at_subject, _ = levels(fronts.base, fronts.photos)
+    return [_level_row(each, AT_SUBJECT, at_subject, 0, "DINO") for each in fronts.methods]
+
+
+def subject_rows(fronts: Fronts) -> list[dict[str, str]]:
+    """Subject fidelity at equal prompt fidelity, and our method's minus each other one's."""
+    _, at_prompt = levels(fronts.base, fronts.photos)
+    return [_level_row(each, AT_PROMPT, at_prompt, 1, "CLIP-T") for each in fronts.methods]
+
+
+def _level_row(each: MethodFront, places: Iterable[int], at: Sequence[float], axis: int, score: str) -> dict[str, str]:
+    row = {"size": each.budget or "", "method": TITLES[each.method]}
+    for place, level in zip(places, at, strict=True):
+        column = f"at {score} {level:.3f}"
+        row[column] = _shown(each.estimates[place], _beyond(each.points, axis, level))
+        difference = each.differences[place] if each.differences else None
+        row[f"{TITLES[OURS]} − this, {column}"] = (
+            "" if difference is None or math.isnan(difference.interval.mean) else _shown(difference, signed=True)
+        )
+    return row
+
+
+def _shown(estimate: Estimate, beyond: str = "", signed: bool = False) -> str:
+    if math.isnan(estimate.interval.mean):
+        return beyond or "no value: the ends are not in order"
+    text = text_of(estimate.interval, signed)
+    if estimate.interval.low is None and 0 < estimate.reached < 1:
+        return text.replace("[–]", f"[–: {estimate.reached:.0%} of resamples reach it]")
+    return text
+
+
+def _reach(points: Array, axis: int) -> str:
+    envelope = front(points)
+    return f"{envelope[:, axis].min():.3f} – {envelope[:, axis].max():.3f}" if len(envelope) else "diverged"
+
+
+def _beyond(points: Array, axis: int, level: float) -> str:
+    """Why there is no value at a level."""
+    envelope = front(points)
+    if not len(envelope):
+        return "diverged"
+    first, last = envelope[:, axis].min(), envelope[:, axis].max()
+    return f"not reached: begins at {first:.3f}" if level < first else f"not reached: ends at {last:.3f}"
+
+
+def setting_rows(fronts: Fronts, grid: Grid) -> list[dict[str, str]]:
+    """Every setting of every method: its point, its balance, and whether it is on the method's front."""
+    rows = []
+    for each, group in zip(fronts.methods, grid.groups, strict=True):
+        on_front = {tuple(point) for point in front(each.points)}
+        for setting, point, balances in zip(each.settings, each.points, group.balances, strict=True):
+            scored = not math.isnan(point[0])
+            rows.append(
+                {
+                    "size": each.budget or "",
+                    "method": TITLES[each.method],
+                    "learning rate": f"{setting.learning_rate:g}",
+                    "steps": str(setting.step),
+                    "DINO": f"{point[0]:.3f}" if scored else "diverged",
+                    "CLIP-T": f"{point[1]:.3f}" if scored else "diverged",
+                    "balance": f"{balances.mean():.3f}" if scored else "diverged",
+                    "on the front": "✓" if tuple(point) in on_front else "",
+                }
+            )
+    return rows
+
+
+def chosen_rows(lines: Sequence[Line], grid: Grid) -> list[dict[str, str]]:
+    """Which learning rate and step each subject is shown at: the best on all other subjects.
+
+    lines: held out. grid: what they were chosen from. A rate at the edge of those that were tried says that a better
+    one may lie beyond.
+    """
+    rates = {(group.method, group.budget): {s.learning_rate for s in group.settings} for group in grid.groups}
+    rows = []
+    for line in lines:
+        if line.method in ("photos", "base"):
+            continue
+        tried = rates[line.method, line.budget]
+        chosen = [line.result_of(subject)["cell"]["learning_rate"] for subject in grid.subjects]
+        at_edge = sum(rate in (min(tried), max(tried)) for rate in chosen)
+        rows.append(
+            {
+                "size": line.budget or "",
+                "method": line.name,
+                "at the edge of its rates": f"{at_edge} of {len(chosen)}",
+                **{subject: _setting(line, subject) for subject in grid.subjects},
+            }
+        )
+    return rows
+
+
+def _setting(line: Line, subject: str) -> str:
+    result = line.result_of(subject)
+    if not line.scores["dino"]:
+        return "diverged"
+    return f"{result['cell']['learning_rate']:g}, step {result.get('stopped_at') or result['curve'][-1]['step']}"
+
+
+def measure_rows(fronts: Fronts) -> list[dict[str, str]]:
+    """Plain numbers: each measure of each front, with its bounds; empty where there is none."""
+    at_subject, at_prompt = levels(fronts.base, fronts.photos)
+    names = [("area", None), *(("clip_t", level) for level in at_subject), *(("dino", level) for level in at_prompt)]
+    rows = []
+    for each in fronts.methods:
+        for place, (name, level) in enumerate(names):
+            row = {"budget": each.budget or "", "method": each.method, "measure": name}
+            row["at"] = "" if level is None else f"{level:.6f}"
+            row |= _numbers("value", each.estimates[place])
+            row |= _numbers("difference", each.differences[place] if each.differences else None)
+            rows.append(row)
+    return rows
+
+
+def _numbers(name: str, estimate: Estimate | None) -> dict[str, str]:
+    interval = estimate.interval if estimate else Interval(math.nan, None, None)
+    values = {"": interval.mean, "_low": interval.low, "_high": interval.high}
+    return {f"{name}{end}": "" if v is None or math.isnan(v) else f"{v:.6f}" for end, v in values.items()}
+
+
+def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: float) -> str:
+    """Whether our method is ahead, in words, one paragraph a size, and which differences could have been seen.
+
+    fronts: what is compared. lines: held out. grid: how many subjects and seeds there are. assumed: the standard
+    deviation over subjects that was stated before the run.
+    """
+    paragraphs = []
+    compared = [each for each in fronts.methods if each.differences]
+    if not compared:
+        return f"{TITLES[OURS]} was not compared with another method of its size, so there is no verdict."
+    for budget in dict.fromkeys(each.budget for each in compared):
+        by_area = [
+            (TITLES[each.method], each.differences[AREA])
+            for each in compared
+            if each.budget == budget and each.differences
+        ]
+        by_balance = [
+            (other, Estimate(intervals["balance"], 1.0))
+            for size, other, intervals in differences(lines, bootstrap=bootstrap)
+            if size == budget and "balance" in intervals
+        ]
+        paragraphs.append(
+            f"At the size {budget}, by the area under the front {TITLES[OURS]} is {_verdicts(by_area)}. By balance, "
+            f"each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
+        )
+    return "\n\n".join([*paragraphs, _resolution(compared, grid, assumed)])
+
+
+def _verdicts(differences: Sequence[tuple[str, Estimate]]) -> str:
+    words = {"ahead": "ahead of", "behind": "behind", "not decided": "not decided against"}
+    words["no interval"] = "without an interval, so without a verdict, against"
+    found = {word: [pair for pair in differences if verdict(pair[1]) == word] for word in words}
+    return "; ".join(
+        f"{words[word]} " + ", ".join(f"{name} ({_shown(each, signed=True)})" for name, each in pairs)
+        for word, pairs in found.items()
+        if pairs
+    )
+
+
+def _resolution(compared: Sequence[MethodFront], grid: Grid, assumed: float) -> str:
+    """Which differences the comparison could see."""
+    widths = [width for each in compared if each.differences and (width := each.differences[AREA].half_width)]
+    least = detectable_difference(assumed, len(grid.subjects))
+    text = (
+        f"Before the run, a difference of {least:.3f} was held to be detectable ({POWER:.0%} power at 5 %, "
+        f"{len(grid.subjects)} subjects, standard deviation of differences {assumed:g}). "
+    )
+    if not widths:
+        return text + "No difference has an interval: that needs two or more subjects and seeds, and ends in order."
+    return text + (
+        f"The {LEVEL:.0%} intervals of the {len(widths)} differences in area reach {min(widths):.3f} to "
+        f"{max(widths):.3f} to either side, with a median of {sorted(widths)[len(widths) // 2]:.3f}. Of twenty "
+        "intervals one misses the truth by chance, so a verdict that only one of many sizes or methods shows is weak."
+    )

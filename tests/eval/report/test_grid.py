@@ -1,0 +1,157 @@
+"""From the results of a grid to fronts and held-out lines."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from tiny_eval import grid
+
+from eval.experiment import Cell
+from eval.report.front_tables import area_rows, chosen_rows, prompt_rows, setting_rows, verdict_text
+from eval.report.grid import Grid, Group, Setting, compare_fronts, held_out_lines, read_grid
+from eval.results import read_results, result_at
+from gsoft_diffusion import UserError
+
+
+@pytest.fixture
+def settings(world):
+    return grid(world)
+
+
+def test_every_cell_of_a_grid_is_scored_at_every_step_with_all_pictures(finished_grid):
+    results = {cell: result for cell, result in read_results(finished_grid).items() if cell.method != "base"}
+    assert len(results) == 2 * 2 * 3  # subjects, seeds, rates of both methods
+    for result in results.values():
+        assert [point["step"] for point in result["curve"]] == [1, 2]
+        before = result_at(result, 1)
+        assert len(before["pictures"]) == len(result["pictures"])
+        context = [picture["dino"] for picture in before["pictures"] if picture["kind"] == "context"]
+        assert np.mean(context) == pytest.approx(before["scores"]["dino"], abs=1e-5)
+        assert before["scores"]["dino"] != result["scores"]["dino"]
+
+
+def test_the_grid_holds_the_scores_of_each_prompt(settings, finished_grid):
+    results = read_results(finished_grid)
+    found = read_grid(settings, results)
+    assert found.subjects == ["cup", "rex"]
+    assert found.ends.shape == (2, 2, 2, 2, 2)  # base and photos; subject and prompt; subjects, seeds, prompts
+    ours, lora = found.groups
+    assert ours.settings == [Setting(1e-3, 1), Setting(1e-3, 2), Setting(1e-2, 1), Setting(1e-2, 2)]
+    assert (lora.method, lora.budget, lora.scores.shape) == ("lora", "medium", (2, 2, 2, 2, 2))
+    result = results[Cell("double_gsoft", "medium", 1e-2, "rex", 1)]
+    context = [picture for picture in result["pictures"] if picture["kind"] == "context"]
+    assert ours.scores[3, :, 1, 1].tolist() == [[p["dino"] for p in context], [p["clip_t"] for p in context]]
+    base = results[Cell("base", None, None, "cup", 1)]
+    assert found.ends[0, 0, 0, 1].mean() == pytest.approx(base["scores"]["dino"])
+    assert found.ends[1, 1, 0, 1].tolist() == [base["photos"]["clip_t"]] * 2
+
+
+def test_a_grid_that_is_not_complete_has_no_report(settings, finished_grid):
+    results = read_results(finished_grid)
+    del results[Cell("lora", "medium", 1e-3, "rex", 1)]
+    with pytest.raises(
+        UserError, match=r"results\.jsonl lacks lora--medium--lr0\.001--rex--seed1; run eval\.benchmark"
+    ):
+        read_grid(settings, results)
+
+
+def test_held_out_lines_take_each_subject_at_the_others_best_setting(settings, finished_grid):
+    results = read_results(finished_grid)
+    found = read_grid(settings, results)
+    ours = found.groups[0]
+    ours.balances[:] = [[[0.1] * 2, [0.9] * 2], [[0.2] * 2, [0.3] * 2], [[0.9] * 2, [0.4] * 2], [[0.3] * 2, [0.1] * 2]]
+    lines = held_out_lines(settings, results, found)
+    assert [line.title for line in lines] == ["Real photos", "Base model", "Double GSOFT medium", "LoRA medium"]
+    chosen = chosen_rows(lines, found)[0]
+    assert (chosen["cup"], chosen["rex"]) == ("0.001, step 1", "0.01, step 1")
+    assert chosen["at the edge of its rates"] == "2 of 2"
+    cup = results[Cell("double_gsoft", "medium", 1e-3, "cup", 1)]
+    assert lines[2].scores["dino"]["cup"][1] == cup["curve"][0]["dino"]
+    assert all(len(seeds) == 2 for seeds in lines[3].scores["drift"].values())
+
+
+def test_a_method_that_diverged_everywhere_has_a_line_and_no_front(settings, finished_grid):
+    results = read_results(finished_grid)
+    for cell, result in results.items():
+        if cell.method == "lora":
+            results[cell] = {
+                name: value for name, value in result.items() if name not in ("scores", "pictures", "curve")
+            }
+            results[cell]["diverged"] = "the loss is not finite"
+    found = read_grid(settings, results)
+    lines = held_out_lines(settings, results, found)
+    assert lines[-1].scores["dino"] == {}
+    fronts = compare_fronts(found, resamples=50)
+    assert area_rows(fronts)[1]["subject (DINO) from – to"] == "diverged"
+    assert {row["CLIP-T"] for row in setting_rows(fronts, found)[4:]} == {"diverged"}
+    assert chosen_rows(lines, found)[1]["rex"] == "diverged"
+    assert "diverged" in prompt_rows(fronts)[1].values()
+
+
+# Numbers made by hand
+
+
+def group(method, points, noise=0.0, subjects=4, seeds=2, prompts=3):
+    """A method whose settings score these points, with subjects that differ."""
+    spread = noise * np.linspace(-1, 1, subjects)[:, None, None] * np.ones((1, seeds, prompts))
+    scores = np.array([[np.full_like(spread, value) + spread for value in point] for point in points])
+    balances = scores.mean(axis=(1, 4))
+    return Group(method, "medium", [Setting(1e-3, step) for step in range(len(points))], scores, balances)
+
+
+def by_hand(ours, other, noise=0.0, subjects=4, seeds=2):
+    groups = [group("double_gsoft", ours, noise, subjects, seeds), group("lora", other, 0.0, subjects, seeds)]
+    ends = group("base", [(0.0, 1.0), (1.0, 0.0)], 0.0, subjects, seeds).scores
+    return Grid([f"s{number}" for number in range(subjects)], seeds, ends, groups)
+
+
+def test_a_method_that_is_better_for_all_is_ahead():
+    grid = by_hand([(0.2, 0.9), (0.8, 0.5)], [(0.2, 0.7), (0.6, 0.3)])
+    ours, lora = compare_fronts(grid).methods
+    assert ours.differences is None
+    assert ours.estimates[0].interval.mean == pytest.approx(0.2 * 0.9 + 0.6 * 0.7)
+    assert lora.differences[0].interval.mean == pytest.approx(0.6 - (0.2 * 0.7 + 0.4 * 0.5))
+    text = verdict_text(compare_fronts(grid), [], grid, 0.1)
+    assert "At the size medium, by the area under the front Double GSOFT is ahead of LoRA (+0.260 [" in text
+    assert "a difference of 0.208 was held to be detectable (80% power at 5 %, 4 subjects" in text
+
+
+def test_differences_that_depend_on_the_subject_are_not_decided():
+    grid = by_hand([(0.2, 0.7), (0.8, 0.3)], [(0.2, 0.7), (0.8, 0.3)], noise=0.3)
+    fronts = compare_fronts(grid)
+    assert "not decided against LoRA" in verdict_text(fronts, [], grid, 0.1)
+    difference = fronts.methods[1].differences[0]
+    assert difference.interval.low < 0 < difference.interval.high
+
+
+def test_what_all_subjects_share_cancels_in_a_paired_difference():
+    """Subjects differ by far more than methods do, and in the same way for both."""
+    grid = by_hand([(0.2, 0.75), (0.8, 0.35)], [(0.2, 0.7), (0.8, 0.3)])
+    for each in grid.groups:
+        each.scores[:, 1] += np.array([-0.2, -0.1, 0.1, 0.2])[:, None, None]
+    ours, lora = compare_fronts(grid).methods
+    assert lora.differences[0].half_width < 1e-9
+    assert ours.estimates[0].half_width > 0.1
+
+
+def test_levels_that_a_front_does_not_reach_are_said_to_be():
+    grid = by_hand([(0.3, 0.7), (0.8, 0.3)], [(0.1, 0.8), (0.6, 0.4)])
+    ours, lora = prompt_rows(compare_fronts(grid))
+    assert ours["at DINO 0.250"] == "not reached: begins at 0.300"
+    assert lora["at DINO 0.750"] == "not reached: ends at 0.600"
+    assert lora["at DINO 0.500"].startswith("0.480 [")
+    assert lora["Double GSOFT − this, at DINO 0.500"].startswith("+0.060 [")
+    assert lora["Double GSOFT − this, at DINO 0.250"] == lora["Double GSOFT − this, at DINO 0.750"] == ""
+
+
+@pytest.mark.parametrize(("subjects", "seeds"), [(1, 3), (4, 1)])
+def test_one_subject_or_one_seed_gives_no_verdict(subjects, seeds):
+    grid = by_hand([(0.2, 0.9), (0.8, 0.5)], [(0.2, 0.7), (0.6, 0.3)], subjects=subjects, seeds=seeds)
+    fronts = compare_fronts(grid, resamples=50)
+    (_, lora) = area_rows(fronts)
+    assert lora["area ↑"].endswith("[–]")
+    assert lora["verdict"] == "no interval"
+    assert all(estimate.half_width is None for each in fronts.methods for estimate in each.estimates)
+    assert not math.isnan(fronts.methods[0].estimates[0].interval.mean)
