@@ -29,10 +29,8 @@ def test_the_published_formulation_is_the_same_map():
     """Equal output and gradient by x at equal rotations and scales, so that only speed is compared."""
     torch.manual_seed(0)
     linear = nn.Linear(24, 40).requires_grad_(False)
-    ours, published = (
-        RotatedLayer(Rotation(AdapterConfig(nblocks=4), 24, 40)),
-        PublishedLinear(linear, AdapterConfig(nblocks=4)),
-    )
+    config = AdapterConfig(nblocks=4, parametrization="cayley")
+    ours, published = RotatedLayer(Rotation(config, 24, 40)), PublishedLinear(linear, config)
     learned = ours.rotation
     randomise(learned)
     with torch.no_grad():

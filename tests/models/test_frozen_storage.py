@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import copy
 from pathlib import Path
 
@@ -117,12 +118,14 @@ def layers() -> nn.Sequential:
 )
 def test_the_gpu_holds_no_more_than_what_is_stored_there(float8, in_main_memory, kept):
     """From the forward to the backward pass, beside the activations."""
+    gc.collect()  # what earlier tests left on the pretended GPU
+    others = bytes_in_use()
     with PretendedGPU():
         model = layers()
         store(model, True, float8=float8, in_main_memory=in_main_memory)
         model.to("cuda")
         before = bytes_in_use()
-        assert kept <= before < kept + 8 * WIDTH * 8 + 1000  # biases and scales
+        assert kept <= before - others < kept + 8 * WIDTH * 8 + 1000  # biases and scales
         x = torch.ones(1, WIDTH, device="cuda", requires_grad=True)
         y = model(x)
         assert bytes_in_use() - before < WIDTH * WIDTH

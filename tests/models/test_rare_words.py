@@ -22,8 +22,7 @@ class Words:
 
 
 def model(name: str, *tokenizers: Words) -> SimpleNamespace:
-    parts = {f"tokenizer_{number}": each for number, each in enumerate(tokenizers)}
-    return SimpleNamespace(name=name, parts=lambda: parts, **parts)
+    return SimpleNamespace(name=name, tokenizers=tokenizers)
 
 
 def test_the_bundled_base_has_a_name_of_its_own_for_it():
