@@ -40,7 +40,7 @@ def test_a_scale_keeps_the_digits_of_small_weights():
 
 def test_the_report_has_every_row():
     result = {
-        "weights": [{"model": "tiny", **weights(tiny)}],
+        "weights": [{"model": "Stable Diffusion 1.5", **weights("Stable Diffusion 1.5")}],
         "held": [{"way": way, "checkpointing": False, "weights": 2**20, "kept": 2**21} for way in WAYS],
         "drift": [{"way": way, "prediction": 0.01} for way in DRIFT],
         "rounding": [rounding(0.02)],
