@@ -188,10 +188,12 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
             for size, other, intervals in differences(lines, bootstrap=bootstrap)
             if size == budget and "balance" in intervals
         ]
-        paragraphs.append(
-            f"At the size {budget}, by the area under the front {TITLES[OURS]} is {_verdicts(by_area)}. By balance, "
-            f"each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
-        )
+        paragraph = f"At the size {budget}, by the area under the front {TITLES[OURS]} is {_verdicts(by_area)}."
+        if by_balance:
+            paragraph += (
+                f" By balance, each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
+            )
+        paragraphs.append(paragraph)
     return "\n\n".join([*paragraphs, _resolution(compared, grid, assumed)])
 
 
@@ -211,7 +213,7 @@ def _resolution(compared: Sequence[MethodFront], grid: Grid, assumed: float) -> 
     widths = [width for each in compared if each.differences and (width := each.differences[AREA].half_width)]
     least = detectable_difference(assumed, len(grid.subjects))
     text = (
-        f"Before the run, a difference of {least:.3f} was held to be detectable ({POWER:.0%} power at 5 %, "
+        f"Before the run, a difference of {least:.3f} in balance was held to be detectable ({POWER:.0%} power at 5 %, "
         f"{len(grid.subjects)} subjects, standard deviation of differences {assumed:g}). "
     )
     if not widths:

@@ -127,7 +127,8 @@ def front_plot(fronts: Fronts, miniature: bool) -> str:
         axes.set_xlabel(f"prompt: CLIP-T{small}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"subject: DINO{small}")
-    panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    named = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[-1].legend(named.values(), named.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_eval import grid
 from eval.experiment import Cell
 from eval.report.front_tables import area_rows, chosen_rows, prompt_rows, setting_rows, verdict_text
 from eval.report.grid import Grid, Group, Setting, compare_fronts, held_out_lines, read_grid
+from eval.report.plots import front_plot
 from eval.results import read_results, result_at
 from gsoft_diffusion import UserError
 
@@ -115,7 +117,8 @@ def test_a_method_that_is_better_for_all_is_ahead():
     assert lora.differences[0].interval.mean == pytest.approx(0.6 - (0.2 * 0.7 + 0.4 * 0.5))
     text = verdict_text(compare_fronts(grid), [], grid, 0.1)
     assert "At the size medium, by the area under the front Double GSOFT is ahead of LoRA (+0.260 [" in text
-    assert "a difference of 0.208 was held to be detectable (80% power at 5 %, 4 subjects" in text
+    assert "By balance" not in text  # without held-out lines
+    assert "a difference of 0.208 in balance was held to be detectable (80% power at 5 %, 4 subjects" in text
 
 
 def test_differences_that_depend_on_the_subject_are_not_decided():
@@ -155,3 +158,13 @@ def test_one_subject_or_one_seed_gives_no_verdict(subjects, seeds):
     assert lora["verdict"] == "no interval"
     assert all(estimate.half_width is None for each in fronts.methods for estimate in each.estimates)
     assert not math.isnan(fronts.methods[0].estimates[0].interval.mean)
+
+
+def test_the_plot_names_methods_of_one_size_too():
+    """SVG keeps its texts as comments."""
+    grid = by_hand([(0.2, 0.7), (0.8, 0.3)], [(0.2, 0.7), (0.8, 0.3)])
+    large = replace(group("double_gsoft", [(0.3, 0.6)]), budget="large")
+    svg = front_plot(compare_fronts(replace(grid, groups=[*grid.groups, large]), resamples=20), miniature=False)
+    assert all(
+        f"<!-- {name} -->" in svg for name in ("medium", "large", "LoRA", "Double GSOFT", "photos", "base model")
+    )
