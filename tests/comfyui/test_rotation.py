@@ -71,7 +71,8 @@ def test_the_first_columns_of_a_fused_matrix(rotation, bias):
     config = RotationConfig(nblocks=4)
     numbers = learned(config)
     name = "transformer.single_transformer_blocks.3.attn.to_out"
-    file = {f"{name}.{part}": tensor for part, tensor in numbers.items()} | {"parametrization.cayley": torch.empty(0)}
+    file = {f"{name}.{part}": tensor for part, tensor in numbers.items()}
+    file[f"parametrization.{config.parametrization}"] = torch.empty(0)
     layer, keys = rotation.find_layer(name, file)
     assert keys == file.keys()
     fused = torch.nn.Linear(24 + 32, 40, bias=bias).requires_grad_(False)

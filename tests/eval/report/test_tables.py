@@ -15,6 +15,7 @@ def line(values, curve=False):
     if curve:
         for result in results:
             result["curve"] = [{"step": step, "dino": 0.1 * step, "clip_t": 0.5} for step in (1, 2)]
+            result["scores"] = {"dino": 0.2, "clip_t": 0.5}
     scores = {name: {} for name in ("clip_i", "clip_t", "balance", "clip_i_base_prompt", "dino_nearest")}
     scores |= {"pres": {}, "div": {}, "drift": {}, "dino": {subject: [value] for subject, value in values.items()}}
     return Line("lora", "medium", 1e-3, results, scores)
