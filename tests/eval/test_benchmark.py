@@ -239,7 +239,7 @@ def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world
         ({"subjects": ["rex"]}, "subject cup"),
         (
             {"methods": ["double_gsoft", "lora"]},
-            "method gsoft, method dora, method boft, method oft, method hra, method lokr",
+            "method gsoft, method dora, method boft, method oft, method hra, method lokr, method full",
         ),
         ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
     ],
