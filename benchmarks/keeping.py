@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--validations", type=int, default=6, help="in the first of the three runs")
     parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--class_images", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=6, help="scored, of the subject and of its class each")
     parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")

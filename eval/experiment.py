@@ -39,11 +39,11 @@ class LearningRates(Settings):
     full: of full fine-tuning.
     """
 
-    double_gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    double_gsoft_dense: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    double_gsoft_unscaled: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    double_gsoft_denoiser: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    gsoft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    double_gsoft_dense: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    double_gsoft_unscaled: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    double_gsoft_denoiser: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    gsoft: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
     lora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     dora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     boft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
