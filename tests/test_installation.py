@@ -107,11 +107,11 @@ def test_the_library_alone_needs_three_packages(wheel):
 
 def test_extras_name_what_the_requirements_pin(wheel):
     everything = pinned("requirements.txt")
-    assert requirements(wheel, "diffusion") == everything - {"open-clip-torch"}
+    assert requirements(wheel, "diffusion") == everything - {"open-clip-torch", "scipy"}
     assert requirements(wheel, "eval") == everything
     assert requirements(wheel, "lipconvnet") == requirements(wheel, "diffusion") | {"foolbox"}
     assert requirements(wheel, "cluster") == everything | pinned("requirements-cluster.txt")
     assert requirements(wheel, "app") == everything | pinned("requirements-app.txt")
-    assert requirements(wheel, "gpu") == everything - {"open-clip-torch"} | pinned("requirements-gpu.txt")
+    assert requirements(wheel, "gpu") == everything - {"open-clip-torch", "scipy"} | pinned("requirements-gpu.txt")
     dev = pinned("requirements-app.txt") | pinned("requirements-dev.txt")
     assert requirements(wheel, "dev") == everything | dev
