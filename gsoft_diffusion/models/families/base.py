@@ -131,6 +131,11 @@ class BaseModel(ABC):
         """The guidance scale that the model is drawn with if none is given; None for that of most models."""
         return None
 
+    @property
+    def largest_side(self) -> int | None:
+        """The longest side in pixels that the denoiser has positions for; None if there is no end to them."""
+        return None
+
     def noise_scheduler(self) -> Any:
         """How noise is added in training: an object with `add_noise`, and `config` for `prediction_target`."""
         return DDPMScheduler.from_config(self.scheduler.config)
@@ -212,10 +217,15 @@ class BaseModel(ABC):
         return self.vae.config.latent_channels, (height or width) // factor, width // factor
 
     def check_sides(self, **sides: int) -> None:
-        """Raise UserError if a side, named as its option, does not survive the VAE's and the denoiser's halvings."""
+        """Raise UserError if a side, named as its option, does not survive the VAE's and the denoiser's halvings, or is
+        longer than `largest_side`.
+        """
         for name, side in sides.items():
             if side % self.size_step:
                 raise UserError(f"--{name} {side}: must be a multiple of {self.size_step} for {self.name}")
+        for name, side in sides.items():
+            if self.largest_side is not None and side > self.largest_side:
+                raise UserError(f"--{name} {side}: must be {self.largest_side} or less for {self.name}")
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, slower."""

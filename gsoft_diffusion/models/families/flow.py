@@ -17,9 +17,16 @@ from gsoft_diffusion.models.flow_matching import FlowMatching
 
 
 class FlowModel(BaseModel):
-    """A model whose scheduler is diffusers' `FlowMatchEulerDiscreteScheduler`, with its denoiser a transformer."""
+    """A model whose scheduler is diffusers' `FlowMatchEulerDiscreteScheduler`, with its denoiser a transformer.
+
+    Most checkpoints do not say their resolution and sigmas, which are here as in diffusers' pipelines.
+    """
 
     transformer: Any
+
+    @property
+    def resolution(self) -> int:
+        return 128 * self.vae_scale_factor
 
     @property
     def denoiser(self) -> Any:
@@ -71,7 +78,7 @@ class FlowModel(BaseModel):
 
     def sigmas(self, num_inference_steps: int) -> np.ndarray | None:
         """Sigmas (num_inference_steps,) before shifting, from 1 downwards; None for the scheduler's own."""
-        return None
+        return np.linspace(1, 1 / num_inference_steps, num_inference_steps)
 
 
 # What the original calls the joint attention's projections; where query, key and value share a matrix, in this order.
@@ -88,14 +95,7 @@ ORIGINAL_ATTENTION = {
 
 
 class FluxModel(FlowModel):
-    """What FLUX.1 and FLUX.2 have in common, and no checkpoint says: it is as in diffusers' pipelines."""
-
-    @property
-    def resolution(self) -> int:
-        return 128 * self.vae_scale_factor
-
-    def sigmas(self, num_inference_steps: int) -> np.ndarray:
-        return np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    """What FLUX.1 and FLUX.2 have in common: the names of the original's layers."""
 
     def kohya_place(self, module: str) -> tuple[str, int]:
         """As in the original: `transformer.transformer_blocks.0.attn.to_q` is in `double_blocks_0_img_attn_qkv`."""
@@ -112,3 +112,17 @@ def t5_embeddings(tokenizer: T5Tokenizer, encoder: T5EncoderModel, prompts: Sequ
     length: tokens of each; what does not fit is cut and said so.
     """
     return encoder(tokenized(tokenizer, prompts, length).input_ids.to(encoder.device))[0]
+
+
+def qwen_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
+    """Prompts as a user's words in Qwen3's template for chats.
+
+    tokenizer: Qwen's, which has the template. prompts: any number of texts. thinking: whether the answer may begin with
+    a thought.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        for prompt in prompts
+    ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from transformers import BatchEncoding, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from gsoft_diffusion.models.families.base import tokenized
+from gsoft_diffusion.models.families.flow import qwen_chats
 from gsoft_diffusion.models.families.flux2 import TEXT_LENGTH, Flux2Model
 
 
@@ -32,11 +33,4 @@ class Flux2Klein(Flux2Model):
         return bool(self.index_values.get("is_distilled", False))
 
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
-        """Without thinking."""
-        chats: list[Any] = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            for prompt in prompts
-        ]
-        return tokenized(self.tokenizer, chats, TEXT_LENGTH)
+        return tokenized(self.tokenizer, qwen_chats(self.tokenizer, prompts, thinking=False), TEXT_LENGTH)

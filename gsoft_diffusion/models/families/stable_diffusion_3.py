@@ -47,6 +47,10 @@ class StableDiffusion3(FlowModel):
     def resolution(self) -> int:
         return self.transformer.config.sample_size * self.vae_scale_factor
 
+    @property
+    def largest_side(self) -> int:
+        return self.transformer.config.pos_embed_max_size * self.size_step
+
     def check(self) -> None:
         transformer = self.transformer.config
         if transformer.in_channels != self.vae.config.latent_channels or transformer.patch_size != 2:
@@ -59,14 +63,6 @@ class StableDiffusion3(FlowModel):
         clips: list[Any] = [self.text_encoder.config, self.text_encoder_2.config]
         if transformer.pooled_projection_dim != sum(clip.projection_dim for clip in clips):
             raise UserError(f"{self.name}: the transformer is not made for these CLIP text encoders")
-
-    def check_sides(self, **sides: int) -> None:
-        """Raise UserError also if a side is longer than the transformer has positions for."""
-        super().check_sides(**sides)
-        largest = self.transformer.config.pos_embed_max_size * self.size_step  # there are no more positions
-        for name, side in sides.items():
-            if side > largest:
-                raise UserError(f"--{name} {side}: must be {largest} or less for {self.name}")
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Token numbers for each CLIP, and T5's embeddings, which no adapter changes."""
@@ -88,6 +84,9 @@ class StableDiffusion3(FlowModel):
         return original_layout_3(
             self.transformer, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3
         )
+
+    def sigmas(self, num_inference_steps: int) -> None:
+        return None
 
     def predict(
         self,

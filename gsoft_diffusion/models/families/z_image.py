@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, Qwen2Tokenizer, Qwen3Model
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import Conditioning, tokenized
-from gsoft_diffusion.models.families.flow import FlowModel
+from gsoft_diffusion.models.families.flow import FlowModel, qwen_chats
 from gsoft_diffusion.models.original_layout import vae_tensors
 
 TEXT_LENGTH = 512  # as diffusers' pipeline has it
@@ -51,8 +50,8 @@ class ZImage(FlowModel):
         return []  # Qwen is not trained: its embeddings are cached
 
     @property
-    def resolution(self) -> int:
-        return 128 * self.vae_scale_factor  # no checkpoint says it: it is as in diffusers' pipeline
+    def largest_side(self) -> int:
+        return min(self.transformer.config.axes_lens[1:]) * self.size_step
 
     @property
     def usual_guidance(self) -> float | None:
@@ -71,14 +70,6 @@ class ZImage(FlowModel):
         if transformer.siglip_feat_dim is not None:
             raise UserError(f"{self.name}: not a plain text-to-image Z-Image: its transformer also takes pictures")
 
-    def check_sides(self, **sides: int) -> None:
-        """Raise UserError also if a side is longer than the transformer has positions for."""
-        super().check_sides(**sides)
-        largest = min(self.transformer.config.axes_lens[1:]) * self.size_step
-        for name, side in sides.items():
-            if side > largest:
-                raise UserError(f"--{name} {side}: must be {largest} or less for {self.name}")
-
     # Prompts
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -86,12 +77,7 @@ class ZImage(FlowModel):
 
         These `lengths` (prompts,) decide shapes, so they are on the CPU.
         """
-        chats: list[Any] = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
+        chats = qwen_chats(self.tokenizer, prompts, thinking=True)
         encoded = tokenized(self.tokenizer, chats, TEXT_LENGTH, padding_side="right")
         lengths = encoded.attention_mask.sum(dim=1)
         with torch.no_grad():
@@ -104,9 +90,6 @@ class ZImage(FlowModel):
         return prepared
 
     # Denoising
-
-    def sigmas(self, num_inference_steps: int) -> np.ndarray:
-        return np.linspace(1, 1 / num_inference_steps, num_inference_steps)
 
     def predict(
         self,
