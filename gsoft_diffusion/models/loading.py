@@ -90,13 +90,11 @@ def load_model(
                 network.requires_grad_(False)
                 on_device = network is model.denoiser or not cpu_offload
                 in_main_memory = offload_layers and network is model.denoiser
-                if quantize_base and (network is model.denoiser or network in untrained):
-                    if quantize_base == "float8":
-                        store(network, fused_attention, float8=True, in_main_memory=in_main_memory)
-                    else:
-                        quantize(network, quantize_base, device if on_device else "cpu", fused_attention)
-                elif in_main_memory:
-                    store(network, fused_attention, float8=False, in_main_memory=True)
+                bits = quantize_base if network is model.denoiser or network in untrained else None
+                if bits == "float8" or in_main_memory:
+                    store(network, fused_attention, float8=bits == "float8", in_main_memory=in_main_memory)
+                elif bits:
+                    quantize(network, bits, device if on_device else "cpu", fused_attention)
                 if on_device:
                     network.to(device)
             except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
