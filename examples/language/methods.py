@@ -28,16 +28,10 @@ METHODS = {  # name in tables
     "double_gsoft": "Double GSOFT, b 3, m 4, no scale",
     "gsoft_dense": "GSOFT, b 8, dense Q",
 }
-ROTATIONS: dict[str, dict[str, Any]] = {  # learned numbers are not scaled, so that learning rates are as in the paper
-    "gsoft": {"double": False, "block_size": 8, "nfactors": 2, "parametrization": "cayley"},
-    "double_gsoft": {
-        "double": True,
-        "block_size": 3,
-        "nfactors": 4,
-        "output_scale": False,
-        "parametrization": "cayley",
-    },
-    "gsoft_dense": {"double": False, "block_size": 8, "nfactors": "dense", "parametrization": "cayley"},
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "gsoft": {"double": False, "block_size": 8, "nfactors": 2},
+    "double_gsoft": {"double": True, "block_size": 3, "nfactors": 4, "output_scale": False},
+    "gsoft_dense": {"double": False, "block_size": 8, "nfactors": "dense"},
 }
 BASELINES = {  # of PEFT
     "lora": BaselineConfig("lora", rank=4),
@@ -93,7 +87,12 @@ def rotation_config(method: str, encoder: Iterable[str], head: Iterable[str]) ->
 
     method: a key of `ROTATIONS`. encoder: paths of the layers to rotate. head: of the modules to train as a whole.
     """
-    return gsoft.Config(target_modules=list(encoder), modules_to_save=list(head), **ROTATIONS[method])
+    return gsoft.Config(
+        target_modules=list(encoder),
+        modules_to_save=list(head),
+        parametrization="cayley",  # learned numbers are not scaled, so that learning rates are as in the paper
+        **ROTATIONS[method],
+    )
 
 
 def published_count(adapter: gsoft.ModelAdapter) -> int:
