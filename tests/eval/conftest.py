@@ -10,6 +10,7 @@ from tiny_eval import experiment, grid, write_world
 from eval import engines
 from eval.benchmark import run_benchmark
 from eval.cell import run_cell
+from eval.experiment import Experiment
 from eval.methods import METHODS
 
 
@@ -32,25 +33,23 @@ def in_process(monkeypatch):
     return ran
 
 
-@pytest.fixture(scope="session")
-def finished_grid(world, tmp_path_factory) -> Path:
-    """The output folder of a finished grid. Read only."""
-    out = tmp_path_factory.mktemp("grid")
+def finish(comparison: Experiment, out: Path) -> Path:
+    """Run a comparison in this process; returns its output folder."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(
             engines.ENGINES, "local", lambda e, cells, out, workers: [run_cell(e, c, out) for c in cells]
         )
-        run_benchmark(grid(world), out)
+        run_benchmark(comparison, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def finished_grid(world, tmp_path_factory) -> Path:
+    """The output folder of a finished grid. Read only."""
+    return finish(grid(world), tmp_path_factory.mktemp("grid"))
 
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory) -> Path:
     """The output folder of a finished comparison. Read only."""
-    out = tmp_path_factory.mktemp("out")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(
-            engines.ENGINES, "local", lambda e, cells, out, workers: [run_cell(e, c, out) for c in cells]
-        )
-        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
-    return out
+    return finish(experiment(world, methods=list(METHODS), curve_every=1), tmp_path_factory.mktemp("out"))
