@@ -20,6 +20,9 @@ from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.models.loading import DTYPES
 
+SCALED_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of rotations whose learned numbers are scaled
+USUAL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
 
 @dataclass(frozen=True)
 class LearningRates(Settings):
@@ -39,17 +42,17 @@ class LearningRates(Settings):
     full: of full fine-tuning.
     """
 
-    double_gsoft: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
-    double_gsoft_dense: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
-    double_gsoft_unscaled: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
-    double_gsoft_denoiser: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
-    gsoft: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
-    lora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    dora: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    boft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    oft: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    hra: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    lokr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    double_gsoft: tuple[float, ...] = SCALED_RATES
+    double_gsoft_dense: tuple[float, ...] = SCALED_RATES
+    double_gsoft_unscaled: tuple[float, ...] = SCALED_RATES
+    double_gsoft_denoiser: tuple[float, ...] = SCALED_RATES
+    gsoft: tuple[float, ...] = SCALED_RATES
+    lora: tuple[float, ...] = USUAL_RATES
+    dora: tuple[float, ...] = USUAL_RATES
+    boft: tuple[float, ...] = USUAL_RATES
+    oft: tuple[float, ...] = USUAL_RATES
+    hra: tuple[float, ...] = USUAL_RATES
+    lokr: tuple[float, ...] = USUAL_RATES
     full: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
 
     def __post_init__(self) -> None:
