@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from tiny_models import randomise
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -23,6 +29,7 @@ from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.models.original_layout import joint_transformer_tensors, text_encoder_tensors, unet_tensors
 
 Tensors = dict[str, Tensor]
+ATTENTION = re.compile(r"attn|attention|linear[12]")  # in names of the weights that adapters turn
 
 
 @dataclass
@@ -54,6 +61,24 @@ FLUX = {"attention_head_dim": 128, "num_attention_heads": 1, "joint_attention_di
 
 def flux_names(transformer: FluxTransformer2DModel) -> Tensors:
     """The attention's weights as Black Forest Labs' files have them: fused."""
+    tensors = double_blocks(transformer)
+    for index, block in enumerate(transformer.single_transformer_blocks):
+        layers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+        tensors[f"single_blocks.{index}.linear1.weight"] = torch.cat([layer.weight for layer in layers])
+    return tensors
+
+
+def flux2_names(transformer: Flux2Transformer2DModel) -> Tensors:
+    """The attention's weights as Black Forest Labs' files have them; diffusers fuses single blocks, too."""
+    tensors = double_blocks(transformer)
+    for index, block in enumerate(transformer.single_transformer_blocks):
+        tensors[f"single_blocks.{index}.linear1.weight"] = block.attn.to_qkv_mlp_proj.weight
+        tensors[f"single_blocks.{index}.linear2.weight"] = block.attn.to_out.weight
+    return tensors
+
+
+def double_blocks(transformer: FluxTransformer2DModel | Flux2Transformer2DModel) -> Tensors:
+    """The attention's weights of a FLUX transformer's double-stream blocks."""
     tensors: Tensors = {}
     for index, block in enumerate(transformer.transformer_blocks):
         place, attention = f"double_blocks.{index}", block.attn
@@ -66,9 +91,18 @@ def flux_names(transformer: FluxTransformer2DModel) -> Tensors:
             )
         tensors[f"{place}.img_attn.proj.weight"] = attention.to_out[0].weight
         tensors[f"{place}.txt_attn.proj.weight"] = attention.to_add_out.weight
-    for index, block in enumerate(transformer.single_transformer_blocks):
-        layers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
-        tensors[f"single_blocks.{index}.linear1.weight"] = torch.cat([layer.weight for layer in layers])
+    return tensors
+
+
+def z_image_names(transformer: ZImageTransformer2DModel) -> Tensors:
+    """The attention's weights as Z-Image's one file for ComfyUI has them: query, key and value in one matrix."""
+    tensors: Tensors = {}
+    for part in ("noise_refiner", "context_refiner", "layers"):
+        for index, block in enumerate(getattr(transformer, part)):
+            place, attention = f"{part}.{index}.attention", block.attention
+            layers = (attention.to_q, attention.to_k, attention.to_v)
+            tensors[f"{place}.qkv.weight"] = torch.cat([layer.weight for layer in layers])
+            tensors[f"{place}.out.weight"] = attention.to_out[0].weight
     return tensors
 
 
@@ -114,6 +148,37 @@ STRUCTURES = {
         lambda: (FluxTransformer2DModel(in_channels=16, num_layers=2, num_single_layers=2, **FLUX), []),
         flux_names,
     ),
+    "FLUX.2": Structure(
+        lambda: (
+            Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=128,
+                num_attention_heads=1,
+                joint_attention_dim=48,
+                timestep_guidance_channels=32,
+                guidance_embeds=False,
+            ),
+            [],
+        ),
+        flux2_names,
+    ),
+    "Z-Image": Structure(
+        lambda: (
+            ZImageTransformer2DModel(
+                dim=64,
+                n_layers=2,
+                n_heads=2,
+                n_kv_heads=2,
+                cap_feat_dim=16,
+                axes_dims=[8, 12, 12],
+                axes_lens=[1024, 64, 64],
+            ),
+            [],
+        ),
+        z_image_names,
+    ),
 }
 
 
@@ -157,6 +222,6 @@ class Trained:
     def check(self, found: Tensors, strength: float, close: Callable[[Tensor, Tensor], bool]) -> None:
         """Fail unless every weight of another program is close to ours, and all attention has changed."""
         wanted, base = self.rotated(strength), self.rotated(0.0)
-        attention = {name for name, tensor in wanted.items() if re.search(r"attn|linear1", name) and tensor.ndim == 2}
+        attention = {name for name, tensor in wanted.items() if ATTENTION.search(name) and tensor.ndim == 2}
         assert {name for name, tensor in wanted.items() if not torch.equal(tensor, base[name])} == attention
         assert not [name for name in wanted if not close(found[name], wanted[name])]
