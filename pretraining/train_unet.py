@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=PEAK_LR, help="learning rate at its highest")
     parser.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     parser.add_argument("--widths", type=int, nargs=2, default=WIDTHS, help="channels of the two levels")
+    parser.add_argument("--compile", action="store_true", help="a tenth faster, after four minutes of compiling")
     parser.add_argument("--out", type=expanded_path, help="folder of the results, for short runs; default: --work")
     args = parser.parse_args()
     out = args.out or args.work
@@ -203,6 +204,7 @@ def main() -> None:
         unet, averages, optimizer = training_state(channels, kept.state_dict(), args.widths)
     checkpoint = Checkpoint(out / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
     seen = checkpoint.restore() or started
+    predict = torch.compile(unet) if args.compile else unet
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod
 
@@ -221,7 +223,7 @@ def main() -> None:
         noisy = scheduler.add_noise(x, noise, timesteps)
         target = scheduler.get_velocity(x, noise, timesteps)
         with fast_autocast():
-            prediction: Tensor = unet(noisy, timesteps, context).sample
+            prediction: Tensor = predict(noisy, timesteps, context).sample
         loss = (prediction.float() - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
