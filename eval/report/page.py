@@ -36,7 +36,7 @@ class Report:
 
 
 def page(experiment: Experiment, out: Path, report: Report) -> str:
-    """One HTML page that needs no other file: tables, plots, pictures side by side under the same prompt and seed.
+    """One HTML page that needs no other file: pictures side by side under the same prompt and seed, tables, plots.
 
     experiment: the settings. out: the comparison's folder, for the subjects' sheets. report: what is shown. Raises
     UserError for a sheet that is missing or damaged.

@@ -1,4 +1,4 @@
-"""The report of a comparison whose learning rates were chosen in a sweep: tables and plots, then the pictures."""
+"""The report of a comparison whose learning rates were chosen in a sweep: the pictures, then tables and plots."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def sweep_report(experiment: Experiment, results: Results) -> Report:
     }
     sections = {
         "": introduction(experiment, lines, shown, encoders),
+        **({PICTURES: ""} if experiment.sheets else {}),
         "Scores": markdown_table(table_rows(lines)),
         f"{TITLES[OURS]} against the others": markdown_table(difference_rows(lines)),
         "Learning rates": markdown_table(sweep),
-        **({PICTURES: ""} if experiment.sheets else {}),
     }
     drawn = {title: {name: svg for name, svg in each.items() if svg} for title, each in plots.items()}
     return Report(
