@@ -32,8 +32,8 @@ from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.processes import end_with_parent
 
-ADAPTER_RATES = (2e-3, 5e-3, 1.2e-2)
-RATES = dict.fromkeys(METHODS, ADAPTER_RATES) | {"full": (1e-4, 3e-4, 1e-3)}
+ADAPTER_RATES = (8e-4, 2e-3, 5e-3, 1.2e-2)
+RATES = dict.fromkeys(METHODS, ADAPTER_RATES) | {"full": (3e-5, 1e-4, 3e-4, 1e-3)}
 
 
 @dataclass(frozen=True)

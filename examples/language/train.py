@@ -2,7 +2,7 @@
 
     python -m examples.language.train --task cola --method gsoft --output_dir outputs/cola
     python -m examples.language.train --task sentiment --model outputs/language/model --data_dir outputs/language \
-        --learning_rate 3e-3 --max_steps 200 --max_length 32 --output_dir outputs/sentiment
+        --learning_rate 2e-3 --max_steps 200 --max_length 32 --output_dir outputs/sentiment
 
 The second needs no network but `python -m examples.language.fetch`. Into the folder go `result.json` and, of GSOFT's
 methods, `adapter.safetensors` with rotations and head. The other methods are there to be compared with.

@@ -20,16 +20,15 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "keep
 
 def test_a_run_is_watched(base, photos, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    with watched(3) as seen:
+    with watched() as seen:
         adapter = train(few_steps(base, photos, tmp_path / "run")).adapter
     AcceleratorState._reset_state(reset_partial_state=True)
     assert len(seen.steps) == 3
-    assert seen.drawing > 0
-    last = read_adapter(adapter).tensors
-    assert seen.last.keys() == last.keys()
-    assert all(torch.equal(seen.last[name], last[name]) for name in last)
     assert list(seen.averages) == list(DECAYS)
-    assert all(average.keys() == last.keys() for average in seen.averages.values())
+    last = read_adapter(adapter).tensors
+    for average in seen.averages.values():
+        assert average.keys() == last.keys()
+        assert any(not torch.equal(average[name], last[name]) for name in last)
 
 
 def test_the_report_of_the_committed_measurements():
