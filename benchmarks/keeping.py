@@ -1,23 +1,23 @@
-"""What the best step, the validation loss, an average of the adapter and both kinds of prior preservation are good for.
+"""What both kinds of prior preservation, and an average of the adapter over its steps, are good for.
 
 python -m benchmarks.keeping --out benchmarks/results/keeping.json
 
-For each subject one photo is held out, and three adapters are trained on the others: without prior preservation, with
-class images, and with the base model's predictions. The first run keeps its best step, measures the validation loss,
-and averages its adapter beside the training. Prompts and seeds of the scores are not those of the validation. Seconds
-are the processor's, so other programs may run meanwhile; measurements are kept as they come.
+Three adapters are trained for each subject: without prior preservation, with class images, and with the base model's
+predictions. The first is averaged beside its training. Their pictures are drawn and scored, which is timed as well.
+Seconds are the processor's, so other programs may run meanwhile; measurements are kept as they come.
+`benchmarks.choosing` measures how a run's best step is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,12 +41,8 @@ from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.judge import Judge, encoders_for
 from gsoft_diffusion.scoring.pictures import embed
 from gsoft_diffusion.training import subjects as subjects_module
-from gsoft_diffusion.training.curve import CURVE_TABLE
-from gsoft_diffusion.training.progress import read_progress
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.train import train
-from gsoft_diffusion.training.validation import Validation
-from gsoft_diffusion.training.validation_scores import ValidationScores
 
 PRIORS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -56,19 +52,16 @@ PRIORS: dict[str, dict[str, Any]] = {
 DECAYS = (0.9, 0.98)
 TOKEN = "sks"
 SAMPLER = SamplerConfig(num_inference_steps=20)
-FIRST_SEED = 100  # of the scored pictures; validation's begin with the run's own
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=["teddy_bear", "blue_car"])
+    parser.add_argument("--subjects", nargs="+", default=["teddy_bear", "blue_car", "running_shoe"])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--validations", type=int, default=6, help="in the first of the three runs")
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--learning_rate", type=float, default=4e-4)
-    parser.add_argument("--class_images", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=6, help="scored, of the subject and of its class each")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--class_images", type=int, default=50)
+    parser.add_argument("--pictures", type=int, default=16, help="scored, of the subject and of its class each")
     parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "subjects", "seeds")}
@@ -86,20 +79,13 @@ def measure(args: Any, subject: Subject, seed: int, prior: str) -> dict[str, Any
     """Train one adapter and score it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     with tempfile.TemporaryDirectory() as folder:
-        photos, held_out = Path(folder, "photos"), Path(folder, "held_out")
-        *trained, last = subject.photos()
-        for place, paths in ((photos, trained), (held_out, [last])):
-            place.mkdir()
-            for path in paths:
-                shutil.copy(path, place)
         config = TrainingConfig(
-            str(photos),
+            str(subject.folder),
             class_word=subject.class_word,
             unique_token=TOKEN,
             output_dir=f"{folder}/run",
             max_train_steps=args.steps,
             train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
             seed=seed,
             report_to="none",
             num_validation_images=0,
@@ -109,64 +95,32 @@ def measure(args: Any, subject: Subject, seed: int, prior: str) -> dict[str, Any
         )
         if prior == "class_images":
             config = replace(config, num_class_images=args.class_images)
-        if prior == "none":
-            config = replace(
-                config,
-                keep="best",
-                patience=0,
-                num_validation_images=1,
-                validation_steps=args.steps // args.validations,
-                validation_loss=True,
-                validation_data_dir=str(held_out),
-            )
-        with watched(args.steps) as seen:
+        with watched() as seen:
             result = train(config)
-        scorer = Scorer(args, subject, trained)
+        scorer = Scorer(args.pictures, subject)
         found: dict[str, Any] = {"step_seconds": statistics.median(seen.steps), "class_seconds": seen.class_images}
-        if prior != "none":
-            return found | scorer.of(read_adapter(result.adapter).tensors, result.adapter)
-        run, kept = result.adapter.parent, read_adapter(result.adapter)
-        losses = [each.loss for each in read_progress(run)]
-        return {
-            **found,
-            **scorer.of(seen.last, result.adapter),
-            "best": {"step": kept.step, **scorer.of(kept.tensors, result.adapter)},
-            "averages": {str(decay): scorer.of(tensors, result.adapter) for decay, tensors in seen.averages.items()},
-            "validation_seconds": seen.drawing,
-            "scoring_seconds": seen.scoring,
-            "loss_of_a_step": {"mean": statistics.mean(losses), "deviation": statistics.stdev(losses)},
-            "curve": (run / CURVE_TABLE).read_text(),
-        }
+        found |= scorer.of(read_adapter(result.adapter).tensors, result.adapter)
+        if prior == "none":
+            found["averages"] = {str(decay): scorer.of(each, result.adapter) for decay, each in seen.averages.items()}
+        return found | {"drawing_seconds": scorer.drawing, "scoring_seconds": scorer.scoring}
 
 
 class Watched:
-    """What is seen of a run: seconds of its steps, of drawing, of scoring and of class images; its adapter and averages
-    of it after the last step.
-    """
+    """What is seen of a run: seconds of its steps and of its class images, and averages of its adapter at the end."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self.drawing = self.scoring = self.class_images = 0.0
-        self.last: dict[str, torch.Tensor] = {}
+        self.class_images = 0.0
         self.averages: dict[float, dict[str, torch.Tensor]] = {}
 
 
 @contextmanager
-def watched(last_step: int) -> Iterator[Watched]:
+def watched() -> Iterator[Watched]:
     """Inside the block a run is watched."""
-    seen, averages = Watched(), {}
-    backward, update = TrainingStep.backward, TrainingStep.update
+    seen = Watched()
+    averages: dict[float, EMAModel] = {}
+    backward, update, class_images = TrainingStep.backward, TrainingStep.update, subjects_module.ensure_class_images
     began = [0.0]
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any, **options: Any) -> Any:
-            started = time.process_time()
-            try:
-                return function(*arguments, **options)
-            finally:
-                setattr(seen, name, getattr(seen, name) + time.process_time() - started)
-
-        return called
 
     def first(step: TrainingStep, batch: Any) -> Any:
         began[0] = time.process_time()
@@ -175,43 +129,44 @@ def watched(last_step: int) -> Iterator[Watched]:
     def last(step: TrainingStep, *arguments: Any) -> None:
         update(step, *arguments)
         seen.steps.append(time.process_time() - began[0])
-        parameters = list(step.state.adapter.parameters())
+        names, parameters = zip(*step.state.adapter.named_parameters(), strict=True)
         if not averages:
             averages.update({decay: EMAModel(parameters, decay=decay) for decay in DECAYS})
-        for average in averages.values():
+        for decay, average in averages.items():
             average.step(parameters)
-        if step.state.step + 1 == last_step:
-            names = [name for name, _ in step.state.adapter.named_parameters()]
-            seen.last = dict(zip(names, (p.detach().clone() for p in parameters), strict=True))
-            for decay, average in averages.items():
-                seen.averages[decay] = dict(zip(names, average.shadow_params, strict=True))
+            seen.averages[decay] = dict(zip(names, average.shadow_params, strict=True))
+
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        started = time.process_time()
+        try:
+            return class_images(*arguments, **options)
+        finally:
+            seen.class_images += time.process_time() - started
 
     with (
         patch.object(TrainingStep, "backward", first),
         patch.object(TrainingStep, "update", last),
-        patch.object(Validation, "draw_here", timed("drawing", Validation.draw_here)),
-        patch.object(ValidationScores, "write", timed("scoring", ValidationScores.write)),
-        patch.object(
-            subjects_module, "ensure_class_images", timed("class_images", subjects_module.ensure_class_images)
-        ),
+        patch.object(subjects_module, "ensure_class_images", drawn),
     ):
         yield seen
 
 
 class Scorer:
-    """Scores adapters of one subject by pictures of it, and of its class, against the base model's."""
+    """Scores adapters of one subject by pictures of it, and of its class, against the base model's.
 
-    def __init__(self, args: Any, subject: Subject, photos: Sequence[Path]) -> None:
+    drawing, scoring: seconds that both have taken so far.
+    """
+
+    def __init__(self, pictures: int, subject: Subject) -> None:
         self.model: BaseModel = load_model(TrainingConfig.pretrained_model_name_or_path)
         self.encoders = encoders_for(True)
-        asked = [
-            prompt for prompt in prompts_for(subject, TOKEN, max_prompts=args.pictures) if prompt.kind == "context"
-        ]
-        seeds = range(FIRST_SEED, FIRST_SEED + args.pictures)
-        self.subject = list(zip((prompt.text for prompt in asked), seeds, strict=False))
-        plain = list(zip((prompt.plain for prompt in asked), seeds, strict=False))
-        self.of_class = [(f"a photo of a {subject.class_word}", seed) for seed in seeds]
-        images = [open_image(path) for path in photos]
+        self.drawing = self.scoring = 0.0
+        scenes = [prompt for prompt in prompts_for(subject, TOKEN) if prompt.kind == "context"]
+        asked = list(zip(cycle(scenes), range(pictures), strict=False))
+        self.subject = [(prompt.text, seed) for prompt, seed in asked]
+        plain = [(prompt.plain, seed) for prompt, seed in asked]
+        self.of_class = [(f"a photo of a {subject.class_word}", seed) for seed in range(pictures)]
+        images = [open_image(path) for path in subject.photos()]
         self.judge = Judge(self.encoders, images, [prompt for prompt, _ in plain])
         self.photos = embed(self.encoders, images)
         self.base = self.judge(self._drawn(plain))
@@ -222,9 +177,11 @@ class Scorer:
         adapter, _ = load_adapter(file, self.model.denoiser, self.model.text_encoders)
         adapter.load_state_dict(tensors)
         adapter.merge()
-        verdict = self.judge(self._drawn(self.subject))
-        of_class = embed(self.encoders, self._drawn(self.of_class))
+        of_subject, of_any = self._drawn(self.subject), self._drawn(self.of_class)
         adapter.remove()
+        started = time.process_time()
+        verdict, of_class = self.judge(of_subject), embed(self.encoders, of_any)
+        self.scoring += time.process_time() - started
         return {
             "dino": verdict.dino,
             "clip_t": verdict.clip_t,
@@ -237,7 +194,10 @@ class Scorer:
         }
 
     def _drawn(self, jobs: Sequence[tuple[str, int]]) -> list[Any]:
-        return [sample.image for sample in generate(self.model, jobs, SAMPLER, batch_size=8)]
+        started = time.process_time()
+        pictures = [sample.image for sample in generate(self.model, jobs, SAMPLER, batch_size=8)]
+        self.drawing += time.process_time() - started
+        return pictures
 
 
 def report(records: Sequence[dict[str, Any]]) -> str:
@@ -255,20 +215,14 @@ def report(records: Sequence[dict[str, Any]]) -> str:
     ]
     rows.append(["base model", "", "", "", mean(plain, "class_like_subject_base"), "0", "", ""])
     kept = [["last step", *(mean(plain, name) for name in names)]]
-    kept.append(["best step", *(mean([row["best"] for row in plain], name) for name in names)])
     kept += [
         [f"average, decay {decay}", *(mean([row["averages"][str(decay)] for row in plain], name) for name in names)]
         for decay in DECAYS
     ]
-    share = sum(row["scoring_seconds"] for row in plain) / sum(row["validation_seconds"] for row in plain)
-    return "\n\n".join(
-        [
-            table(["prior", *names, "seconds of a step", "of class images"], rows),
-            table(["without prior", *names], kept),
-            f"scoring takes {share:.1%} of the validation's time",
-            *(f"{row['subject']}, kept step {row['best']['step']}\n{row['curve']}" for row in plain),
-        ]
-    )
+    priors = table(["prior", *names, "seconds of a step", "of class images"], rows)
+    share = sum(row["scoring_seconds"] for row in records) / sum(row["drawing_seconds"] for row in records)
+    scoring = f"scoring pictures takes {share:.1%} of the time of drawing them"
+    return "\n\n".join([priors, table(["without prior", *names], kept), scoring])
 
 
 if __name__ == "__main__":
