@@ -20,7 +20,7 @@ class Checkpoint:
         """Load the file if it exists; returns the images seen so far."""
         if not self.path.exists():
             return 0
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True, map_location="cpu")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         return int(state["images"])
@@ -47,7 +47,7 @@ class Average(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))  # on the CPU: no step waits to read it
         self.values = nn.ParameterList(p.detach().clone().requires_grad_(False) for p in model.parameters())
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from gsoft_diffusion.foundation.files import whole_file
 
 def keep(path: Path, model: nn.Module, images: int) -> None:
     """Write the weights of `model`, and how many images it has seen."""
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with whole_file(path) as file:
         file.write(save(weights, {"images": str(images)}))
 

@@ -1,6 +1,7 @@
 """Stage 3: the denoiser, on cached latents and the frozen text tower.
 
     python -m pretraining.train_unet --work <work folder> --images 2000000
+    python -m pretraining.train_unet --work <work folder> --images 6000000 --batch 256 --compile   # on a GPU
 
 v-prediction, 10 % empty captions; half of the timesteps uniform, half around the middle, where shapes are decided. The
 rate is constant and falls over the last fifth; resuming with a larger `--images` only moves that tail. Resumes from
@@ -34,7 +35,7 @@ from gsoft_diffusion.foundation.memory import keep_freed_memory
 from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.kept_weights import keep, start_from
-from pretraining.precision import fast_autocast
+from pretraining.precision import CPU, fast_autocast
 from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_pixels
 
 BATCH = 32
@@ -75,57 +76,63 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def draw_timesteps(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """`n` of `count` timesteps: every second uniform, the others logit-normal (Esser et al., arXiv 2403.03206)."""
-    position = torch.rand(n, generator=generator)
-    position[1::2] = torch.randn(len(position[1::2]), generator=generator).sigmoid()
+    """`n` of `count` timesteps, where `generator` is: every second uniform, the others logit-normal (Esser et al., arXiv
+    2403.03206)."""
+    device = generator.device
+    position = torch.rand(n, generator=generator, device=device)
+    position[1::2] = torch.randn(len(position[1::2]), generator=generator, device=device).sigmoid()
     return (position * count).long().clamp(max=count - 1)
 
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndarray:
-    """Latent means of all scenes, (N, C, 16, 16) float16, computed once."""
+    """Latent means of all scenes, (N, C, 16, 16) float16, computed once, where `vae` is."""
     if not path.exists():
         beside = path.with_suffix(".tmp.npy")
         shape = (len(scenes), vae.config.latent_channels, 16, 16)
         latents = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape)
         for i in tqdm(range(0, len(scenes), 256), desc="latents"):
-            with fast_autocast():
-                mean = vae.encode(to_pixels(np.ascontiguousarray(scenes[i : i + 256]))).latent_dist.mean
-            latents[i : i + 256] = mean.float().numpy()
+            with fast_autocast(vae.device):
+                pixels = to_pixels(np.ascontiguousarray(scenes[i : i + 256])).to(vae.device)
+                mean = vae.encode(pixels).latent_dist.mean
+            latents[i : i + 256] = mean.float().cpu().numpy()
         latents.flush()
         beside.rename(path)
     return np.load(path, mmap_mode="r")
 
 
 class Prompts:
-    """Embeddings of captions, computed once: `embed` takes numbers of captions, -1 for the empty one."""
+    """Embeddings of captions, computed once, where `encoder` is: `embed` takes numbers of captions, -1 for the empty one."""
 
     def __init__(self, captions: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
         ids = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
         self._of_caption = torch.tensor([distinct[caption] for caption in [*captions, ""]])  # -1 is the last
-        with torch.no_grad(), fast_autocast():
-            parts = [encoder(part).last_hidden_state.half() for part in tqdm(ids.split(512), desc="prompts")]
+        parts = []
+        with torch.no_grad(), fast_autocast(encoder.device):
+            for part in tqdm(ids.split(512), desc="prompts"):
+                parts.append(encoder(part.to(encoder.device)).last_hidden_state.half())
         self._embeddings = torch.cat(parts)  # (D, L, 128) float16, of D distinct captions
 
     def embed(self, numbers: np.ndarray) -> Tensor:
         """(B, L, 128) float32."""
-        return self._embeddings[self._of_caption[torch.from_numpy(numbers)]].float()
+        numbers_of_distinct = self._of_caption[torch.from_numpy(numbers)]
+        return self._embeddings[numbers_of_distinct.to(self._embeddings.device)].float()
 
 
 @torch.no_grad()
 def held_back_loss(unet: UNet2DConditionModel, latents: np.ndarray, prompts: Prompts) -> float:
-    """The v-loss on the first `JUDGED` scenes, with timesteps evenly spread; the same noise every time."""
-    scheduler, generator = build_scheduler(), torch.Generator().manual_seed(0)
+    """The v-loss on the first `JUDGED` scenes, with timesteps evenly spread; the same noise every time, on any device."""
+    device, scheduler, generator = unet.device, build_scheduler(), torch.Generator().manual_seed(0)
     total = 0.0
     for start in range(0, JUDGED, 64):
         numbers = np.arange(start, start + 64)
-        x = torch.from_numpy(latents[numbers]).float()
-        noise = torch.randn(x.shape, generator=generator)
+        x = torch.from_numpy(latents[numbers]).float().to(device)
+        noise = torch.randn(x.shape, generator=generator).to(device)
         count = len(scheduler.alphas_cumprod)
         timesteps = torch.from_numpy((numbers + 0.5) / JUDGED * count).long()[torch.randperm(64, generator=generator)]
-        timesteps = (timesteps * 17) % count  # every part has early and late ones
-        with fast_autocast():
+        timesteps = ((timesteps * 17) % count).to(device)  # every part has early and late ones
+        with fast_autocast(device):
             prediction = unet(scheduler.add_noise(x, noise, timesteps), timesteps, prompts.embed(numbers)).sample
         total += (prediction.float() - scheduler.get_velocity(x, noise, timesteps)).square().mean().item() * 64
     return total / JUDGED
@@ -161,13 +168,17 @@ def training_state(
     latent_channels: int = LATENT_CHANNELS,
     weights: dict[str, Tensor] | None = None,
     widths: tuple[int, int] = WIDTHS,
+    device: torch.device = CPU,
 ) -> tuple[UNet2DConditionModel, nn.ModuleList, AdamW]:
     """The denoiser, its averages and its optimizer as at the start, or as at the start from `weights`."""
     torch.manual_seed(0)
     unet = build_unet(latent_channels, widths)
     if weights is not None:
         unet.load_state_dict(weights)
-    unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
+    else:
+        unet.to(device, memory_format=torch.channels_last)  # as a GPU's convolutions want it
     optimizer = AdamW(unet.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return unet, nn.ModuleList(Average(unet, decay) for decay in AVERAGES), optimizer
 
@@ -181,6 +192,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=PEAK_LR, help="learning rate at its highest")
     parser.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     parser.add_argument("--widths", type=int, nargs=2, default=WIDTHS, help="channels of the two levels")
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda; unless given, the GPU if there is one",
+    )
     parser.add_argument("--compile", action="store_true", help="a tenth faster, after four minutes of compiling")
     parser.add_argument("--out", type=expanded_path, help="folder of the results, for short runs; default: --work")
     args = parser.parse_args()
@@ -189,40 +206,42 @@ def main() -> None:
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
     captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()]
-    vae = AutoencoderKL.from_pretrained(args.work / "vae")
+    device: torch.device = args.device
+    vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
     latents = cache_latents(vae, scenes, args.work / "latents.npy")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32).requires_grad_(False)
-    prompts = Prompts(captions, tokenizer, encoder)
+    prompts = Prompts(captions, tokenizer, encoder.to(device))
 
     channels = vae.config.latent_channels
-    unet, averages, optimizer = training_state(channels, widths=args.widths)
+    unet, averages, optimizer = training_state(channels, widths=args.widths, device=device)
     started = 0
     if args.start_from:
         kept = build_unet(channels, args.widths)
         started = start_from(args.start_from, kept)
-        unet, averages, optimizer = training_state(channels, kept.state_dict(), args.widths)
+        unet, averages, optimizer = training_state(channels, kept.state_dict(), args.widths, device)
     checkpoint = Checkpoint(out / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
     seen = checkpoint.restore() or started
     predict = torch.compile(unet) if args.compile else unet
     scheduler = build_scheduler()
-    alphas = scheduler.alphas_cumprod
+    count = len(scheduler.alphas_cumprod)
+    near = torch.from_numpy(np.array(latents)).to(device)
 
     bar = tqdm(total=args.images, initial=seen, unit="img", mininterval=10)
-    smooth = None
+    smooth: Tensor | None = None
     while seen < args.images:
         rng = np.random.default_rng((4, seen))
-        generator = torch.Generator().manual_seed(seen)
+        generator = torch.Generator(device).manual_seed(seen)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seen, args.images, args.rate, warmup=16_000, tail=0.2)
+            group["lr"] = learning_rate(seen, args.images, args.rate, warmup=500 * args.batch, tail=0.2)
         batch = np.sort(rng.integers(HELD_BACK, len(latents), args.batch))
-        x = torch.from_numpy(latents[batch]).float()
+        x = near[torch.from_numpy(batch).to(device)].float()
         context = prompts.embed(np.where(rng.random(args.batch) < EMPTY_CAPTIONS, -1, batch))
-        noise = torch.randn(x.shape, generator=generator)
-        timesteps = draw_timesteps(args.batch, len(alphas), generator)
+        noise = torch.randn(x.shape, generator=generator, device=device)
+        timesteps = draw_timesteps(args.batch, count, generator)
         noisy = scheduler.add_noise(x, noise, timesteps)
         target = scheduler.get_velocity(x, noise, timesteps)
-        with fast_autocast():
+        with fast_autocast(device):
             prediction: Tensor = predict(noisy, timesteps, context).sample
         loss = (prediction.float() - target).square().mean()
         loss.backward()
@@ -232,22 +251,23 @@ def main() -> None:
         for average in averages:
             cast(Average, average).update(unet)
         seen += args.batch
-        smooth = loss.item() if smooth is None else 0.995 * smooth + 0.005 * loss.item()
+        smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.005)
         bar.update(args.batch)
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if seen // args.batch % 100 == 0:  # reading it waits for the device
+            bar.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
         checkpoint.save_when_due(seen)
         if seen % args.assemble_every < args.batch or seen >= args.images:
             candidates = []
             for average in averages:
-                candidates.append(build_unet(channels, args.widths))
+                candidates.append(build_unet(channels, args.widths).to(device))
                 cast(Average, average).copy_to(candidates[-1])
             losses = [held_back_loss(candidate, latents, prompts) for candidate in candidates]
             best = candidates[int(np.argmin(losses))]
             keep(out / "unet_kept.safetensors", best, seen)
             best.set_attn_processor(AttnProcessor2_0())
-            assemble(args.work, best.half(), out / "mini_base")
+            assemble(args.work, best.half().cpu(), out / "mini_base")
             with (out / "unet_loss.csv").open("a") as log:
-                log.write(",".join([str(seen), *(f"{loss:.5f}" for loss in (smooth, *losses))]) + "\n")
+                log.write(",".join([str(seen), *(f"{loss:.5f}" for loss in (smooth.item(), *losses))]) + "\n")
     checkpoint.save(seen)
 
 

@@ -26,12 +26,13 @@ CALLS = [{"repetition": 0, "seconds": {"base": 0.05, "lora": 0.06, "unmerged": 0
 def test_the_most_telling_parts_come_first():
     found = parts(["sd15", "sdxl"], [1, 4])
     assert len(found) == len({part.name for part in found}) == 2 * 2 * 2 * 2
+    assert not any(part.compiled for part in found[:8])
     assert [part.title for part in found[:5]] == [
         "training steps, Stable Diffusion 1.5, 512 px, batch 1",
         "training steps, SDXL, 1024 px, batch 1",
         "sampling, Stable Diffusion 1.5, 512 px, batch 1",
         "sampling, SDXL, 1024 px, batch 1",
-        "training steps, Stable Diffusion 1.5, 512 px, batch 1, compiled",
+        "training steps, Stable Diffusion 1.5, 512 px, batch 4",
     ]
 
 

@@ -254,6 +254,7 @@ def test_learning_rate_rises_holds_and_falls():
 def test_prompts_are_embedded_once_and_minus_one_is_the_empty_one():
     class Encoder:
         calls = 0
+        device = torch.device("cpu")
 
         def __call__(self, ids):
             self.calls += len(ids)
@@ -274,6 +275,8 @@ def test_held_back_loss_is_the_same_each_time_and_covers_all_timesteps():
     seen = []
 
     class Zero:
+        device = torch.device("cpu")
+
         def __call__(self, noisy, timesteps, context):
             seen.append(timesteps)
             return SimpleNamespace(sample=torch.zeros_like(noisy))
