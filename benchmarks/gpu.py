@@ -81,7 +81,7 @@ class Part:
 
 
 def parts(bases: Sequence[str], batches: Sequence[int]) -> list[Part]:
-    """All that is measured, the most telling first: small batches, and before all that compiles, which takes minutes."""
+    """All that is measured, the most telling first: small batches; what compiles, which takes minutes, comes last."""
     steps = [Part("step", base, batch, compiled=False) for batch in batches for base in bases]
     sampling = [Part("sampling", base, batch, compiled=False) for batch in batches for base in bases]
     compiled = [Part(part.module, part.base, part.batch, compiled=True) for part in (*steps, *sampling)]

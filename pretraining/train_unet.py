@@ -76,8 +76,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def draw_timesteps(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """`n` of `count` timesteps, where `generator` is: every second uniform, the others logit-normal (Esser et al., arXiv
-    2403.03206)."""
+    """`n` of `count` timesteps, on the generator's device: every second uniform, the others logit-normal (Esser et al.,
+    arXiv 2403.03206).
+    """
     device = generator.device
     position = torch.rand(n, generator=generator, device=device)
     position[1::2] = torch.randn(len(position[1::2]), generator=generator, device=device).sigmoid()
@@ -86,7 +87,7 @@ def draw_timesteps(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndarray:
-    """Latent means of all scenes, (N, C, 16, 16) float16, computed once, where `vae` is."""
+    """Latent means of all scenes, (N, C, 16, 16) float16, computed once, on the device of `vae`."""
     if not path.exists():
         beside = path.with_suffix(".tmp.npy")
         shape = (len(scenes), vae.config.latent_channels, 16, 16)
@@ -102,7 +103,7 @@ def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndar
 
 
 class Prompts:
-    """Embeddings of captions, computed once, where `encoder` is: `embed` takes numbers of captions, -1 for the empty one."""
+    """Embeddings of captions, computed once, where the encoder is: `embed` takes numbers, -1 for the empty one."""
 
     def __init__(self, captions: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
@@ -122,7 +123,7 @@ class Prompts:
 
 @torch.no_grad()
 def held_back_loss(unet: UNet2DConditionModel, latents: np.ndarray, prompts: Prompts) -> float:
-    """The v-loss on the first `JUDGED` scenes, with timesteps evenly spread; the same noise every time, on any device."""
+    """The v-loss on the first `JUDGED` scenes, with timesteps evenly spread; the noise is always the same."""
     device, scheduler, generator = unet.device, build_scheduler(), torch.Generator().manual_seed(0)
     total = 0.0
     for start in range(0, JUDGED, 64):
@@ -211,7 +212,7 @@ def main() -> None:
     latents = cache_latents(vae, scenes, args.work / "latents.npy")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32).requires_grad_(False)
-    prompts = Prompts(captions, tokenizer, encoder.to(device))
+    prompts = Prompts(captions, tokenizer, encoder.to(device))  # type: ignore[arg-type]  # transformers hides the signature
 
     channels = vae.config.latent_channels
     unet, averages, optimizer = training_state(channels, widths=args.widths, device=device)

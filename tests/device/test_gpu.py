@@ -79,7 +79,8 @@ def test_a_rotated_model_has_the_cpu_s_outputs_and_gradients():
         adapter.zero_grad()
         y = model(x.to(device))
         y.square().mean().backward()
-        found.append((y.detach().cpu(), [parameter.grad.cpu() for parameter in adapter.parameters()]))
+        gradients = [parameter.grad.to("cpu", copy=True) for parameter in adapter.parameters()]  # `to` moves them too
+        found.append((y.detach().cpu(), gradients))
     torch.testing.assert_close(*(y for y, _ in found), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(*(gradients for _, gradients in found), rtol=1e-3, atol=1e-6)
     with torch.no_grad():
