@@ -24,6 +24,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.scoring.encoders import load_dino
 from gsoft_diffusion.scoring.open_clip_layout import read_open_clip
+from pretraining.render import scene_facts
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import embed_images, embed_text, zero_shot
 from pretraining.train_judge import load_judge
@@ -150,8 +151,8 @@ def main() -> None:
     def by_clip(some: Tensor) -> dict[str, list[str]]:
         return zero_shot(clip, tokenizer, some) | {"color": chosen_colors(clip, tokenizer, some)}
 
-    facts = [json.loads(line) for _, line in zip(range(2048), (args.work / "scenes.jsonl").open(), strict=False)]
-    scenes = np.ascontiguousarray(np.load(args.work / "scenes.npy", mmap_mode="r")[:2048])
+    facts = scene_facts(args.work)[:2048]
+    scenes = np.load(args.work / "scenes.npy", mmap_mode="r")[:2048]
     on_scenes = {"clip": by_clip(to_pixels(scenes)), "judge": judge.answers(to_pixels(scenes))}
 
     world, rng = World(args.work), np.random.default_rng(8)

@@ -9,6 +9,7 @@ import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +21,11 @@ from pretraining.world import SIZE, World
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
 
 _world: World
+
+
+def scene_facts(work: Path) -> list[dict[str, Any]]:
+    """What is true of each scene of the training set in a work folder: its `caption`, `class_word` and so on."""
+    return [json.loads(line) for line in (work / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _start(sprites: Path) -> None:

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTokenizer
 
 from gsoft_diffusion.config.command_line import expanded_path
+from pretraining.render import scene_facts
 
 MAX_LENGTH = 32  # tokens; the longest DreamBooth prompt has 18 words
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--out", type=expanded_path, required=True, help="folder to write the tokenizer to")
     args = parser.parse_args()
-    captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()][:20_000]
+    captions = [facts["caption"] for facts in scene_facts(args.work)[:20_000]]
     names = "sks zwx qrs stuffed animal bowl can toy sneaker boot teapot vase sunglasses cartoon plushie photo picture"
     texts = captions + [names] * 20
     for path in sorted(PROMPTS.glob("*.txt")):

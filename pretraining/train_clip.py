@@ -12,7 +12,6 @@ prints zero-shot accuracy on scenes that it has not seen.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 
 import numpy as np
@@ -28,6 +27,7 @@ from gsoft_diffusion.foundation.memory import keep_freed_memory
 from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
+from pretraining.render import scene_facts
 from pretraining.sprites import CLASSES
 from pretraining.tokenizer import MAX_LENGTH
 from pretraining.train_vae import to_pixels
@@ -152,7 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    facts = [json.loads(line) for line in (args.work / "scenes.jsonl").open()]
+    facts = scene_facts(args.work)
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     distinct = {caption: i for i, caption in enumerate(dict.fromkeys(f["caption"] for f in facts))}
     tokens = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -197,7 +197,7 @@ def main() -> None:
     if not args.text_tower:
         save_text_encoder(text_tower(clip), args.work / "text_encoder")
         give_usual_modes(args.work / "text_encoder")
-    chosen = zero_shot(clip, tokenizer, to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])))
+    chosen = zero_shot(clip, tokenizer, to_pixels(scenes[:HELD_BACK]))
     for what, answers in chosen.items():
         right = np.mean([f[what] == answer for f, answer in zip(facts, answers, strict=False)])
         print(f"zero-shot {what} on {HELD_BACK} unseen scenes: {right:.3f}")

@@ -32,6 +32,7 @@ from gsoft_diffusion.foundation.files import give_usual_modes
 from gsoft_diffusion.foundation.memory import keep_freed_memory
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
+from pretraining.render import scene_facts
 from pretraining.train_vae import to_pixels
 
 BATCH = 32
@@ -152,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    facts = [json.loads(line) for line in (args.work / "scenes.jsonl").open()]
+    facts = scene_facts(args.work)
     things = [f"{fact['sprite']} {fact['color']}" for fact in facts]
     train(scenes, things, args.images, args.work / "dino.pt", args.out)
 

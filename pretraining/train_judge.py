@@ -10,7 +10,6 @@ nor architecture with it, and has never met the denoiser. Resumes from `<work>/j
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.memory import keep_freed_memory
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.precision import fast_autocast
+from pretraining.render import scene_facts
 from pretraining.sprites import CLASSES
 from pretraining.train_clip import augment
 from pretraining.train_vae import learning_rate, to_pixels
@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    facts = [json.loads(line) for line in (args.work / "scenes.jsonl").open()]
+    facts = scene_facts(args.work)
     true = numbered(facts)
 
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def main() -> None:
 
     average.copy_to(judge)
     save_model(judge, args.work / "judge.safetensors")
-    answers = judge.eval().answers(to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])))
+    answers = judge.eval().answers(to_pixels(scenes[:HELD_BACK]))
     for name, given in answers.items():
         right = np.mean([(fact[name] or ITS_OWN) == answer for fact, answer in zip(facts, given, strict=False)])
         print(f"{name} on {HELD_BACK} unseen scenes: {right:.3f}")

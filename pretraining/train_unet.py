@@ -15,7 +15,6 @@ as a complete Stable Diffusion v1 pipeline; `<work>/unet_kept.safetensors` is wh
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -36,6 +35,7 @@ from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.kept_weights import keep, start_from
 from pretraining.precision import CPU, fast_autocast
+from pretraining.render import scene_facts
 from pretraining.train_vae import LATENT_CHANNELS, build_vae, learning_rate, to_pixels
 
 BATCH = 32
@@ -75,13 +75,10 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def draw_timesteps(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """`n` of `count` timesteps, on the generator's device: every second uniform, the others logit-normal (Esser et al.,
-    arXiv 2403.03206).
-    """
-    device = generator.device
-    position = torch.rand(n, generator=generator, device=device)
-    position[1::2] = torch.randn(len(position[1::2]), generator=generator, device=device).sigmoid()
+def draw_timesteps(n: int, count: int, device: torch.device = CPU) -> Tensor:
+    """`n` of `count` timesteps: every second uniform, the others logit-normal (Esser et al., arXiv 2403.03206)."""
+    position = torch.rand(n, device=device)
+    position[1::2] = torch.randn(len(position[1::2]), device=device).sigmoid()
     return (position * count).long().clamp(max=count - 1)
 
 
@@ -94,7 +91,7 @@ def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndar
         latents = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape)
         for i in tqdm(range(0, len(scenes), 256), desc="latents"):
             with fast_autocast(vae.device):
-                pixels = to_pixels(np.ascontiguousarray(scenes[i : i + 256])).to(vae.device)
+                pixels = to_pixels(scenes[i : i + 256]).to(vae.device)
                 mean = vae.encode(pixels).latent_dist.mean
             latents[i : i + 256] = mean.float().cpu().numpy()
         latents.flush()
@@ -206,7 +203,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    captions = [json.loads(line)["caption"] for line in (args.work / "scenes.jsonl").open()]
+    captions = [facts["caption"] for facts in scene_facts(args.work)]
     device: torch.device = args.device
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
     latents = cache_latents(vae, scenes, args.work / "latents.npy")
@@ -232,14 +229,14 @@ def main() -> None:
     smooth: Tensor | None = None
     while seen < args.images:
         rng = np.random.default_rng((4, seen))
-        generator = torch.Generator(device).manual_seed(seen)
+        torch.manual_seed(seen)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(seen, args.images, args.rate, warmup=500 * args.batch, tail=0.2)
         batch = np.sort(rng.integers(HELD_BACK, len(latents), args.batch))
         x = near[torch.from_numpy(batch).to(device)].float()
         context = prompts.embed(np.where(rng.random(args.batch) < EMPTY_CAPTIONS, -1, batch))
-        noise = torch.randn(x.shape, generator=generator, device=device)
-        timesteps = draw_timesteps(args.batch, count, generator)
+        noise = torch.randn(x.shape, device=device)
+        timesteps = draw_timesteps(args.batch, count, device)
         noisy = scheduler.add_noise(x, noise, timesteps)
         target = scheduler.get_velocity(x, noise, timesteps)
         with fast_autocast(device):

@@ -59,8 +59,8 @@ def build_vae(latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
 
 
 def to_pixels(scenes: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(B, H, W, 3) uint8, of a file's memory too, to (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
-    held_back, demo = to_pixels(np.ascontiguousarray(scenes[:HELD_BACK])), demo_pictures()
+    held_back, demo = to_pixels(scenes[:HELD_BACK]), demo_pictures()
     scenes = scenes[HELD_BACK:]
     torch.manual_seed(0)
     vae = build_vae(args.latent_channels)
@@ -175,7 +175,7 @@ def main() -> None:
     checkpoint.save(seen)
 
     average.copy_to(vae)
-    fold_statistics(vae, to_pixels(np.ascontiguousarray(scenes[:1024])))
+    fold_statistics(vae, to_pixels(scenes[:1024]))
     vae.save_pretrained(args.work / "vae")
     give_usual_modes(args.work / "vae")
     scenes_back, demo_back = reconstructed(vae, held_back), reconstructed(vae, demo)
