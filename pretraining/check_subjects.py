@@ -39,8 +39,8 @@ PLACES = ("snow", "beach", "city", "mountain", "space", "grass")
 PICTURES = 2  # of each place
 
 
-def run(subject: Subject, base: Path, settings: dict[str, Any], guidance: float | None, folder: Path) -> None:
-    """Train on the subject and draw it in every place, the base model's pictures beside, as a user would."""
+def train_on(subject: Subject, base: Path, settings: dict[str, Any], folder: Path) -> Path:
+    """Train on the subject as a user would, but for `settings`; returns the adapter's file."""
     quiet = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 0}
     values = {
         "instance_data_dir": str(subject.folder),
@@ -48,17 +48,21 @@ def run(subject: Subject, base: Path, settings: dict[str, Any], guidance: float 
         "pretrained_model_name_or_path": str(base),
         "output_dir": str(folder),
     }
-    result = train(TrainingConfig.from_dict(quiet | values | settings))
+    return train(TrainingConfig.from_dict(quiet | values | settings)).adapter
+
+
+def draw_places(adapter: Path, base: Path, guidance: float | None, folder: Path, compare: bool = False) -> None:
+    """Draw the subject in every place into a folder; compare: the base model's pictures as well."""
     draw(
         GenerationConfig(
-            adapter=(str(result.adapter),),
+            adapter=(str(adapter),),
             prompts=tuple(f"a {{0}} {{1}} {BACKGROUNDS[place][0]}" for place in PLACES),
             num_images=PICTURES,
             guidance_scale=guidance,
             pretrained_model_name_or_path=str(base),
-            output_dir=str(folder / "images"),
+            output_dir=str(folder),
             batch_size=12,
-            compare=True,
+            compare=compare,
         )
     )
 
@@ -116,7 +120,8 @@ def main() -> None:
         if subject.name in report["subjects"]:
             continue
         folder = args.out / subject.name
-        run(subject, args.base, settings, args.guidance_scale, folder)
+        adapter = train_on(subject, args.base, settings, folder)
+        draw_places(adapter, args.base, args.guidance_scale, folder / "images", compare=True)
         pictures = drawn(folder / "images")
         photos = dino.embed_images(map(open_image, subject.photos()))
         of_adapter, of_base = (

@@ -21,6 +21,7 @@ from pretraining.check_subjects import drawn, figures, right
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.kept_weights import keep, start_from
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING
+from pretraining.sweep_subjects import means, table
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
 from pretraining.train_judge import Judge, numbered
@@ -354,6 +355,18 @@ def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
     found = drawn(tmp_path)
     assert [place for place, _ in found["adapter"]] == ["snow", "space"]
     assert [place for place, _ in found["base"]] == ["snow"]
+
+
+def test_a_sweep_s_means_are_over_subjects_of_one_setting():
+    rows = [
+        {"subject": subject, "learning_rate": rate, "step": 200, "guidance_scale": 3.0}
+        | {"likeness": likeness, "class": 1.0, "place": 0.5, "copies": 0.0}
+        for subject, rate, likeness in [("cap", 4e-4, 0.9), ("cap", 1e-4, 0.6), ("taxi", 1e-4, 0.8)]
+    ]
+    low, high = means(rows)
+    assert (low["learning_rate"], low["likeness"], low["subjects"]) == (1e-4, pytest.approx(0.7), 2)
+    assert (high["learning_rate"], high["likeness"], high["subjects"]) == (4e-4, pytest.approx(0.9), 1)
+    assert table([low]).splitlines()[-1] == "| 1e-04 | 200 | 3 | 0.70 | 100% | 50% | 0% |"
 
 
 def test_right_counts_class_and_place_apart():

@@ -1,0 +1,112 @@
+"""Which steps, rate and guidance suit a base? Every setting is tried on subjects that are neither shown nor reported.
+
+    python -m pretraining.sweep_subjects --work <work folder> --base <pipeline folder> \\
+        --subjects <work folder>/tuning --out <folder>
+
+For each subject and rate one training, whose checkpoints are drawn with each guidance as `check_subjects` does. The
+text encoder's rate is a fixed share of the rate. Measurements lie in `<out>/sweep.json`, what is in it already is not
+done again; the table of means over the subjects is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from eval.pick_checkpoint import adapters_of
+from eval.subjects import read_subjects
+from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.scoring.encoders import load_dino
+from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
+from pretraining.check_subjects import draw_places, drawn, right, train_on
+from pretraining.train_judge import load_judge
+
+TEXT_SHARE = 0.02  # of the rate, for the text encoder
+SETTINGS = ("learning_rate", "step", "guidance_scale")
+FIGURES = ("likeness", "class", "place", "copies")
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The mean figures of each setting over its subjects, in order of the settings."""
+    settings = sorted({tuple(row[name] for name in SETTINGS) for row in rows})
+    found = []
+    for setting in settings:
+        of_setting = [row for row in rows if tuple(row[name] for name in SETTINGS) == setting]
+        figures = {name: float(np.mean([row[name] for row in of_setting])) for name in FIGURES}
+        found.append(dict(zip(SETTINGS, setting, strict=True)) | figures | {"subjects": len(of_setting)})
+    return found
+
+
+def table(rows: Sequence[dict[str, float]]) -> str:
+    """The means in Markdown."""
+    lines = [
+        "| rate | steps | guidance | likeness | class right | place right | nearer than photos |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['learning_rate']:.0e} | {row['step']:.0f} | {row['guidance_scale']:g} | {row['likeness']:.2f} "
+            f"| {row['class']:.0%} | {row['place']:.0%} | {row['copies']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=expanded_path, required=True, help="work folder, for the second judge")
+    parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to train on")
+    parser.add_argument("--subjects", type=expanded_path, required=True, help="folder of subjects with subjects.csv")
+    parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4])
+    parser.add_argument("--steps", type=int, default=800, help="of each training")
+    parser.add_argument("--checkpointing_steps", type=int, default=200, help="steps between two checkpoints")
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "sweep.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    done = {(row["subject"], *(row[name] for name in SETTINGS)) for row in rows}
+    dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
+    for subject in read_subjects(args.subjects):
+        photos = dino.embed_images(map(open_image, subject.photos()))
+        ceiling = real_photo_ceiling(photos)
+        apart = float(cosines(photos, photos).fill_diagonal_(-1).max())
+        for rate in args.learning_rates:
+            folder = args.out / subject.name / f"{rate:g}"
+            settings = {
+                "learning_rate": rate,
+                "text_encoder_lr": rate * TEXT_SHARE,
+                "max_train_steps": args.steps,
+                "checkpointing_steps": args.checkpointing_steps,
+            }
+            if not (folder / "adapter.safetensors").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                train_on(subject, args.base, settings, folder)
+            for step, adapter in sorted(adapters_of(folder).items()):
+                for guidance in args.guidance_scales:
+                    if (subject.name, rate, step, guidance) in done:
+                        continue
+                    images = folder / f"images-{step}-{guidance:g}"
+                    shutil.rmtree(images, ignore_errors=True)
+                    draw_places(adapter, args.base, guidance, images)
+                    pictures = drawn(images)["adapter"]
+                    features = dino.embed_images(image for _, image in pictures)
+                    row: dict[str, Any] = {"subject": subject.name}
+                    row |= dict(zip(SETTINGS, (rate, step, guidance), strict=True))
+                    row["likeness"] = float(image_similarity(features, photos).mean()) / ceiling
+                    row["copies"] = float((nearest_photo(features, photos) > apart).float().mean())
+                    row |= right(judge, subject.class_word, pictures)
+                    rows.append(row)
+                    path.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(means(rows)))
+
+
+if __name__ == "__main__":
+    main()
