@@ -22,7 +22,8 @@ class RotatedLayer:
     """What computes with one frozen linear layer and the `Rotation` that is learned for it.
 
     The linear layer, or a slice of one, belongs to the base model and is passed to every call. At the start the output
-    is bit-equal to the plain layer's: identity rotations reproduce `W` exactly (on a GPU, as long as TF32 is left off).
+    is bit-equal to the plain layer's: identity rotations reproduce `W` exactly (a float32 `W` on a GPU as long as TF32
+    is left off).
 
     rotation: the learned numbers, which belong to an `Adapter`. enabled: False leaves the layer as it is.
     cache, index: where what is made of the learned numbers is kept, shared with other layers after `share`.

@@ -12,7 +12,8 @@ Both keep for the backward pass only what cannot be made again cheaply, and give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -47,9 +48,12 @@ def rotate_weights(weights: Sequence[Tensor], rotations: Sequence[RotationBlocks
     """`W' = diag(s)·Q_out W Q_in` (paper, §6.2) of each of some weights of equal shape, in their dtype.
 
     weights: `(out, in)` each. rotations: one for each, float32. Computed in float32 (float64 for float64 weights);
-    autocast changes nothing. Differentiable once by the rotations.
+    autocast changes nothing. Differentiable once by the rotations; with gradients, bfloat16 weights are rotated in TF32
+    on GPUs that have it.
     """
-    return _RotatedWeights.apply(*weights, *chain(*zip(*rotations, strict=True)))
+    given = list(chain(*zip(*rotations, strict=True)))
+    trains = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    return _RotatedWeights.apply(trains and weights[0].dtype == torch.bfloat16, *weights, *given)
 
 
 def rotate_activations(
@@ -73,10 +77,11 @@ class _RotatedWeights(torch.autograd.Function):
     """Wᵀ → V = Q_inᵀ Wᵀ → W' = S Vᵀ, where `S = diag(s)·Q_out`. Only what is given is kept."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, in_tf32: bool, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
+        ctx.in_tf32 = in_tf32
         weights, *rotations = _split(tensors, 4)
-        with torch.autocast(weights[0].device.type, enabled=False):
+        with torch.autocast(weights[0].device.type, enabled=False), _tf32(in_tf32):
             stacked = torch.stack(weights)
             q_in, scaled_q_out = _blocks(_computed_in(stacked), *rotations)
             if scaled_q_out is None:
@@ -90,11 +95,12 @@ class _RotatedWeights(torch.autograd.Function):
         transposed = torch.stack(weights).mT
         q_in, scaled_q_out = _blocks(_computed_in(transposed), *rotations)
         grad, by_scaled_q_out = torch.stack(grads), None
-        if scaled_q_out is not None:
-            by_scaled_q_out, grad = rotate_gradients(scaled_q_out, rotate_back(q_in, transposed).mT, grad)
-            grad = back_to_input(scaled_q_out, grad)
-        by_q_in, _ = rotate_gradients(q_in, grad.mT, transposed)
-        return *(None for _ in weights), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
+        with _tf32(ctx.in_tf32):
+            if scaled_q_out is not None:
+                by_scaled_q_out, grad = rotate_gradients(scaled_q_out, rotate_back(q_in, transposed).mT, grad)
+                grad = back_to_input(scaled_q_out, grad)
+            by_q_in, _ = rotate_gradients(q_in, grad.mT, transposed)
+        return None, *(None for _ in weights), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 
 class _RotatedActivations(torch.autograd.Function):
@@ -136,6 +142,23 @@ class _RotatedActivations(torch.autograd.Function):
         by_q_in, grad = rotate_gradients(q_in, x.expand(count, -1, -1), grad)
         by_x = back_to_input_rows(q_in, grad).reshape(ctx.shape) if ctx.needs_input_grad[2] else None
         return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products on a GPU may take its tensor cores, which round factors to the 11 bits of TF32.
+
+    That is for results that end in the 8 bits of bfloat16, whose own rounding is far larger. Identity blocks still give
+    back a bfloat16 weight to the bit, as its numbers are numbers of TF32.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if allowed:
+        products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _split(tensors: Sequence[Any], columns: int) -> list[tuple[Any, ...]]:

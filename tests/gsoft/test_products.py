@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsoft.blocks import free_numbers, orthogonal_blocks
 from gsoft.group_and_shuffle import dense_reference
@@ -150,3 +151,43 @@ def test_layers_together_are_layers_one_by_one(outer):
         results.append([*made, *torch.autograd.grad(loss, leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+class TensorCores(TorchDispatchMode):
+    """Rounds the factors of float32 products as a GPU does where it may use TF32; counts these products."""
+
+    rounded = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        if allowed and func is torch.ops.aten.bmm.default and args[0].dtype == torch.float32:
+            self.rounded += 1
+            args = [((a.contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32) for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+def errors(dtype: torch.dtype, trains: bool) -> tuple[float, int]:
+    """How far `W'` is from what it is in float64, and how many products tensor cores made."""
+    parts = case(2, "rotation and scale", dtype)
+    rotation = [parts[name].requires_grad_(trains) for name in MAPS]
+    exact = rotate_weights([parts["weight"].double()], [RotationBlocks(*(t.detach().double() for t in rotation))])[0]
+    with TensorCores() as cores:
+        made = rotate_weights([parts["weight"]], [RotationBlocks(*rotation)])[0]
+        if trains:
+            made.float().square().sum().backward()
+    return ((made.double() - exact).norm() / exact.norm()).item(), cores.rounded
+
+
+def test_tensor_cores_add_little_to_the_rounding_of_bfloat16_in_training():
+    before = torch.backends.cuda.matmul.fp32_precision
+    exact, no_products = errors(torch.bfloat16, trains=False)
+    found, products = errors(torch.bfloat16, trains=True)
+    assert no_products == 0
+    assert products == 4 + 11  # of a forward and of a backward pass
+    assert 0 < found < 1.2 * exact
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_weights_are_rotated_in_float32(dtype):
+    assert errors(dtype, trains=True)[1] == 0
