@@ -41,6 +41,7 @@ from gsoft_diffusion.scoring.encoders import load_encoders
 
 FREE_TO_CHANGE = {  # they decide which cells there are and what is shown of them, not what is in one
     *("seeds", "subjects", "methods", "budgets", "medium_only", "learning_rates", "sweep_subjects", "sweep_budget"),
+    *("learning_rates_small", "learning_rates_large"),
     *("seconds_per_step", "seconds_per_picture", "difference_sd", "sheets"),
 }
 BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
@@ -180,18 +181,24 @@ def left_out(before: Experiment, now: Experiment) -> list[str]:
         for budget in budgets_of(method, before)
         if budget in now.budgets and budget not in budgets_of(method, now)
     ]
-    lost += [
-        f"{method}'s learning rate {rate:g}" for method in now.methods for rate in _lost_rates(before, now, method)
-    ]
+    lost += [f"{title}'s learning rate {rate:g}" for title, rate in _lost_rates(before, now)]
     for field, title in (("seeds", "seeds"), ("sweep_subjects", "subjects in its sweep")):
         if getattr(before, field) > getattr(now, field):
             lost.append(f"{getattr(before, field)} {title}")
     return lost
 
 
-def _lost_rates(before: Experiment, now: Experiment, method: str) -> list[float]:
-    kept = getattr(now.learning_rates, method)
-    return [rate for rate in getattr(before.learning_rates, method) if method in before.methods and rate not in kept]
+def _lost_rates(before: Experiment, now: Experiment) -> list[tuple[str, float]]:
+    """Learning rates of methods at sizes that both have, which only `before` tries."""
+    return [
+        (f"{method} {budget}" if budget else method, rate)
+        for method in now.methods
+        if method in before.methods
+        for budget in budgets_of(method, now)
+        if budget in budgets_of(method, before)
+        for rate in before.rates_of(method, budget)
+        if rate not in now.rates_of(method, budget)
+    ]
 
 
 def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None = None) -> str:
@@ -232,7 +239,7 @@ def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None =
         missing = [cell for cell in cells if cell not in done]
         each = [_seconds(experiment, cell, pictures, measured) for cell in missing]
         seconds += sum(each)
-        kept = sum(pictures * (_scorings(experiment, c) if experiment.grid and c.seed == 0 else 1) for c in missing)
+        kept = sum(pictures * (_scorings(experiment, c) if experiment.grid else 1) for c in missing)
         bytes_ += kept * resolution**2 * BYTES_A_PIXEL
         lines_bytes += sum(pictures * (BYTES_A_ROW + BYTES_A_COLUMN * (_scorings(experiment, c) - 1)) for c in cells)
         lines.append(f"{name}: {len(cells)} cells, {len(cells) - len(missing)} done, {_hours(sum(each))} of work")
@@ -250,13 +257,14 @@ def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None =
 def _detectable(experiment: Experiment, subjects: int, earlier: Path | None) -> str:
     """Which difference between two methods the comparison can detect."""
     deviation = spread_of_differences(earlier) if earlier else experiment.difference_sd
-    least = detectable_difference(deviation, subjects)
+    least = detectable_difference(deviation, subjects, experiment.seeds)
     if least is None:
-        return "detectable difference: none, since one subject says nothing of others"
+        return "detectable difference: none, since one subject or one seed says nothing of how scores spread"
     source = f"as in {earlier}" if earlier else "as difference_sd says"
     return (
-        f"detectable difference in balance: {least:.3f} ({POWER:.0%} power at 5 %, two-sided, {subjects} subjects; "
-        f"standard deviation of differences over subjects {deviation:.3f}, {source})"
+        f"detectable difference in {'lead' if experiment.grid else 'balance'}: {least:.3f} ({POWER:.0%} power at 5 %, "
+        f"two-sided, {subjects} subjects, {experiment.seeds} seeds; standard deviation of differences over subjects "
+        f"{deviation:.3f}, {source})"
     )
 
 

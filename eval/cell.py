@@ -2,7 +2,7 @@
 
 work/cells/<id>/result.json   settings, versions, times, the score of every picture
 work/cells/<id>/*.png         the pictures
-work/cells/<id>/step60/*.png  in a grid at seed 0, those of each step that was scored before the end
+work/cells/<id>/step60/*.png  in a grid, those of each step that was scored before the end
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from eval.baselines import BaselineAdapter, BaselineConfig, adapted_layers, baseline_maker, load_baseline
-from eval.experiment import Cell, Experiment
+from eval.experiment import Cell, Experiment, number_of
 from eval.methods import AnyConfig, adapts_text_encoder, count_parameters, describe, matched
 from eval.prompts import Kind, Prompt, prompts_for
 from eval.results import CELL_RESULT, as_columns, cell_folder, is_done, step_folder, work_folder
@@ -53,14 +53,18 @@ from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.preparation import with_model_defaults
 from gsoft_diffusion.training.train import train
 
-SEEDS_A_CELL = 1000  # picture seeds of cell seed `s` are 1000·s, 1000·s + 1, …: the same for every method
+SEEDS_A_CELL = 1000  # pictures of cell seed `s` are numbered 1000·s, 1000·s + 1, …: the same for every method
+NOISE = "by subject, prompt and number"  # of pictures and training, see `number_of`
 UNSHARED = ("adapter", "instance_data_dir", "output_dir", "class_data_dir", "pretrained_model_name_or_path")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A generated picture that is scored."""
+    """A generated picture that is scored.
+
+    index: of its prompt. seed: its number, from which, with subject and prompt, its noise is drawn.
+    """
 
     prompt: Prompt
     index: int
@@ -70,7 +74,12 @@ class Picture:
     @property
     def file(self) -> str:
         """The name of its file: kind, number of the prompt, seed."""
-        return f"{self.prompt.kind}-{self.index:02d}-seed{self.seed}.png"
+        return file_name(self.prompt.kind, self.index, self.seed)
+
+
+def file_name(kind: Kind, index: int, number: int) -> str:
+    """The name of a picture's file. kind, index: of its prompt. number: its own."""
+    return f"{kind}-{index:02d}-seed{number}.png"
 
 
 def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
@@ -111,13 +120,15 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
         ensure_class_images(config.concepts[0], config, models, identity_of(models))
     plain = [Prompt(prompt.kind, prompt.plain, prompt.plain) for prompt in prompts]
     started = time.perf_counter()
-    pictures = draw(experiment, models, plain, cell.seed)
+    pictures = draw(experiment, models, plain, cell)
     seconds = time.perf_counter() - started
     _save(pictures, scratch / "cell")
     photos = embed(encoders, (open_image(path) for path in subject.photos()))
-    captions = [prompt.plain for prompt in prompts if prompt.kind == "context"]
+    captions = list(dict.fromkeys(prompt.plain for prompt in prompts if prompt.kind == "context"))
+    texts = encoders.clip.embed_texts(captions)
+    by_caption = metrics.cosines(photos.clip, texts).mean(dim=0).tolist()
     return _facts(experiment, cell, subject, models, encoders) | {
-        "photos": reference_scores(photos, encoders.clip.embed_texts(captions)),
+        "photos": reference_scores(photos, texts) | {"clip_t_by_caption": dict(zip(captions, by_caption, strict=True))},
         **score(experiment, pictures, photos, encoders, None),
         "pictures_seconds": seconds,
     }
@@ -156,8 +167,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
         "peak_memory_bytes": peak_memory(),
     }
     photos = embed(encoders, (open_image(path) for path in subject.photos()))
-    unrelated = [prompt for prompt in prompts if prompt.kind == "unrelated"]
-    untouched = embed(encoders, (picture.image for picture in draw(experiment, models, unrelated, cell.seed)))
+    untouched = embed(encoders, untouched_pictures(experiment, cell, out, prompts, models))
     curve = []
     for checkpoint in checkpoints(trained.adapter.parent):
         step = step_of(checkpoint)
@@ -165,9 +175,9 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
             continue
         adapter = load_tuned(method, checkpoint / trained.adapter.name, models)
         adapter.merge()
-        pictures = draw(experiment, models, prompts, cell.seed)
+        pictures = draw(experiment, models, prompts, cell)
         curve.append(_point(step, score(experiment, pictures, photos, encoders, untouched)))
-        if experiment.grid and cell.seed == 0:  # sheets show seed 0, and in a grid any step
+        if experiment.grid:  # any step may be shown, or scored again by other encoders
             _save(pictures, step_folder(scratch / "cell", step))
         adapter.remove()
     adapter = load_tuned(method, trained.adapter, models)
@@ -175,7 +185,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     assert adapter.parameter_counts()["total"] == facts["parameters"]
     adapter.merge()
     started = time.perf_counter()
-    pictures = draw(experiment, models, prompts, cell.seed)
+    pictures = draw(experiment, models, prompts, cell)
     facts["pictures_seconds"] = time.perf_counter() - started
     scored = score(experiment, pictures, photos, encoders, untouched)
     if experiment.recorded_every(cell.seed):
@@ -227,30 +237,51 @@ def load_tuned(method: AnyConfig, path: Path, models: BaseModel) -> Adapter | Ba
     return load_adapter(path, models.denoiser, models.text_encoders)[0]
 
 
-def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], seed: int) -> list[Picture]:
-    """Every prompt as often as its kind asks for, with the picture seeds of the cell's seed.
+def untouched_pictures(
+    experiment: Experiment, cell: Cell, out: Path, prompts: Sequence[Prompt], models: BaseModel
+) -> list[Image.Image]:
+    """The base model's pictures for the unrelated prompts: those of its own cell, or drawn now if that is not here.
+
+    experiment, prompts: as in `draw`. cell: whose subject and seed. out: the comparison's folder. models: the base.
+    """
+    folder = cell_folder(Cell("base", None, None, cell.subject, cell.seed), out)
+    indices = [index for index, prompt in enumerate(prompts) if prompt.kind == "unrelated"]
+    paths = [folder / file_name("unrelated", i, n) for i in indices for n in numbers_of(experiment, cell, "unrelated")]
+    if all(path.is_file() for path in paths):
+        return [open_image(path) for path in paths]
+    return [picture.image for picture in draw(experiment, models, [prompts[index] for index in indices], cell)]
+
+
+def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], cell: Cell) -> list[Picture]:
+    """Every prompt as often as its kind asks for, with the cell's numbers of pictures.
 
     experiment: says how many pictures, of which size and by which sampler. models: as they are now, adapter included.
-    prompts: in the order that numbers the pictures. seed: the cell's. Returns the pictures, those of one prompt
-    together.
+    prompts: in the order that numbers the pictures. cell: whose subject and seed. The noise of a picture follows from
+    these, its number and the prompt without the unique token: it is the same for every method and the base model.
+    Returns the pictures, those of one prompt together.
     """
-    first = SEEDS_A_CELL * seed
     jobs = [
-        (index, prompt, first + number)
+        (index, prompt, number)
         for index, prompt in enumerate(prompts)
-        for number in range(pictures_of(experiment, prompt.kind))
+        for number in numbers_of(experiment, cell, prompt.kind)
     ]
     samples = generate(
         models,
-        [(prompt.text, picture_seed) for _, prompt, picture_seed in jobs],
+        [(prompt.text, number_of(cell.subject, prompt.plain, seed=number)) for _, prompt, number in jobs],
         experiment.sampler,
         resolution=experiment.resolution,
         batch_size=experiment.sample_batch_size,
     )
     return [
-        Picture(prompt, index, picture_seed, sample.image)
-        for (index, prompt, picture_seed), sample in zip(jobs, samples, strict=True)
+        Picture(prompt, index, number, sample.image)
+        for (index, prompt, number), sample in zip(jobs, samples, strict=True)
     ]
+
+
+def numbers_of(experiment: Experiment, cell: Cell, kind: Kind) -> range:
+    """The numbers of a cell's pictures for each prompt of a kind."""
+    first = SEEDS_A_CELL * cell.seed
+    return range(first, first + pictures_of(experiment, kind))
 
 
 def pictures_of(experiment: Experiment, kind: Kind) -> int:
@@ -321,6 +352,7 @@ def _facts(
         "photos_hash": photos_hash(subject),
         "encoders": encoders.to_dict(),
         "captions": "with the unique token" if experiment.token_in_caption else "without the unique token",
+        "noise": NOISE,
         "sampler": with_model_sampler(models, experiment.sampler).to_dict(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,29 @@ class LearningRates(Settings):
 
 
 @dataclass(frozen=True)
+class RatesOfSize(Settings):
+    """The learning rates of the main methods at one size; by default those of `learning_rates`.
+
+    double_gsoft: of Double GSOFT.
+    gsoft: of GSOFT.
+    lora: of LoRA.
+    boft: of BOFT.
+    oft: of OFT.
+    """
+
+    double_gsoft: tuple[float, ...] = ()
+    gsoft: tuple[float, ...] = ()
+    lora: tuple[float, ...] = ()
+    boft: tuple[float, ...] = ()
+    oft: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for method, rates in vars(self).items():
+            if rates and min(rates) <= 0:
+                raise UserError(f"{method}: learning rates must be above 0")
+
+
+@dataclass(frozen=True)
 class Experiment(Settings):
     """One comparison. All methods share everything here but their learning rates.
 
@@ -76,6 +100,8 @@ class Experiment(Settings):
     medium_only: those of the methods that are compared at the medium size only.
     seeds: how often everything is repeated, with seeds 0, 1, 2, …
     learning_rates: what is tried for each method.
+    learning_rates_small: what is tried at the small size instead, in a grid.
+    learning_rates_large: what is tried at the large size instead, in a grid.
     grid: train every method at every size and rate on all subjects and seeds, and score each step of `curve_every`: for
       fronts, and for choices that leave the reported subject out. Without it, rates are chosen in a sweep.
     sweep_subjects: how many subjects (the first ones, at seed 0) the learning rates are tried on.
@@ -109,8 +135,8 @@ class Experiment(Settings):
     dino: DINO encoder: auto, folder or name.
     seconds_per_step: guess for the time estimate, until cells have been measured.
     seconds_per_picture: the same for drawing.
-    difference_sd: guess of the standard deviation over subjects of a paired difference in balance, for which difference
-      can be detected.
+    difference_sd: guess of the standard deviation over subjects of a paired difference in balance, in a grid of the
+      lead of one front over another, for which difference can be detected.
     """
 
     subjects_dir: str = "data/subjects"
@@ -121,6 +147,8 @@ class Experiment(Settings):
     medium_only: tuple[str, ...] = ()
     seeds: int = 2
     learning_rates: LearningRates = LearningRates()
+    learning_rates_small: RatesOfSize = RatesOfSize()
+    learning_rates_large: RatesOfSize = RatesOfSize()
     grid: bool = False
     sweep_subjects: int = 2
     sweep_budget: str = "medium"
@@ -200,6 +228,14 @@ class Experiment(Settings):
         """The names of the subjects to compare on. Their photos need not be there if the settings name them."""
         return list(self.subjects) or [subject.name for subject in self.chosen_subjects()]
 
+    def rates_of(self, method: str, budget: str | None) -> tuple[float, ...]:
+        """The learning rates that a grid tries for a method at a size.
+
+        method: a key of `TITLES`. budget: a key of `BUDGETS`, or None for a method that has one size.
+        """
+        own = {"small": self.learning_rates_small, "large": self.learning_rates_large}.get(budget or "")
+        return getattr(own, method, ()) or getattr(self.learning_rates, method)
+
     def recorded_every(self, seed: int) -> int:
         """After every so many steps the cells of a seed are scored; 0 if at the end only."""
         return self.curve_every if self.grid or seed == 0 else 0
@@ -219,7 +255,8 @@ class Experiment(Settings):
     ) -> TrainingConfig:
         """The trainer's settings for one cell, the method's own left out.
 
-        subject: what is learned. seed: the cell's; it decides whether there are checkpoints. learning_rate: of the
+        subject: what is learned. seed: the cell's; with the subject it makes the run's, and it decides whether there
+        are checkpoints. learning_rate: of the
         denoiser and the text encoder. text_encoder: whether the cell's method adapts that. output_dir: the run's
         folder. class_images: folder for pictures of the class, used only with prior preservation.
         """
@@ -231,7 +268,7 @@ class Experiment(Settings):
                 "class_word": subject.class_word,
                 "output_dir": str(output_dir),
                 "class_data_dir": str(class_images) if self.with_prior_preservation else None,
-                "seed": seed,
+                "seed": number_of(subject.name, seed=seed),
                 "learning_rate": learning_rate,
                 "adapter": replace(TrainingConfig.adapter, text_encoder=text_encoder).to_dict(),
                 "text_encoder_lr": learning_rate if text_encoder else None,
@@ -241,6 +278,15 @@ class Experiment(Settings):
                 "report_to": "none",
             }
         )
+
+
+def number_of(*names: str, seed: int) -> int:
+    """A seed below 2³¹ that depends only on names and a seed: no two subjects or prompts share their noise.
+
+    Else a noise that suits a method would count as often as there are subjects. names: of a subject, and of a prompt.
+    """
+    key = "\n".join([*names, str(seed)]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 
 _PLACES = ("subjects_dir", "pretrained_model_name_or_path", "prompts", "clip", "dino")  # or names of something
@@ -263,6 +309,11 @@ _ONLY_WITH = (
         ("curve_every",),
         lambda settings: settings.curve_every < settings.max_train_steps,
         "the trainings are not longer; give less than max_train_steps, or leave it out",
+    ),
+    OnlyWith(
+        ("learning_rates_small", "learning_rates_large"),
+        lambda settings: settings.grid,
+        "a sweep chooses one rate for all sizes; give grid as well, or leave it out",
     ),
     OnlyWith(
         ("sweep_subjects", "sweep_budget"),
@@ -342,7 +393,7 @@ def grid_cells(experiment: Experiment) -> list[Cell]:
         for subject in experiment.subject_names()
         for method in experiment.methods
         for budget in budgets_of(method, experiment)
-        for rate in getattr(experiment.learning_rates, method)
+        for rate in experiment.rates_of(method, budget)
     ]
 
 

@@ -12,24 +12,27 @@ from eval.report.fronts import (
     SHARES,
     Array,
     Estimate,
+    Pair,
     bootstrap,
     detectable_difference,
     front,
+    front_with_base,
     levels,
     verdict,
 )
-from eval.report.grid import Fronts, Grid, MethodFront
+from eval.report.grid import LEAST_WAY, Fronts, Grid, MethodFront
 from eval.report.lines import OURS, Line, differences
 from eval.report.tables import text_of
 from gsoft_diffusion.scoring.metrics import Interval
 
+PRIMARY = ("lora", "boft")  # at the medium size: the comparisons that decide, named before any result is seen
 AREA = 0  # places of `measures`: the area, then prompt fidelity at each level of the subject, then the reverse
 AT_SUBJECT = range(1, 1 + len(SHARES))
 AT_PROMPT = range(1 + len(SHARES), 1 + 2 * len(SHARES))
 
 
 def area_rows(fronts: Fronts) -> list[dict[str, str]]:
-    """Each front's area, how far it reaches, and our method's area minus its own."""
+    """How far each front reaches, its area, and what our method's front has more."""
     return [
         {
             "size": each.budget or "",
@@ -37,9 +40,10 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
             "settings": str(len(each.settings)),
             "subject (DINO) from – to": _reach(each.points, 0),
             "prompt (CLIP-T) from – to": _reach(each.points, 1),
+            f"lead of {TITLES[OURS]}": _shown(each.lead, signed=True, beyond="diverged") if each.lead else "",
+            "verdict": verdict(each.lead) if each.lead else "",
             "area ↑": _shown(each.estimates[AREA]),
-            f"{TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
-            "verdict": verdict(each.differences[AREA]) if each.differences else "",
+            f"area, {TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
         }
         for each in fronts.methods
     ]
@@ -48,20 +52,22 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
 def prompt_rows(fronts: Fronts) -> list[dict[str, str]]:
     """Prompt fidelity at equal subject fidelity, and our method's minus each other one's."""
     at_subject, _ = levels(fronts.base, fronts.photos)
-    return [_level_row(each, AT_SUBJECT, at_subject, 0, "DINO") for each in fronts.methods]
+    return [_level_row(each, AT_SUBJECT, at_subject, 0, "DINO", fronts.base) for each in fronts.methods]
 
 
 def subject_rows(fronts: Fronts) -> list[dict[str, str]]:
     """Subject fidelity at equal prompt fidelity, and our method's minus each other one's."""
     _, at_prompt = levels(fronts.base, fronts.photos)
-    return [_level_row(each, AT_PROMPT, at_prompt, 1, "CLIP-T") for each in fronts.methods]
+    return [_level_row(each, AT_PROMPT, at_prompt, 1, "CLIP-T", fronts.base) for each in fronts.methods]
 
 
-def _level_row(each: MethodFront, places: Iterable[int], at: Sequence[float], axis: int, score: str) -> dict[str, str]:
+def _level_row(
+    each: MethodFront, places: Iterable[int], at: Sequence[float], axis: int, score: str, base: Pair
+) -> dict[str, str]:
     row = {"size": each.budget or "", "method": TITLES[each.method]}
     for place, level in zip(places, at, strict=True):
         column = f"at {score} {level:.3f}"
-        row[column] = _shown(each.estimates[place], _beyond(each.points, axis, level))
+        row[column] = _shown(each.estimates[place], _beyond(each.points, axis, level, base))
         difference = each.differences[place] if each.differences else None
         row[f"{TITLES[OURS]} − this, {column}"] = (
             "" if difference is None or math.isnan(difference.interval.mean) else _shown(difference, signed=True)
@@ -83,11 +89,11 @@ def _reach(points: Array, axis: int) -> str:
     return f"{envelope[:, axis].min():.3f} – {envelope[:, axis].max():.3f}" if len(envelope) else "diverged"
 
 
-def _beyond(points: Array, axis: int, level: float) -> str:
+def _beyond(points: Array, axis: int, level: float, base: Pair) -> str:
     """Why there is no value at a level."""
-    envelope = front(points)
-    if not len(envelope):
+    if not len(front(points)):
         return "diverged"
+    envelope = front_with_base(points, base)
     first, last = envelope[:, axis].min(), envelope[:, axis].max()
     return f"not reached: begins at {first:.3f}" if level < first else f"not reached: ends at {last:.3f}"
 
@@ -107,7 +113,7 @@ def setting_rows(fronts: Fronts, grid: Grid) -> list[dict[str, str]]:
                     "steps": str(setting.step),
                     "DINO": f"{point[0]:.3f}" if scored else "diverged",
                     "CLIP-T": f"{point[1]:.3f}" if scored else "diverged",
-                    "balance": f"{balances.mean():.3f}" if scored else "diverged",
+                    "balance": "diverged" if math.isnan(balances.mean()) else f"{balances.mean():.3f}",
                     "on the front": "✓" if tuple(point) in on_front else "",
                 }
             )
@@ -158,6 +164,8 @@ def measure_rows(fronts: Fronts) -> list[dict[str, str]]:
             row |= _numbers("value", each.estimates[place])
             row |= _numbers("difference", each.differences[place] if each.differences else None)
             rows.append(row)
+        row = {"budget": each.budget or "", "method": each.method, "measure": "lead", "at": ""}
+        rows.append(row | _numbers("value", None) | _numbers("difference", each.lead))
     return rows
 
 
@@ -168,32 +176,43 @@ def _numbers(name: str, estimate: Estimate | None) -> dict[str, str]:
 
 
 def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: float) -> str:
-    """Whether our method is ahead, in words, one paragraph a size, and which differences could have been seen.
+    """Whether our method is ahead, in words: first what decides, then every size; and what could have been seen.
 
     fronts: what is compared. lines: held out. grid: how many subjects and seeds there are. assumed: the standard
     deviation over subjects that was stated before the run.
     """
-    paragraphs = []
-    compared = [each for each in fronts.methods if each.differences]
+    compared = [each for each in fronts.methods if each.lead]
     if not compared:
         return f"{TITLES[OURS]} was not compared with another method of its size, so there is no verdict."
+    paragraphs = []
+    deciding = [(TITLES[e.method], e.lead) for e in compared if e.budget == "medium" and e.method in PRIMARY if e.lead]
+    if deciding:
+        paragraphs.append(
+            f"What decides was named before the run: the lead over {' and '.join(name for name, _ in deciding)} at the "
+            f"size medium. By it {TITLES[OURS]} is {_verdicts(deciding)}. Everything below is exploratory: of twenty "
+            "intervals one misses the truth by chance."
+        )
     for budget in dict.fromkeys(each.budget for each in compared):
-        by_area = [
-            (TITLES[each.method], each.differences[AREA])
-            for each in compared
-            if each.budget == budget and each.differences
-        ]
+        of_size = [each for each in compared if each.budget == budget]
+        by_lead = [(TITLES[each.method], each.lead) for each in of_size if each.lead]
+        by_area = [(TITLES[each.method], each.differences[AREA]) for each in of_size if each.differences]
         by_balance = [
             (other, Estimate(intervals["balance"], 1.0))
             for size, other, intervals in differences(lines, bootstrap=bootstrap)
-            if size == budget and "balance" in intervals
+            if budget and size == budget and "balance" in intervals
         ]
-        paragraph = f"At the size {budget}, by the area under the front {TITLES[OURS]} is {_verdicts(by_area)}."
+        where = f"At the size {budget}" if budget else "The medium one against what has one size"
+        paragraph = f"{where}, by lead {TITLES[OURS]} is {_verdicts(by_lead)}. By area it is {_verdicts(by_area)}."
         if by_balance:
             paragraph += (
                 f" By balance, each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
             )
         paragraphs.append(paragraph)
+    if left_out := [subject for subject in grid.subjects if subject not in grid.choosing]:
+        paragraphs.append(
+            f"The base model's pictures are almost as like the photos of {', '.join(left_out)} as these are to each "
+            f"other (DINO within {LEAST_WAY:g}), so balance is not taken of them."
+        )
     return "\n\n".join([*paragraphs, _resolution(compared, grid, assumed)])
 
 
@@ -210,16 +229,13 @@ def _verdicts(differences: Sequence[tuple[str, Estimate]]) -> str:
 
 def _resolution(compared: Sequence[MethodFront], grid: Grid, assumed: float) -> str:
     """Which differences the comparison could see."""
-    widths = [width for each in compared if each.differences and (width := each.differences[AREA].half_width)]
-    least = detectable_difference(assumed, len(grid.subjects))
-    text = (
-        f"Before the run, a difference of {least:.3f} in balance was held to be detectable ({POWER:.0%} power at 5 %, "
-        f"{len(grid.subjects)} subjects, standard deviation of differences {assumed:g}). "
-    )
-    if not widths:
-        return text + "No difference has an interval: that needs two or more subjects and seeds, and ends in order."
-    return text + (
-        f"The {LEVEL:.0%} intervals of the {len(widths)} differences in area reach {min(widths):.3f} to "
-        f"{max(widths):.3f} to either side, with a median of {sorted(widths)[len(widths) // 2]:.3f}. Of twenty "
-        "intervals one misses the truth by chance, so a verdict that only one of many sizes or methods shows is weak."
+    widths = [width for each in compared if each.lead and (width := each.lead.half_width)]
+    least = detectable_difference(assumed, len(grid.subjects), grid.seeds)
+    if least is None or not widths:
+        return "No difference has an interval: that needs two or more subjects and seeds, and ends in order."
+    return (
+        f"Before the run, a lead of {least:.3f} was held to be detectable ({POWER:.0%} power at 5 %, "
+        f"{len(grid.subjects)} subjects, {grid.seeds} seeds, standard deviation over subjects {assumed:g}). The "
+        f"{LEVEL:.0%} intervals of the {len(widths)} leads reach {min(widths):.3f} to {max(widths):.3f} to either "
+        f"side, with a median of {sorted(widths)[len(widths) // 2]:.3f}."
     )

@@ -4,9 +4,9 @@ A *setting* of a method is a learning rate and a number of steps. Its scores are
 and a prompt each, averaged over the pictures of that prompt. A *point* is a setting's (subject fidelity, prompt
 fidelity), each averaged over all three.
 
-**Front.** Of a method's points those that no other point beats in both, joined by straight lines. Drawing some pictures
-with one setting and the rest with its neighbour has the mean scores of a place on the line between them, so a front
-promises nothing that the method cannot do.
+**Front.** Of a method's points those that no other point beats in both, joined by straight lines. The base model is a
+point of every method: that is no steps at all. Drawing some pictures with one setting and the rest with its neighbour
+has the mean scores of a place on the line between them, so a front promises nothing that the method cannot do.
 
 **Area.** With `F₀, T₀` the fidelities of the base model and `F₁, T₁` those of the photos themselves (their `T₁` is that
 of a model which copies them), shares of the way are
@@ -16,6 +16,10 @@ of a model which copies them), shares of the way are
 where `t(f)` is the front's prompt fidelity. Left of its first point it counts as that point's, which has more of the
 subject at that prompt fidelity; right of its last it counts as 0, since no setting has so much of the subject. 0 is a
 method that gives up the prompt at once, 1 one that learns the subject and keeps all of the prompt.
+
+**Lead.** An area also measures how far the settings reach that happened to be tried. So what decides is the lead of one
+front over another, the mean of `t(f) − t′(f)` over all `f` in [0, 1] that both fronts reach: how much more of the
+prompt is kept at equal subject fidelity.
 
 **Intervals.** A hierarchical bootstrap: of a resample, `S` subjects are drawn with replacement, for each of them `K` of
 its seeds, and `P` prompts, the same for all subjects, since a prompt that is hard is hard for all. Everything is
@@ -48,6 +52,7 @@ LEVEL = 0.95  # of intervals
 POWER = 0.8
 RESAMPLES = 2000
 SHARES = (0.25, 0.5, 0.75)  # of the way between the ends, where fronts are read
+SIMULATED = 20_000  # comparisons, to see which difference they find
 SURE = 0.95  # share of the resamples that must have a value, or there is no interval of it
 
 
@@ -92,18 +97,65 @@ def front(points: Array) -> Array:
     return np.array(kept[::-1]).reshape(-1, 2)
 
 
+def front_with_base(points: Array, base: Pair) -> Array:
+    """The front of a method's points and of the base model, its setting without steps; as `front`.
+
+    points: `(N, 2)`. base: (subject fidelity, prompt fidelity).
+    """
+    return front(np.vstack([points, base]))
+
+
+def _in_order(base: Pair, photos: Pair) -> bool:
+    """Whether the photos have more of the subject, and the base model more of the prompt."""
+    return photos[0] > base[0] and base[1] > photos[1]
+
+
+def _shares(envelope: Array, base: Pair, photos: Pair) -> tuple[Array, Array]:
+    """`f` and `t` of a front's points."""
+    f = (envelope[:, 0] - base[0]) / (photos[0] - base[0])
+    return f, (envelope[:, 1] - photos[1]) / (base[1] - photos[1])
+
+
+def lead(points: Array, others: Array, base: Pair, photos: Pair) -> float:
+    """How much more of the prompt a front keeps than another at equal subject fidelity, see the head of this file.
+
+    points, others: `(N, 2)` and `(M, 2)`, of the two methods. base, photos: the ends. NaN if these are not in order, or
+    if a method diverged in all settings.
+    """
+    if not _in_order(base, photos):
+        return math.nan
+    (f, t), (g, u) = (_shares(front_with_base(each, base), base, photos) for each in (points, others))
+    first, last = max(0.0, f[0], g[0]), min(1.0, f[-1], g[-1])
+    if last <= first:
+        return math.nan
+    knots = np.unique(np.clip([*f, *g], first, last))
+    return float(np.trapezoid(np.interp(knots, f, t) - np.interp(knots, g, u), knots) / (last - first))
+
+
+def leads(points: Array, others: Array, ends: Array) -> Array:
+    """The `lead` in each resample.
+
+    points, others: `(resamples, N, 2)` and `(resamples, M, 2)`. ends: `(resamples, 2, 2)`, of base model and photos.
+    """
+    return np.array(
+        [
+            lead(ours, theirs, tuple(base), tuple(photos))
+            for ours, theirs, (base, photos) in zip(points, others, ends, strict=True)
+        ]
+    )
+
+
 def area(envelope: Array, base: Pair, photos: Pair) -> float:
     """The area under a front between base model and photos, see the head of this file; between 0 and 1.
 
     envelope: `(M, 2)`, as `front` gives it. base, photos: (subject fidelity, prompt fidelity) of the ends. NaN if the
     ends are not in order: the photos must have more of the subject, the base model more of the prompt.
     """
-    if not (photos[0] > base[0] and base[1] > photos[1]):
+    if not _in_order(base, photos):
         return math.nan
     if not len(envelope):
         return 0.0
-    f = (envelope[:, 0] - base[0]) / (photos[0] - base[0])
-    t = (envelope[:, 1] - photos[1]) / (base[1] - photos[1])
+    f, t = _shares(envelope, base, photos)
     end = min(1.0, float(f[-1]))
     if end <= 0:
         return 0.0
@@ -146,7 +198,7 @@ def measures(points: Array, base: Pair, photos: Pair) -> list[float]:
 
     points: `(N, 2)`. base, photos: the ends. What the front does not reach is NaN.
     """
-    envelope = front(points)
+    envelope = front_with_base(points, base)
     at_subject, at_prompt = levels(base, photos)
     return [
         area(envelope, base, photos),
@@ -215,35 +267,43 @@ def verdict(difference: Estimate) -> str:
     return "ahead" if low > 0 else "behind" if high < 0 else "not decided"
 
 
-def held_out(balances: Array) -> list[int]:
+def held_out(balances: Array, own: Sequence[int | None]) -> list[int]:
     """For each subject the setting that is best on all others, so that no score of its own chose it.
 
-    balances: `(N, S)`, of each setting on each subject. NaN where a training diverged: it rules the setting out for
-    all. Raises ValueError if there are fewer than two subjects, or no setting is left.
+    balances: `(N, S)`, of each setting on the subjects that choose. NaN where a training diverged: it rules the setting
+    out for all. own: for each reported subject its place among these; None if it is not among them. Raises ValueError
+    if there is no other subject, or no setting is left.
     """
-    subjects = balances.shape[1]
-    if subjects < 2:
+    if balances.shape[1] < 2 and any(place is not None for place in own):
         raise ValueError("a setting cannot be chosen on other subjects if there is one only")
     usable = np.where(np.isfinite(balances).all(axis=1, keepdims=True), balances, -np.inf)
     if not np.isfinite(usable).any():
         raise ValueError("every setting diverged")
-    return [int(np.delete(usable, subject, axis=1).mean(axis=1).argmax()) for subject in range(subjects)]
+    others = [usable if place is None else np.delete(usable, place, axis=1) for place in own]
+    return [int(each.mean(axis=1).argmax()) for each in others]
 
 
-def detectable_difference(deviation: float, subjects: int, power: float = POWER) -> float | None:
-    """The smallest true difference that a paired comparison finds with this probability, at 5 %, two-sided.
+def detectable_difference(deviation: float, subjects: int, seeds: int, power: float = POWER) -> float | None:
+    """The smallest true difference whose interval, as this file makes it, is above 0 with this probability.
 
-        δ = (t₀.₉₇₅ + t_power) · σ / √S,        t: Student's quantiles at S − 1 degrees of freedom
+    Found by simulation. In a resample of a mean, the variance over subjects of their means over seeds comes on top of
+    the variance of these means, so the interval is longer than Student's wherever seeds scatter. Here half of the
+    variance of a subject's mean is the seeds'.
 
-    deviation: σ, the standard deviation over subjects of the difference between two methods. subjects: S. power: the
-    probability. None of fewer than two subjects.
+    deviation: the standard deviation over subjects of the difference between two methods, each subject's a mean over
+    its seeds. subjects, seeds: how many. power: the probability. None of fewer than two subjects or seeds, which have
+    no interval.
     """
-    if subjects < 2:
+    if subjects < 2 or seeds < 2:
         return None
-    freedom = subjects - 1
-    return float(
-        (student.ppf((1 + LEVEL) / 2, freedom) + student.ppf(power, freedom)) * deviation / math.sqrt(subjects)
-    )
+    rng = np.random.default_rng(0)
+    part = deviation / math.sqrt(2)
+    scores = rng.normal(0, part, (SIMULATED, subjects, 1))
+    scores = scores + rng.normal(0, part * math.sqrt(seeds), (SIMULATED, subjects, seeds))
+    means = scores.mean(axis=2)
+    variance = (means.var(axis=1) + scores.var(axis=2).mean(axis=1) / seeds) / subjects  # of a resample's mean
+    half_widths = math.sqrt(subjects / (subjects - 1)) * student.ppf((1 + LEVEL) / 2, subjects - 1) * np.sqrt(variance)
+    return float(np.quantile(half_widths - means.mean(axis=1), power))
 
 
 def pooled_deviation(differences: Sequence[Sequence[float]]) -> float:

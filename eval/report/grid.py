@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells
+from eval.methods import ABLATIONS
 from eval.report.fronts import (
     RESAMPLES,
     Array,
@@ -16,15 +17,20 @@ from eval.report.fronts import (
     Pair,
     estimate,
     held_out,
+    lead,
+    leads,
     measured,
     measures,
     resampled_weights,
     weighted,
 )
-from eval.report.lines import OURS, Line, check_complete, line_of, photos_line, references
+from eval.report.lines import OURS, Line, References, check_complete, line_of, photos_line, references
 from eval.report.rates import check_comparable
 from eval.results import Results, recorded_steps, result_at
 from gsoft_diffusion.scoring import metrics
+
+LEAST_WAY = 0.1  # in DINO, from base model to photos; of subjects that are nearer, a balance says little
+ONE_CHANGE = ("gsoft", *ABLATIONS)  # from our method
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Group:
     """A method at a size, with all of its settings; NaN wherever a training diverged.
 
     scores: `(N, 2, S, K, P)`, subject and prompt fidelity of each setting, subject, seed and prompt. balances:
-    `(N, S, K)`.
+    `(N, C, K)`, of the subjects that choose settings.
     """
 
     method: str
@@ -54,12 +60,15 @@ class Group:
 class Grid:
     """All scores of a grid.
 
-    ends: `(2, 2, S, K, P)`, those of base model and photos, shaped like a setting's.
+    choosing: the subjects whose balance chooses settings. ends: `(2, 2, S, K, P)`, those of base model and photos,
+    shaped like a setting's. references: what balance is measured between.
     """
 
     subjects: list[str]
+    choosing: list[str]
     seeds: int
     ends: Array
+    references: References
     groups: list[Group]
 
 
@@ -68,7 +77,8 @@ class MethodFront:
     """What a method at a size reaches.
 
     points: `(N, 2)`, subject and prompt fidelity of each of its settings. estimates: of all `measures`, in their order.
-    differences: our method's minus this one's, paired; None for our method itself and where it has not this size.
+    differences: our method's minus this one's, paired. lead: of our front over this one. Both are None for our method
+    itself, and where it has not this size; what has one size is compared with our medium one.
     """
 
     method: str
@@ -77,6 +87,7 @@ class MethodFront:
     points: Array
     estimates: list[Estimate]
     differences: list[Estimate] | None
+    lead: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -98,35 +109,55 @@ def read_grid(experiment: Experiment, results: Results) -> Grid:
     check_complete([*base_cells(experiment), *cells], results)
     check_comparable(list(results.values()))
     subjects, seeds = experiment.subject_names(), range(experiment.seeds)
-    ends_of = references(results.values())
+    ends_of = seed_averages(references(results.values()))
+    ways = {subject: ends_of[subject, 0][1][0] - ends_of[subject, 0][0][0] for subject in subjects}
+    choosing = [subject for subject in subjects if ways[subject] >= LEAST_WAY]
+    if len(choosing) < 2:
+        choosing = subjects
+    ends_of = {key: ends for key, ends in ends_of.items() if key[0] in choosing}
     based = [[results[Cell("base", None, None, subject, seed)] for seed in seeds] for subject in subjects]
     base = np.array([[_by_prompt(result) for result in row] for row in based])  # (S, K, 2, P)
-    photos = np.array([[[result["photos"]["dino"], result["photos"]["clip_t"]] for result in row] for row in based])
-    ends = np.stack([base, np.broadcast_to(photos[..., None], base.shape)])
+    ends = np.stack([base, np.array([[_photos_by_prompt(result) for result in row] for row in based])])
     shape = base.shape
 
-    def scores_of(cell: Cell, step: int) -> tuple[Array, float]:
-        if "scores" not in results[cell]:
-            return np.full(shape[2:], np.nan), np.nan
-        found = result_at(results[cell], step)
-        balance = metrics.balance(found["scores"]["dino"], found["scores"]["clip_t"], *ends_of[cell.subject, cell.seed])
-        return _by_prompt(found), balance
+    def scored(cell: Cell, step: int) -> dict[str, Any] | None:
+        return result_at(results[cell], step) if "scores" in results[cell] else None
 
     groups = []
     for method, budget in _groups(experiment):
         settings = [
-            Setting(rate, step)
-            for rate in getattr(experiment.learning_rates, method)
-            for step in experiment.recorded_steps()
+            Setting(rate, step) for rate in experiment.rates_of(method, budget) for step in experiment.recorded_steps()
         ]
-        scores, balances = np.empty((len(settings), *shape)), np.empty((len(settings), *shape[:2]))
+        scores = np.full((len(settings), *shape), np.nan)
+        balances = np.full((len(settings), len(choosing), len(seeds)), np.nan)
         for number, setting in enumerate(settings):
             for i, subject in enumerate(subjects):
                 for seed in seeds:
-                    cell = Cell(method, budget, setting.learning_rate, subject, seed)
-                    scores[number, i, seed], balances[number, i, seed] = scores_of(cell, setting.step)
+                    found = scored(Cell(method, budget, setting.learning_rate, subject, seed), setting.step)
+                    if found is None:
+                        continue
+                    scores[number, i, seed] = _by_prompt(found)
+                    if subject in choosing:
+                        pair = found["scores"]["dino"], found["scores"]["clip_t"]
+                        place = number, choosing.index(subject), seed
+                        balances[place] = metrics.balance(*pair, *ends_of[subject, seed])
         groups.append(Group(method, budget, settings, np.moveaxis(scores, 3, 1), balances))
-    return Grid(subjects, experiment.seeds, np.moveaxis(ends, 3, 1), groups)
+    return Grid(subjects, choosing, experiment.seeds, np.moveaxis(ends, 3, 1), ends_of, groups)
+
+
+def seed_averages(ends: References) -> References:
+    """What balance is measured between, with the base model's scores averaged over the seeds of a subject.
+
+    ends: as `references` gives them. One seed's few pictures would move an end by as much as methods differ.
+    """
+    averaged: References = {}
+    for subject in dict.fromkeys(subject for subject, _ in ends):
+        of_seeds = [pair for (name, _), pair in ends.items() if name == subject]
+        base = tuple(metrics.mean([pair[0][place] for pair in of_seeds]) for place in range(2))
+        for name, seed in ends:
+            if name == subject:
+                averaged[name, seed] = _pair(base), ends[name, seed][1]
+    return averaged
 
 
 def _groups(experiment: Experiment) -> list[tuple[str, str | None]]:
@@ -137,6 +168,13 @@ def _groups(experiment: Experiment) -> list[tuple[str, str | None]]:
         for method in experiment.methods
         if budget in budgets_of(method, experiment)
     ]
+
+
+def _photos_by_prompt(result: Mapping[str, Any]) -> Array:
+    """Subject and prompt fidelity of the photos themselves for each context prompt of the base model, `(2, P)`."""
+    captions = dict.fromkeys(picture["caption"] for picture in result["pictures"] if picture["kind"] == "context")
+    photos = result["photos"]
+    return np.array([[photos["dino"]] * len(captions), [photos["clip_t_by_caption"][caption] for caption in captions]])
 
 
 def _by_prompt(result: Mapping[str, Any]) -> Array:
@@ -164,7 +202,8 @@ def compare_fronts(grid: Grid, resamples: int = RESAMPLES) -> Fronts:
     base, photos = _pair(ends[0]), _pair(ends[1])
     points = [weighted(group.scores, once)[0] for group in grid.groups]
     values = [np.array(measures(each, base, photos)) for each in points]
-    draws = [measured(weighted(group.scores, weights), drawn_ends) for group in grid.groups]
+    drawn_points = [weighted(group.scores, weights) for group in grid.groups]
+    draws = [measured(each, drawn_ends) for each in drawn_points]
     ours = {group.budget: number for number, group in enumerate(grid.groups) if group.method == OURS}
 
     def estimates(value: Array, drawn: Array) -> list[Estimate]:
@@ -172,13 +211,36 @@ def compare_fronts(grid: Grid, resamples: int = RESAMPLES) -> Fronts:
 
     found = []
     for number, group in enumerate(grid.groups):
-        mine = ours.get(group.budget)
-        paired = (
-            None if mine in (None, number) else estimates(values[mine] - values[number], draws[mine] - draws[number])
-        )
+        mine = ours.get(group.budget or "medium")
+        paired = our_lead = None
+        if mine not in (None, number):
+            paired = estimates(values[mine] - values[number], draws[mine] - draws[number])
+            drawn = leads(drawn_points[mine], drawn_points[number], drawn_ends)
+            our_lead = estimate(lead(points[mine], points[number], base, photos), drawn, *shape[:2])
         own = estimates(values[number], draws[number])
-        found.append(MethodFront(group.method, group.budget, group.settings, points[number], own, paired))
+        found.append(MethodFront(group.method, group.budget, group.settings, points[number], own, paired, our_lead))
     return Fronts(base, photos, found)
+
+
+def leads_by_subject(grid: Grid) -> list[list[float]]:
+    """Our front's lead over each other one of its size, on each subject alone; without those that have none.
+
+    grid: the scores.
+    """
+    mine = {group.budget: group.scores for group in grid.groups if group.method == OURS}
+    ends = grid.ends.mean(axis=(3, 4))  # (2, 2, S)
+    found = []
+    for group in grid.groups:
+        if group.method == OURS or (group.budget or "medium") not in mine:
+            continue
+        ours, others = (scores.mean(axis=(3, 4)) for scores in (mine[group.budget or "medium"], group.scores))
+        each = [
+            lead(ours[..., place], others[..., place], *(_pair(end) for end in ends[..., place]))
+            for place, subject in enumerate(grid.subjects)
+            if subject in grid.choosing
+        ]
+        found.append([value for value in each if np.isfinite(value)])
+    return found
 
 
 def _pair(values: Iterable[float]) -> Pair:
@@ -192,13 +254,14 @@ def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list
     experiment: the settings. results: of all cells. grid: their scores, of two or more subjects. A method that diverged
     in all of its settings has a line without scores.
     """
-    ends = references(results.values())
+    ends = grid.references
     base = [results[cell] for cell in base_cells(experiment)]
     lines = [photos_line(base), line_of("base", None, None, base, ends)]
+    own = [grid.choosing.index(subject) if subject in grid.choosing else None for subject in grid.subjects]
     for group in grid.groups:
         balances = group.balances.mean(axis=2)
         usable = np.isfinite(balances).all(axis=1).any()
-        chosen = held_out(balances) if usable else [0] * len(grid.subjects)
+        chosen = held_out(balances, own) if usable else [0] * len(grid.subjects)
         found = []
         for subject, number in zip(grid.subjects, chosen, strict=True):
             setting = group.settings[number]
@@ -206,4 +269,38 @@ def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list
                 result = results[Cell(group.method, group.budget, setting.learning_rate, subject, seed)]
                 found.append(result_at(result, setting.step) if recorded_steps(result) else result)
         lines.append(line_of(group.method, group.budget, None, found, ends))
+    return lines
+
+
+def knee(grid: Grid) -> Setting | None:
+    """The setting of our method at the medium size with the best mean balance, the knee of its front; None without it.
+
+    grid: the scores. Settings at which a training diverged are left out.
+    """
+    for group in grid.groups:
+        if (group.method, group.budget) == (OURS, "medium"):
+            balances = group.balances.mean(axis=(1, 2))
+            if np.isfinite(balances).any():
+                return group.settings[int(np.nanargmax(balances))]
+    return None
+
+
+def ablation_lines(experiment: Experiment, results: Results, grid: Grid) -> list[Line]:
+    """Our method at its knee and, at the same setting, what one thing changes in it; nothing without such methods.
+
+    experiment: the settings. results: of all cells. grid: their scores.
+    """
+    setting = knee(grid)
+    methods = [group.method for group in grid.groups if group.budget == "medium" and setting in group.settings]
+    if setting is None or not set(methods) & set(ONE_CHANGE):
+        return []
+    lines = []
+    for method in (OURS, *(method for method in methods if method in ONE_CHANGE)):
+        cells = [
+            Cell(method, "medium", setting.learning_rate, subject, seed)
+            for subject in grid.subjects
+            for seed in range(grid.seeds)
+        ]
+        found = [result_at(results[c], setting.step) if recorded_steps(results[c]) else results[c] for c in cells]
+        lines.append(line_of(method, "medium", setting.learning_rate, found, grid.references))
     return lines

@@ -14,7 +14,7 @@ from eval.report.front_tables import (
     verdict_text,
 )
 from eval.report.fronts import bootstrap
-from eval.report.grid import compare_fronts, held_out_lines, read_grid
+from eval.report.grid import ablation_lines, compare_fronts, held_out_lines, knee, read_grid
 from eval.report.introduction import introduction
 from eval.report.lines import OURS
 from eval.report.page import PICTURES, Report
@@ -25,6 +25,15 @@ from eval.results import Results
 HELD_OUT = (
     "Each subject is scored at the learning rate and step of the best mean balance on all other subjects, so none of "
     "its own scores chose the setting. The settings are listed below."
+)
+FRONTS = (
+    "Lead is how much more of the prompt the front of Double GSOFT keeps, averaged over the subject fidelities that "
+    "both fronts reach, as a share of the way from the photos' prompt fidelity to the base model's. The base model is "
+    "on every front. Area also counts how far the settings reach that were tried (eval/report/fronts.py)."
+)
+KNEE = (
+    "The knee is the setting of Double GSOFT at the medium size with the best mean balance: learning rate "
+    "{rate:g}, {step} steps. Every line has this setting, and one thing changed."
 )
 LEVELS = (
     "Levels are 25, 50 and 75 % of the way between base model and photos. Between two settings a front is a straight "
@@ -44,18 +53,32 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
     encoders = shown[0]["encoders"]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
     settings = setting_rows(fronts, grid)
-    sections = {
+    ablations, setting = ablation_lines(experiment, results, grid), knee(grid)
+    sections: dict[str, str] = {
         "": introduction(experiment, lines, shown, encoders),
         **({PICTURES: ""} if experiment.sheets else {}),
         "Fronts": "",
         "Verdict": verdict_text(fronts, lines, grid, experiment.difference_sd),
-        "Area under the front": markdown_table(area_rows(fronts)),
+        "Lead and area": f"{FRONTS}\n\n{markdown_table(area_rows(fronts))}",
         "Prompt fidelity at equal subject fidelity": f"{LEVELS}\n\n{markdown_table(prompt_rows(fronts))}",
         "Subject fidelity at equal prompt fidelity": markdown_table(subject_rows(fronts)),
         "One setting for each, chosen on the other subjects": (
             f"{HELD_OUT}\n\n{markdown_table(table_rows(lines, bootstrap))}"
         ),
         f"{TITLES[OURS]} against the others, at these settings": markdown_table(difference_rows(lines, bootstrap)),
+        **(
+            {
+                f"Ablations at the knee of {TITLES[OURS]}": "\n\n".join(
+                    [
+                        KNEE.format(rate=setting.learning_rate, step=setting.step),
+                        markdown_table(table_rows(ablations, bootstrap)),
+                        markdown_table(difference_rows(ablations, bootstrap)),
+                    ]
+                )
+            }
+            if ablations and setting
+            else {}
+        ),
         "The settings that were chosen": markdown_table(chosen_rows(lines, grid)),
         "All settings": markdown_table(settings),
     }

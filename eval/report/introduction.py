@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.experiment import Experiment
+from eval.experiment import Experiment, budgets_of
 from eval.report.lines import Line
 
 MINIATURE = (
@@ -55,15 +55,15 @@ def introduction(
 
 def _choices(experiment: Experiment) -> str:
     """Where learning rates and steps come from."""
-    rates = {method: getattr(experiment.learning_rates, method) for method in experiment.methods}
     if experiment.grid:
-        counts = sorted({len(each) for each in rates.values()})
+        sizes = [(method, budget) for method in experiment.methods for budget in budgets_of(method, experiment)]
+        counts = sorted({len(experiment.rates_of(*size)) for size in sizes})
         steps = ", ".join(map(str, experiment.recorded_steps()))
         return (
             f"every method at every size has {' or '.join(map(str, counts))} learning rates on all subjects and seeds, "
             f"each scored after {steps} steps."
         )
-    swept = any(len(each) > 1 for each in rates.values())
+    swept = any(len(getattr(experiment.learning_rates, method)) > 1 for method in experiment.methods)
     return "every method's learning rate is the best of its sweep." if swept else "learning rates as given."
 
 

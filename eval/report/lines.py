@@ -102,14 +102,14 @@ def line_of(
     """The line that some results make.
 
     method, budget, rate: what they share. results: one for each subject and seed; if any of them diverged, the line has
-    no scores. ends: what balance is measured between, see `references`.
+    no scores. ends: what balance is measured between, see `references`; subjects that are not among them have none.
     """
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
     whole = results if all("scores" in result for result in results) else []  # one that diverged spoils its line
     for result in sorted(whole, key=lambda result: result["cell"]["seed"]):
         subject, seed = result["cell"]["subject"], result["cell"]["seed"]
         found = dict(result["scores"])
-        if method != "base":
+        if method != "base" and (subject, seed) in ends:
             base, photos = ends[subject, seed]
             found["balance"] = metrics.balance(found["dino"], found["clip_t"], base, photos)
         for name in SCORES:
@@ -118,14 +118,15 @@ def line_of(
     return Line(method, budget, rate, results, scores)
 
 
-def photos_line(base: Iterable[Mapping[str, Any]]) -> Line:
+def photos_line(base: Sequence[Mapping[str, Any]]) -> Line:
     """The line of the real photos, which have one score a subject.
 
     base: the results of the base model, which have the photos' scores.
     """
     scores: dict[str, dict[str, list[float]]] = {
         name: {result["cell"]["subject"]: [result["photos"][name]] for result in base}
-        for name in ("clip_i", "dino", "clip_t")
+        for name in ("clip_i", "dino", "clip_t", "dino_nearest")
+        if all(name in result["photos"] for result in base)  # results of before have no nearest photo
     }
     return Line("photos", None, None, [], scores)
 

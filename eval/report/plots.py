@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.methods import TITLES
-from eval.report.fronts import front
+from eval.report.fronts import front_with_base
 from eval.report.grid import Fronts
 from eval.report.lines import Line
 from gsoft_diffusion.scoring import metrics
@@ -118,7 +118,7 @@ def front_plot(fronts: Fronts, miniature: bool) -> str:
         for each in fronts.methods:
             if each.budget in (budget, None):
                 color, name = COLORS[each.method], TITLES[each.method]
-                envelope = front(each.points)
+                envelope = front_with_base(each.points, fronts.base)
                 axes.plot(each.points[:, 1], each.points[:, 0], "o", color=color, markersize=2.5, alpha=0.5)
                 axes.plot(envelope[:, 1], envelope[:, 0], color=color, linewidth=1.4, label=name)
         for (subject, prompt), marker, name in ((fronts.base, "X", "base model"), (fronts.photos, "*", "photos")):

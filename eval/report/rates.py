@@ -35,6 +35,8 @@ def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
     _check_same(results, "encoders", "encoders")
     models = [{**result, "base_model": result["base_model"]["fingerprint"]} for result in results]
     _check_same(models, "base_model", "base model")
+    noise = [{**result, "noise": result.get("noise", "by the picture's number")} for result in results]  # as before
+    _check_same(noise, "noise", "noise")
     for subject in {result["cell"]["subject"] for result in results}:
         of_subject = [result for result in results if result["cell"]["subject"] == subject]
         _check_same(of_subject, "photos_hash", f"photos of {subject}")

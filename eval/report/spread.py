@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eval.experiment import Experiment
 from eval.report.fronts import pooled_deviation
-from eval.report.grid import held_out_lines, read_grid
+from eval.report.grid import leads_by_subject, read_grid
 from eval.report.lines import paired_scores, table_lines
 from eval.report.rates import choose_learning_rates
 from eval.results import SETTINGS, read_results
@@ -16,23 +16,23 @@ from gsoft_diffusion.scoring import metrics
 
 
 def spread_of_differences(out: Path) -> float:
-    """The standard deviation over subjects of our method's balance minus another's, pooled over the other methods.
+    """The standard deviation over subjects of our method's lead over another, pooled over the other methods.
 
-    out: folder of a comparison. Each subject's difference is the mean over its seeds. Raises UserError if the folder
-    has no complete comparison of our method with another on two or more subjects.
+    out: folder of a comparison. In a grid it is the lead of our front, else our balance minus the other's. Each
+    subject's is the mean over its seeds. Raises UserError if the folder has no complete comparison of our method with
+    another on two or more subjects.
     """
     if not (out / SETTINGS).is_file():
         raise UserError(f"{out}: holds no {SETTINGS} of a comparison; give a folder that eval.benchmark wrote to")
     experiment, results = Experiment.from_dict(read_yaml(out / SETTINGS)), read_results(out)
     if experiment.grid:
-        lines = held_out_lines(experiment, results, read_grid(experiment, results))
+        differences = leads_by_subject(read_grid(experiment, results))
     else:
         lines = table_lines(experiment, results, choose_learning_rates(experiment, results))
-    differences = [
-        [metrics.mean(seeds) for seeds in pairs["balance"].values()]
-        for _, _, pairs in paired_scores(lines)
-        if len(pairs.get("balance", ())) > 1
-    ]
+        differences = [
+            [metrics.mean(seeds) for seeds in pairs.get("balance", {}).values()] for _, _, pairs in paired_scores(lines)
+        ]
+    differences = [each for each in differences if len(each) > 1]
     if not differences:
         raise UserError(f"{out}: has no differences between methods on two or more subjects, so no spread of them")
     return pooled_deviation(differences)

@@ -53,10 +53,12 @@ def picture_scores(pictures: Embedded, photos: Embedded, captions: Tensor | None
 def reference_scores(photos: Embedded, captions: Tensor) -> dict[str, float]:
     """Scores of the real photos: with each other, and with captions of scenes that they do not show.
 
-    photos: two or more. captions: `(N, D)` CLIP text embeddings. Returns clip_i, dino and clip_t.
+    photos: two or more. captions: `(N, D)` CLIP text embeddings. Returns clip_i, dino, clip_t, and dino_nearest: how
+    alike a photo is to the one that it is most like.
     """
     return {
         "clip_i": metrics.real_photo_ceiling(photos.clip),
         "dino": metrics.real_photo_ceiling(photos.dino),
         "clip_t": metrics.cosines(photos.clip, captions).mean().item(),
+        "dino_nearest": metrics.cosines(photos.dino, photos.dino).fill_diagonal_(-1).amax(dim=1).mean().item(),
     }

@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_eval import experiment, grid
 
@@ -15,7 +16,7 @@ from eval import benchmark, cell
 from eval.baselines import BaselineConfig, adapted_layers
 from eval.benchmark import plan, run_benchmark
 from eval.cell import run_cell
-from eval.experiment import Cell, Experiment, grid_cells, main_cells, sweep_cells
+from eval.experiment import Cell, Experiment, grid_cells, main_cells, number_of, sweep_cells
 from eval.methods import ABLATIONS, METHODS, adapts_text_encoder, count_parameters, matched
 from eval.report.rates import choose_learning_rates
 from eval.results import all_results, cell_folder, is_done, read_results
@@ -241,7 +242,7 @@ def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world
             {"methods": ["double_gsoft", "lora"]},
             "method gsoft, method dora, method boft, method oft, method hra, method lokr, method full",
         ),
-        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
+        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft medium's learning rate 0\.01"),
     ],
 )
 def test_a_report_is_not_replaced_by_one_of_less(world, finished, tmp_path, in_process, changes, lost):
@@ -364,6 +365,60 @@ def test_some_methods_can_be_of_the_medium_size_only(world):
     assert benchmark.left_out(settings, replace(settings, medium_only=())) == []
 
 
+def test_a_size_can_have_rates_of_its_own(world):
+    settings = grid(world, budgets=["small", "medium"], seeds=1, learning_rates_small={"lora": [2e-3, 4e-3]})
+    rates = {(cell.method, cell.budget, cell.learning_rate) for cell in grid_cells(settings) if cell.method == "lora"}
+    assert rates == {("lora", "small", 2e-3), ("lora", "small", 4e-3), ("lora", "medium", 1e-3)}
+    before = grid(world, budgets=["small", "medium"], seeds=1)
+    assert benchmark.left_out(before, settings) == ["lora small's learning rate 0.001"]
+    assert benchmark.left_out(settings, before) == [
+        "lora small's learning rate 0.002",
+        "lora small's learning rate 0.004",
+    ]
+
+
+def test_subjects_and_prompts_have_noise_of_their_own():
+    given = [("cup", "a cup", 0), ("cup", "a cup", 1), ("cup", "a red cup", 0), ("rex", "a cup", 0)]
+    numbers = [number_of(subject, prompt, seed=seed) for subject, prompt, seed in given]
+    assert len(set(numbers)) == 4
+    assert numbers == [number_of(subject, prompt, seed=seed) for subject, prompt, seed in given]
+    assert all(0 <= number < 2**31 for number in numbers)
+
+
+def test_methods_start_a_picture_from_the_base_model_s_noise(world, finished_grid, monkeypatch):
+    asked = {}
+
+    def generate(models, jobs, *arguments, **options):
+        asked[which.method] = [seed for _, seed in jobs]
+        raise InterruptedError
+
+    monkeypatch.setattr(cell, "generate", generate)
+    for method in ("base", "lora"):
+        which = Cell(method, *((None, None) if method == "base" else ("medium", 1e-3)), "rex", 1)
+        _, prompts, models, _ = cell._prepare(grid(world), which)
+        with pytest.raises(InterruptedError):
+            cell.draw(grid(world), models, [replace(p, text=p.plain) for p in prompts], which)
+    assert asked["base"] == asked["lora"]
+    assert len(set(asked["base"])) > len(asked["base"]) / 2
+
+
+def test_the_base_model_s_pictures_for_drift_are_those_of_its_own_cell(world, finished_grid, monkeypatch, tmp_path):
+    which = Cell("lora", "medium", 1e-3, "rex", 1)
+    _, prompts, models, _ = cell._prepare(grid(world), which)
+    drawn = cell.untouched_pictures(grid(world), which, tmp_path, prompts, models)
+    monkeypatch.setattr(cell, "draw", None)
+    kept = cell.untouched_pictures(grid(world), which, finished_grid, prompts, models)
+    assert len(kept) == len(drawn) == 4
+    for one, other in zip(kept, drawn, strict=True):  # in a batch of another size, which rounds in another way
+        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1
+
+
+def test_a_grid_keeps_the_pictures_of_every_step_and_seed(finished_grid):
+    folders = [path for path in (finished_grid / "work" / "cells").iterdir() if not path.name.startswith("base")]
+    assert {path.name[-5:] for path in folders} == {"seed0", "seed1"}
+    assert all(len(list((folder / "step1").glob("*.png"))) == 9 for folder in folders)
+
+
 def test_our_methods_are_sized_without_their_scale_too(world):
     model = load_model(str(world / "base"))
     layers = adapted_layers(model.unet, [model.text_encoder], True)
@@ -398,6 +453,11 @@ def test_our_methods_are_sized_without_their_scale_too(world):
         (
             {"methods": ["double_gsoft_unscaled"], "output_scale": False},
             "double_gsoft_unscaled is what double_gsoft is",
+        ),
+        ({"learning_rates_small": {"lora": [1e-3]}}, "learning_rates_small would have no effect: a sweep chooses"),
+        (
+            {"grid": True, "curve_every": 80, "learning_rates_large": {"oft": [0]}},
+            "oft: learning rates must be above 0",
         ),
         ({"difference_sd": 0}, "difference_sd 0.0: must be more than 0"),
     ],

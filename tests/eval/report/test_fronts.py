@@ -14,6 +14,8 @@ from eval.report.fronts import (
     estimate,
     front,
     held_out,
+    lead,
+    leads,
     measured,
     measures,
     pooled_deviation,
@@ -75,12 +77,30 @@ def test_levels_are_read_between_points_and_never_beyond():
 def test_all_measures_of_a_front():
     found = measures(POINTS, BASE, PHOTOS)
     nan = math.nan
-    expected = [0.54, 0.85, 0.6, 0.35, nan, 0.6, 0.35]  # area; prompt at 0.25, 0.5, 0.75; subject at the same
+    # area, with the base model's point (0, 1); prompt at 0.25, 0.5, 0.75; subject at the same
+    expected = [0.2 * 0.95 + 0.6 * 0.6, 0.85, 0.6, 0.35, nan, 0.6, 0.35]
     assert found == pytest.approx(expected, nan_ok=True)
     ends = np.array([[BASE, PHOTOS]] * 2)
     each = measured(np.stack([POINTS, POINTS + np.array([0.1, 0])]), ends)
     assert each[0] == pytest.approx(expected, nan_ok=True)
-    assert each[1, 0] == pytest.approx(0.3 * 0.9 + 0.6 * 0.6)
+    assert each[1, 0] == pytest.approx(0.3 * 0.95 + 0.6 * 0.6)
+
+
+def test_a_lead_is_taken_where_both_fronts_reach():
+    ours, others = np.array([[0.2, 0.9], [0.8, 0.5]]), np.array([[0.2, 0.7], [0.6, 0.3]])
+    to_six_tenths = 0.2 * 0.95 + 0.4 * (0.9 + 0.9 - 0.4 * 2 / 3) / 2
+    expected = (to_six_tenths - (0.2 * 0.85 + 0.4 * 0.5)) / 0.6
+    assert lead(ours, others, BASE, PHOTOS) == pytest.approx(expected)
+    assert lead(others, ours, BASE, PHOTOS) == pytest.approx(-expected)
+    farther = np.vstack([ours, [1.5, 0.4]])
+    assert lead(farther, others, BASE, PHOTOS) == pytest.approx(expected)  # reach alone gives no lead
+    scaled = [each * [0.4, 0.2] + [0.1, -0.3] for each in (ours, others)]
+    assert lead(*scaled, (0.1, -0.1), (0.5, -0.3)) == pytest.approx(expected)
+    assert lead(ours, ours, BASE, PHOTOS) == 0
+    assert math.isnan(lead(ours, np.full((2, 2), np.nan), BASE, PHOTOS))
+    assert math.isnan(lead(ours, others, PHOTOS, BASE))
+    drawn = leads(np.stack([ours, others]), np.stack([others, ours]), np.array([[BASE, PHOTOS]] * 2))
+    assert drawn.tolist() == pytest.approx([expected, -expected])
 
 
 def test_weights_are_of_whole_resamples():
@@ -161,26 +181,32 @@ def test_verdicts_follow_from_intervals(low, high, words):
 
 def test_a_setting_is_chosen_without_the_subject_that_is_reported():
     balances = np.array([[0.9, 0.1, 0.2], [0.3, 0.4, 0.3], [0.3, 0.3, 0.9]])
-    assert held_out(balances) == [2, 2, 0]  # on all three subjects, the last setting would be best
+    assert held_out(balances, [0, 1, 2]) == [2, 2, 0]  # on all three subjects, the last setting would be best
+    assert held_out(balances, [None, 2]) == [2, 0]
     diverged = np.vstack([balances, [1.0, np.nan, 1.0]])
-    assert held_out(diverged) == [2, 2, 0]
+    assert held_out(diverged, [0, 1, 2]) == [2, 2, 0]
     with pytest.raises(ValueError, match="every setting diverged"):
-        held_out(np.full((2, 3), np.nan))
+        held_out(np.full((2, 3), np.nan), [0, 1, 2])
     with pytest.raises(ValueError, match="one only"):
-        held_out(balances[:, :1])
+        held_out(balances[:, :1], [0])
 
 
 def test_detectable_differences():
-    assert detectable_difference(0.1, 10) == pytest.approx((2.262157 + 0.883404) * 0.1 / math.sqrt(10), rel=1e-5)
-    assert detectable_difference(0.1, 1) is None
+    least = detectable_difference(0.1, 10, 3)
+    assert detectable_difference(0.2, 10, 3) == pytest.approx(2 * least)
+    assert (2.262 + 0.883) * 0.1 / math.sqrt(10) < least < 1.4 * (2.262 + 0.883) * 0.1 / math.sqrt(10)  # Student's test
+    assert detectable_difference(0.1, 1, 3) is None
+    assert detectable_difference(0.1, 10, 1) is None
     assert pooled_deviation([[0.0, 2.0], [1.0, 1.0]]) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="no differences"):
         pooled_deviation([])
 
 
 def test_a_difference_of_the_stated_size_is_found_as_often_as_stated():
+    """By the intervals that the report has, of scores whose seeds scatter as much as subjects do."""
     rng = np.random.default_rng(3)
-    least = detectable_difference(0.1, 8)
-    differences = rng.normal(least, 0.1, (4000, 8))
-    t = differences.mean(1) / (differences.std(1, ddof=1) / math.sqrt(8))
-    assert (t > 2.3646).mean() == pytest.approx(0.8, abs=0.03)
+    least, part, found = detectable_difference(0.1, 8, 3), 0.1 / math.sqrt(2), 0
+    for trial in range(300):
+        scores = least + rng.normal(0, part, (8, 1, 1)) + rng.normal(0, part * math.sqrt(3), (8, 3, 1))
+        found += interval_of_mean(scores, seed=trial).interval.low > 0
+    assert found / 300 == pytest.approx(0.8, abs=0.07)

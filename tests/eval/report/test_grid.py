@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,20 @@ from tiny_eval import grid
 
 from eval.experiment import Cell
 from eval.report.front_tables import area_rows, chosen_rows, prompt_rows, setting_rows, verdict_text
-from eval.report.grid import Grid, Group, Setting, compare_fronts, held_out_lines, read_grid
+from eval.report.fronts import detectable_difference
+from eval.report.grid import (
+    Grid,
+    Group,
+    Setting,
+    ablation_lines,
+    compare_fronts,
+    held_out_lines,
+    knee,
+    leads_by_subject,
+    read_grid,
+    seed_averages,
+)
+from eval.report.lines import references
 from eval.report.plots import front_plot
 from eval.results import read_results, result_at
 from gsoft_diffusion import UserError
@@ -47,7 +60,10 @@ def test_the_grid_holds_the_scores_of_each_prompt(settings, finished_grid):
     assert ours.scores[3, :, 1, 1].tolist() == [[p["dino"] for p in context], [p["clip_t"] for p in context]]
     base = results[Cell("base", None, None, "cup", 1)]
     assert found.ends[0, 0, 0, 1].mean() == pytest.approx(base["scores"]["dino"])
-    assert found.ends[1, 1, 0, 1].tolist() == [base["photos"]["clip_t"]] * 2
+    assert found.ends[1, 1, 0, 1].mean() == pytest.approx(base["photos"]["clip_t"])
+    assert found.ends[1, 1, 0, 1].tolist() == list(base["photos"]["clip_t_by_caption"].values())
+    base_dino = [results[Cell("base", None, None, "cup", seed)]["scores"]["dino"] for seed in range(2)]
+    assert seed_averages(references(results.values()))["cup", 0][0][0] == pytest.approx(np.mean(base_dino))
 
 
 def test_a_grid_that_is_not_complete_has_no_report(settings, finished_grid):
@@ -92,6 +108,36 @@ def test_a_method_that_diverged_everywhere_has_a_line_and_no_front(settings, fin
     assert "diverged" in prompt_rows(fronts)[1].values()
 
 
+def test_ablations_are_shown_at_the_knee_of_our_front(settings, finished_grid):
+    results = read_results(finished_grid)
+    for cell, result in list(results.items()):
+        if cell.method == "double_gsoft":
+            other = replace(cell, method="gsoft")
+            results[other] = result | {"cell": asdict(other)}
+    rates = replace(settings.learning_rates, gsoft=settings.learning_rates.double_gsoft)
+    settings = replace(settings, methods=("double_gsoft", "gsoft", "lora"), learning_rates=rates)
+    found = read_grid(settings, results)
+    found.groups[0].balances[:] = np.array([0.1, 0.9, 0.2, 0.3])[:, None, None]
+    assert knee(found) == Setting(1e-3, 2)
+    ours, gsoft = ablation_lines(settings, results, found)
+    assert (ours.method, gsoft.method, ours.learning_rate) == ("double_gsoft", "gsoft", 1e-3)
+    assert gsoft.scores["dino"] == ours.scores["dino"]
+    assert ours.scores["dino"]["cup"][1] == results[Cell("double_gsoft", "medium", 1e-3, "cup", 1)]["scores"]["dino"]
+    without = replace(settings, methods=("double_gsoft", "lora"))
+    assert ablation_lines(without, results, read_grid(without, results)) == []
+
+
+def test_subjects_that_the_base_model_draws_already_choose_nothing(settings, finished_grid):
+    results = read_results(finished_grid)
+    for cell, result in results.items():
+        if cell.method == "base":
+            result["photos"]["dino"] = result["scores"]["dino"] + {"cup": 0.3, "rex": 0.05}[cell.subject]
+    assert read_grid(settings, results).choosing == ["cup", "rex"]  # one alone could not be held out
+    three = Grid(["a", "b", "c"], ["a", "b"], 1, np.zeros(1), {}, [])
+    text = verdict_text(compare_fronts(by_hand([(0.2, 0.9)], [(0.2, 0.7)]), 50), [], three, 0.1)
+    assert "almost as like the photos of c as these are to each other" in text
+
+
 # Numbers made by hand
 
 
@@ -106,19 +152,26 @@ def group(method, points, noise=0.0, subjects=4, seeds=2, prompts=3):
 def by_hand(ours, other, noise=0.0, subjects=4, seeds=2):
     groups = [group("double_gsoft", ours, noise, subjects, seeds), group("lora", other, 0.0, subjects, seeds)]
     ends = group("base", [(0.0, 1.0), (1.0, 0.0)], 0.0, subjects, seeds).scores
-    return Grid([f"s{number}" for number in range(subjects)], seeds, ends, groups)
+    names = [f"s{number}" for number in range(subjects)]
+    references = {(name, seed): ((0.0, 1.0), (1.0, 0.0)) for name in names for seed in range(seeds)}
+    return Grid(names, names, seeds, ends, references, groups)
 
 
 def test_a_method_that_is_better_for_all_is_ahead():
     grid = by_hand([(0.2, 0.9), (0.8, 0.5)], [(0.2, 0.7), (0.6, 0.3)])
     ours, lora = compare_fronts(grid).methods
     assert ours.differences is None
-    assert ours.estimates[0].interval.mean == pytest.approx(0.2 * 0.9 + 0.6 * 0.7)
-    assert lora.differences[0].interval.mean == pytest.approx(0.6 - (0.2 * 0.7 + 0.4 * 0.5))
+    assert ours.lead is None
+    assert ours.estimates[0].interval.mean == pytest.approx(0.2 * 0.95 + 0.6 * 0.7)
+    assert lora.differences[0].interval.mean == pytest.approx(0.61 - (0.2 * 0.85 + 0.4 * 0.5))
+    assert lora.lead.interval.mean == pytest.approx(0.2111, abs=1e-4)
     text = verdict_text(compare_fronts(grid), [], grid, 0.1)
-    assert "At the size medium, by the area under the front Double GSOFT is ahead of LoRA (+0.260 [" in text
+    assert "the lead over LoRA at the size medium. By it Double GSOFT is ahead of LoRA (+0.211 [" in text
+    assert "At the size medium, by lead Double GSOFT is ahead of LoRA (+0.211 [" in text
+    assert "By area it is ahead of LoRA (+0.240 [" in text
     assert "By balance" not in text  # without held-out lines
-    assert "a difference of 0.208 in balance was held to be detectable (80% power at 5 %, 4 subjects" in text
+    least = detectable_difference(0.1, 4, 2)
+    assert f"a lead of {least:.3f} was held to be detectable (80% power at 5 %, 4 subjects, 2 seeds" in text
 
 
 def test_differences_that_depend_on_the_subject_are_not_decided():
@@ -135,18 +188,25 @@ def test_what_all_subjects_share_cancels_in_a_paired_difference():
     for each in grid.groups:
         each.scores[:, 1] += np.array([-0.2, -0.1, 0.1, 0.2])[:, None, None]
     ours, lora = compare_fronts(grid).methods
-    assert lora.differences[0].half_width < 1e-9
+    assert lora.differences[0].half_width < 0.02  # the first line, from the base model, is not as steep for all
+    assert lora.lead.interval.low > 0
     assert ours.estimates[0].half_width > 0.1
+
+
+def test_the_spread_of_leads_is_over_subjects():
+    grid = by_hand([(0.2, 0.9), (0.8, 0.5)], [(0.2, 0.7), (0.6, 0.3)])
+    (leads,) = leads_by_subject(grid)
+    assert leads == pytest.approx([0.2111] * 4, abs=1e-4)
 
 
 def test_levels_that_a_front_does_not_reach_are_said_to_be():
     grid = by_hand([(0.3, 0.7), (0.8, 0.3)], [(0.1, 0.8), (0.6, 0.4)])
     ours, lora = prompt_rows(compare_fronts(grid))
-    assert ours["at DINO 0.250"] == "not reached: begins at 0.300"
+    assert ours["at DINO 0.250"].startswith("0.750 [")  # between the base model and the first setting
     assert lora["at DINO 0.750"] == "not reached: ends at 0.600"
     assert lora["at DINO 0.500"].startswith("0.480 [")
     assert lora["Double GSOFT − this, at DINO 0.500"].startswith("+0.060 [")
-    assert lora["Double GSOFT − this, at DINO 0.250"] == lora["Double GSOFT − this, at DINO 0.750"] == ""
+    assert lora["Double GSOFT − this, at DINO 0.750"] == ""
 
 
 @pytest.mark.parametrize(("subjects", "seeds"), [(1, 3), (4, 1)])

@@ -19,7 +19,9 @@ FILES = ("report.md", "table.csv", "fronts.csv", "settings.csv", "fronts.svg", "
 
 def test_it_opens_with_pictures_and_fronts(finished_grid):
     page = (finished_grid / "report.html").read_text()
-    places = [page.index(f"<h2>{title}") for title in ("Pictures", "Fronts", "Verdict", "Area under", "All settings")]
+    places = [
+        page.index(f"<h2>{title}") for title in ("Pictures", "Fronts", "Verdict", "Lead and area", "All settings")
+    ]
     assert places == sorted(places)
     assert places[1] < page.index("<svg") < places[2]
     assert page.count("<svg") == 1
@@ -34,12 +36,12 @@ def test_its_tables_hold_every_setting_and_every_measure(finished_grid):
         *(("LoRA", "0.001", step) for step in "12"),
     ]
     measures = list(csv.DictReader((finished_grid / "fronts.csv").open()))
-    assert [row["measure"] for row in measures] == ["area", *["clip_t"] * 3, *["dino"] * 3] * 2
+    assert [row["measure"] for row in measures] == ["area", *["clip_t"] * 3, *["dino"] * 3, "lead"] * 2
     assert all(row["value"] for row in measures if row["measure"] == "area")
     text = (finished_grid / "report.md").read_text()
     assert "each scored after 1, 2 steps" in text
     assert "so none of its own scores chose the setting" in text
-    assert "a difference of" in text.partition("## Verdict")[2]
+    assert "What decides was named before the run" in text.partition("## Verdict")[2]
 
 
 def test_results_and_sheets_suffice_for_it(world, finished_grid, tmp_path, in_process):

@@ -16,6 +16,14 @@ def settings(world):
     return experiment(world, methods=list(METHODS), curve_every=1)
 
 
+def test_cells_of_an_earlier_version_s_noise_do_not_compare(settings, finished):
+    results = read_results(finished)
+    first = next(iter(results))
+    del results[first]["noise"]
+    with pytest.raises(UserError, match="made with other noise than the rest"):
+        choose_learning_rates(settings, results)
+
+
 @pytest.mark.parametrize("best", [1e-3, 1e-2])
 def test_the_rate_of_the_best_balance_is_chosen(settings, finished, best):
     def scored(cell, result):
