@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.baselines import BaselineConfig, adapted_layers
-from eval.cell import pictures_of
+from eval.cell import NOISE, pictures_of
 from eval.engines import ENGINES
 from eval.engines.worker import Workers, cores_each
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
 from eval.methods import TITLES, adapts_text_encoder, count_parameters, describe, matched
-from eval.prompts import UNRELATED, prompts_for
+from eval.prompts import prompts_for
 from eval.report.fronts import POWER, detectable_difference
 from eval.report.grid import held_out_lines, read_grid
 from eval.report.lines import Line, table_lines
@@ -67,6 +67,11 @@ def run_benchmark(
         done = all_results(out)
         missing = [cell for cell in dict.fromkeys(cells) if cell not in done]
         print(f"{what}: {len(cells)} cells, {len(missing)} of them to do")
+        if missing and any(result.get("noise") != NOISE for result in done.values()):
+            raise UserError(
+                f"--out {out}: holds cells of an earlier version, whose pictures start from other noise, so new ones "
+                "would not compare; choose another folder"
+            )
         if missing:
             run_cells(experiment, missing, out, Workers(workers, cores or cores_each(workers)))
         return collect_results(out)
@@ -190,8 +195,8 @@ def left_out(before: Experiment, now: Experiment) -> list[str]:
 
 def _lost_rates(before: Experiment, now: Experiment) -> list[tuple[str, float]]:
     """Learning rates of methods at sizes that both have, which only `before` tries."""
-    return [
-        (f"{method} {budget}" if budget else method, rate)
+    lost = [
+        (f"{method} {budget}" if budget and now.grid else method, rate)
         for method in now.methods
         if method in before.methods
         for budget in budgets_of(method, now)
@@ -199,6 +204,7 @@ def _lost_rates(before: Experiment, now: Experiment) -> list[tuple[str, float]]:
         for rate in before.rates_of(method, budget)
         if rate not in now.rates_of(method, budget)
     ]
+    return list(dict.fromkeys(lost))  # without a grid all sizes have the same
 
 
 def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None = None) -> str:
@@ -256,7 +262,7 @@ def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None =
 
 def _detectable(experiment: Experiment, subjects: int, earlier: Path | None) -> str:
     """Which difference between two methods the comparison can detect."""
-    deviation = spread_of_differences(earlier) if earlier else experiment.difference_sd
+    deviation = spread_of_differences(earlier, experiment.grid) if earlier else experiment.difference_sd
     least = detectable_difference(deviation, subjects, experiment.seeds)
     if least is None:
         return "detectable difference: none, since one subject or one seed says nothing of how scores spread"
@@ -301,7 +307,6 @@ def _seconds(experiment: Experiment, cell: Cell, pictures: int, measured: dict[s
         return measured[cell.method]
     drawn = pictures * _scorings(experiment, cell)
     steps = 0 if cell.method == "base" else experiment.max_train_steps
-    drawn += 0 if cell.method == "base" else len(UNRELATED) * experiment.unrelated_images  # the base model's, for drift
     return steps * experiment.seconds_per_step + drawn * experiment.seconds_per_picture
 
 

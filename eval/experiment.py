@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class Experiment(Settings):
     seconds_per_step: guess for the time estimate, until cells have been measured.
     seconds_per_picture: the same for drawing.
     difference_sd: guess of the standard deviation over subjects of a paired difference in balance, in a grid of the
-      lead of one front over another, for which difference can be detected.
+      lead of one front over another. From it follows which difference can be detected.
     """
 
     subjects_dir: str = "data/subjects"
@@ -256,9 +257,9 @@ class Experiment(Settings):
         """The trainer's settings for one cell, the method's own left out.
 
         subject: what is learned. seed: the cell's; with the subject it makes the run's, and it decides whether there
-        are checkpoints. learning_rate: of the
-        denoiser and the text encoder. text_encoder: whether the cell's method adapts that. output_dir: the run's
-        folder. class_images: folder for pictures of the class, used only with prior preservation.
+        are checkpoints. learning_rate: of the denoiser and the text encoder. text_encoder: whether the cell's method
+        adapts that. output_dir: the run's folder. class_images: folder for pictures of the class, used only with prior
+        preservation.
         """
         shared: dict[str, Any] = {name: getattr(self, name) for name in _TRAINING}
         return TrainingConfig.from_dict(
@@ -281,7 +282,7 @@ class Experiment(Settings):
 
 
 def number_of(*names: str, seed: int) -> int:
-    """A seed below 2³¹ that depends only on names and a seed: no two subjects or prompts share their noise.
+    """A seed below 2³¹ that depends only on names and a seed, so that subjects and prompts do not share their noise.
 
     Else a noise that suits a method would count as often as there are subjects. names: of a subject, and of a prompt.
     """
@@ -299,6 +300,10 @@ def _anchored(name: str) -> str:
     return lasting_path(place.resolve())
 
 
+def _has_size(size: str, settings: Any) -> bool:
+    return size in settings.budgets
+
+
 _ONLY_WITH = (
     OnlyWith(
         ("num_class_images",),
@@ -314,6 +319,14 @@ _ONLY_WITH = (
         ("learning_rates_small", "learning_rates_large"),
         lambda settings: settings.grid,
         "a sweep chooses one rate for all sizes; give grid as well, or leave it out",
+    ),
+    *(
+        OnlyWith(
+            (f"learning_rates_{size}",),
+            partial(_has_size, size),
+            "budgets have no such size; add it, or leave this out",
+        )
+        for size in ("small", "large")
     ),
     OnlyWith(
         ("sweep_subjects", "sweep_budget"),

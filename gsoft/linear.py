@@ -127,7 +127,7 @@ class RotatedLayer:
     def rotated_weight(self, weight: Tensor) -> Tensor:
         """`W' = s·Q_out W Q_in` (paper, §6.2; §6.1 without `Q_out`), in the dtype of W `(out, in)`.
 
-        Computed in float32 (float64 for a float64 weight).
+        Computed as `rotate_weights` says.
         """
         return rotate_weights([weight.detach()], [self.blocks()])[0]
 

@@ -12,6 +12,7 @@ Both keep for the backward pass only what cannot be made again cheaply, and give
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -144,21 +145,40 @@ class _RotatedActivations(torch.autograd.Function):
         return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Float32 products on a GPU may take its tensor cores, which round factors to the 11 bits of TF32.
+class _TF32:
+    """While a thread is inside, float32 products on GPUs may take tensor cores, which round factors to 11 bits.
 
     That is for results that end in the 8 bits of bfloat16, whose own rounding is far larger. Identity blocks still give
-    back a bfloat16 weight to the bit, as its numbers are numbers of TF32.
+    back a bfloat16 weight to the bit, as its numbers are numbers of TF32. PyTorch has one such setting for a process,
+    and a backward pass has a thread for each GPU: the last one that leaves sets it back. Whoever has set it to exact
+    products keeps them.
     """
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    if allowed:
-        products.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, "none"
+
+    @contextmanager
+    def __call__(self, allowed: bool) -> Iterator[None]:
+        """allowed: False changes nothing."""
+        if not allowed:
+            yield
+            return
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cuda.matmul.fp32_precision
+                if self._before != "ieee":
+                    torch.backends.cuda.matmul.fp32_precision = "tf32"
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside and self._before != "ieee":
+                    torch.backends.cuda.matmul.fp32_precision = self._before
+
+
+_tf32 = _TF32()
 
 
 def _split(tensors: Sequence[Any], columns: int) -> list[tuple[Any, ...]]:

@@ -11,6 +11,7 @@ done again; the table of means over the subjects is printed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -71,7 +72,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sweep.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    weights = sorted(args.base.glob("unet/*.safetensors"))
+    settings = {"steps": args.steps, "base": hashlib.sha256(b"".join(w.read_bytes() for w in weights)).hexdigest()[:16]}
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "rows": []}
+    if content["settings"] != settings:
+        raise SystemExit(f"{path}: was measured on another base or with other steps; give another --out")
+    rows: list[dict[str, Any]] = content["rows"]
     done = {(row["subject"], *(row[name] for name in SETTINGS)) for row in rows}
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
     for subject in read_subjects(args.subjects):
@@ -80,7 +86,7 @@ def main() -> None:
         apart = float(cosines(photos, photos).fill_diagonal_(-1).max())
         for rate in args.learning_rates:
             folder = args.out / subject.name / f"{rate:g}"
-            settings = {
+            values = {
                 "learning_rate": rate,
                 "text_encoder_lr": rate * TEXT_SHARE,
                 "max_train_steps": args.steps,
@@ -88,7 +94,7 @@ def main() -> None:
             }
             if not (folder / "adapter.safetensors").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                train_on(subject, args.base, settings, folder)
+                train_on(subject, args.base, values, folder)
             for step, adapter in sorted(adapters_of(folder).items()):
                 for guidance in args.guidance_scales:
                     if (subject.name, rate, step, guidance) in done:
@@ -104,7 +110,7 @@ def main() -> None:
                     row["copies"] = float((nearest_photo(features, photos) > apart).float().mean())
                     row |= right(judge, subject.class_word, pictures)
                     rows.append(row)
-                    path.write_text(json.dumps(rows, indent=1) + "\n")
+                    path.write_text(json.dumps(content, indent=1) + "\n")
     print(table(means(rows)))
 
 

@@ -20,12 +20,11 @@ from eval.report.fronts import (
     levels,
     verdict,
 )
-from eval.report.grid import LEAST_WAY, Fronts, Grid, MethodFront
+from eval.report.grid import LEAST_WAY, PRIMARY, Fronts, Grid, MethodFront
 from eval.report.lines import OURS, Line, differences
 from eval.report.tables import text_of
 from gsoft_diffusion.scoring.metrics import Interval
 
-PRIMARY = ("lora", "boft")  # at the medium size: the comparisons that decide, named before any result is seen
 AREA = 0  # places of `measures`: the area, then prompt fidelity at each level of the subject, then the reverse
 AT_SUBJECT = range(1, 1 + len(SHARES))
 AT_PROMPT = range(1 + len(SHARES), 1 + 2 * len(SHARES))
@@ -40,7 +39,7 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
             "settings": str(len(each.settings)),
             "subject (DINO) from – to": _reach(each.points, 0),
             "prompt (CLIP-T) from – to": _reach(each.points, 1),
-            f"lead of {TITLES[OURS]}": _shown(each.lead, signed=True, beyond="diverged") if each.lead else "",
+            f"lead of {TITLES[OURS]}": _shown(each.lead, _no_lead(each, fronts), signed=True) if each.lead else "",
             "verdict": verdict(each.lead) if each.lead else "",
             "area ↑": _shown(each.estimates[AREA]),
             f"area, {TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
@@ -102,7 +101,7 @@ def setting_rows(fronts: Fronts, grid: Grid) -> list[dict[str, str]]:
     """Every setting of every method: its point, its balance, and whether it is on the method's front."""
     rows = []
     for each, group in zip(fronts.methods, grid.groups, strict=True):
-        on_front = {tuple(point) for point in front(each.points)}
+        on_front = {tuple(point) for point in front_with_base(each.points, fronts.base)}
         for setting, point, balances in zip(each.settings, each.points, group.balances, strict=True):
             scored = not math.isnan(point[0])
             rows.append(
@@ -185,19 +184,19 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
     if not compared:
         return f"{TITLES[OURS]} was not compared with another method of its size, so there is no verdict."
     paragraphs = []
-    deciding = [(TITLES[e.method], e.lead) for e in compared if e.budget == "medium" and e.method in PRIMARY if e.lead]
+    deciding = [_lead_of(e, fronts) for e in compared if e.budget == "medium" and e.method in PRIMARY]
     if deciding:
         paragraphs.append(
-            f"What decides was named before the run: the lead over {' and '.join(name for name, _ in deciding)} at the "
-            f"size medium. By it {TITLES[OURS]} is {_verdicts(deciding)}. Everything below is exploratory: of twenty "
-            "intervals one misses the truth by chance."
+            f"What decides was named before the run: the lead over {' and '.join(TITLES[name] for name in PRIMARY)} at "
+            f"the size medium. By it {TITLES[OURS]} is {_verdicts(deciding)}. Everything below is exploratory: of "
+            "twenty intervals one misses the truth by chance."
         )
     for budget in dict.fromkeys(each.budget for each in compared):
         of_size = [each for each in compared if each.budget == budget]
-        by_lead = [(TITLES[each.method], each.lead) for each in of_size if each.lead]
-        by_area = [(TITLES[each.method], each.differences[AREA]) for each in of_size if each.differences]
+        by_lead = [_lead_of(each, fronts) for each in of_size]
+        by_area = [(TITLES[each.method], each.differences[AREA], "") for each in of_size if each.differences]
         by_balance = [
-            (other, Estimate(intervals["balance"], 1.0))
+            (other, Estimate(intervals["balance"], 1.0), "")
             for size, other, intervals in differences(lines, bootstrap=bootstrap)
             if budget and size == budget and "balance" in intervals
         ]
@@ -216,12 +215,26 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
     return "\n\n".join([*paragraphs, _resolution(compared, grid, assumed)])
 
 
-def _verdicts(differences: Sequence[tuple[str, Estimate]]) -> str:
+def _lead_of(each: MethodFront, fronts: Fronts) -> tuple[str, Estimate, str]:
+    """A method's name, our lead over it, and why there is none if that is so."""
+    assert each.lead
+    return TITLES[each.method], each.lead, _no_lead(each, fronts)
+
+
+def _no_lead(each: MethodFront, fronts: Fronts) -> str:
+    """Why there may be no lead over a method, where the ends are in order."""
+    if fronts.photos[0] <= fronts.base[0] or fronts.base[1] <= fronts.photos[1]:
+        return ""
+    return "diverged" if not len(front(each.points)) else "no value: a method has no more of the subject than the base"
+
+
+def _verdicts(differences: Sequence[tuple[str, Estimate, str]]) -> str:
+    """In words, for names, differences, and why one may have no value."""
     words = {"ahead": "ahead of", "behind": "behind", "not decided": "not decided against"}
     words["no interval"] = "without an interval, so without a verdict, against"
     found = {word: [pair for pair in differences if verdict(pair[1]) == word] for word in words}
     return "; ".join(
-        f"{words[word]} " + ", ".join(f"{name} ({_shown(each, signed=True)})" for name, each in pairs)
+        f"{words[word]} " + ", ".join(f"{name} ({_shown(each, why, signed=True)})" for name, each, why in pairs)
         for word, pairs in found.items()
         if pairs
     )

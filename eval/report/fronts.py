@@ -120,16 +120,16 @@ def lead(points: Array, others: Array, base: Pair, photos: Pair) -> float:
     """How much more of the prompt a front keeps than another at equal subject fidelity, see the head of this file.
 
     points, others: `(N, 2)` and `(M, 2)`, of the two methods. base, photos: the ends. NaN if these are not in order, or
-    if a method diverged in all settings.
+    if one of the methods has no more of the subject than the base model in any setting.
     """
     if not _in_order(base, photos):
         return math.nan
     (f, t), (g, u) = (_shares(front_with_base(each, base), base, photos) for each in (points, others))
-    first, last = max(0.0, f[0], g[0]), min(1.0, f[-1], g[-1])
-    if last <= first:
+    last = min(1.0, f[-1], g[-1])
+    if last <= 0:
         return math.nan
-    knots = np.unique(np.clip([*f, *g], first, last))
-    return float(np.trapezoid(np.interp(knots, f, t) - np.interp(knots, g, u), knots) / (last - first))
+    knots = np.unique(np.clip([0.0, *f, *g], 0.0, last))
+    return float(np.trapezoid(np.interp(knots, f, t) - np.interp(knots, g, u), knots) / last)
 
 
 def leads(points: Array, others: Array, ends: Array) -> Array:
@@ -286,9 +286,9 @@ def held_out(balances: Array, own: Sequence[int | None]) -> list[int]:
 def detectable_difference(deviation: float, subjects: int, seeds: int, power: float = POWER) -> float | None:
     """The smallest true difference whose interval, as this file makes it, is above 0 with this probability.
 
-    Found by simulation. In a resample of a mean, the variance over subjects of their means over seeds comes on top of
-    the variance of these means, so the interval is longer than Student's wherever seeds scatter. Here half of the
-    variance of a subject's mean is the seeds'.
+    Found by simulation. In a resample of a mean, the variance over seeds comes on top of that over subjects' means,
+    which already has it, so the interval is longer than Student's wherever seeds scatter. Here half of the variance of
+    a subject's mean is the seeds'. A difference that varies with the prompt is not part of it; it takes more to find.
 
     deviation: the standard deviation over subjects of the difference between two methods, each subject's a mean over
     its seeds. subjects, seeds: how many. power: the probability. None of fewer than two subjects or seeds, which have

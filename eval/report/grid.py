@@ -30,6 +30,7 @@ from eval.results import Results, recorded_steps, result_at
 from gsoft_diffusion.scoring import metrics
 
 LEAST_WAY = 0.1  # in DINO, from base model to photos; of subjects that are nearer, a balance says little
+PRIMARY = ("lora", "boft")  # at the medium size: the comparisons that decide, named before any result is seen
 ONE_CHANGE = ("gsoft", *ABLATIONS)  # from our method
 
 
@@ -222,30 +223,37 @@ def compare_fronts(grid: Grid, resamples: int = RESAMPLES) -> Fronts:
     return Fronts(base, photos, found)
 
 
-def leads_by_subject(grid: Grid) -> list[list[float]]:
-    """Our front's lead over each other one of its size, on each subject alone; without those that have none.
+def pseudo_leads(grid: Grid) -> list[list[float]]:
+    """What each subject contributes to the leads that decide: jackknife pseudo-values, `S·ℓ − (S − 1)·ℓ₋ₛ`.
 
-    grid: the scores.
+    grid: the scores. `ℓ` is the lead on all S subjects, `ℓ₋ₛ` that without a subject. One list for each method of
+    `PRIMARY` at the medium size; those that have no lead without a subject are left out.
     """
-    mine = {group.budget: group.scores for group in grid.groups if group.method == OURS}
-    ends = grid.ends.mean(axis=(3, 4))  # (2, 2, S)
+    by_method = {group.method: group.scores for group in grid.groups if group.budget == "medium"}
+    count = len(grid.subjects)
+
+    def lead_of(other: str, kept: list[int]) -> float:
+        ours, others = (by_method[name][:, :, kept].mean(axis=(2, 3, 4)) for name in (OURS, other))
+        base, photos = grid.ends[:, :, kept].mean(axis=(2, 3, 4))
+        return lead(ours, others, _pair(base), _pair(photos))
+
     found = []
-    for group in grid.groups:
-        if group.method == OURS or (group.budget or "medium") not in mine:
-            continue
-        ours, others = (scores.mean(axis=(3, 4)) for scores in (mine[group.budget or "medium"], group.scores))
-        each = [
-            lead(ours[..., place], others[..., place], *(_pair(end) for end in ends[..., place]))
-            for place, subject in enumerate(grid.subjects)
-            if subject in grid.choosing
-        ]
-        found.append([value for value in each if np.isfinite(value)])
-    return found
+    for method in PRIMARY:
+        if OURS in by_method and method in by_method:
+            whole = lead_of(method, list(range(count)))
+            without = [lead_of(method, [place for place in range(count) if place != left]) for left in range(count)]
+            found.append([count * whole - (count - 1) * each for each in without])
+    return [values for values in found if np.isfinite(values).all()]
 
 
 def _pair(values: Iterable[float]) -> Pair:
     subject, prompt = values
     return float(subject), float(prompt)
+
+
+def _places(grid: Grid) -> list[int | None]:
+    """For each subject its place among those that choose settings; None if it is not one of them."""
+    return [grid.choosing.index(subject) if subject in grid.choosing else None for subject in grid.subjects]
 
 
 def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list[Line]:
@@ -257,11 +265,10 @@ def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list
     ends = grid.references
     base = [results[cell] for cell in base_cells(experiment)]
     lines = [photos_line(base), line_of("base", None, None, base, ends)]
-    own = [grid.choosing.index(subject) if subject in grid.choosing else None for subject in grid.subjects]
     for group in grid.groups:
         balances = group.balances.mean(axis=2)
         usable = np.isfinite(balances).all(axis=1).any()
-        chosen = held_out(balances, own) if usable else [0] * len(grid.subjects)
+        chosen = held_out(balances, _places(grid)) if usable else [0] * len(grid.subjects)
         found = []
         for subject, number in zip(grid.subjects, chosen, strict=True):
             setting = group.settings[number]
@@ -272,35 +279,38 @@ def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list
     return lines
 
 
-def knee(grid: Grid) -> Setting | None:
-    """The setting of our method at the medium size with the best mean balance, the knee of its front; None without it.
+def knees(grid: Grid) -> dict[str, Setting]:
+    """For each subject the setting of our medium method that is best, by balance, on the others; nothing without it.
 
-    grid: the scores. Settings at which a training diverged are left out.
+    grid: the scores. These settings are at the knee of our front, and no subject's own scores chose its own.
     """
     for group in grid.groups:
-        if (group.method, group.budget) == (OURS, "medium"):
-            balances = group.balances.mean(axis=(1, 2))
-            if np.isfinite(balances).any():
-                return group.settings[int(np.nanargmax(balances))]
-    return None
+        balances = group.balances.mean(axis=2)
+        if (group.method, group.budget) == (OURS, "medium") and np.isfinite(balances).all(axis=1).any():
+            chosen = held_out(balances, _places(grid))
+            return {name: group.settings[number] for name, number in zip(grid.subjects, chosen, strict=True)}
+    return {}
 
 
 def ablation_lines(experiment: Experiment, results: Results, grid: Grid) -> list[Line]:
-    """Our method at its knee and, at the same setting, what one thing changes in it; nothing without such methods.
+    """Our method at its `knees` and, at the same settings, what one thing changes in it; nothing without such methods.
 
     experiment: the settings. results: of all cells. grid: their scores.
     """
-    setting = knee(grid)
-    methods = [group.method for group in grid.groups if group.budget == "medium" and setting in group.settings]
-    if setting is None or not set(methods) & set(ONE_CHANGE):
+    settings = knees(grid)
+    methods = [
+        group.method
+        for group in grid.groups
+        if group.budget == "medium" and group.method in ONE_CHANGE and set(settings.values()) <= set(group.settings)
+    ]
+    if not settings or not methods:
         return []
     lines = []
-    for method in (OURS, *(method for method in methods if method in ONE_CHANGE)):
-        cells = [
-            Cell(method, "medium", setting.learning_rate, subject, seed)
-            for subject in grid.subjects
-            for seed in range(grid.seeds)
-        ]
-        found = [result_at(results[c], setting.step) if recorded_steps(results[c]) else results[c] for c in cells]
-        lines.append(line_of(method, "medium", setting.learning_rate, found, grid.references))
+    for method in (OURS, *methods):
+        found = []
+        for subject, setting in settings.items():
+            for seed in range(grid.seeds):
+                result = results[Cell(method, "medium", setting.learning_rate, subject, seed)]
+                found.append(result_at(result, setting.step) if recorded_steps(result) else result)
+        lines.append(line_of(method, "medium", None, found, grid.references))
     return lines

@@ -14,7 +14,7 @@ from eval.report.front_tables import (
     verdict_text,
 )
 from eval.report.fronts import bootstrap
-from eval.report.grid import ablation_lines, compare_fronts, held_out_lines, knee, read_grid
+from eval.report.grid import ablation_lines, compare_fronts, held_out_lines, read_grid
 from eval.report.introduction import introduction
 from eval.report.lines import OURS
 from eval.report.page import PICTURES, Report
@@ -32,8 +32,8 @@ FRONTS = (
     "on every front. Area also counts how far the settings reach that were tried (eval/report/fronts.py)."
 )
 KNEE = (
-    "The knee is the setting of Double GSOFT at the medium size with the best mean balance: learning rate "
-    "{rate:g}, {step} steps. Every line has this setting, and one thing changed."
+    "Each subject is at the setting of Double GSOFT at the medium size that is best, by balance, on the other "
+    "subjects. The other lines have the same settings, and one thing changed. They are given no setting of their own."
 )
 LEVELS = (
     "Levels are 25, 50 and 75 % of the way between base model and photos. Between two settings a front is a straight "
@@ -53,7 +53,7 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
     encoders = shown[0]["encoders"]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
     settings = setting_rows(fronts, grid)
-    ablations, setting = ablation_lines(experiment, results, grid), knee(grid)
+    ablations = ablation_lines(experiment, results, grid)
     sections: dict[str, str] = {
         "": introduction(experiment, lines, shown, encoders),
         **({PICTURES: ""} if experiment.sheets else {}),
@@ -70,13 +70,13 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
             {
                 f"Ablations at the knee of {TITLES[OURS]}": "\n\n".join(
                     [
-                        KNEE.format(rate=setting.learning_rate, step=setting.step),
+                        KNEE,
                         markdown_table(table_rows(ablations, bootstrap)),
                         markdown_table(difference_rows(ablations, bootstrap)),
                     ]
                 )
             }
-            if ablations and setting
+            if ablations
             else {}
         ),
         "The settings that were chosen": markdown_table(chosen_rows(lines, grid)),

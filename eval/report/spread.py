@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eval.experiment import Experiment
 from eval.report.fronts import pooled_deviation
-from eval.report.grid import leads_by_subject, read_grid
+from eval.report.grid import pseudo_leads, read_grid
 from eval.report.lines import paired_scores, table_lines
 from eval.report.rates import choose_learning_rates
 from eval.results import SETTINGS, read_results
@@ -15,18 +15,24 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.scoring import metrics
 
 
-def spread_of_differences(out: Path) -> float:
-    """The standard deviation over subjects of our method's lead over another, pooled over the other methods.
+def spread_of_differences(out: Path, grid: bool) -> float:
+    """The standard deviation over subjects of our method's lead over another, or of its difference in balance.
 
-    out: folder of a comparison. In a grid it is the lead of our front, else our balance minus the other's. Each
-    subject's is the mean over its seeds. Raises UserError if the folder has no complete comparison of our method with
-    another on two or more subjects.
+    It is pooled over the other methods.
+
+    out: folder of a comparison. grid: whether the lead of our front is meant, by what each subject contributes to the
+    leads that decide; else our balance minus the other's, each subject's a mean over its seeds. Raises UserError if the
+    folder has no complete comparison of our method with another on two or more subjects, or not of this kind.
     """
     if not (out / SETTINGS).is_file():
         raise UserError(f"{out}: holds no {SETTINGS} of a comparison; give a folder that eval.benchmark wrote to")
     experiment, results = Experiment.from_dict(read_yaml(out / SETTINGS)), read_results(out)
-    if experiment.grid:
-        differences = leads_by_subject(read_grid(experiment, results))
+    if experiment.grid != grid:
+        raise UserError(
+            f"{out}: is {'a' if experiment.grid else 'no'} grid, so its spread is not that of this comparison"
+        )
+    if grid:
+        differences = pseudo_leads(read_grid(experiment, results))
     else:
         lines = table_lines(experiment, results, choose_learning_rates(experiment, results))
         differences = [

@@ -205,6 +205,19 @@ def test_a_comparison_goes_on_with_its_encoders_and_does_not_ask_again(world, tm
     assert automatic == []
 
 
+def test_cells_of_an_earlier_version_s_noise_are_not_added_to(world, finished, tmp_path, in_process):
+    comparison = experiment(world, methods=list(METHODS), curve_every=1)
+    shutil.copy(finished / "experiment.yaml", tmp_path)
+    shutil.copytree(finished / "sheets", tmp_path / "sheets")
+    lines = (finished / "results.jsonl").read_text().replace('"noise":', '"formerly":').splitlines()
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    run_benchmark(comparison, tmp_path)  # nothing is missing
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(UserError, match="earlier version, whose pictures start from other noise, so new ones"):
+        run_benchmark(comparison, tmp_path)
+    assert in_process == []
+
+
 def test_cells_of_other_encoders_are_noticed_before_any_is_run(world, finished, tmp_path, in_process):
     out = shutil.copytree(finished, tmp_path / "out")
     path = out / "results.jsonl"
@@ -242,7 +255,7 @@ def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world
             {"methods": ["double_gsoft", "lora"]},
             "method gsoft, method dora, method boft, method oft, method hra, method lokr, method full",
         ),
-        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft medium's learning rate 0\.01"),
+        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
     ],
 )
 def test_a_report_is_not_replaced_by_one_of_less(world, finished, tmp_path, in_process, changes, lost):
@@ -284,7 +297,7 @@ def test_plan_of_a_grid(world, tmp_path):
     assert "grid: 24 cells, 0 done" in text  # two subjects, seeds and sizes, three rates
     assert "learning rates:" not in text
     assert "double_gsoft--small--lr0.01--cup--seed0" in text
-    pictures = 2 * 9 + 4  # nine after each of two steps, and the base model's for drift
+    pictures = 2 * 9  # nine after each of two steps
     minutes = (24 * (2 * 10 + pictures) + 4 * 9) / 2 / 60
     assert f"in all {minutes:.0f} minutes with 2 workers (guessed" in text
     assert "MB of results.jsonl" in text
@@ -396,8 +409,9 @@ def test_methods_start_a_picture_from_the_base_model_s_noise(world, finished_gri
     for method in ("base", "lora"):
         which = Cell(method, *((None, None) if method == "base" else ("medium", 1e-3)), "rex", 1)
         _, prompts, models, _ = cell._prepare(grid(world), which)
+        asked_for = [replace(p, text=p.plain) for p in prompts] if method == "base" else prompts
         with pytest.raises(InterruptedError):
-            cell.draw(grid(world), models, [replace(p, text=p.plain) for p in prompts], which)
+            cell.draw(grid(world), models, asked_for, which)
     assert asked["base"] == asked["lora"]
     assert len(set(asked["base"])) > len(asked["base"]) / 2
 
@@ -455,6 +469,10 @@ def test_our_methods_are_sized_without_their_scale_too(world):
             "double_gsoft_unscaled is what double_gsoft is",
         ),
         ({"learning_rates_small": {"lora": [1e-3]}}, "learning_rates_small would have no effect: a sweep chooses"),
+        (
+            {"grid": True, "curve_every": 9, "budgets": ["medium"], "learning_rates_small": {"lora": [1e-3]}},
+            "learning_rates_small would have no effect: budgets have no such size",
+        ),
         (
             {"grid": True, "curve_every": 80, "learning_rates_large": {"oft": [0]}},
             "oft: learning rates must be above 0",

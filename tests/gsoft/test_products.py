@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsoft.blocks import free_numbers, orthogonal_blocks
 from gsoft.group_and_shuffle import dense_reference
-from gsoft.products import RotationBlocks, rotate_activations, rotate_weights
+from gsoft.products import RotationBlocks, _tf32, rotate_activations, rotate_weights
 
 SIDES = ["weight", "activations"]
 MAPS = ("q_in", "q_out", "output_scale")
@@ -166,28 +166,66 @@ class TensorCores(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def errors(dtype: torch.dtype, trains: bool) -> tuple[float, int]:
-    """How far `W'` is from what it is in float64, and how many products tensor cores made."""
+def far(made: Tensor, exact: Tensor) -> float:
+    return ((made.double() - exact).norm() / exact.norm()).item()
+
+
+def errors(dtype: torch.dtype, trains: bool) -> tuple[float, float, int]:
+    """How far `W'` and the gradients are from those in float64, and how many products tensor cores made."""
     parts = case(2, "rotation and scale", dtype)
     rotation = [parts[name].requires_grad_(trains) for name in MAPS]
-    exact = rotate_weights([parts["weight"].double()], [RotationBlocks(*(t.detach().double() for t in rotation))])[0]
+    precise = [tensor.detach().double().requires_grad_() for tensor in rotation]
+    (exact,) = rotate_weights([parts["weight"].double()], [RotationBlocks(*precise)])
+    gradient = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact.backward(gradient.double())
+    of_gradients = 0.0
     with TensorCores() as cores:
-        made = rotate_weights([parts["weight"]], [RotationBlocks(*rotation)])[0]
+        (made,) = rotate_weights([parts["weight"]], [RotationBlocks(*rotation)])
         if trains:
-            made.float().square().sum().backward()
-    return ((made.double() - exact).norm() / exact.norm()).item(), cores.rounded
+            made.backward(gradient)
+            of_gradients = max(far(t.grad, p.grad) for t, p in zip(rotation, precise, strict=True))
+    return far(made.detach(), exact.detach()), of_gradients, cores.rounded
 
 
 def test_tensor_cores_add_little_to_the_rounding_of_bfloat16_in_training():
     before = torch.backends.cuda.matmul.fp32_precision
-    exact, no_products = errors(torch.bfloat16, trains=False)
-    found, products = errors(torch.bfloat16, trains=True)
+    exact, _, no_products = errors(torch.bfloat16, trains=False)
+    found, of_gradients, products = errors(torch.bfloat16, trains=True)
     assert no_products == 0
-    assert products == 4 + 11  # of a forward and of a backward pass
+    assert products >= 4 + 4  # each of four factors in a forward and in a backward pass
     assert 0 < found < 1.2 * exact
+    assert 1e-5 < of_gradients < 2**-10  # half of what rounding a gradient to bfloat16 can do
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_weights_are_rotated_in_float32(dtype):
-    assert errors(dtype, trains=True)[1] == 0
+    assert errors(dtype, trains=True)[2] == 0
+
+
+def test_whoever_wants_exact_products_keeps_them():
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        assert errors(torch.bfloat16, trains=True)[2] == 0
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = before
+
+
+def test_the_last_thread_sets_the_precision_back():
+    def precision() -> str:
+        return torch.backends.cuda.matmul.fp32_precision
+
+    before = precision()
+    first, second = _tf32(True), _tf32(True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the other one's thread is still inside
+    assert precision() == "tf32"
+    second.__exit__(None, None, None)
+    assert precision() == before
+    with pytest.raises(InterruptedError), _tf32(True):
+        raise InterruptedError
+    assert precision() == before

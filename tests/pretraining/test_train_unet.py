@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TEXT_LENGTH, write_tokenizer
 from diffusers import StableDiffusionPipeline
 from pretended import pretended_gpu
@@ -74,7 +75,7 @@ def test_a_pipeline_comes_out_and_a_finished_training_is_not_repeated(work, monk
     assert (out / "unet_loss.csv").read_text().splitlines() == [line]
 
 
-def test_a_gpu_trains_it_and_keeps_nothing_on_it(work, monkeypatch):
+def test_a_gpu_trains_it_to_the_cpu_s_weights(work, monkeypatch):
     monkeypatch.setattr(train_unet, "fast_autocast", float32)
     on_cpu = pretrain(monkeypatch, work, "cpu")
     with pretended_gpu() as gpu:
@@ -82,5 +83,14 @@ def test_a_gpu_trains_it_and_keeps_nothing_on_it(work, monkeypatch):
     assert gpu.kernels.total() > 1000
     first, second = ((folder / "unet_loss.csv").read_text().split(",") for folder in (on_cpu, on_gpu))
     assert [*map(float, second)] == pytest.approx([*map(float, first)], rel=1e-3)
-    kept = load_file(on_gpu / "unet_kept.safetensors")
-    assert {str(tensor.device) for tensor in kept.values()} == {"cpu"}
+    kept, expected = (load_file(folder / "unet_kept.safetensors") for folder in (on_gpu, on_cpu))
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-3)
+
+
+def test_it_goes_on_from_kept_weights_and_their_count(work, monkeypatch):
+    first = pretrain(monkeypatch, work, "cpu")
+    kept = (first / "unet_kept.safetensors").rename(work / "start.safetensors")
+    (first / "unet.pt").unlink()
+    pretrain(monkeypatch, work, "cpu", "--start-from", str(kept), "--images", "96")
+    assert [line.split(",")[0] for line in (first / "unet_loss.csv").read_text().splitlines()] == ["64", "96"]

@@ -97,6 +97,8 @@ def test_a_lead_is_taken_where_both_fronts_reach():
     scaled = [each * [0.4, 0.2] + [0.1, -0.3] for each in (ours, others)]
     assert lead(*scaled, (0.1, -0.1), (0.5, -0.3)) == pytest.approx(expected)
     assert lead(ours, ours, BASE, PHOTOS) == 0
+    above = np.array([[0.1, 1.1]])  # more of both than the base model
+    assert lead(above, np.array([[0.1, 0.9]]), BASE, PHOTOS) == pytest.approx(1.1 - 0.95)
     assert math.isnan(lead(ours, np.full((2, 2), np.nan), BASE, PHOTOS))
     assert math.isnan(lead(ours, others, PHOTOS, BASE))
     drawn = leads(np.stack([ours, others]), np.stack([others, ours]), np.array([[BASE, PHOTOS]] * 2))

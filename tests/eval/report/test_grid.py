@@ -19,8 +19,8 @@ from eval.report.grid import (
     ablation_lines,
     compare_fronts,
     held_out_lines,
-    knee,
-    leads_by_subject,
+    knees,
+    pseudo_leads,
     read_grid,
     seed_averages,
 )
@@ -117,25 +117,33 @@ def test_ablations_are_shown_at_the_knee_of_our_front(settings, finished_grid):
     rates = replace(settings.learning_rates, gsoft=settings.learning_rates.double_gsoft)
     settings = replace(settings, methods=("double_gsoft", "gsoft", "lora"), learning_rates=rates)
     found = read_grid(settings, results)
-    found.groups[0].balances[:] = np.array([0.1, 0.9, 0.2, 0.3])[:, None, None]
-    assert knee(found) == Setting(1e-3, 2)
+    found.groups[0].balances[:] = [[[0.1] * 2] * 2, [[0.9] * 2, [0.1] * 2], [[0.1] * 2, [0.8] * 2], [[0.3] * 2] * 2]
+    assert knees(found) == {"cup": Setting(1e-2, 1), "rex": Setting(1e-3, 2)}
     ours, gsoft = ablation_lines(settings, results, found)
-    assert (ours.method, gsoft.method, ours.learning_rate) == ("double_gsoft", "gsoft", 1e-3)
+    assert (ours.method, gsoft.method) == ("double_gsoft", "gsoft")
     assert gsoft.scores["dino"] == ours.scores["dino"]
-    assert ours.scores["dino"]["cup"][1] == results[Cell("double_gsoft", "medium", 1e-3, "cup", 1)]["scores"]["dino"]
+    assert ours.scores["dino"]["rex"][1] == results[Cell("double_gsoft", "medium", 1e-3, "rex", 1)]["scores"]["dino"]
     without = replace(settings, methods=("double_gsoft", "lora"))
     assert ablation_lines(without, results, read_grid(without, results)) == []
 
 
 def test_subjects_that_the_base_model_draws_already_choose_nothing(settings, finished_grid):
     results = read_results(finished_grid)
-    for cell, result in results.items():
+    for cell, result in list(results.items()):
         if cell.method == "base":
-            result["photos"]["dino"] = result["scores"]["dino"] + {"cup": 0.3, "rex": 0.05}[cell.subject]
+            result["photos"]["dino"] = result["scores"]["dino"] + {"cup": 0.3, "rex": 0.02}[cell.subject]
+        if cell.subject == "cup":
+            other = replace(cell, subject="tin")
+            results[other] = result | {"cell": asdict(other)}
+    three = replace(settings, subjects=("cup", "rex", "tin"))
+    found = read_grid(three, results)
+    assert found.choosing == ["cup", "tin"]
+    lines = held_out_lines(three, results, found)
+    assert lines[2].scores["balance"].keys() == {"cup", "tin"}
+    assert lines[2].scores["dino"].keys() == {"cup", "rex", "tin"}
+    text = verdict_text(compare_fronts(found, 50), lines, found, 0.1)
+    assert "almost as like the photos of rex as these are to each other" in text
     assert read_grid(settings, results).choosing == ["cup", "rex"]  # one alone could not be held out
-    three = Grid(["a", "b", "c"], ["a", "b"], 1, np.zeros(1), {}, [])
-    text = verdict_text(compare_fronts(by_hand([(0.2, 0.9)], [(0.2, 0.7)]), 50), [], three, 0.1)
-    assert "almost as like the photos of c as these are to each other" in text
 
 
 # Numbers made by hand
@@ -166,7 +174,7 @@ def test_a_method_that_is_better_for_all_is_ahead():
     assert lora.differences[0].interval.mean == pytest.approx(0.61 - (0.2 * 0.85 + 0.4 * 0.5))
     assert lora.lead.interval.mean == pytest.approx(0.2111, abs=1e-4)
     text = verdict_text(compare_fronts(grid), [], grid, 0.1)
-    assert "the lead over LoRA at the size medium. By it Double GSOFT is ahead of LoRA (+0.211 [" in text
+    assert "the lead over LoRA and BOFT at the size medium. By it Double GSOFT is ahead of LoRA (+0.211 [" in text
     assert "At the size medium, by lead Double GSOFT is ahead of LoRA (+0.211 [" in text
     assert "By area it is ahead of LoRA (+0.240 [" in text
     assert "By balance" not in text  # without held-out lines
@@ -193,10 +201,19 @@ def test_what_all_subjects_share_cancels_in_a_paired_difference():
     assert ours.estimates[0].half_width > 0.1
 
 
-def test_the_spread_of_leads_is_over_subjects():
+def test_subjects_that_are_alike_contribute_alike_to_a_lead():
     grid = by_hand([(0.2, 0.9), (0.8, 0.5)], [(0.2, 0.7), (0.6, 0.3)])
-    (leads,) = leads_by_subject(grid)
-    assert leads == pytest.approx([0.2111] * 4, abs=1e-4)
+    (values,) = pseudo_leads(grid)
+    assert values == pytest.approx([0.2111] * 4, abs=1e-4)
+
+
+def test_a_missing_lead_has_its_reason():
+    grid = by_hand([(0.2, 0.9), (0.8, 0.5)], [(-0.1, 0.7)])
+    assert (
+        "no value: a method has no more of the subject than the base" in area_rows(compare_fronts(grid, 20))[1].values()
+    )
+    gone = by_hand([(0.2, 0.9), (0.8, 0.5)], [(np.nan, np.nan)])
+    assert area_rows(compare_fronts(gone, 20))[1]["lead of Double GSOFT"] == "diverged"
 
 
 def test_levels_that_a_front_does_not_reach_are_said_to_be():

@@ -39,7 +39,9 @@ def with_scores(finished, out, shares):
 def test_it_is_the_deviation_of_leads(world, finished_grid, tmp_path):
     out = with_scores(finished_grid, tmp_path / "out", {"rex": 0.7, "cup": 0.5})
     lead = (1 - 3 / 7) * 0.25  # of a line from the base model's point to (0.7, 0.7) over one to (0.5, 0.5), up to 0.5
-    assert spread_of_differences(out) == pytest.approx(lead / 2**0.5)  # the other's is 0
+    assert spread_of_differences(out, grid=True) == pytest.approx(lead / 2**0.5)  # without the other subject it is 0
+    with pytest.raises(UserError, match="is a grid, so its spread is not that of this comparison"):
+        spread_of_differences(out, grid=False)
     text = plan(grid(world), tmp_path / "none", workers=1, earlier=out)
     least = detectable_difference(lead / 2**0.5, 2, 2)
     assert f"detectable difference in lead: {least:.3f} (80% power at 5 %, two-sided, 2 subjects, 2 seeds" in text
@@ -56,4 +58,4 @@ def test_without_earlier_results_the_settings_say(world, tmp_path):
 
 def test_a_folder_that_says_nothing_of_differences_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no experiment\.yaml of a comparison; give a folder"):
-        spread_of_differences(tmp_path)
+        spread_of_differences(tmp_path, grid=True)
