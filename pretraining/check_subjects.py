@@ -101,15 +101,21 @@ def right(judge: Judge, word: str, pictures: Sequence[tuple[str, Image.Image]]) 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def runs_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what all runs on subjects need: judges, base, subjects, and where results go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder, for the second judge")
     parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to train on")
     parser.add_argument("--subjects", type=expanded_path, required=True, help="folder of subjects with subjects.csv")
     parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write")
+    return parser
+
+
+def main() -> None:
+    parser = runs_parser(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
     parser.add_argument("--guidance_scale", type=float, help="of the pictures; by default as in training")
-    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "subjects.json"

@@ -10,7 +10,6 @@ done again; the table of means over the subjects is printed.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -21,11 +20,10 @@ import numpy as np
 
 from eval.pick_checkpoint import adapters_of
 from eval.subjects import read_subjects
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.scoring.encoders import load_dino
 from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
-from pretraining.check_subjects import draw_places, drawn, right, train_on
+from pretraining.check_subjects import draw_places, drawn, right, runs_parser, train_on
 from pretraining.train_judge import load_judge
 
 TEXT_SHARE = 0.02  # of the rate, for the text encoder
@@ -59,16 +57,11 @@ def table(rows: Sequence[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=expanded_path, required=True, help="work folder, for the second judge")
-    parser.add_argument("--base", type=expanded_path, required=True, help="pipeline to train on")
-    parser.add_argument("--subjects", type=expanded_path, required=True, help="folder of subjects with subjects.csv")
-    parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
+    parser = runs_parser(__doc__)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--steps", type=int, default=800, help="of each training")
     parser.add_argument("--checkpointing_steps", type=int, default=200, help="steps between two checkpoints")
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sweep.json"

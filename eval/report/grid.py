@@ -121,9 +121,6 @@ def read_grid(experiment: Experiment, results: Results) -> Grid:
     ends = np.stack([base, np.array([[_photos_by_prompt(result) for result in row] for row in based])])
     shape = base.shape
 
-    def scored(cell: Cell, step: int) -> dict[str, Any] | None:
-        return result_at(results[cell], step) if "scores" in results[cell] else None
-
     groups = []
     for method, budget in _groups(experiment):
         settings = [
@@ -134,9 +131,10 @@ def read_grid(experiment: Experiment, results: Results) -> Grid:
         for number, setting in enumerate(settings):
             for i, subject in enumerate(subjects):
                 for seed in seeds:
-                    found = scored(Cell(method, budget, setting.learning_rate, subject, seed), setting.step)
-                    if found is None:
+                    result = results[Cell(method, budget, setting.learning_rate, subject, seed)]
+                    if "scores" not in result:
                         continue
+                    found = result_at(result, setting.step)
                     scores[number, i, seed] = _by_prompt(found)
                     if subject in choosing:
                         pair = found["scores"]["dino"], found["scores"]["clip_t"]
