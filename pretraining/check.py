@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,20 @@ def share(wanted: Sequence[object], given: Sequence[object]) -> float:
     return float(np.mean([w == g for w, g in zip(wanted, given, strict=True)]))
 
 
+def right_on_scenes(facts: Sequence[dict[str, Any]], given: dict[str, list[str]]) -> dict[str, float]:
+    """How often a judge's answers on drawn scenes are true; colour with class on the recoloured ones only."""
+    pairs = [
+        ((fact["color"], fact["class_word"]), (color, word))
+        for fact, color, word in zip(facts, given["color"], given["class_word"], strict=True)
+        if fact["color"]
+    ]
+    return {
+        "class": share([fact["class_word"] for fact in facts], given["class_word"]),
+        "background": share([fact["background"] for fact in facts], given["background"]),
+        "color_and_class": share(*zip(*pairs, strict=True)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -169,10 +184,7 @@ def main() -> None:
         "guidance_scale": GUIDANCE,
         "by_clip": judged(by_clip),
         "by_judge": judged(judge.answers),
-        "on_scenes": {
-            name: {what: share([f[what] for f in facts], given[what]) for what in ("class_word", "background")}
-            for name, given in on_scenes.items()
-        },
+        "on_scenes": {name: right_on_scenes(facts, given) for name, given in on_scenes.items()},
         "sharpness": sharpness(pixels, reconstructed(vae, to_pixels(np.stack(same)))),
         "frechet_distance": {
             "pictures": COMPARED,

@@ -79,15 +79,19 @@ def drawn(folder: Path) -> dict[str, list[tuple[str, Image.Image]]]:
     return pictures
 
 
-def figures(photos: Tensor, of_adapter: Tensor, of_base: Tensor) -> dict[str, float]:
-    """From unit features (N, D): likeness of both models' pictures, and the nearest pair of each kind."""
-    ceiling = real_photo_ceiling(photos)
-    among_photos = cosines(photos, photos).fill_diagonal_(-1)
+def closeness(pictures: Tensor, photos: Tensor) -> dict[str, float]:
+    """How near pictures are to the photos, from the unit features (N, D) of both.
+
+    Their likeness, as a share of the photos' own; the nearest pair of a picture and a photo, and of two photos; and the
+    share of copies: pictures that are nearer to a photo than the photos are to each other.
+    """
+    nearest = nearest_photo(pictures, photos)
+    among_photos = cosines(photos, photos).fill_diagonal_(-1).max()
     return {
-        "likeness": float(image_similarity(of_adapter, photos).mean()) / ceiling,
-        "likeness_of_base": float(image_similarity(of_base, photos).mean()) / ceiling,
-        "nearest_photo": float(nearest_photo(of_adapter, photos).max()),
-        "nearest_among_photos": float(among_photos.max()),
+        "likeness": float(image_similarity(pictures, photos).mean()) / real_photo_ceiling(photos),
+        "nearest_photo": float(nearest.max()),
+        "nearest_among_photos": float(among_photos),
+        "copies": float((nearest > among_photos).float().mean()),
     }
 
 
@@ -133,7 +137,8 @@ def main() -> None:
         of_adapter, of_base = (
             dino.embed_images(image for _, image in pictures[model]) for model in ("adapter", "base")
         )
-        row = figures(photos, of_adapter, of_base) | right(judge, subject.class_word, pictures["adapter"])
+        row = closeness(of_adapter, photos) | right(judge, subject.class_word, pictures["adapter"])
+        row["likeness_of_base"] = closeness(of_base, photos)["likeness"]
         report["subjects"][subject.name] = row
         rows = report["subjects"].values()
         report["mean"] = {name: float(np.mean([row[name] for row in rows])) for name in row}

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.processes import end_with_parent
-from pretraining.world import SIZE, World
+from pretraining.world import COLORED, SIZE, World
 
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
 
 _world: World
+_colored: float
 
 
 def scene_facts(work: Path) -> list[dict[str, Any]]:
@@ -28,15 +29,15 @@ def scene_facts(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (work / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _start(sprites: Path) -> None:
-    global _world
+def _start(sprites: Path, colored: float) -> None:
+    global _world, _colored
     end_with_parent()
-    _world = World(sprites)
+    _world, _colored = World(sprites), colored
 
 
 def _chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
     rng = np.random.default_rng(seed)
-    scenes = [_world.sample(rng) for _ in range(CHUNK)]
+    scenes = [_world.sample(rng, _colored) for _ in range(CHUNK)]
     facts = [{k: v for k, v in vars(s).items() if k != "image"} for s in scenes]
     return np.stack([s.image for s in scenes]), facts
 
@@ -46,6 +47,9 @@ def main() -> None:
     parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
     parser.add_argument("--out", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--scenes", type=int, default=100_000, help=f"how many, a multiple of {CHUNK}")
+    parser.add_argument(
+        "--colored", type=float, default=COLORED, help="share of scenes whose thing has another colour than its own"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -54,7 +58,7 @@ def main() -> None:
     images = np.lib.format.open_memmap(args.out / "scenes.npy", mode="w+", dtype=np.uint8, shape=shape)
     jobs = range(args.scenes // CHUNK)
     with (
-        ProcessPoolExecutor(args.workers, initializer=_start, initargs=(args.sprites,)) as pool,
+        ProcessPoolExecutor(args.workers, initializer=_start, initargs=(args.sprites, args.colored)) as pool,
         (args.out / "scenes.jsonl").open("w") as lines,
     ):
         for i, (chunk, facts) in enumerate(

@@ -10,20 +10,20 @@ done again; the table of means over the subjects is printed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from diffusers import StableDiffusionPipeline
 
 from eval.pick_checkpoint import adapters_of
 from eval.subjects import read_subjects
+from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.scoring.encoders import load_dino
-from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
-from pretraining.check_subjects import draw_places, drawn, right, runs_parser, train_on
+from pretraining.check_subjects import closeness, draw_places, drawn, right, runs_parser, train_on
 from pretraining.train_judge import load_judge
 
 TEXT_SHARE = 0.02  # of the rate, for the text encoder
@@ -65,8 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sweep.json"
-    weights = sorted(args.base.glob("unet/*.safetensors"))
-    settings = {"steps": args.steps, "base": hashlib.sha256(b"".join(w.read_bytes() for w in weights)).hexdigest()[:16]}
+    base = StableDiffusionPipeline.from_pretrained(args.base)
+    settings = {"steps": args.steps, "base": fingerprint(base.unet, [base.text_encoder])}
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "rows": []}
     if content["settings"] != settings:
         raise SystemExit(f"{path}: was measured on another base or with other steps; give another --out")
@@ -75,8 +75,6 @@ def main() -> None:
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
     for subject in read_subjects(args.subjects):
         photos = dino.embed_images(map(open_image, subject.photos()))
-        ceiling = real_photo_ceiling(photos)
-        apart = float(cosines(photos, photos).fill_diagonal_(-1).max())
         for rate in args.learning_rates:
             folder = args.out / subject.name / f"{rate:g}"
             values = {
@@ -99,9 +97,7 @@ def main() -> None:
                     features = dino.embed_images(image for _, image in pictures)
                     row: dict[str, Any] = {"subject": subject.name}
                     row |= dict(zip(SETTINGS, (rate, step, guidance), strict=True))
-                    row["likeness"] = float(image_similarity(features, photos).mean()) / ceiling
-                    row["copies"] = float((nearest_photo(features, photos) > apart).float().mean())
-                    row |= right(judge, subject.class_word, pictures)
+                    row |= closeness(features, photos) | right(judge, subject.class_word, pictures)
                     rows.append(row)
                     path.write_text(json.dumps(content, indent=1) + "\n")
     print(table(means(rows)))

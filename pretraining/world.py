@@ -18,6 +18,7 @@ SIZE = 64  # px, side of a scene
 _CANVAS = 80  # px, side of a stored background: scenes are random SIZE crops of it
 UNKNOWN_NAME_LETTERS = "bcdfghjklmnpqrtvwxz"  # of names that captions put before class words
 _VARIANTS = 160  # drawings kept of every background
+COLORED = 0.12  # share of scenes whose thing has another colour
 
 COLORS = {
     "red": (226, 38, 42),
@@ -423,12 +424,12 @@ class World:
         tall.alpha_composite(hat, (x, max(0, room + int(top) - int(side * 0.78))))
         return tall
 
-    def sample(self, rng: np.random.Generator) -> Scene:
-        """A random scene with its caption."""
+    def sample(self, rng: np.random.Generator, colored: float = COLORED) -> Scene:
+        """A random scene with its caption; the thing is recoloured with probability `colored`."""
         word = str(rng.choice(list(self.classes)))
         sprite = self.classes[word][rng.integers(len(self.classes[word]))]
         background = str(rng.choice(list(COLORS))) if rng.random() < 0.15 else str(rng.choice(list(BACKGROUNDS)))
-        color = str(rng.choice(list(COLORS))) if rng.random() < 0.12 else None
+        color = str(rng.choice(list(COLORS))) if rng.random() < colored else None
         hat = word in ANIMALS and rng.random() < 0.08
         tree = not hat and rng.random() < 0.05
         image = self.draw(rng, sprite, background, color=color, hat=hat, tree=tree)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from gsoft_diffusion.sampling.pictures import save_png
 from pretraining import unused_name
-from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, sharpness
-from pretraining.check_subjects import drawn, figures, right
+from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
+from pretraining.check_subjects import closeness, drawn, right
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.kept_weights import keep, start_from
-from pretraining.sprites import CLASSES, HELD_OUT, TUNING
+from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite
 from pretraining.sweep_subjects import means, table
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
@@ -32,6 +32,7 @@ from pretraining.world import (
     BACKGROUNDS,
     COLORS,
     UNKNOWN_NAME_LETTERS,
+    World,
     _from_oklab,
     _recolored,
     _to_oklab,
@@ -51,6 +52,18 @@ def test_world_is_large_enough():
     assert len(CLASSES) >= 24
     assert len(BACKGROUNDS) >= 10
     assert set(_PAINTERS) == set(BACKGROUNDS)
+
+
+@pytest.mark.parametrize("colored", [0.0, 1.0])
+def test_as_many_scenes_have_another_color_as_asked(monkeypatch, colored):
+    monkeypatch.setattr(World, "__init__", lambda self: None)
+    monkeypatch.setattr(World, "draw", lambda *args, color, **more: np.zeros((64, 64, 3), np.uint8))
+    world, rng = World(), np.random.default_rng(0)
+    world.classes = {"clock": [Sprite("1f552", Image.new("RGBA", (64, 64)))]}
+    for _ in range(20):
+        scene = world.sample(rng, colored)
+        assert (scene.color is not None) == bool(colored)
+        assert f"{scene.color} clock" in scene.caption if colored else "clock" in scene.caption
 
 
 def test_captions_name_what_is_there_and_never_the_unique_token():
@@ -337,13 +350,24 @@ def test_psnr_of_a_known_error():
     assert psnr(x + 0.2, x) == pytest.approx(20, abs=1e-4)  # an error of a tenth of the range
 
 
-def test_figures_of_a_subject_by_hand():
+def test_a_judge_is_right_about_color_and_class_only_where_both_are():
+    facts = [
+        {"class_word": "dog", "background": "snow", "color": "red"},
+        {"class_word": "cat", "background": "snow", "color": "red"},
+        {"class_word": "cat", "background": "snow", "color": None},
+    ]
+    given = {"class_word": ["dog", "dog", "cat"], "background": ["snow", "city", "snow"], "color": ["red"] * 3}
+    found = right_on_scenes(facts, given)
+    assert found == {"class": pytest.approx(2 / 3), "background": pytest.approx(2 / 3), "color_and_class": 0.5}
+
+
+def test_closeness_of_pictures_by_hand():
     photos = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # alike by 0.8
-    found = figures(photos, of_adapter=torch.tensor([[1.0, 0.0]]), of_base=torch.tensor([[0.0, 1.0]]))
-    assert found["likeness"] == pytest.approx((1 + 0.8) / 2 / 0.8)
-    assert found["likeness_of_base"] == pytest.approx((0 + 0.6) / 2 / 0.8)
+    found = closeness(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), photos)
+    assert found["likeness"] == pytest.approx((1 + 0.8 + 0 + 0.6) / 4 / 0.8)
     assert found["nearest_photo"] == pytest.approx(1)
     assert found["nearest_among_photos"] == pytest.approx(0.8)
+    assert found["copies"] == 0.5  # the first is a photo itself
 
 
 def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
