@@ -4,8 +4,7 @@
         --out <folder> [--set max_train_steps=400 --set learning_rate=2e-3]
 
 For each subject: likeness (DINO's similarity of the drawn pictures to the photos, over that of the photos among each
-other), the same for the base model's pictures, how often the second judge (`train_judge`) names class and place right,
-and whether a picture is nearer to a photo than the photos are to each other. Adapters, pictures and contact sheets lie
+other), the same for the base model's pictures, and what else `measure` says. Adapters, pictures and contact sheets lie
 in `<out>/<subject>`, the figures in `<out>/subjects.json`; subjects that are in it already are not trained again.
 """
 
@@ -13,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 from torch import Tensor
@@ -28,9 +29,10 @@ from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.sampling.generation import draw
-from gsoft_diffusion.scoring.encoders import load_dino
+from gsoft_diffusion.scoring.encoders import ImageEncoder, load_dino
 from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
 from gsoft_diffusion.training.train import train
+from pretraining.check import share
 from pretraining.train_judge import Judge, load_judge
 from pretraining.train_vae import to_pixels
 from pretraining.world import BACKGROUNDS
@@ -79,30 +81,71 @@ def drawn(folder: Path) -> dict[str, list[tuple[str, Image.Image]]]:
     return pictures
 
 
-def closeness(pictures: Tensor, photos: Tensor) -> dict[str, float]:
-    """How near pictures are to the photos, from the unit features (N, D) of both.
+@dataclass(frozen=True)
+class Album:
+    """A subject's photos as the judges see them."""
 
-    Their likeness, as a share of the photos' own; the nearest pair of a picture and a photo, and of two photos; and the
-    share of copies: pictures that are nearer to a photo than the photos are to each other.
+    class_word: str
+    features: Tensor  # (N, D), unit
+    places: frozenset[str]
+    class_right: float  # share of the photos whose class the second judge names
+
+
+def read_albums(subjects: Sequence[Subject], dino: ImageEncoder, judge: Judge) -> dict[str, Album]:
+    """The photos of every subject, by its name."""
+    albums = {}
+    for subject in subjects:
+        photos = [open_image(path).convert("RGB") for path in subject.photos()]
+        answers = judge.answers(to_pixels(np.stack([np.asarray(photo) for photo in photos])))
+        class_right = float(np.mean([word == subject.class_word for word in answers["class_word"]]))
+        features = dino.embed_images(photos)
+        albums[subject.name] = Album(subject.class_word, features, frozenset(answers["background"]), class_right)
+    return albums
+
+
+def measure(
+    name: str,
+    albums: Mapping[str, Album],
+    pictures: Sequence[tuple[str, Image.Image]],
+    dino: ImageEncoder,
+    judge: Judge,
+) -> dict[str, float]:
+    """What the judges say of pictures of a subject, each with the place that was asked for.
+
+    likeness: to the photos, as a share of the photos' own.
+    subject: share of pictures whose nearest photo, of all subjects, is one of this subject.
+    place, class: shares that the second judge names right; class_of_photos: the same for the photos, as it may not
+    know things that it has never seen.
+    copies: of the pictures in places that no photo shows, the share that is nearer to a photo than the photos are to
+    each other.
     """
-    nearest = nearest_photo(pictures, photos)
+    album = albums[name]
+    features = dino.embed_images(image for _, image in pictures)
+    answers = judge.answers(to_pixels(np.stack([np.asarray(image) for _, image in pictures])))
+    asked = [place for place, _ in pictures]
+    elsewhere = features[[place not in album.places for place in asked]]
+    return closeness(features, elsewhere, album.features) | {
+        "subject": recognised(features, name, {name: album.features for name, album in albums.items()}),
+        "place": share(asked, answers["background"]),
+        "class": share([album.class_word] * len(pictures), answers["class_word"]),
+        "class_of_photos": album.class_right,
+    }
+
+
+def closeness(pictures: Tensor, elsewhere: Tensor, photos: Tensor) -> dict[str, float]:
+    """`likeness` and `copies` of `measure`, from unit features (N, D); elsewhere: those of places without a photo."""
     among_photos = cosines(photos, photos).fill_diagonal_(-1).max()
+    copies = nearest_photo(elsewhere, photos) > among_photos if len(elsewhere) else torch.zeros(1)
     return {
         "likeness": float(image_similarity(pictures, photos).mean()) / real_photo_ceiling(photos),
-        "nearest_photo": float(nearest.max()),
-        "nearest_among_photos": float(among_photos),
-        "copies": float((nearest > among_photos).float().mean()),
+        "copies": float(copies.float().mean()),
     }
 
 
-def right(judge: Judge, word: str, pictures: Sequence[tuple[str, Image.Image]]) -> dict[str, float]:
-    """How often the judge names the class and the place that were asked for."""
-    answers = judge.answers(to_pixels(np.stack([np.asarray(image) for _, image in pictures])))
-    places = [place == answer for (place, _), answer in zip(pictures, answers["background"], strict=True)]
-    return {
-        "class": float(np.mean([word == answer for answer in answers["class_word"]])),
-        "place": float(np.mean(places)),
-    }
+def recognised(pictures: Tensor, name: str, photos_of: Mapping[str, Tensor]) -> float:
+    """Share of the pictures that are nearest to a photo of the named subject; unit features (N, D)."""
+    nearest = torch.stack([nearest_photo(pictures, photos) for photos in photos_of.values()])  # (subjects, N)
+    return float((nearest.argmax(0) == list(photos_of).index(name)).float().mean())
 
 
 def runs_parser(description: str | None) -> argparse.ArgumentParser:
@@ -126,19 +169,17 @@ def main() -> None:
     settings = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in args.set)}
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "subjects": {}}
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
-    for subject in read_subjects(args.subjects):
+    subjects = read_subjects(args.subjects)
+    albums = read_albums(subjects, dino, judge)
+    for subject in subjects:
         if subject.name in report["subjects"]:
             continue
         folder = args.out / subject.name
         adapter = train_on(subject, args.base, settings, folder)
         draw_places(adapter, args.base, args.guidance_scale, folder / "images", compare=True)
         pictures = drawn(folder / "images")
-        photos = dino.embed_images(map(open_image, subject.photos()))
-        of_adapter, of_base = (
-            dino.embed_images(image for _, image in pictures[model]) for model in ("adapter", "base")
-        )
-        row = closeness(of_adapter, photos) | right(judge, subject.class_word, pictures["adapter"])
-        row["likeness_of_base"] = closeness(of_base, photos)["likeness"]
+        row = measure(subject.name, albums, pictures["adapter"], dino, judge)
+        row["likeness_of_base"] = measure(subject.name, albums, pictures["base"], dino, judge)["likeness"]
         report["subjects"][subject.name] = row
         rows = report["subjects"].values()
         report["mean"] = {name: float(np.mean([row[name] for row in rows])) for name in row}

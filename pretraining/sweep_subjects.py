@@ -21,14 +21,13 @@ from diffusers import StableDiffusionPipeline
 from eval.pick_checkpoint import adapters_of
 from eval.subjects import read_subjects
 from gsoft_diffusion.adapters.identity import fingerprint
-from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.scoring.encoders import load_dino
-from pretraining.check_subjects import closeness, draw_places, drawn, right, runs_parser, train_on
+from pretraining.check_subjects import draw_places, drawn, measure, read_albums, runs_parser, train_on
 from pretraining.train_judge import load_judge
 
 TEXT_SHARE = 0.02  # of the rate, for the text encoder
 SETTINGS = ("learning_rate", "step", "guidance_scale")
-FIGURES = ("likeness", "class", "place", "copies")
+FIGURES = ("likeness", "subject", "place", "copies")
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -45,13 +44,13 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 def table(rows: Sequence[dict[str, float]]) -> str:
     """The means in Markdown."""
     lines = [
-        "| rate | steps | guidance | likeness | class right | place right | nearer than photos |",
+        "| rate | steps | guidance | likeness | subject right | place right | copies |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
             f"| {row['learning_rate']:.0e} | {row['step']:.0f} | {row['guidance_scale']:g} | {row['likeness']:.2f} "
-            f"| {row['class']:.0%} | {row['place']:.0%} | {row['copies']:.0%} |"
+            f"| {row['subject']:.0%} | {row['place']:.0%} | {row['copies']:.0%} |"
         )
     return "\n".join(lines)
 
@@ -73,8 +72,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = content["rows"]
     done = {(row["subject"], *(row[name] for name in SETTINGS)) for row in rows}
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
-    for subject in read_subjects(args.subjects):
-        photos = dino.embed_images(map(open_image, subject.photos()))
+    subjects = read_subjects(args.subjects)
+    albums = read_albums(subjects, dino, judge)
+    for subject in subjects:
         for rate in args.learning_rates:
             folder = args.out / subject.name / f"{rate:g}"
             values = {
@@ -94,10 +94,9 @@ def main() -> None:
                     shutil.rmtree(images, ignore_errors=True)
                     draw_places(adapter, args.base, guidance, images)
                     pictures = drawn(images)["adapter"]
-                    features = dino.embed_images(image for _, image in pictures)
                     row: dict[str, Any] = {"subject": subject.name}
                     row |= dict(zip(SETTINGS, (rate, step, guidance), strict=True))
-                    row |= closeness(features, photos) | right(judge, subject.class_word, pictures)
+                    row |= measure(subject.name, albums, pictures, dino, judge)
                     rows.append(row)
                     path.write_text(json.dumps(content, indent=1) + "\n")
     print(table(means(rows)))

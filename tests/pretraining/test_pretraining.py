@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from eval.subjects import Subject
 from gsoft_diffusion.sampling.pictures import save_png
 from pretraining import unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
-from pretraining.check_subjects import closeness, drawn, right
+from pretraining.check_subjects import closeness, drawn, measure, read_albums, recognised
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.kept_weights import keep, start_from
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite
@@ -366,11 +367,19 @@ def test_a_judge_is_right_about_color_and_class_only_where_both_are():
 
 def test_closeness_of_pictures_by_hand():
     photos = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # alike by 0.8
-    found = closeness(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), photos)
+    copy, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    found = closeness(torch.cat([copy, other]), copy, photos)
     assert found["likeness"] == pytest.approx((1 + 0.8 + 0 + 0.6) / 4 / 0.8)
-    assert found["nearest_photo"] == pytest.approx(1)
-    assert found["nearest_among_photos"] == pytest.approx(0.8)
-    assert found["copies"] == 0.5  # the first is a photo itself
+    assert found["copies"] == 1
+    assert closeness(copy, other, photos)["copies"] == 0
+    assert closeness(copy, torch.empty(0, 2), photos)["copies"] == 0
+
+
+def test_a_picture_is_recognised_by_its_nearest_photo_of_all_subjects():
+    photos_of = {"bear": torch.tensor([[1.0, 0.0]]), "dog": torch.tensor([[0.0, 1.0], [0.6, 0.8]])}
+    pictures = torch.tensor([[0.9, 0.4], [0.7, 0.7], [0.1, 0.9]])
+    assert recognised(pictures, "bear", photos_of) == pytest.approx(1 / 3)
+    assert recognised(pictures, "dog", photos_of) == pytest.approx(2 / 3)
 
 
 def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
@@ -387,7 +396,7 @@ def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
 def test_a_sweep_s_means_are_over_subjects_of_one_setting():
     rows = [
         {"subject": subject, "learning_rate": rate, "step": 200, "guidance_scale": 3.0}
-        | {"likeness": likeness, "class": 1.0, "place": 0.5, "copies": 0.0}
+        | {"likeness": likeness, "subject": 1.0, "place": 0.5, "copies": 0.0}
         for subject, rate, likeness in [("cap", 4e-4, 0.9), ("cap", 1e-4, 0.6), ("taxi", 1e-4, 0.8)]
     ]
     low, high = means(rows)
@@ -396,11 +405,26 @@ def test_a_sweep_s_means_are_over_subjects_of_one_setting():
     assert table([low]).splitlines()[-1] == "| 1e-04 | 200 | 3 | 0.70 | 100% | 50% | 0% |"
 
 
-def test_right_counts_class_and_place_apart():
+def test_judges_measure_pictures_and_photos_of_a_subject(tmp_path):
     class Told(Judge):
         def answers(self, pixels):
-            return {"class_word": ["bear", "dog"], "background": ["snow", "snow"]}
+            red = [picture[0].mean() > picture[2].mean() for picture in pixels]
+            return {"class_word": ["bear" if r else "dog" for r in red], "background": ["snow"] * len(pixels)}
 
-    picture = Image.new("RGB", (64, 64))
-    assert right(Told(), "bear", [("snow", picture), ("space", picture)]) == {"class": 0.5, "place": 0.5}
-    assert right(Told(), "bear", [("snow", picture), ("snow", picture)]) == {"class": 0.5, "place": 1}
+    class Mean:
+        def embed_images(self, images):
+            colors = torch.stack([torch.from_numpy(np.array(image)).float().mean((0, 1)) for image in images])
+            return torch.nn.functional.normalize(colors, dim=1)
+
+    red, blue, purple = (Image.new("RGB", (64, 64), color) for color in ("red", "blue", "purple"))
+    subjects = []
+    for name, photos in {"ted": [red, red, purple], "rex": [blue]}.items():
+        (tmp_path / name).mkdir()
+        for number, photo in enumerate(photos):
+            photo.save(tmp_path / name / f"{number}.png")
+        subjects.append(Subject(name, "bear", False, tmp_path / name))
+    albums = read_albums(subjects, Mean(), Told())
+    found = measure("ted", albums, [("snow", red), ("space", blue)], Mean(), Told())
+    assert found["subject"] == found["class"] == found["place"] == 0.5
+    assert found["class_of_photos"] == pytest.approx(2 / 3)  # the judge takes purple for blue
+    assert found["copies"] == 0  # the red picture is of a place that a photo shows; the blue one is not near
