@@ -20,6 +20,7 @@ from pretraining import unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
 from pretraining.check_subjects import closeness, drawn, measure, read_albums, recognised
 from pretraining.checkpoint import Average, Checkpoint
+from pretraining.color_words import caption_pairs, composed
 from pretraining.kept_weights import keep, start_from
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite
 from pretraining.sweep_subjects import means, table
@@ -428,3 +429,23 @@ def test_judges_measure_pictures_and_photos_of_a_subject(tmp_path):
     assert found["subject"] == found["class"] == found["place"] == 0.5
     assert found["class_of_photos"] == pytest.approx(2 / 3)  # the judge takes purple for blue
     assert found["copies"] == 0  # the red picture is of a place that a photo shows; the blue one is not near
+
+
+def test_captions_with_and_without_a_color_differ_by_it_alone():
+    for seed in range(50):
+        color, colored, plain = caption_pairs(seed)
+        assert len(colored) == len(plain) == len(CLASSES)
+        for word, with_color, without in zip(CLASSES, colored, plain, strict=True):
+            assert f"{color} {word}" in with_color
+            assert f"{color} {word}" not in without
+            words = with_color.replace(f"{color} {word}", word, 1).split()
+            assert [w for w in words if w not in ("a", "an")] == [w for w in without.split() if w not in ("a", "an")]
+
+
+def test_a_composed_embedding_keeps_the_color_s_mean_and_the_class_s_distance():
+    torch.manual_seed(0)
+    colored, plain = torch.randn(33, 8, 4), torch.randn(33, 8, 4)
+    target = composed(colored, plain, position=3)
+    assert torch.equal(target[:, :4], colored[:, :4])
+    torch.testing.assert_close(target.mean(0)[4:], colored.mean(0)[4:])
+    torch.testing.assert_close(target[:, 4:] - target[:1, 4:], plain[:, 3:-1] - plain[:1, 3:-1])
