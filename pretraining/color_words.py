@@ -27,8 +27,8 @@ from gsoft_diffusion.publish.export import save_text_encoder
 from pretraining.sprites import CLASSES
 from pretraining.world import BACKGROUNDS, COLORS, caption
 
-STEPS = 1500
-PEAK_LR = 5e-4
+STEPS = 3000
+PEAK_LR = 3e-4
 
 
 def caption_pairs(seed: int) -> tuple[str, list[str], list[str]]:

@@ -7,19 +7,14 @@ v-prediction, 10 % empty captions; half of the timesteps uniform, half around th
 rate is constant and falls over the last fifth; resuming with a larger `--images` only moves that tail. Resumes from
 `<work>/unet.pt`. `--out` keeps a short run with another `--rate`, `--batch` or `--widths` apart.
 
-The text encoder stays as the CLIP's training left it, and captions are embedded once. With `--text-rate` it learns
-with the denoiser.
-
 The weights are averaged over a shorter and a longer time. Every `--assemble-every` images `<work>/unet_loss.csv` gets a
 line with the loss of both averages on scenes that are held back, and the better one is written to `<work>/mini_base/`
-as a complete Stable Diffusion v1 pipeline; `<work>/unet_kept.safetensors` is what `--start-from` takes. A text encoder
-that has learned is in that pipeline alone.
+as a complete Stable Diffusion v1 pipeline; `<work>/unet_kept.safetensors` is what `--start-from` takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -105,34 +100,22 @@ def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndar
 
 
 class Prompts:
-    """Embeddings of captions, where the encoder is: `embed` takes numbers, -1 for the empty one.
-
-    Those of an encoder that does not learn are computed once.
-    """
+    """Embeddings of captions, computed once, where the encoder is: `embed` takes numbers, -1 for the empty one."""
 
     def __init__(self, captions: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
         ids = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        self._ids = ids.to(encoder.device)  # (D, L) of D distinct captions
         self._of_caption = torch.tensor([distinct[caption] for caption in [*captions, ""]])  # -1 is the last
-        self._encoder = encoder
-        self._embeddings: Tensor | None = None  # (D, L, 128) float16
-        if not any(parameter.requires_grad for parameter in encoder.parameters()):
-            parts = tqdm(self._ids.split(512), desc="prompts")
-            with torch.no_grad():
-                self._embeddings = torch.cat([self._encoded(part).half() for part in parts])
+        parts = []
+        with torch.no_grad(), fast_autocast(encoder.device):
+            for part in tqdm(ids.split(512), desc="prompts"):
+                parts.append(encoder(part.to(encoder.device)).last_hidden_state.half())
+        self._embeddings = torch.cat(parts)  # (D, L, 128) float16, of D distinct captions
 
     def embed(self, numbers: np.ndarray) -> Tensor:
         """(B, L, 128) float32."""
-        rows = self._of_caption[torch.from_numpy(numbers)].to(self._ids.device)
-        if self._embeddings is None:
-            return self._encoded(self._ids[rows]).float()
-        return self._embeddings[rows].float()
-
-    def _encoded(self, ids: Tensor) -> Tensor:
-        with fast_autocast(ids.device):
-            embeddings: Tensor = self._encoder(ids).last_hidden_state
-        return embeddings
+        numbers_of_distinct = self._of_caption[torch.from_numpy(numbers)]
+        return self._embeddings[numbers_of_distinct.to(self._embeddings.device)].float()
 
 
 @torch.no_grad()
@@ -153,7 +136,7 @@ def held_back_loss(unet: UNet2DConditionModel, latents: np.ndarray, prompts: Pro
     return total / JUDGED
 
 
-def assemble(work: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, folder: Path) -> None:
+def assemble(work: Path, unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the whole pipeline; the large parts in half precision, the text encoder as it is."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     loaded = AutoencoderKL.from_pretrained(work / "vae")
@@ -161,7 +144,7 @@ def assemble(work: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel
     vae.load_state_dict(loaded.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=build_scheduler(),
@@ -185,12 +168,10 @@ def training_state(
     widths: tuple[int, int] = WIDTHS,
     device: torch.device = CPU,
     batch: int = BATCH,
-    text_encoder: CLIPTextModel | None = None,
 ) -> tuple[UNet2DConditionModel, nn.ModuleList, AdamW]:
-    """The denoiser, the averages and the optimizer as at the start, or as at the start from `weights`.
+    """The denoiser, its averages and its optimizer as at the start, or as at the start from `weights`.
 
     batch: images of a step, over which averages reach as many images as with `BATCH`.
-    text_encoder: what learns with the denoiser, in a second group of the optimizer.
     """
     torch.manual_seed(0)
     unet = build_unet(latent_channels, widths)
@@ -200,15 +181,8 @@ def training_state(
         unet.set_attn_processor(AttnProcessor())  # plain products: much faster backward than the fused kernel on a CPU
     else:
         unet.to(device, memory_format=torch.channels_last)  # as a GPU's convolutions want it
-    models = learning(unet, text_encoder)
-    groups = [{"params": list(model.parameters())} for model in models]
-    optimizer = AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return unet, nn.ModuleList(Average(models, decay ** (batch / BATCH)) for decay in AVERAGES), optimizer
-
-
-def learning(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> nn.ModuleList:
-    """What is trained and averaged together."""
-    return nn.ModuleList([unet] if text_encoder is None else [unet, text_encoder])
+    optimizer = AdamW(unet.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return unet, nn.ModuleList(Average(unet, decay ** (batch / BATCH)) for decay in AVERAGES), optimizer
 
 
 def main() -> None:
@@ -218,7 +192,6 @@ def main() -> None:
     parser.add_argument("--assemble-every", type=int, default=64_000, help="images between two saved pipelines")
     parser.add_argument("--start-from", type=expanded_path, help="kept weights to go on from where there is no unet.pt")
     parser.add_argument("--rate", type=float, default=PEAK_LR, help="learning rate at its highest")
-    parser.add_argument("--text-rate", type=float, default=0.0, help="the text encoder's; 0: it stays as it is")
     parser.add_argument("--batch", type=int, default=BATCH, help="images of a step")
     parser.add_argument("--widths", type=int, nargs=2, default=WIDTHS, help="channels of the two levels")
     parser.add_argument(
@@ -241,21 +214,17 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
     latents = cache_latents(vae, scenes, args.work / "latents.npy")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32)
-    encoder.to(device).requires_grad_(args.text_rate > 0)  # type: ignore[arg-type]  # transformers hides the signature
-    learner = encoder if args.text_rate > 0 else None
-    prompts = Prompts(captions, tokenizer, encoder)
+    encoder = CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32).requires_grad_(False)
+    prompts = Prompts(captions, tokenizer, encoder.to(device))  # type: ignore[arg-type]  # transformers hides the signature
 
     channels = vae.config.latent_channels
-    weights, started = None, 0
+    unet, averages, optimizer = training_state(channels, widths=args.widths, device=device, batch=args.batch)
+    started = 0
     if args.start_from:
         kept = build_unet(channels, args.widths)
         started = start_from(args.start_from, kept)
-        weights = kept.state_dict()
-    unet, averages, optimizer = training_state(channels, weights, args.widths, device, args.batch, learner)
-    models = learning(unet, learner)
-    parts = {"unet": unet, "optimizer": optimizer, "averages": averages} | ({"text": learner} if learner else {})
-    checkpoint = Checkpoint(out / "unet.pt", **parts)
+        unet, averages, optimizer = training_state(channels, kept.state_dict(), args.widths, device, args.batch)
+    checkpoint = Checkpoint(out / "unet.pt", unet=unet, optimizer=optimizer, averages=averages)
     seen = checkpoint.restore() or started
     predict = torch.compile(unet) if args.compile else unet
     scheduler = build_scheduler()
@@ -267,8 +236,8 @@ def main() -> None:
     while seen < args.images:
         rng = np.random.default_rng((4, seen))
         torch.manual_seed(seen)
-        for group, rate in zip(optimizer.param_groups, (args.rate, args.text_rate), strict=False):
-            group["lr"] = learning_rate(seen, args.images, rate, warmup=500 * args.batch, tail=0.2)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(seen, args.images, args.rate, warmup=500 * args.batch, tail=0.2)
         batch = np.sort(rng.integers(HELD_BACK, len(latents), args.batch))
         x = near[torch.from_numpy(batch).to(device)].float()
         context = prompts.embed(np.where(rng.random(args.batch) < EMPTY_CAPTIONS, -1, batch))
@@ -280,11 +249,11 @@ def main() -> None:
             prediction: Tensor = predict(noisy, timesteps, context).sample
         loss = (prediction.float() - target).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         for average in averages:
-            cast(Average, average).update(models)
+            cast(Average, average).update(unet)
         seen += args.batch
         smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.005)
         bar.update(args.batch)
@@ -292,18 +261,15 @@ def main() -> None:
             bar.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
         checkpoint.save_when_due(seen)
         if seen % args.assemble_every < args.batch or seen >= args.images:
-            candidates, losses = [], []
+            candidates = []
             for average in averages:
-                averaged_unet = build_unet(channels, args.widths).to(device)
-                averaged_encoder = copy.deepcopy(encoder).requires_grad_(False)
-                cast(Average, average).copy_to(learning(averaged_unet, averaged_encoder if learner else None))
-                asked = Prompts(captions[:JUDGED], tokenizer, averaged_encoder)
-                losses.append(held_back_loss(averaged_unet, latents, asked))
-                candidates.append((averaged_unet, averaged_encoder))
-            best_unet, best_encoder = candidates[int(np.argmin(losses))]
-            keep(out / "unet_kept.safetensors", best_unet, seen)
-            best_unet.set_attn_processor(AttnProcessor2_0())
-            assemble(args.work, best_unet.half().cpu(), best_encoder.cpu(), out / "mini_base")
+                candidates.append(build_unet(channels, args.widths).to(device))
+                cast(Average, average).copy_to(candidates[-1])
+            losses = [held_back_loss(candidate, latents, prompts) for candidate in candidates]
+            best = candidates[int(np.argmin(losses))]
+            keep(out / "unet_kept.safetensors", best, seen)
+            best.set_attn_processor(AttnProcessor2_0())
+            assemble(args.work, best.half().cpu(), out / "mini_base")
             with (out / "unet_loss.csv").open("a") as log:
                 log.write(",".join([str(seen), *(f"{loss:.5f}" for loss in (smooth.item(), *losses))]) + "\n")
     checkpoint.save(seen)

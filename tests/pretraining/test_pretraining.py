@@ -277,9 +277,6 @@ def test_prompts_are_embedded_once_and_minus_one_is_the_empty_one():
             self.calls += len(ids)
             return SimpleNamespace(last_hidden_state=ids[..., None].float())
 
-        def parameters(self):
-            return []
-
     class Tokenizer:
         def __call__(self, texts, **_):
             return SimpleNamespace(input_ids=torch.tensor([[len(text)] * 3 for text in texts]))

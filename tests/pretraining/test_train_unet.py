@@ -94,23 +94,3 @@ def test_it_goes_on_from_kept_weights_and_their_count(work, monkeypatch):
     (first / "unet.pt").unlink()
     pretrain(monkeypatch, work, "cpu", "--start-from", str(kept), "--images", "96")
     assert [line.split(",")[0] for line in (first / "unet_loss.csv").read_text().splitlines()] == ["64", "96"]
-
-
-def text_weights(folder: Path) -> torch.Tensor:
-    """All weights of a text encoder in one row."""
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
-
-
-def test_a_text_encoder_with_a_rate_learns_and_goes_on_learning(work, monkeypatch):
-    out = pretrain(monkeypatch, work, "cpu", "--text-rate", "1e-3")
-    halfway = text_weights(out / "mini_base")
-    pretrain(monkeypatch, work, "cpu", "--text-rate", "1e-3", "--images", "128")
-    end = text_weights(out / "mini_base")
-    before = text_weights(work)
-    assert 0 < (halfway - before).norm() < (end - before).norm()
-
-
-def test_a_text_encoder_without_a_rate_stays_as_it_is(work, monkeypatch):
-    out = pretrain(monkeypatch, work, "cpu")
-    assert torch.equal(text_weights(out / "mini_base"), text_weights(work))
