@@ -95,9 +95,9 @@ def read_albums(subjects: Sequence[Subject], dino: ImageEncoder, judge: Judge) -
     """The photos of every subject, by its name."""
     albums = {}
     for subject in subjects:
-        photos = [open_image(path).convert("RGB") for path in subject.photos()]
+        photos = [open_image(path) for path in subject.photos()]
         answers = judge.answers(to_pixels(np.stack([np.asarray(photo) for photo in photos])))
-        class_right = float(np.mean([word == subject.class_word for word in answers["class_word"]]))
+        class_right = share([subject.class_word] * len(photos), answers["class_word"])
         features = dino.embed_images(photos)
         albums[subject.name] = Album(subject.class_word, features, frozenset(answers["background"]), class_right)
     return albums
