@@ -4,14 +4,14 @@
 
 Class and place of 200 prompts, class and colour of 72, and class of 200 with the name "sks" before it, by the miniature
 CLIP's zero-shot choice and by the second judge (`train_judge`); both judges' own accuracy on drawn scenes stands
-beside. Sharpness and Fréchet distance as `sharpness` and `frechet_distance` say. Writes `check.json` and `check.png`.
+beside. Sharpness and Fréchet distance as `sharpness` and `frechet_distance` say. Writes `check.json` and `check.webp`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from pretraining.unused_name import NAME
 from pretraining.world import BACKGROUNDS, COLORS, World, article
 
 STEPS, GUIDANCE, BATCH = 20, 3.0, 50
-Choose = Callable[[Tensor], dict[str, list[str]]]
+Choose = Callable[[Tensor], dict[str, list[Any]]]  # pictures to class words, backgrounds, (colour, class word) pairs
 COLORED_CLASSES = 8  # each in every colour
 COMPARED = 512  # pictures, and scenes, of which features are compared
 
@@ -82,11 +82,13 @@ def colored_prompts() -> list[tuple[str, str, str]]:
     return asked
 
 
-def chosen_colors(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> list[str]:
-    """The colour word that CLIP chooses for every picture."""
-    texts = [[f"a photo of {article(f'{color} {word}')}" for word in CLASSES] for color in COLORS]
+def chosen_pairs(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> list[tuple[str, str]]:
+    """The colour and class word that CLIP chooses together for every picture, from all pairs of them."""
+    pairs = [(color, word) for color in COLORS for word in CLASSES]
+    places = [phrases[0] for phrases in BACKGROUNDS.values()]
+    texts = [[f"a photo of {article(' '.join(pair))} {place}" for place in places] for pair in pairs]
     options = torch.stack([normalize(embed_text(clip, tokenizer, text).mean(0), dim=0) for text in texts])
-    return [list(COLORS)[i] for i in (embed_images(clip, pixels) @ options.T).argmax(1).tolist()]
+    return [pairs[i] for i in (embed_images(clip, pixels) @ options.T).argmax(1).tolist()]
 
 
 def sharpness(pictures: Tensor, reference: Tensor) -> float:
@@ -113,13 +115,10 @@ def share(wanted: Sequence[object], given: Sequence[object]) -> float:
     return float(np.mean([w == g for w, g in zip(wanted, given, strict=True)]))
 
 
-def right_on_scenes(facts: Sequence[dict[str, Any]], given: dict[str, list[str]]) -> dict[str, float]:
+def right_on_scenes(facts: Sequence[dict[str, Any]], given: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     """How often a judge's answers on drawn scenes are true; colour with class on the recoloured ones only."""
-    pairs = [
-        ((fact["color"], fact["class_word"]), (color, word))
-        for fact, color, word in zip(facts, given["color"], given["class_word"], strict=True)
-        if fact["color"]
-    ]
+    wanted = [(fact["color"], fact["class_word"]) for fact in facts]
+    pairs = [(want, pair) for want, pair in zip(wanted, given["pair"], strict=True) if want[0]]
     return {
         "class": share([fact["class_word"] for fact in facts], given["class_word"]),
         "background": share([fact["background"] for fact in facts], given["background"]),
@@ -137,7 +136,7 @@ def main() -> None:
         "--clip", type=expanded_path, default="data/mini_clip", help="CLIP that judges, as export_clip wrote it"
     )
     parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
-    parser.add_argument("--out", type=expanded_path, required=True, help="folder for check.json and check.png")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder for check.json and check.webp")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     clip, tokenizer, _ = read_open_clip(args.clip)
@@ -153,22 +152,25 @@ def main() -> None:
 
     def judged(choose: Choose) -> dict[str, float]:
         plain, in_color, by_name = (choose(some) for some in (pixels, tinted_pixels, named_pixels))
-        words, places, colors = [w for _, w, _ in asked], [b for _, _, b in asked], [c for _, _, c in colored]
-        pairs = list(zip(in_color["class_word"], in_color["color"], strict=True))
+        words, places, pairs = [w for _, w, _ in asked], [b for _, _, b in asked], [(c, w) for _, w, c in colored]
         return {
             "class": share(words, plain["class_word"]),
             "background": share(places, plain["background"]),
-            "color": share(colors, in_color["color"]),
-            "color_and_class": share([(w, c) for _, w, c in colored], pairs),
+            "color": share([c for c, _ in pairs], [c for c, _ in in_color["pair"]]),
+            "color_and_class": share(pairs, in_color["pair"]),
             "class_with_unused_name": share([w for _, w in named], by_name["class_word"]),
         }
 
-    def by_clip(some: Tensor) -> dict[str, list[str]]:
-        return zero_shot(clip, tokenizer, some) | {"color": chosen_colors(clip, tokenizer, some)}
+    def by_clip(some: Tensor) -> dict[str, list[Any]]:
+        return zero_shot(clip, tokenizer, some) | {"pair": chosen_pairs(clip, tokenizer, some)}
+
+    def by_judge(some: Tensor) -> dict[str, list[Any]]:
+        answers = judge.answers(some)
+        return answers | {"pair": list(zip(answers["color"], answers["class_word"], strict=True))}
 
     facts = scene_facts(args.work)[:2048]
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")[:2048]
-    on_scenes = {"clip": by_clip(to_pixels(scenes)), "judge": judge.answers(to_pixels(scenes))}
+    on_scenes = {"clip": by_clip(to_pixels(scenes)), "judge": by_judge(to_pixels(scenes))}
 
     world, rng = World(args.work), np.random.default_rng(8)
     same = [world.draw(rng, world.classes[w][rng.integers(len(world.classes[w]))], b) for _, w, b in asked]
@@ -183,7 +185,7 @@ def main() -> None:
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "by_clip": judged(by_clip),
-        "by_judge": judged(judge.answers),
+        "by_judge": judged(by_judge),
         "on_scenes": {name: right_on_scenes(facts, given) for name, given in on_scenes.items()},
         "sharpness": sharpness(pixels, reconstructed(vae, to_pixels(np.stack(same)))),
         "frechet_distance": {
@@ -195,7 +197,7 @@ def main() -> None:
     print(json.dumps(report, indent=2))
     (args.out / "check.json").write_text(json.dumps(report, indent=2) + "\n")
     labels = [f"{w}, {b}" for _, w, b in asked[:80]] + [f"{c} {w}" for _, w, c in colored[::2]]
-    sheet(np.concatenate([images[:80], tinted[::2]]), labels).save(args.out / "check.png")
+    sheet(np.concatenate([images[:80], tinted[::2]]), labels).save(args.out / "check.webp", quality=90)
 
 
 if __name__ == "__main__":

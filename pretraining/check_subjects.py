@@ -5,13 +5,14 @@
 
 For each subject: likeness (DINO's similarity of the drawn pictures to the photos, over that of the photos among each
 other), the same for the base model's pictures, and what else `measure` says. Adapters, pictures and contact sheets lie
-in `<out>/<subject>`, the figures in `<out>/subjects.json`; subjects that are in it already are not trained again.
+in `<out>/<subject>`, the figures in `<out>/subjects.json`; what is there already is neither trained nor measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from eval.subjects import Subject, read_subjects
+from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
@@ -42,7 +45,11 @@ PICTURES = 2  # of each place
 
 
 def train_on(subject: Subject, base: Path, settings: dict[str, Any], folder: Path) -> Path:
-    """Train on the subject as a user would, but for `settings`; returns the adapter's file."""
+    """Train on the subject as a user would, but for `settings`; returns the adapter's file. What is there stays."""
+    adapter = folder / "adapter.safetensors"
+    if adapter.exists():
+        return adapter
+    shutil.rmtree(folder, ignore_errors=True)  # the rest of a run that was stopped
     quiet = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 0}
     values = {
         "instance_data_dir": str(subject.folder),
@@ -113,7 +120,7 @@ def measure(
     """What the judges say of pictures of a subject, each with the place that was asked for.
 
     likeness: to the photos, as a share of the photos' own.
-    subject: share of pictures whose nearest photo, of all subjects, is one of this subject.
+    recognised: share of pictures whose nearest photo, of all subjects, is one of this subject.
     place, class: shares that the second judge names right; class_of_photos: the same for the photos, as it may not
     know things that it has never seen.
     copies: of the pictures in places that no photo shows, the share that is nearer to a photo than the photos are to
@@ -125,7 +132,7 @@ def measure(
     asked = [place for place, _ in pictures]
     elsewhere = features[[place not in album.places for place in asked]]
     return closeness(features, elsewhere, album.features) | {
-        "subject": recognised(features, name, {name: album.features for name, album in albums.items()}),
+        "recognised": recognised(features, name, {name: album.features for name, album in albums.items()}),
         "place": share(asked, answers["background"]),
         "class": share([album.class_word] * len(pictures), answers["class_word"]),
         "class_of_photos": album.class_right,
@@ -148,6 +155,24 @@ def recognised(pictures: Tensor, name: str, photos_of: Mapping[str, Tensor]) -> 
     return float((nearest.argmax(0) == list(photos_of).index(name)).float().mean())
 
 
+def measurements(path: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a file of measurements, `settings` and `rows`; a new file has no rows.
+
+    path: the file. base: the pipeline that is measured. settings: what else must not change between its rows.
+
+    Raises SystemExit if the file was begun on another base or with other settings.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    wanted = dict(settings) | {"base": fingerprint(pipeline.unet, [pipeline.text_encoder])}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": wanted, "rows": []}, indent=1) + "\n")
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content["settings"] != wanted:
+        raise SystemExit(f"{path}: was measured on another base or with other settings; give another --out")
+    return content
+
+
 def runs_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser of what all runs on subjects need: judges, base, subjects, and where results go."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,27 +189,28 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
     parser.add_argument("--guidance_scale", type=float, help="of the pictures; by default as in training")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "subjects.json"
     settings = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in args.set)}
-    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "subjects": {}}
+    report = measurements(path, args.base, settings | {"guidance_scale": args.guidance_scale})
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
     subjects = read_subjects(args.subjects)
     albums = read_albums(subjects, dino, judge)
+    rows: list[dict[str, Any]] = report["rows"]
+    done = {row["subject"] for row in rows}
     for subject in subjects:
-        if subject.name in report["subjects"]:
+        if subject.name in done:
             continue
         folder = args.out / subject.name
         adapter = train_on(subject, args.base, settings, folder)
+        shutil.rmtree(folder / "images", ignore_errors=True)
         draw_places(adapter, args.base, args.guidance_scale, folder / "images", compare=True)
         pictures = drawn(folder / "images")
-        row = measure(subject.name, albums, pictures["adapter"], dino, judge)
-        row["likeness_of_base"] = measure(subject.name, albums, pictures["base"], dino, judge)["likeness"]
-        report["subjects"][subject.name] = row
-        rows = report["subjects"].values()
-        report["mean"] = {name: float(np.mean([row[name] for row in rows])) for name in row}
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        print(subject.name, json.dumps(row))
+        figures = measure(subject.name, albums, pictures["adapter"], dino, judge)
+        figures["likeness_of_base"] = measure(subject.name, albums, pictures["base"], dino, judge)["likeness"]
+        rows.append({"subject": subject.name} | figures)
+        report["mean"] = {name: float(np.mean([row[name] for row in rows])) for name in figures}
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(rows[-1]))
     print("mean", json.dumps(report["mean"]))
 
 

@@ -16,18 +16,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
 
 from eval.pick_checkpoint import adapters_of
 from eval.subjects import read_subjects
-from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.scoring.encoders import load_dino
-from pretraining.check_subjects import draw_places, drawn, measure, read_albums, runs_parser, train_on
+from pretraining.check_subjects import draw_places, drawn, measure, measurements, read_albums, runs_parser, train_on
 from pretraining.train_judge import load_judge
 
 TEXT_SHARE = 0.02  # of the rate, for the text encoder
 SETTINGS = ("learning_rate", "step", "guidance_scale")
-FIGURES = ("likeness", "subject", "place", "copies")
+FIGURES = ("likeness", "recognised", "place", "copies")
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -44,13 +42,13 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 def table(rows: Sequence[dict[str, float]]) -> str:
     """The means in Markdown."""
     lines = [
-        "| rate | steps | guidance | likeness | subject right | place right | copies |",
+        "| rate | steps | guidance | likeness | recognised | place right | copies |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
             f"| {row['learning_rate']:.0e} | {row['step']:.0f} | {row['guidance_scale']:g} | {row['likeness']:.2f} "
-            f"| {row['subject']:.0%} | {row['place']:.0%} | {row['copies']:.0%} |"
+            f"| {row['recognised']:.0%} | {row['place']:.0%} | {row['copies']:.0%} |"
         )
     return "\n".join(lines)
 
@@ -62,13 +60,8 @@ def main() -> None:
     parser.add_argument("--checkpointing_steps", type=int, default=200, help="steps between two checkpoints")
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[2, 3, 4])
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sweep.json"
-    base = StableDiffusionPipeline.from_pretrained(args.base)
-    settings = {"steps": args.steps, "base": fingerprint(base.unet, [base.text_encoder])}
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "rows": []}
-    if content["settings"] != settings:
-        raise SystemExit(f"{path}: was measured on another base or with other steps; give another --out")
+    content = measurements(path, args.base, {"steps": args.steps})
     rows: list[dict[str, Any]] = content["rows"]
     done = {(row["subject"], *(row[name] for name in SETTINGS)) for row in rows}
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
@@ -83,9 +76,7 @@ def main() -> None:
                 "max_train_steps": args.steps,
                 "checkpointing_steps": args.checkpointing_steps,
             }
-            if not (folder / "adapter.safetensors").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                train_on(subject, args.base, values, folder)
+            train_on(subject, args.base, values, folder)
             for step, adapter in sorted(adapters_of(folder).items()):
                 for guidance in args.guidance_scales:
                     if (subject.name, rate, step, guidance) in done:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 DATA = Path(__file__).parent.parent / "data"
-LIMIT = 32 * 2**20  # bytes, of the miniature base
+LIMIT = 48 * 2**20  # bytes, of the miniature base and the encoders that judge it
 
 
 def test_subjects_have_pictures_and_words():
@@ -33,9 +33,11 @@ def test_dreambooth_prompt_lists_are_whole(name):
     assert all("{0} {1}" in prompt for prompt in prompts)
 
 
-def test_base_is_small_and_has_stable_diffusions_files():
+def test_base_and_encoders_are_small_and_the_base_has_stable_diffusions_files():
     base = DATA / "mini_base"
-    files = [path for path in base.rglob("*") if path.is_file()]
+    files = [
+        path for name in ("mini_base", "mini_clip", "mini_dino") for path in (DATA / name).rglob("*") if path.is_file()
+    ]
     assert sum(path.stat().st_size for path in files) <= LIMIT
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "model_index.json", "scheduler/scheduler_config.json"):

@@ -68,7 +68,7 @@ class TrainingConfig(Settings):
       itself predicts for the photos and the class prompt, which needs no pictures.
     prior_loss_weight: weight of the class's loss.
     num_class_images: class images to train on; the base model draws missing ones, and surplus ones are not used.
-    max_train_steps: optimizer steps; by default 3000 as in the paper, 500 on a miniature base.
+    max_train_steps: optimizer steps; by default 3000 as in the paper, 600 on a miniature base.
     train_batch_size: photos in a batch, on each device (and as many samples of the class with prior preservation).
     gradient_accumulation_steps: batches in one optimizer step; by default what accelerate's launcher says.
     gradient_checkpointing: recompute activations in the backward pass: less memory, slower.

@@ -298,14 +298,15 @@ def test_a_prompt_is_needed(visit):
 # 5 Take home
 
 
-def test_each_format_is_made_and_downloaded(visit, tmp_path):
+def test_each_format_is_made_and_downloaded(visit, server, tmp_path):
     visit.step("5 Take home")
     visit.wait(lambda: "adapter.safetensors" in visit.text("files"), "adapter")
     labels = ("LoRA for ComfyUI", "whole model in one file", "full differences", "whole model as a folder")
     for label in (*labels, "LoRA for diffusers"):
+        before = len(list(server.folder.glob("app/jobs/*")))
         visit.page.get_by_label(label).check()
-        visit.page.click("#make")
-        visit.page.wait_for_timeout(300)
+        visit.page.click("#make")  # the page takes no second click while it works on the first
+        visit.wait(lambda known=before: len(list(server.folder.glob("app/jobs/*"))) > known, f"export of {label}")
     wanted = {"adapter.safetensors", "kohya_lora_rank64.safetensors", "diffusers_lora_rank64.safetensors"}
     wanted |= {"merged.safetensors", "merged.zip", "diff.safetensors"}
     links = visit.page.locator("#files a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -18,12 +19,12 @@ from eval.subjects import Subject
 from gsoft_diffusion.sampling.pictures import save_png
 from pretraining import unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
-from pretraining.check_subjects import closeness, drawn, measure, read_albums, recognised
+from pretraining.check_subjects import closeness, drawn, measure, measurements, read_albums, recognised
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.color_words import caption_pairs, composed
 from pretraining.kept_weights import keep, start_from
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite
-from pretraining.sweep_subjects import means, table
+from pretraining.sweep_subjects import SETTINGS, means, table
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
 from pretraining.train_judge import Judge, numbered
@@ -358,7 +359,8 @@ def test_a_judge_is_right_about_color_and_class_only_where_both_are():
         {"class_word": "cat", "background": "snow", "color": "red"},
         {"class_word": "cat", "background": "snow", "color": None},
     ]
-    given = {"class_word": ["dog", "dog", "cat"], "background": ["snow", "city", "snow"], "color": ["red"] * 3}
+    given = {"class_word": ["dog", "dog", "cat"], "background": ["snow", "city", "snow"]}
+    given["pair"] = [("red", word) for word in given["class_word"]]
     found = right_on_scenes(facts, given)
     assert found == {"class": pytest.approx(2 / 3), "background": pytest.approx(2 / 3), "color_and_class": 0.5}
 
@@ -394,13 +396,23 @@ def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
 def test_a_sweep_s_means_are_over_subjects_of_one_setting():
     rows = [
         {"subject": subject, "learning_rate": rate, "step": 200, "guidance_scale": 3.0}
-        | {"likeness": likeness, "subject": 1.0, "place": 0.5, "copies": 0.0}
+        | {"likeness": likeness, "recognised": 1.0, "place": 0.5, "copies": 0.0}
         for subject, rate, likeness in [("cap", 4e-4, 0.9), ("cap", 1e-4, 0.6), ("taxi", 1e-4, 0.8)]
     ]
     low, high = means(rows)
     assert (low["learning_rate"], low["likeness"], low["subjects"]) == (1e-4, pytest.approx(0.7), 2)
     assert (high["learning_rate"], high["likeness"], high["subjects"]) == (4e-4, pytest.approx(0.9), 1)
     assert table([low]).splitlines()[-1] == "| 1e-04 | 200 | 3 | 0.70 | 100% | 50% | 0% |"
+
+
+def test_measurements_go_on_with_the_same_base_and_settings_alone(base, tmp_path):
+    path = tmp_path / "out" / "measurements.json"
+    content = measurements(path, base, {"steps": 8})
+    assert content["rows"] == []
+    path.write_text(json.dumps(content | {"rows": [{"subject": "cap"}]}))
+    assert measurements(path, base, {"steps": 8})["rows"] == [{"subject": "cap"}]
+    with pytest.raises(SystemExit, match="other settings"):
+        measurements(path, base, {"steps": 9})
 
 
 def test_judges_measure_pictures_and_photos_of_a_subject(tmp_path):
@@ -423,7 +435,8 @@ def test_judges_measure_pictures_and_photos_of_a_subject(tmp_path):
         subjects.append(Subject(name, "bear", False, tmp_path / name))
     albums = read_albums(subjects, Mean(), Told())
     found = measure("ted", albums, [("snow", red), ("space", blue)], Mean(), Told())
-    assert found["subject"] == found["class"] == found["place"] == 0.5
+    assert not found.keys() & {"subject", *SETTINGS}  # which say whose figures and at which setting these are
+    assert found["recognised"] == found["class"] == found["place"] == 0.5
     assert found["class_of_photos"] == pytest.approx(2 / 3)  # the judge takes purple for blue
     assert found["copies"] == 0  # the red picture is of a place that a photo shows; the blue one is not near
 
