@@ -61,7 +61,8 @@ def train_on(subject: Subject, base: Path, settings: dict[str, Any], folder: Pat
 
 
 def draw_places(adapter: Path, base: Path, guidance: float | None, folder: Path, compare: bool = False) -> None:
-    """Draw the subject in every place into a folder; compare: the base model's pictures as well."""
+    """Draw the subject in every place into a new folder; compare: the base model's pictures as well."""
+    shutil.rmtree(folder, ignore_errors=True)  # the rest of a call that was stopped
     draw(
         GenerationConfig(
             adapter=(str(adapter),),
@@ -202,7 +203,6 @@ def main() -> None:
             continue
         folder = args.out / subject.name
         adapter = train_on(subject, args.base, settings, folder)
-        shutil.rmtree(folder / "images", ignore_errors=True)
         draw_places(adapter, args.base, args.guidance_scale, folder / "images", compare=True)
         pictures = drawn(folder / "images")
         figures = measure(subject.name, albums, pictures["adapter"], dino, judge)

@@ -11,7 +11,6 @@ done again; the table of means over the subjects is printed.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +81,6 @@ def main() -> None:
                     if (subject.name, rate, step, guidance) in done:
                         continue
                     images = folder / f"images-{step}-{guidance:g}"
-                    shutil.rmtree(images, ignore_errors=True)
                     draw_places(adapter, args.base, guidance, images)
                     pictures = drawn(images)["adapter"]
                     row: dict[str, Any] = {"subject": subject.name}

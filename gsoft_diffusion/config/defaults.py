@@ -6,7 +6,7 @@ from __future__ import annotations
 # The paper trains no text encoder; there a tenth of the denoiser's rate is a guess.
 FULL_SIZE = {"max_train_steps": 3000, "learning_rate": 2e-5, "text_encoder_lr": 2e-6}
 MINIATURE = {"max_train_steps": 600, "learning_rate": 2e-4, "text_encoder_lr": 4e-6}
-GUIDANCE, MINIATURE_GUIDANCE = 5.0, 3.0  # above it the miniature's shapes come apart
+GUIDANCE, MINIATURE_GUIDANCE = 5.0, 3.0  # with MINIATURE, by the sweep in data/README.md
 MINIATURE_BELOW = 128  # pixels, the side of the pictures that a base was made for
 
 # An adapter's blocks. With 32 of them, the paper's, the numbers grow with the square of a layer's width: that is for
