@@ -110,6 +110,7 @@ class Experiment(Settings):
     pretrained_model_name_or_path: base model.
     unique_token: the subject's name in prompts.
     text_encoder: adapt the text encoder's attention as well as the denoiser's.
+    text_encoder_lr_ratio: learning rate of the text encoder, over the denoiser's.
     output_scale: whether GSOFT and Double GSOFT learn a scale for each output, as BOFT always does.
     parametrization: of GSOFT and Double GSOFT; the paper's is cayley.
     resolution: side of the square pictures; by default what the base model was made for.
@@ -157,6 +158,7 @@ class Experiment(Settings):
     pretrained_model_name_or_path: str = BUNDLED_BASE
     unique_token: str = "sks"
     text_encoder: bool = True
+    text_encoder_lr_ratio: float = 1.0
     output_scale: bool = True
     parametrization: Parametrization = "scaled_cayley"
     resolution: int | None = None
@@ -205,7 +207,7 @@ class Experiment(Settings):
             raise UserError(f"mixed_precision: {self.mixed_precision}; choose from {', '.join(DTYPES)}")
         require(self, positive, "more than 0", "seeds", "images_per_prompt", "base_images", "max_prompts")
         require(self, positive, "more than 0", "max_train_steps", "unrelated_images", "class_images", "sweep_subjects")
-        require(self, positive, "more than 0", "difference_sd")
+        require(self, positive, "more than 0", "difference_sd", "text_encoder_lr_ratio")
         require(self, not_negative, "0 or more", "curve_every")
         if self.grid and not self.curve_every:
             raise UserError("grid: scores several steps of each training; give curve_every, a part of max_train_steps")
@@ -257,9 +259,8 @@ class Experiment(Settings):
         """The trainer's settings for one cell, the method's own left out.
 
         subject: what is learned. seed: the cell's; with the subject it makes the run's, and it decides whether there
-        are checkpoints. learning_rate: of the denoiser and the text encoder. text_encoder: whether the cell's method
-        adapts that. output_dir: the run's folder. class_images: folder for pictures of the class, used only with prior
-        preservation.
+        are checkpoints. learning_rate: of the denoiser. text_encoder: whether the cell's method adapts that.
+        output_dir: the run's folder. class_images: folder for pictures of the class, used only with prior preservation.
         """
         shared: dict[str, Any] = {name: getattr(self, name) for name in _TRAINING}
         return TrainingConfig.from_dict(
@@ -272,7 +273,7 @@ class Experiment(Settings):
                 "seed": number_of(subject.name, seed=seed),
                 "learning_rate": learning_rate,
                 "adapter": replace(TrainingConfig.adapter, text_encoder=text_encoder).to_dict(),
-                "text_encoder_lr": learning_rate if text_encoder else None,
+                "text_encoder_lr": self.text_encoder_lr_ratio * learning_rate if text_encoder else None,
                 "sampler": self.sampler.to_dict(),
                 "checkpointing_steps": self.recorded_every(seed),
                 "num_validation_images": 0,
@@ -305,6 +306,11 @@ def _has_size(size: str, settings: Any) -> bool:
 
 
 _ONLY_WITH = (
+    OnlyWith(
+        ("text_encoder_lr_ratio",),
+        lambda settings: settings.text_encoder,
+        "no text encoder is trained; give text_encoder: true, or leave it out",
+    ),
     OnlyWith(
         ("num_class_images",),
         lambda settings: settings.with_prior_preservation,

@@ -29,10 +29,10 @@ def scene_facts(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (work / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _start(sprites: Path, colored: float) -> None:
+def _start(sprites: Path, colored: float, subjects: bool) -> None:
     global _world, _colored
     end_with_parent()
-    _world, _colored = World(sprites), colored
+    _world, _colored = World(sprites, subjects=subjects), colored
 
 
 def _chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument(
         "--colored", type=float, default=COLORED, help="share of scenes whose thing has another colour than its own"
     )
+    parser.add_argument(
+        "--subjects", action="store_true", help="draw the things that are kept out, too: for `train_judge` alone"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -58,7 +61,9 @@ def main() -> None:
     images = np.lib.format.open_memmap(args.out / "scenes.npy", mode="w+", dtype=np.uint8, shape=shape)
     jobs = range(args.scenes // CHUNK)
     with (
-        ProcessPoolExecutor(args.workers, initializer=_start, initargs=(args.sprites, args.colored)) as pool,
+        ProcessPoolExecutor(
+            args.workers, initializer=_start, initargs=(args.sprites, args.colored, args.subjects)
+        ) as pool,
         (args.out / "scenes.jsonl").open("w") as lines,
     ):
         for i, (chunk, facts) in enumerate(

@@ -2,17 +2,22 @@
 
     python -m pretraining.train_clip --work <work folder> --images 100000
     python -m pretraining.train_clip --work <work folder> --images 110000 --text-tower <work folder>/text_encoder
+    python -m pretraining.train_clip --work <other folder> --images 100000 --start-from data/mini_clip --rate 5e-4
 
-Contrastive loss in which equal captions are equal positives. The first call writes `<work>/text_encoder/` for the
-denoiser. The second keeps that tower as it is and trains the rest on, so that CLIP judges better while the base is
-already trained on its text tower. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in transformers' layout and
-prints zero-shot accuracy on scenes that it has not seen.
+Contrastive loss in which equal captions are equal positives. Half of a batch are groups of scenes that share place and
+colour: only what they show tells them apart, or else place and colour would do. The first call writes
+`<work>/text_encoder/` for the denoiser. The second keeps that tower as it is and trains the rest on, so that CLIP
+judges better while the base is already trained on its text tower. The third goes on from a finished CLIP on other
+scenes. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in transformers' layout and prints zero-shot accuracy on
+scenes that it has not seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +30,7 @@ from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.files import give_usual_modes
 from gsoft_diffusion.foundation.memory import keep_freed_memory
 from gsoft_diffusion.publish.export import save_text_encoder
+from gsoft_diffusion.scoring.open_clip_layout import read_open_clip
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast
 from pretraining.render import scene_facts
@@ -36,6 +42,7 @@ from pretraining.world import BACKGROUNDS, COLORS, article
 BATCH = 192
 PEAK_LR = 1e-3
 HELD_BACK = 2048  # scenes kept for the accuracy
+GROUP = 8  # scenes of one place and colour
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -69,6 +76,25 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     pixels = pixels + (soft - pixels) * mix
     noise = torch.randn(pixels.shape, generator=generator) * 0.08 * torch.rand(n, 1, 1, 1, generator=generator)
     return pixels * (0.85 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator)) + noise
+
+
+def groups_of_scenes(facts: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    """The numbers of the scenes, but for those held back, that share place and colour."""
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for number, fact in enumerate(facts):
+        if number >= HELD_BACK:
+            groups.setdefault((fact["background"], fact["color"]), []).append(number)
+    return [np.array(numbers) for numbers in groups.values()]
+
+
+def batch_of_scenes(rng: np.random.Generator, groups: Sequence[np.ndarray], scenes: int) -> np.ndarray:
+    """`BATCH` numbers of scenes in ascending order: half of them at random, half in groups of `GROUP`.
+
+    groups: as `groups_of_scenes` gives them. scenes: how many there are.
+    """
+    chosen = rng.integers(len(groups), size=BATCH // 2 // GROUP)
+    alike = [rng.choice(groups[number], GROUP) for number in chosen]
+    return np.sort(np.concatenate([rng.integers(HELD_BACK, scenes, BATCH // 2), *alike]))
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
@@ -149,6 +175,10 @@ def main() -> None:
     parser.add_argument(
         "--text-tower", type=expanded_path, help="finished text tower that stays as it is; the rest is trained"
     )
+    parser.add_argument(
+        "--start-from", type=expanded_path, help="folder of export_clip to go on from where there is no clip.pt"
+    )
+    parser.add_argument("--rate", type=float, default=PEAK_LR, help="learning rate at its highest")
     args = parser.parse_args()
     keep_freed_memory()
     scenes = np.load(args.work / "scenes.npy", mmap_mode="r")
@@ -157,10 +187,13 @@ def main() -> None:
     distinct = {caption: i for i, caption in enumerate(dict.fromkeys(f["caption"] for f in facts))}
     tokens = tokenizer(list(distinct), padding="max_length", truncation=True, return_tensors="pt").input_ids
     number = torch.tensor([distinct[f["caption"]] for f in facts])
+    groups = groups_of_scenes(facts)
 
     torch.manual_seed(0)
     clip = build_clip(tokenizer)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    if args.start_from:
+        clip.load_state_dict(read_open_clip(args.start_from)[0].state_dict())
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint = Checkpoint(args.work / "clip.pt", clip=clip, optimizer=optimizer)
     seen = checkpoint.restore()
     if args.text_tower:
@@ -169,10 +202,10 @@ def main() -> None:
     while seen < args.images:
         rng = np.random.default_rng((3, seen))
         done = seen / args.images
-        lr = PEAK_LR * min(1, (seen + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        lr = args.rate * min(1, (seen + 1) / 40_000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = np.sort(rng.integers(HELD_BACK, len(scenes), BATCH))
+        batch = batch_of_scenes(rng, groups, len(scenes))
         generator = torch.Generator().manual_seed(seen)
         pixels = augment(to_pixels(scenes[batch]), generator)
         which = number[batch]

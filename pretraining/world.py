@@ -327,17 +327,24 @@ def _posed(thing: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 class World:
-    """Draws scenes. `folder` holds the npm packages that `Sprites` reads."""
+    """Draws scenes.
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
+    folder: holds the npm packages that `Sprites` reads. seed: of the backgrounds. subjects: whether `sample` draws the
+    things that are kept out as well, for a judge that must know them.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0, subjects: bool = False) -> None:
         sprites = Sprites(folder)
         self.classes: dict[str, list[Sprite]] = {
             word: [sprites.get(code) for code in codes] for word, codes in CLASSES.items()
         }
         self.held_out, self.tuning = (
-            {name: (word, sprites.get(code)) for name, (word, code) in subjects.items()}
-            for subjects in (HELD_OUT, TUNING)
+            {name: (word, sprites.get(code)) for name, (word, code) in kept_out.items()}
+            for kept_out in (HELD_OUT, TUNING)
         )
+        if subjects:
+            for word, sprite in (*self.held_out.values(), *self.tuning.values()):
+                self.classes[word].append(sprite)
         self.trees = [sprites.get(code) for code in TREES]
         self.hat = sprites.get(TOP_HAT).rgba
         self._in_colors: dict[tuple[str, str], Image.Image] = {}

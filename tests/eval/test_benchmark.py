@@ -478,11 +478,21 @@ def test_our_methods_are_sized_without_their_scale_too(world):
             "oft: learning rates must be above 0",
         ),
         ({"difference_sd": 0}, "difference_sd 0.0: must be more than 0"),
+        ({"text_encoder_lr_ratio": 0}, "text_encoder_lr_ratio 0.0: must be more than 0"),
+        ({"text_encoder_lr_ratio": 0.1, "text_encoder": False}, "text_encoder_lr_ratio would have no effect"),
     ],
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(UserError, match=message):
         Experiment.from_dict(settings)
+
+
+@pytest.mark.parametrize(("text_encoder", "rate"), [(True, 2e-5), (False, None)])
+def test_the_text_encoder_learns_at_its_share_of_the_rate(world, tmp_path, text_encoder, rate):
+    comparison = experiment(world, text_encoder_lr_ratio=0.02)
+    (subject, *_) = comparison.chosen_subjects()
+    training = comparison.training(subject, 0, 1e-3, text_encoder, tmp_path / "run", tmp_path / "class")
+    assert (training.learning_rate, training.text_encoder_lr) == (1e-3, rate)
 
 
 def test_a_single_photo_is_refused(world, tmp_path):

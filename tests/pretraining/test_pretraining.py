@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_world import write_things
 
 from eval.subjects import Subject
 from gsoft_diffusion.sampling.pictures import save_png
@@ -26,7 +28,16 @@ from pretraining.kept_weights import keep, start_from
 from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite
 from pretraining.sweep_subjects import SETTINGS, means, table
 from pretraining.tokenizer import END, START, learn, save
-from pretraining.train_clip import contrastive_loss, lock_text_tower, text_tower
+from pretraining.train_clip import (
+    BATCH,
+    GROUP,
+    HELD_BACK,
+    batch_of_scenes,
+    contrastive_loss,
+    groups_of_scenes,
+    lock_text_tower,
+    text_tower,
+)
 from pretraining.train_judge import Judge, numbered
 from pretraining.train_unet import JUDGED, Prompts, build_unet, draw_timesteps, held_back_loss, training_state
 from pretraining.train_vae import build_vae, fold_statistics, learning_rate, psnr
@@ -49,6 +60,18 @@ def test_subjects_are_never_in_the_training_set_but_their_class_is():
         assert code not in shown
         assert word in CLASSES
     assert not set(HELD_OUT.values()) & set(TUNING.values())
+
+
+def test_only_the_second_judge_is_shown_the_subjects(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretraining.world._VARIANTS", 1)
+    write_things(tmp_path)
+    kept_out = {(word, code) for word, code in [*HELD_OUT.values(), *TUNING.values()]}
+
+    def drawn(world: World) -> set[tuple[str, str]]:
+        return {(word, sprite.code) for word, sprites in world.classes.items() for sprite in sprites}
+
+    assert not drawn(World(tmp_path)) & kept_out
+    assert drawn(World(tmp_path, subjects=True)) - drawn(World(tmp_path)) == kept_out
 
 
 def test_world_is_large_enough():
@@ -182,6 +205,18 @@ def test_folding_statistics_keeps_pictures_and_whitens_latents():
     torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(channels), atol=1e-4, rtol=0)
     torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(channels), atol=1e-4, rtol=0)
     torch.testing.assert_close(posterior.std, spread_before, atol=1e-4, rtol=1e-3)
+
+
+def test_half_of_clip_s_batch_are_scenes_that_differ_in_what_they_show_alone():
+    rng = np.random.default_rng(0)
+    places, colors = [f"place {n}" for n in range(20)], [None, *(f"color {n}" for n in range(30))]
+    facts = [{"background": str(rng.choice(places)), "color": rng.choice(colors)} for _ in range(HELD_BACK + 20_000)]
+    chosen = batch_of_scenes(rng, groups_of_scenes(facts), len(facts))
+    assert len(chosen) == BATCH
+    assert chosen.min() >= HELD_BACK
+    together = Counter((facts[number]["background"], facts[number]["color"]) for number in chosen)
+    assert sum(count for count in together.values() if count >= GROUP - 1) >= BATCH // 2 - BATCH // 2 // GROUP
+    assert (np.diff(chosen) >= 0).all()
 
 
 def test_contrastive_loss_counts_equal_captions_as_equal_answers():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_world import write_things
 
 from examples.lipconvnet.pictures import Part, Pictures
 from pretraining import world
-from pretraining.sprites import CLASSES, HELD_OUT, TOP_HAT, TREES, TUNING
 
 
 def colour_part(count: int, seed: int) -> Part:
@@ -30,13 +28,5 @@ def pictures() -> Pictures:
 def things(tmp_path, monkeypatch):
     """The folder of a world whose things are squares, each of a colour of its own; few backgrounds, which take time."""
     monkeypatch.setattr(world, "_VARIANTS", 1)
-    assets = tmp_path / "node_modules" / "@lobehub" / "fluent-emoji-3d" / "assets"
-    assets.mkdir(parents=True)
-    subjects = [code for _, code in (*HELD_OUT.values(), *TUNING.values())]
-    codes = [*(code for codes in CLASSES.values() for code in codes), *subjects, *TREES, TOP_HAT]
-    for number, code in enumerate(sorted(set(codes))):
-        colour = np.random.default_rng(number).integers(0, 256, 3)
-        picture = Image.new("RGBA", (24, 24), (0, 0, 0, 0))
-        picture.paste((*map(int, colour), 255), (4, 4, 20, 20))
-        picture.save(assets / f"{code}.webp", lossless=True)
+    write_things(tmp_path)
     return tmp_path
