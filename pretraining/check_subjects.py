@@ -122,8 +122,8 @@ def measure(
 
     likeness: to the photos, as a share of the photos' own.
     recognised: share of pictures whose nearest photo, of all subjects, is one of this subject.
-    place, class: shares that the second judge names right; class_of_photos: the same for the photos, as it may not
-    know things that it has never seen.
+    place, class: shares that the second judge names right; class_of_photos: the same for the photos, which says whether
+    the judge knows the thing: it does if its scenes were drawn with `render --subjects`.
     copies: of the pictures in places that no photo shows, the share that is nearer to a photo than the photos are to
     each other.
     """
