@@ -129,7 +129,7 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
         "curve": best.curve,
         "best_step": best.step,
         "validation": best.score,
-        "test": task_score(task, prediction),
+        "test": prediction.metrics["test_score"],
         "answers": [round(float(answer), 4) for answer in answers(task, prediction.predictions)],
         "truth": [round(float(label), 4) for label in prediction.label_ids],
     }
