@@ -15,8 +15,11 @@ demo: $(VENV)/.installed
 app: $(VENV)/.installed-app
 	$(BIN)/python -m gsoft_diffusion.app $(APP)
 
+# Two processes of one thread each, which two cores finish sooner than one process. The tests of a file stay together.
+TESTED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(TESTED)
 
 # Comparisons on a Ray and on a Slurm cluster, which are started on this machine and ended again; see docs/cluster.md.
 cluster-test: $(VENV)/.installed-cluster
@@ -27,7 +30,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(TESTED)
 
 # A hundred thousand hostile adapter files; what it printed is in docs/reliability/fuzz.txt.
 fuzz: $(VENV)/.installed-dev
