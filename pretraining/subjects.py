@@ -13,10 +13,15 @@ import numpy as np
 from PIL import Image
 
 from gsoft_diffusion.config.command_line import expanded_path
-from pretraining.sprites import ANIMALS
+from pretraining.sprites import ANIMALS, Sprite
 from pretraining.world import BACKGROUNDS, World
 
 PICTURES = 5
+
+
+def photo(world: World, rng: np.random.Generator, sprite: Sprite, place: str) -> Image.Image:
+    """A picture of a subject in one of the `BACKGROUNDS`."""
+    return Image.fromarray(world.draw(rng, sprite, place, size=(38, 54)))
 
 
 def main() -> None:
@@ -35,7 +40,7 @@ def main() -> None:
         folder = args.out / name
         folder.mkdir(parents=True, exist_ok=True)
         for i, place in enumerate(rng.permutation(list(BACKGROUNDS))[:PICTURES]):
-            Image.fromarray(world.draw(rng, sprite, str(place), size=(38, 54))).save(folder / f"{i:02d}.png")
+            photo(world, rng, sprite, str(place)).save(folder / f"{i:02d}.png")
         rows.append({"subject": name, "class_word": word, "kind": "live" if word in ANIMALS else "object"})
     with (args.out / "subjects.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["subject", "class_word", "kind"], lineterminator="\n")

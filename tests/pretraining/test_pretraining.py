@@ -21,6 +21,7 @@ from eval.subjects import Subject
 from gsoft_diffusion.sampling.pictures import save_png
 from pretraining import unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
+from pretraining.check_new_photos import new_photos
 from pretraining.check_subjects import closeness, drawn, measure, measurements, read_albums, recognised
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.color_words import caption_pairs, composed
@@ -426,6 +427,18 @@ def test_pictures_are_sorted_by_the_model_that_drew_them(tmp_path):
     found = drawn(tmp_path)
     assert [place for place, _ in found["adapter"]] == ["snow", "space"]
     assert [place for place, _ in found["base"]] == ["snow"]
+
+
+def test_new_photos_show_the_subject_where_no_photo_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretraining.world._VARIANTS", 1)
+    write_things(tmp_path)
+    world = World(tmp_path)
+    _, sprite = world.held_out["teddy_bear"]
+    shown = list(BACKGROUNDS)[1:]  # all but the snow
+    pictures = new_photos(world, sprite, shown, seed=0)
+    assert [place for place, _ in pictures] == ["snow"] * 8
+    first, again, other = (new_photos(world, sprite, shown, seed)[0][1] for seed in (0, 0, 1))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
 
 
 def test_a_sweep_s_means_are_over_subjects_of_one_setting():
