@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The user's two scripts with their default settings; each demo gets a folder of its own.
 demo: OUT := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/.installed
-	$(BIN)/python train_dreambooth_gsoft.py --instance_data_dir data/subjects/teddy_bear --class_word bear --output_dir $(OUT)
+	$(BIN)/python train_dreambooth_gsoft.py --instance_data_dir data/subjects/blue_car --class_word car --output_dir $(OUT)
 	$(BIN)/python inference.py --adapter $(OUT)/adapter.safetensors --prompts_file data/prompts/demo.txt --num_images 2 --compare
 
 # The page in the browser, until Ctrl-C; APP holds further options: make app APP="--port 8000".
