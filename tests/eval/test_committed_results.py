@@ -19,7 +19,7 @@ TEXTS = ("report.md", "table.csv", "learning_rates.csv")
 def test_results_are_few_small_files():
     paths = [path for path in FOLDER.rglob("*") if path.is_file() and "work" not in path.relative_to(FOLDER).parts]
     assert len(paths) < 100
-    assert sum(path.stat().st_size for path in paths) < 32 * 2**20  # a line of results.jsonl has 12 kB, the fronts 1,740 lines
+    assert sum(path.stat().st_size for path in paths) < 32 * 2**20  # the fronts have 1,740 cells of 12 kB
 
 
 @pytest.mark.slow
