@@ -18,7 +18,7 @@ from PIL import Image
 from eval.subjects import read_subjects
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.scoring.encoders import load_dino
-from pretraining.check_subjects import measure, read_albums
+from pretraining.check_subjects import mean_of, measure, read_albums
 from pretraining.sprites import Sprite
 from pretraining.subjects import photo
 from pretraining.train_judge import load_judge
@@ -50,8 +50,7 @@ def main() -> None:
         pictures = new_photos(world, sprite, sorted(albums[name].places), number)
         rows.append({"subject": name} | measure(name, albums, pictures, dino, judge))
         print(json.dumps(rows[-1]), flush=True)
-    figures = [key for key in rows[0] if key != "subject"]
-    mean = {figure: float(np.mean([row[figure] for row in rows])) for figure in figures}
+    mean = mean_of(rows)
     args.out.write_text(json.dumps({"pictures_of_a_place": PICTURES, "rows": rows, "mean": mean}, indent=1) + "\n")
     print("mean", json.dumps(mean))
 

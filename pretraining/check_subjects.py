@@ -156,6 +156,11 @@ def recognised(pictures: Tensor, name: str, photos_of: Mapping[str, Tensor]) -> 
     return float((nearest.argmax(0) == list(photos_of).index(name)).float().mean())
 
 
+def mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Each figure's mean over the subjects; rows: `subject` and its figures."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "subject"}
+
+
 def measurements(path: Path, base: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a file of measurements, `settings` and `rows`; a new file has no rows.
 
@@ -208,7 +213,7 @@ def main() -> None:
         figures = measure(subject.name, albums, pictures["adapter"], dino, judge)
         figures["likeness_of_base"] = measure(subject.name, albums, pictures["base"], dino, judge)["likeness"]
         rows.append({"subject": subject.name} | figures)
-        report["mean"] = {name: float(np.mean([row[name] for row in rows])) for name in figures}
+        report["mean"] = mean_of(rows)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(json.dumps(rows[-1]))
     print("mean", json.dumps(report["mean"]))
