@@ -5,14 +5,11 @@ python -m gsoft_diffusion.app.job outputs/app/jobs/0001
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
-
-import psutil
 
 from gsoft_diffusion import commands
 from gsoft_diffusion.app.workspace import read_json, write_json
@@ -23,7 +20,6 @@ COMMANDS = {"train": commands.train, "draw": commands.draw, "export": commands.e
 
 def main(folder: Path) -> int:
     """Run the job in the folder. Returns the command's exit status."""
-    write_json(folder / PROCESS, {"pid": os.getpid(), "created": psutil.Process().create_time()})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also before the run listens, it ends with a word
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a wish to see pictures ends no run that cannot draw yet
     kind = str(read_json(folder / JOB).get("kind"))

@@ -23,7 +23,7 @@ import yaml
 
 from gsoft_diffusion.app.job import END, JOB, LOG, PROCESS, SETTINGS
 from gsoft_diffusion.app.workspace import Workspace, read_json, write_json
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, first_line
 
 Kind = Literal["train", "draw", "export"]
 State = Literal["waiting", "running", "done", "stopped", "failed", "lost", "withdrawn"]
@@ -39,7 +39,8 @@ class Job:
     """A job as its folder says.
 
     run: the name of the run that it is about. state: `lost` is a process that ended without a word, as when it was
-    killed or the machine was switched off. place: how many jobs it waits for; 0 unless it waits.
+    killed or the machine was switched off. place: how many jobs it waits for; 0 unless it waits. started: when its
+    process was, in seconds since 1970; None unless it runs.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Job:
     state: State
     pid: int | None = None
     place: int = 0
+    started: float | None = None
 
     @property
     def number(self) -> str:
@@ -135,10 +137,11 @@ class Jobs:
     def all(self) -> list[Job]:
         """All jobs, in the order in which they were asked for."""
         with self._lock:
-            folders = sorted(path for path in self.workspace.jobs.iterdir() if (path / JOB).is_file())
             found, waiting = [], dict.fromkeys(TURNS.values(), 0)
-            for folder in folders:
+            for folder in sorted(self.workspace.jobs.iterdir()):
                 job = self._ended.get(folder.name) or self._read(folder, waiting)
+                if job is None:
+                    continue
                 if job.ended:
                     self._ended[folder.name] = job
                 else:
@@ -167,7 +170,10 @@ class Jobs:
                 self._send(job, signal.SIGTERM)
 
     def draw_now(self, job: Job) -> None:
-        """Ask a training that runs for a sheet of its validation prompts after the current step."""
+        """Ask a training for a sheet of its validation prompts after the current step.
+
+        job: one that has done a step since it was started; a process that does not listen yet would end.
+        """
         if job.state == "running":
             self._send(job, signal.SIGUSR1)
 
@@ -175,7 +181,7 @@ class Jobs:
         """Start what has its turn."""
         with self._lock:
             for child in self._children.values():
-                child.poll()  # takes note of those that have ended, which would count as running otherwise
+                child.poll()  # so that none that has ended stays a zombie
             jobs = self.all()
             for turn in dict.fromkeys(TURNS.values()):
                 open_jobs = [job for job in jobs if not job.ended and TURNS[job.kind] == turn]
@@ -183,26 +189,33 @@ class Jobs:
                     self._start(open_jobs[0])
 
     def _watch(self) -> None:
+        said = ""
         while not self._closing.wait(EVERY):
-            with suppress(OSError, UserError):  # a full disk, a folder that is gone: it is tried again
+            try:
                 self.advance()
+            except Exception as error:  # a full disk, a folder that is gone: whatever it is, it is tried again
+                why = first_line(error)
+                if why != said:
+                    with suppress(OSError):  # nobody may be listening any more
+                        print(f"note: the queue cannot start what waits ({why}); it tries again", file=sys.stderr)
+                said = why
 
-    def _read(self, folder: Path, before: Mapping[str, int]) -> Job:
-        facts, end, process = (read_json(folder / name) for name in (JOB, END, PROCESS))
-        kind, run = facts["kind"], str(facts["run"])
+    def _read(self, folder: Path, before: Mapping[str, int]) -> Job | None:
+        """The job of a folder, None if its file does not say what it is: it is being written, or was damaged."""
+        facts, process = (read_json(folder / name) for name in (JOB, PROCESS))
+        alive = _alive(process)
+        end = read_json(folder / END)  # after that, so that a process that ends between the two is not taken for lost
+        kind, run = facts.get("kind"), facts.get("run")
+        if kind not in TURNS or not isinstance(run, str):
+            return None
         if end:
             states: dict[Any, State] = {0: "done", 130: "stopped", WITHDRAWN: "withdrawn"}
-            return Job(folder, kind, run, states.get(end["status"], "failed"))
-        if process and _alive(process):
-            return Job(folder, kind, run, "running", process["pid"])
-        child = self._children.get(folder.name)
-        if child and child.returncode is None:  # it has not said yet which process it is
-            return Job(folder, kind, run, "running", child.pid)
-        if process or child:
-            if (folder / END).exists():  # it has ended since we looked
-                return self._read(folder, before)
-            return Job(folder, kind, run, "lost")
-        return Job(folder, kind, run, "waiting", place=before[TURNS[kind]])
+            return Job(folder, kind, run, states.get(end.get("status"), "failed"))
+        if not process:
+            return Job(folder, kind, run, "waiting", place=before[TURNS[kind]])
+        if alive:
+            return Job(folder, kind, run, "running", process["pid"], started=process.get("started"))
+        return Job(folder, kind, run, "lost")
 
     def _start(self, job: Job) -> None:
         environment = os.environ | {
@@ -211,7 +224,7 @@ class Jobs:
             "TQDM_MININTERVAL": "2",  # seconds; its lines are kept
         }
         with (job.folder / LOG).open("ab") as log:
-            self._children[job.number] = subprocess.Popen(
+            child = subprocess.Popen(
                 [sys.executable, "-m", "gsoft_diffusion.app.job", str(job.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -219,18 +232,24 @@ class Jobs:
                 env=environment,
                 start_new_session=True,  # what ends the page, or its terminal, does not end the run
             )
+        try:
+            created = psutil.Process(child.pid).create_time()
+            write_json(job.folder / PROCESS, {"pid": child.pid, "created": created, "started": time.time()})
+        except Exception:  # a page that starts anew would not know of the process, and start the job once more
+            child.kill()
+            child.wait()
+            raise
+        self._children[job.number] = child
 
     def _send(self, job: Job, number: signal.Signals) -> None:
         process = read_json(job.folder / PROCESS)
-        with suppress(ProcessLookupError):
-            if process and _alive(process):
+        if _alive(process):
+            with suppress(ProcessLookupError):
                 os.kill(process["pid"], number)
-            elif not process and (child := self._children.get(job.number)):
-                child.send_signal(number)
 
 
 def _alive(process: Mapping[str, Any]) -> bool:
-    """Whether the process still runs, and its number has not gone to another."""
+    """Whether the process still runs, and its number has not gone to another. process: as `Jobs` has written it."""
     try:
         found = psutil.Process(process["pid"])
         return abs(found.create_time() - process["created"]) < 1 and found.status() != psutil.STATUS_ZOMBIE

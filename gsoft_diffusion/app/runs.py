@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gsoft_diffusion.adapters.file import read_adapter
-from gsoft_diffusion.app.job import PROCESS
 from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
@@ -97,9 +96,9 @@ class RunView:
     @property
     def trains(self) -> bool:
         """Whether its process has come as far as a step since it was started."""
-        if self.job is None or not self.job_runs or not self.numbers:
+        if self.job is None or not self.job_runs or self.job.started is None or not self.numbers:
             return False
-        return self.numbers[-1].time > (self.job.folder / PROCESS).stat().st_mtime
+        return self.numbers[-1].time > self.job.started
 
     @property
     def silence(self) -> float | None:

@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
@@ -30,6 +30,7 @@ READ = re.compile(
     rf"|{API}/(queue/data|app_id|startup-events|theme\.css|upload_progress|heartbeat/\w+|file=.+)"
 )
 WRITE = re.compile(rf"/login|{API}/(queue/join|upload|cancel|reset/?)")
+LENGTH = re.compile(r"[0-9]{1,18}")
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -106,7 +107,7 @@ class Gatekeeper:
 
     def _refused(self, headers: Headers, path: str, method: str) -> tuple[int, str] | None:
         host = headers.get("host", "")
-        if self.hosts is not None and _name_of(host) not in self.hosts:
+        if self.hosts is not None and _parts(f"//{host}").hostname not in self.hosts:
             return 421, "this page is not known by that name"
         reads = method in ("GET", "HEAD")
         if not reads and method != "POST":
@@ -116,11 +117,11 @@ class Gatekeeper:
         if path.startswith(f"{API}/file=") and not path.removeprefix(f"{API}/file=").startswith(f"{self.uploads}/"):
             return 404, "there is no such address"
         if not reads:
-            origin = headers.get("origin", "")
-            if urlsplit(origin).netloc != host or urlsplit(origin).scheme not in ("http", "https"):
+            origin = _parts(headers.get("origin", ""))
+            if origin.netloc != host or origin.scheme not in ("http", "https"):
                 return 403, "this request is not from the page"
             length = headers.get("content-length", "0")
-            if not length.isdecimal():
+            if not LENGTH.fullmatch(length):
                 return 400, "the length is no number"
             if int(length) > _limit(path):
                 return 413, "too large"
@@ -135,7 +136,7 @@ class Gatekeeper:
             cookie = SimpleCookie(headers.get("cookie", "")).get(self._cookie(headers))
         except CookieError:
             return False
-        return cookie is not None and secrets.compare_digest(cookie.value, self._session)
+        return cookie is not None and secrets.compare_digest(cookie.value.encode(), self._session.encode())
 
     def _cookie(self, headers: Headers) -> str:
         """Its name; browsers keep cookies by machine, and there may be several pages on one."""
@@ -189,9 +190,12 @@ def _limit(path: str) -> int:
     return UPLOAD_BYTES if path == f"{API}/upload" else OTHER_BYTES
 
 
-def _name_of(host: str) -> str:
-    """A host's name, without its port."""
-    return urlsplit(f"//{host}").hostname or ""
+def _parts(address: str) -> SplitResult:
+    """The parts of an address that a header names; empty ones if it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 async def _body(receive: Receive) -> bytes:

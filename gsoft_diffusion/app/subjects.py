@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from gsoft.whole_file import whole_file
@@ -19,9 +20,9 @@ from gsoft_diffusion.config.concept import Concept
 from gsoft_diffusion.config.prompts import plain_noun
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
-from gsoft_diffusion.photos.folder import Photo, copies, nearly_copies, read_folder
+from gsoft_diffusion.photos.folder import Photo, Size, copies, nearly_copies, read_folder, scan
 from gsoft_diffusion.photos.image_files import IMAGE_SUFFIXES, opened, read_picture
-from gsoft_diffusion.photos.masks import MASK_END
+from gsoft_diffusion.photos.masks import MASK_END, is_white, trouble
 from gsoft_diffusion.photos.preview import enlarged
 from gsoft_diffusion.sampling.pictures import slug
 
@@ -91,25 +92,23 @@ class Subject:
         write_json(self.folder / FACTS, changed)
         self.facts = changed
 
-    def seen(self) -> list[Seen]:
+    def seen(self) -> tuple[Seen, ...]:
         """Its photos with what training says of them. Raises UserError as `read_folder`; none if there is none."""
-        if not any(self.photos.iterdir()):
-            return []
-        photos = read_folder(self.photos, "photos", self.concept.instance_prompt or "").photos
-        said: dict[Path, list[str]] = {photo.path: list(photo.notes) for photo in photos}
-        for first, copy in copies(photos):
-            said[copy.path].append(f"the same picture as {first.path.name}")
-        for first, later in nearly_copies(photos):
-            said[later.path].append(f"nearly the same as {first.path.name}; different views teach more")
-        sizes = [(self.resolution, self.resolution)]
-        for photo in photos:
-            if remark := enlarged(photo, sizes):
-                said[photo.path].append(remark)
-        return [Seen(photo, tuple(said[photo.path])) for photo in photos]
+        try:
+            listing = scan(self.photos)
+            state = tuple((path, *_state(path)) for path in (*listing.images, *listing.others))
+        except OSError as error:
+            raise UserError(f"{self.photos}: cannot be read as a folder ({error.strerror})") from error
+        return _seen(self.photos, state, self.concept.instance_prompt or "", self.resolution) if listing.images else ()
 
     def photo(self, name: str) -> Photo:
-        """One of its photos by the name of its file. Raises UserError if there is none."""
-        found = next((each.photo for each in self.seen() if each.photo.path.name == name), None)
+        """One of its photos by the name of its file. Raises UserError if there is none, and as `seen`."""
+        photos = {each.photo.path: each.photo for each in self.seen()}
+        return photos[self._path(name)]
+
+    def _path(self, name: str) -> Path:
+        """The file of one of its photos, which training may refuse. Raises UserError if there is none of that name."""
+        found = next((path for path in scan(self.photos).images if path.name == name), None)
         if found is None:
             raise UserError(f"{self.name} has no photo {name}")
         return found
@@ -135,15 +134,16 @@ class Subject:
             raise UserError(f"{shown}: there are {MOST_PHOTOS} photos already, and 3 to 5 are enough")
         place = self._free(slug(Path(shown).stem, 40), suffix)
         try:
-            shutil.copyfile(upload, place)
-            _check_picture(place)
+            with TemporaryDirectory(dir=self.folder) as alone:  # it is kept once training would take it
+                copy = Path(alone) / place.name
+                shutil.copyfile(upload, copy)
+                _check_size(copy)
+                read_folder(alone, "photos", "")
+                return copy.rename(place)
         except OSError as error:
-            place.unlink(missing_ok=True)
             raise UserError(f"{shown}: cannot be kept ({error.strerror})") from error
         except UserError as error:
-            place.unlink(missing_ok=True)
-            raise UserError(str(error).replace(str(place), shown)) from error
-        return place
+            raise UserError(str(error).replace(str(copy), shown)) from error
 
     def _free(self, stem: str, suffix: str) -> Path:
         """A path whose stem no other file has, because captions and masks are found by it."""
@@ -158,7 +158,7 @@ class Subject:
 
         name: of its file. Raises UserError if there is no such photo, or the caption cannot be written.
         """
-        path = self.photo(name).path.with_suffix(".txt")
+        path = self._path(name).with_suffix(".txt")
         words = " ".join(unicodedata.normalize("NFC", text).split())
         try:
             if words and words != self.concept.instance_prompt:
@@ -172,38 +172,74 @@ class Subject:
     def set_mask(self, name: str, mask: Image.Image | None) -> None:
         """Say where the subject is in a photo; None takes its mask away.
 
-        name: of its file. mask: white where the subject is, in the photo's shape; it is scaled to the photo's size.
+        name: of its file. mask: in shades of grey, white where the subject is, in the photo's shape; it is scaled to
+        the photo's size.
 
-        Raises UserError if there is no such photo, if nothing is marked, or if the mask cannot be written.
+        Raises UserError if there is no such photo, if training would refuse the mask, or if it cannot be written.
         """
-        photo = self.photo(name)
-        path = photo.path.with_name(f"{photo.path.stem}{MASK_END}.png")
-        if mask is not None and not np.asarray(mask.convert("L")).any():
-            raise UserError(f"{name}: nothing is painted; paint over the subject, then save the mask")
+        photo = self._path(name)
+        path = photo.with_name(f"{photo.stem}{MASK_END}.png")
         try:
             if mask is None:
                 path.unlink(missing_ok=True)
             else:
+                fitted = _fitted(mask, name, read_picture(photo).image.size)
                 with whole_file(path) as file:
-                    mask.convert("L").resize(photo.size, Image.Resampling.BILINEAR).save(file, "PNG")
+                    fitted.save(file, "PNG")
         except OSError as error:
             raise UserError(f"{name}: its mask cannot be written ({error.strerror})") from error
 
     def remove_photo(self, name: str) -> None:
         """Delete a photo with its caption and mask. Raises UserError if there is none of that name."""
-        path = self.photo(name).path
+        path = self._path(name)
         for each in (path, path.with_suffix(".txt"), path.with_name(f"{path.stem}{MASK_END}.png")):
             with suppress(OSError):
                 each.unlink(missing_ok=True)
 
 
-def _check_picture(path: Path) -> None:
-    """Raise UserError if the file is not a picture that training can read, or has very many pixels."""
+def _state(path: Path) -> tuple[int, int]:
+    """A file's size in bytes and the time of its last change in nanoseconds."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=32)
+def _seen(photos: Path, state: object, prompt: str, resolution: int) -> tuple[Seen, ...]:
+    """The photos in a folder with what is to be said of them. state: is another one when its files are others."""
+    found = read_folder(photos, "photos", prompt).photos
+    said: dict[Path, list[str]] = {photo.path: list(photo.notes) for photo in found}
+    for first, copy in copies(found):
+        said[copy.path].append(f"the same picture as {first.path.name}")
+    for first, later in nearly_copies(found):
+        said[later.path].append(f"nearly the same as {first.path.name}; different views teach more")
+    for photo in found:
+        if remark := enlarged(photo, [(resolution, resolution)]):
+            said[photo.path].append(remark)
+    return tuple(Seen(photo, tuple(said[photo.path])) for photo in found)
+
+
+def _check_size(path: Path) -> None:
+    """Raise UserError if the file is no picture, or has very many pixels. It is not unpacked for this."""
     with opened(path) as image:
         width, height = image.size
     if width * height > MOST_PIXELS:
         raise UserError(f"{path}: has {width}×{height} pixels, too many; make it smaller")
-    read_picture(path)
+
+
+def _fitted(mask: Image.Image, name: str, size: Size) -> Image.Image:
+    """A mask in its photo's size. Raises UserError if it has another shape, or does not tell the subject from the rest.
+
+    mask: in shades of grey. name, size: the photo's.
+    """
+    (across, down), (width, height) = mask.size, size
+    if abs(across * height - down * width) > max(size):  # by more than a scaled picture's last row may be rounded
+        raise UserError(
+            f"the mask of {name}: has {across}×{down} pixels, and the photo {width}×{height}; give it the photo's shape"
+        )
+    fitted = mask.resize(size, Image.Resampling.BILINEAR)
+    if not is_white(fitted) and (why := trouble(fitted)):
+        raise UserError(f"the mask of {name}: {why}")
+    return fitted
 
 
 def subjects(workspace: Workspace) -> list[str]:

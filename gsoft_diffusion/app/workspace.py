@@ -1,4 +1,7 @@
-"""The folder that a page serves. Nothing outside of it can be read through the page.
+"""The folder that a page serves. Of what is outside of it, the page reads only base models.
+
+A base model may be anywhere on this machine: step 2 asks for its folder or file, as the commands do. So whoever may
+open the page may ask whether a path is there, and may train with a base model and take it home.
 
 <folder>/                  outputs, unless told otherwise
     my-dog/                a run, as gsoft-train writes it; also those that were started without the page

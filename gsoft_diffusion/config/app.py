@@ -16,8 +16,8 @@ PORT = Rule(lambda port: 0 <= port < 2**16, "from 0 to 65535")
 class AppConfig(Settings):
     """All settings of the page.
 
-    folder: folder with the runs, in which photos and the queue are kept as well; nothing outside of it can be read
-      through the page.
+    folder: folder with the runs, in which photos and the queue are kept as well; of what is outside of it, the page
+      reads only the base models that are named on it.
     host: address to listen at; by default only this machine can reach the page. Any other needs a password.
     port: port to listen at; by default 7860, or the next that is free.
     password_file: file whose first line is the password that opens the page; nobody else should be able to read it.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from gsoft_diffusion.app import jobs as jobs_module
 from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.workspace import Workspace
 
@@ -25,6 +28,23 @@ def jobs(workspace) -> Iterator[Jobs]:
     for child in queue._children.values():
         child.kill()
         child.wait()
+
+
+@pytest.fixture
+def sleeping(monkeypatch):
+    """Jobs that do nothing until they are told to end, with their signals as a command has them."""
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('asked to draw', flush=True));"
+        "end = lambda *_: ((folder / 'end.json').write_text('{\"status\": 130}'), os._exit(130));"
+        "signal.signal(signal.SIGTERM, end); print('asleep', flush=True); time.sleep(60)"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        jobs_module.subprocess,
+        "Popen",
+        lambda command, **options: real([sys.executable, "-c", code, command[-1]], **options),
+    )
 
 
 @pytest.fixture

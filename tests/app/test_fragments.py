@@ -33,9 +33,7 @@ def folder(workspace):
 def job(workspace) -> Job:
     place = workspace.jobs / "0001"
     place.mkdir()
-    (place / "process.json").write_text("{}")
-    os.utime(place / "process.json", (0, 0))
-    return Job(place, "train", "dog", "running", 1)
+    return Job(place, "train", "dog", "running", 1, started=0.0)
 
 
 def only_text(html: str) -> None:

@@ -22,25 +22,6 @@ from gsoft_diffusion.app.workspace import read_json, write_json
 from gsoft_diffusion.foundation.errors import UserError
 
 
-@pytest.fixture
-def sleeping(monkeypatch):
-    """Jobs that do nothing until they are told to end, with their signals as a command has them."""
-    code = (
-        "import json, os, psutil, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[1]);"
-        "signal.signal(signal.SIGUSR1, lambda *_: print('asked to draw', flush=True));"
-        "end = lambda *_: ((folder / 'end.json').write_text('{\"status\": 130}'), os._exit(130));"
-        "signal.signal(signal.SIGTERM, end);"
-        "facts = {'pid': os.getpid(), 'created': psutil.Process().create_time()};"
-        "(folder / 'process.json').write_text(json.dumps(facts)); print('asleep', flush=True); time.sleep(60)"
-    )
-    real = subprocess.Popen
-    monkeypatch.setattr(
-        jobs_module.subprocess,
-        "Popen",
-        lambda command, **options: real([sys.executable, "-c", code, command[-1]], **options),
-    )
-
-
 def running(jobs, number):
     """The job once its process has said that it is there."""
     return until(lambda: "asleep" in jobs.job(number).lines() and jobs.job(number), "process")
@@ -95,6 +76,69 @@ def test_a_process_number_that_went_to_another_is_not_taken_for_the_job(workspac
     job = jobs.job("0001")
     assert job.state == "lost"
     jobs.stop(job)  # would end this test
+
+
+def test_a_page_that_starts_anew_knows_of_a_process_that_has_said_nothing_yet(workspace, jobs, sleeping):
+    number = jobs.add("train", "dog", {}).number
+    again = Jobs(workspace)
+    again.advance()  # would start it once more
+    assert (again.job(number).state, again.job(number).pid) == ("running", jobs.job(number).pid)
+
+
+def test_a_process_that_nobody_could_find_again_is_ended(jobs, sleeping, monkeypatch):
+    """On a full disk; the job waits until there is room."""
+    started, real = [], subprocess.Popen
+    monkeypatch.setattr(
+        jobs_module.subprocess, "Popen", lambda *given, **by: started.append(real(*given, **by)) or started[-1]
+    )
+    monkeypatch.setattr(jobs_module, "write_json", full_for(PROCESS))
+    with pytest.raises(UserError, match="No space left on device"):
+        jobs.add("train", "dog", {})
+    assert [child.returncode for child in started] == [-signal.SIGKILL]
+    assert [job.state for job in jobs.all()] == ["waiting"]
+
+
+def full_for(name):
+    """What writes a job's files, but for the one of that name."""
+
+    def write(path, values):
+        if path.name == name:
+            raise UserError(f"cannot write {path}: No space left on device")
+        write_json(path, values)
+
+    return write
+
+
+@pytest.mark.parametrize("facts", ["", "{", "[]", "{}", '{"kind": "train"}', '{"kind": "dance", "run": "dog"}'])
+def test_a_job_whose_file_says_nothing_stops_no_other(workspace, jobs, sleeping, facts):
+    (workspace.jobs / "0001").mkdir()
+    (workspace.jobs / "0001" / "job.json").write_text(facts)
+    assert jobs.add("train", "dog", {}).number == "0002"
+    assert [(job.number, job.state) for job in jobs.all()] == [("0002", "running")]
+
+
+def test_an_error_that_nobody_foresaw_is_said_once_and_the_queue_goes_on(jobs, monkeypatch, capsys):
+    looks = []
+
+    def advance():
+        looks.append(1)
+        if len(looks) < 4:
+            raise KeyError("kind")
+
+    monkeypatch.setattr(jobs_module, "EVERY", 0.01)
+    monkeypatch.setattr(jobs, "advance", advance)
+    jobs.start()
+    until(lambda: len(looks) > 5, "look at the queue after the error")
+    assert capsys.readouterr().err == "note: the queue cannot start what waits ('kind'); it tries again\n"
+
+
+def test_a_job_whose_end_cannot_be_read_is_lost(workspace, jobs):
+    folder = workspace.jobs / "0001"
+    folder.mkdir()
+    write_json(folder / "job.json", {"kind": "train", "run": "dog"})
+    write_json(folder / PROCESS, {"pid": os.getpid(), "created": 0.0})
+    (folder / END).write_text("{")
+    assert jobs.job("0001").state == "lost"
 
 
 def test_a_wish_to_see_pictures_reaches_the_process(jobs, sleeping):
@@ -205,4 +249,3 @@ def test_a_job_says_how_it_ended(tmp_path, monkeypatch, command, status):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert read_json(tmp_path / END)["status"] == status
-    assert read_json(tmp_path / PROCESS)["pid"] == os.getpid()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import zipfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -144,6 +145,21 @@ def test_a_mask_is_painted(visit, server):
     with Image.open(path) as mask:
         assert mask.size == (64, 64)
         assert mask.getextrema() == (0, 255)
+    visit.page.click("#drop-mask")
+    visit.wait(lambda: "with a mask" not in visit.text("cards"), "card without a mask")
+
+
+def test_a_mask_made_elsewhere_is_dropped(visit, tmp_path):
+    mask = Image.new("RGB", (64, 64))
+    mask.save(tmp_path / "black.png")
+    mask.paste("red", (0, 0, 32, 64))
+    mask.save(tmp_path / "red.png")
+    for name, said in (("black.png", "black everywhere"), ("red.png", "Kept")):
+        visit.page.set_input_files("#mask-file input[type=file]", str(tmp_path / name))
+        visit.wait(lambda known=Path(name).stem: known in visit.text("mask-file"), "name of the file")
+        visit.page.click("#save-mask")
+        visit.wait(lambda words=said: words in visit.text("edit-said"), said)
+        visit.page.locator("#mask-file input[type=file]").wait_for(state="attached")  # it takes another
     visit.page.click("#drop-mask")
     visit.wait(lambda: "with a mask" not in visit.text("cards"), "card without a mask")
 

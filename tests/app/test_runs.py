@@ -35,10 +35,9 @@ def job(workspace) -> Job:
     """A training at work whose process was started long before the run's first step."""
     place = workspace.jobs / "0001"
     place.mkdir()
-    for name in ("job.json", "process.json"):
-        write_json(place / name, {})
-        os.utime(place / name, (0, 0))
-    return Job(place, "train", "dog", "running", 1)
+    write_json(place / "job.json", {})
+    os.utime(place / "job.json", (0, 0))
+    return Job(place, "train", "dog", "running", 1, started=0.0)
 
 
 def test_progress_of_a_run_at_work(folder, job):
@@ -46,9 +45,10 @@ def test_progress_of_a_run_at_work(folder, job):
     assert (view.step, view.last_step, view.seconds_left, view.trains) == (10, 40, 30.0, True)
 
 
-def test_a_run_that_was_started_anew_has_not_trained_yet(folder, job):
-    os.utime(job.folder / "process.json", (20, 20))
-    assert not RunView(folder, job).trains
+@pytest.mark.parametrize("started", [20.0, None])
+def test_a_run_that_was_started_anew_has_not_trained_yet(folder, job, started):
+    """Nor one of whose process nothing is known."""
+    assert not RunView(folder, replace(job, started=started)).trains
 
 
 def test_no_time_is_left_of_a_run_that_has_ended(folder, job):

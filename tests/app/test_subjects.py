@@ -9,6 +9,7 @@ from PIL import Image
 from gsoft_diffusion.app import subjects as module
 from gsoft_diffusion.app.subjects import MOST_BYTES, new_subject, subject_of, subjects
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.photos import folder as folder_module
 from gsoft_diffusion.photos.folder import read_folder
 
 
@@ -85,6 +86,21 @@ def test_what_is_no_picture_inside_is_refused_and_not_kept(dog, tmp_path, conten
     assert list(dog.photos.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("picture", "says"),
+    [
+        (Image.new("RGBA", (70, 70), (9, 9, 9, 0)), r"^x\.png: transparent everywhere"),
+        (Image.new("RGB", (1, 70)), r"^x\.png: only 1×70 pixels"),
+    ],
+)
+def test_what_training_refuses_is_refused_and_not_kept(dog, tmp_path, picture, says):
+    picture.save(tmp_path / "upload", "PNG")
+    with pytest.raises(UserError, match=says):
+        dog.add_photo(tmp_path / "upload", "x.png")
+    assert list(dog.photos.iterdir()) == []
+    assert [path.name for path in dog.folder.iterdir() if path.is_dir()] == ["photos"]
+
+
 def test_large_files_and_many_pixels_are_refused(dog, upload, monkeypatch):
     monkeypatch.setattr(module, "MOST_PIXELS", 80 * 90 - 1)
     with pytest.raises(UserError, match=r"^x\.png: has 90×80 pixels, too many"):
@@ -128,6 +144,23 @@ def test_a_full_disk_is_said_and_leaves_nothing(dog, upload, monkeypatch):
     assert list(dog.photos.iterdir()) == []
 
 
+def test_photos_are_read_once_as_long_as_nothing_changes(workspace, dog, upload, monkeypatch):
+    """Each thumbnail and each press asks for them, and a photo of a camera takes a quarter of a second to read."""
+    read, real = [], folder_module.read_picture
+    monkeypatch.setattr(folder_module, "read_picture", lambda path: read.append(path.name) or real(path))
+    for name in ("a.png", "b.png"):
+        dog.add_photo(upload, name)
+    assert read == ["a.png", "b.png"]  # each when it came, and not those before it
+    for _ in range(3):
+        again = subject_of(workspace, "my-dog")
+        assert [each.photo for each in again.seen()] == [again.photo("a.png"), again.photo("b.png")]
+    assert read == ["a.png", "b.png"] * 2
+    dog.set_caption("a.png", "a sks dog on a sofa")
+    dog.keep({"resolution": 512})
+    assert dog.photo("a.png").prompt == "a sks dog on a sofa"
+    assert "enlarged to 512" in dog.seen()[0].remarks[0]
+
+
 def test_remarks_are_said_beside_the_photo(dog, upload):
     dog.add_photo(upload, "a.png")
     dog.add_photo(upload, "b.png")
@@ -153,17 +186,52 @@ def test_captions_and_masks_are_what_training_reads(dog, upload):
     assert [path.name for path in dog.photos.iterdir()] == ["a.png"]
 
 
-def test_an_empty_mask_is_refused(dog, upload):
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (Image.new("L", (90, 80), 76), "goes only from grey 76 to grey 76 of 255"),
+        (Image.new("L", (80, 90), 255), "has 80×90 pixels, and the photo 90×80; give it the photo's shape"),
+        (Image.new("L", (90, 80)), "black everywhere: white marks the subject"),
+        (Image.new("L", (45, 45), 255), "has 45×45 pixels, and the photo 90×80"),
+    ],
+)
+def test_a_mask_that_training_would_refuse_is_refused_and_the_one_before_stays(dog, upload, mask, says):
     dog.add_photo(upload, "a.png")
-    with pytest.raises(UserError, match="nothing is painted"):
-        dog.set_mask("a.png", Image.new("L", (9, 8)))
+    half = Image.new("L", (90, 80))
+    half.paste(255, (0, 0, 45, 80))
+    dog.set_mask("a.png", half)
+    kept = (dog.photos / "a-masklabel.png").read_bytes()
+    with pytest.raises(UserError, match=rf"^the mask of a\.png: {says}"):
+        dog.set_mask("a.png", mask)
+    assert (dog.photos / "a-masklabel.png").read_bytes() == kept
+
+
+def test_a_mask_that_is_painted_all_over_is_taken(dog, upload):
+    dog.add_photo(upload, "a.png")
+    dog.set_mask("a.png", Image.new("L", (90, 80), 255))
+    assert dog.seen()[0].remarks == ("with a mask that is white everywhere, which has no effect",)
+
+
+@pytest.mark.parametrize("bad", ["a-masklabel.png", "b.png"])
+def test_a_file_that_cannot_be_used_does_not_lock_the_subject(dog, upload, bad):
+    """As somebody may put into the folder; each of the page's buttons still does what it says."""
+    for name in ("a.png", "b.png"):
+        dog.add_photo(upload, name)
+    Image.new("RGBA", (90, 80), (0, 0, 0, 0)).save(dog.photos / bad)
+    with pytest.raises(UserError, match=f"{bad}: transparent everywhere"):
+        dog.seen()
+    dog.set_caption("a.png", "a sks dog asleep")
+    dog.set_mask("a.png", None)
+    dog.remove_photo("b.png")
+    (left,) = dog.seen()
+    assert (left.photo.path.name, left.photo.prompt, left.photo.mask) == ("a.png", "a sks dog asleep", None)
 
 
 def test_a_photo_goes_with_its_caption_and_mask(dog, upload):
     for name in ("a.png", "b.png"):
         dog.add_photo(upload, name)
         dog.set_caption(name, "a sks dog asleep")
-        dog.set_mask(name, Image.linear_gradient("L"))
+        dog.set_mask(name, Image.linear_gradient("L").resize((90, 80)))
     dog.remove_photo("a.png")
     assert sorted(path.name for path in dog.photos.iterdir()) == ["b-masklabel.png", "b.png", "b.txt"]
 

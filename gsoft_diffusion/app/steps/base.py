@@ -10,7 +10,7 @@ import gradio as gr
 
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page
-from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
+from gsoft_diffusion.app.subjects import Subject, subjects
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
@@ -59,13 +59,13 @@ def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
         fit = gr.Button("Set the switches that make it fit", variant="primary", elem_id="fit")
 
     def opened(known: str) -> tuple[Any, ...]:
-        base = _of(page, known).base if known in subjects(page.workspace) else BUNDLED_BASE
+        base = page.subject(known).base if known in subjects(page.workspace) else BUNDLED_BASE
         other = base != BUNDLED_BASE
         return "other" if other else "bundled", gr.update(value=base if other else "", visible=other), "", ""
 
     def looked(known: str, kind: str, name: str) -> tuple[Any, ...]:
         try:
-            estimate = settled(_of(page, known), kind, name)
+            estimate = settled(page.subject(known), kind, name)
             try:
                 text = _about(estimate)
             except Exception as error:  # whatever an architecture raises that cannot be counted without its weights
@@ -98,12 +98,6 @@ def settled(subject: Subject, kind: str, name: str) -> Any:
     token = rare_word(estimate.model)
     subject.keep({"base": base, "resolution": estimate.model.resolution, "token": token})
     return estimate
-
-
-def _of(page: Page, name: str) -> Subject:
-    if not name:
-        raise UserError("first make a subject in step 1")
-    return subject_of(page.workspace, name)
 
 
 def fitting_changes(config: TrainingConfig, memory: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import gradio as gr
 
 from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.runs import RunView
+from gsoft_diffusion.app.subjects import Subject, subject_of
 from gsoft_diffusion.app.workspace import Workspace
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -28,6 +30,12 @@ class Page:
 
     workspace: Workspace
     jobs: Jobs
+
+    def subject(self, name: str) -> Subject:
+        """The subject of that name. Raises UserError if there is none, or if none is chosen."""
+        if not name:
+            raise UserError("first make a subject in step 1")
+        return subject_of(self.workspace, name)
 
     def view(self, run: str) -> RunView:
         """A run as it is now. Raises UserError if there is none of that name, in the folder or in the queue."""
@@ -62,3 +70,22 @@ def choose(choices: list[Any], value: Any) -> Any:
     """An update of a choice: what there is, and what is chosen if it is there, else the first."""
     names = [choice[1] if isinstance(choice, tuple) else choice for choice in choices]
     return gr.update(choices=choices, value=value if value in names else next(iter(names), None))
+
+
+def latest_of(adapters: Sequence[tuple[str, str]], run: str) -> str | None:
+    """The latest adapter of a run, None if it has none. adapters: as `Page.adapters` gives them."""
+    return next((name for _, name in adapters if name.startswith(f"{run}/")), None)
+
+
+def updates(shown: Sequence[Any], now: Sequence[Any]) -> list[Any]:
+    """Updates of what is not as it is shown, and at their end `now`, which is what is shown from then on.
+
+    shown: what was shown at the last look; nothing at the first. now: what is to be shown, in the same order: HTML,
+    and for buttons whether they do something.
+    """
+    before = shown or [None] * len(now)
+    return [*(gr.skip() if old == new else _update(new) for old, new in zip(before, now, strict=True)), now]
+
+
+def _update(value: Any) -> Any:
+    return gr.update(interactive=value) if isinstance(value, bool) else value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from gsoft_diffusion.app import fragments
-from gsoft_diffusion.app.fields import fields_of, held_by, marks, settings_from
-from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page
+from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
+from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, latest_of, updates
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -67,18 +69,46 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     pictures = gr.HTML(js_on_load=PICK, elem_id="pictures")
     before = gr.State([])
 
-    def opened(name: str, chosen: list[str]) -> Any:
-        there = page.adapters()
+    does = Handlers(page, fields)
+    gr.on([demo.load, tab.select], does.opened, [run, adapters], adapters, **QUIET)
+    run.change(does.followed, run, adapters, **QUIET)
+    gr.on([adapters.change, demo.load], does.chose, adapters, [*strengths, mode], **QUIET)
+    gr.on(
+        [draw.click], does.asked, [adapters, mode, prompts, *strengths, *components], [said, more, *components], **LOUD
+    )
+    ticks = gr.Timer(EVERY)
+    gr.on([ticks.tick, adapters.change], does.watched, [adapters, before], [state, pictures, stop, before], **QUIET)
+    stop.click(does.stopped, adapters, None, **LOUD)
+    pictures.click(does.again, adapters, [adapters, *strengths, prompts, *components], **QUIET)
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """What the step's events do. Each takes what components hold, and returns updates of components.
+
+    page: as in `build`. fields: of the settings.
+    """
+
+    page: Page
+    fields: Sequence[Field]
+
+    def opened(self, name: str, chosen: list[str]) -> Any:
+        """The step is opened. name: of the run in step 3. chosen: the adapters' names."""
+        there = self.page.adapters()
         names = [each for _, each in there]
         kept = [each for each in chosen or [] if each in names]
-        return gr.update(choices=there, value=kept or _first(names, name) or names[:1])
+        latest = latest_of(there, name)
+        return gr.update(choices=there, value=kept or ([latest] if latest else names[:1]))
 
-    def followed(name: str) -> Any:
-        there = page.adapters()
-        return gr.update(choices=there, value=_first([each for _, each in there], name))
+    def followed(self, name: str) -> Any:
+        """Another run is chosen in step 3. name: of the run."""
+        there = self.page.adapters()
+        latest = latest_of(there, name)
+        return gr.update(choices=there, value=[latest] if latest else [])
 
-    def chose(chosen: list[str]) -> list[Any]:
-        labels = {name: label for label, name in page.adapters()}
+    def chose(self, chosen: list[str]) -> list[Any]:
+        """Other adapters are chosen. chosen: their names."""
+        labels = {name: label for label, name in self.page.adapters()}
         sliders = [
             gr.update(
                 visible=at < len(chosen), label=f"Strength of {labels.get(chosen[at], '')}" if at < len(chosen) else ""
@@ -87,12 +117,17 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         ]
         return [*sliders, gr.update(visible=len(chosen) > 1)]
 
-    def asked(chosen: list[str], mode: str, text: str, *given: Any) -> list[Any]:
+    def asked(self, chosen: list[str], mode: str, text: str, *given: Any) -> list[Any]:
+        """*Draw* is pressed.
+
+        chosen: the adapters' names. mode: `together` or `beside`. text: the prompts. given: the strengths, then what
+        the fields hold.
+        """
         try:
             if not chosen:
                 raise UserError("choose what was learned above; it is there once a run has saved something")
-            paths = [str(page.adapter(name)) for name in chosen]
-            settings = settings_from(fields, given[MOST:]) | {
+            paths = [str(self.page.adapter(name)) for name in chosen]
+            settings = settings_from(self.fields, given[MOST:]) | {
                 "adapter": paths,
                 "strength": [float(given[at]) for at in range(len(paths))],
                 "prompts": [line.strip() for line in text.splitlines() if line.strip()],
@@ -102,30 +137,32 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
             if not settings["prompts"]:
                 raise UserError("write a prompt, such as: a {0} {1} on the beach")
             GenerationConfig.from_dict(settings, "settings")
-            page.jobs.add("draw", chosen[0].partition("/")[0], settings)
+            self.page.jobs.add("draw", chosen[0].partition("/")[0], settings)
         except UserError as error:
-            marked, rest = marks(fields, error)
+            marked, rest = marks(self.fields, error)
             return [fragments.failure(rest or "See the setting that is marked."), gr.update(open=not rest), *marked]
-        return ["", gr.skip(), *marks(fields, None)[0]]
+        return ["", gr.skip(), *marks(self.fields, None)[0]]
 
-    def watched(chosen: list[str], shown: list[Any]) -> list[Any]:
-        now = _live(page, chosen)
-        old = shown or [None] * len(now)
-        changes = [gr.skip() if a == b else b for a, b in zip(old, now, strict=True)]
-        button = gr.skip() if old[-1] == now[-1] else gr.update(interactive=now[-1])
-        return [*changes[:-1], button, now]
+    def watched(self, chosen: list[str], shown: list[Any]) -> list[Any]:
+        """Time has passed, or other adapters are chosen. chosen: their names. shown: as `updates` returned it."""
+        return updates(shown, _live(self.page, chosen))
 
-    def stopped(chosen: list[str]) -> None:
-        job = page.jobs.latest(chosen[0].partition("/")[0], "draw") if chosen else None
+    def stopped(self, chosen: list[str]) -> None:
+        """*Stop drawing* is pressed. chosen: the adapters' names."""
+        job = self.page.jobs.latest(chosen[0].partition("/")[0], "draw") if chosen else None
         if job:
-            page.jobs.stop(job)
+            self.page.jobs.stop(job)
 
-    def again(chosen: list[str], event: gr.EventData) -> list[Any]:
-        view = page.view(chosen[0].partition("/")[0])
+    def again(self, chosen: list[str], event: gr.EventData) -> list[Any]:
+        """*Draw again with…* is pressed below a picture.
+
+        chosen: the adapters' names. event: its `pick` is the picture's name. Raises UserError if there is no such run.
+        """
+        view = self.page.view(chosen[0].partition("/")[0])
         picture = next((each for each in view.drawn if each.name == str(event.pick)), None)
         if picture is None:
-            return [gr.skip()] * (MOST + 2 + len(fields))
-        facts, names = picture.facts, [each for _, each in page.adapters()]
+            return [gr.skip()] * (MOST + 2 + len(self.fields))
+        facts, names = picture.facts, [each for _, each in self.page.adapters()]
         listed = facts.get("adapters")
         made = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
         there = [each for each in made if each.get("name") in names][:MOST]
@@ -135,24 +172,11 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
             settings |= {name: sampler.get(name) for name in SamplerConfig().to_dict()}
         settings |= {name: facts.get(name) for name in ("width", "height")}
         held = held_by(
-            fields, {name: value for name, value in settings.items() if isinstance(value, str | int | float) and value}
+            self.fields,
+            {name: value for name, value in settings.items() if isinstance(value, str | int | float) and value},
         )
         sliders = [float(there[at].get("strength", 1)) if at < len(there) else 1 for at in range(MOST)]
         return [[each["name"] for each in there] or gr.skip(), *sliders, picture.prompt, *held]
-
-    gr.on([demo.load, tab.select], opened, [run, adapters], adapters, **QUIET)
-    run.change(followed, run, adapters, **QUIET)
-    gr.on([adapters.change, demo.load], chose, adapters, [*strengths, mode], **QUIET)
-    gr.on([draw.click], asked, [adapters, mode, prompts, *strengths, *components], [said, more, *components], **LOUD)
-    ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, adapters.change], watched, [adapters, before], [state, pictures, stop, before], **QUIET)
-    stop.click(stopped, adapters, None, **LOUD)
-    pictures.click(again, adapters, [adapters, *strengths, prompts, *components], **QUIET)
-
-
-def _first(adapters: list[str], run: str) -> list[str]:
-    """The latest adapter of a run, if it has one."""
-    return [each for each in adapters if each.startswith(f"{run}/")][:1]
 
 
 def _live(page: Page, chosen: list[str]) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from PIL import Image
 
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose
-from gsoft_diffusion.app.subjects import Subject, new_subject, subject_of, subjects
+from gsoft_diffusion.app.subjects import Subject, new_subject, subjects
 from gsoft_diffusion.config.concept import UNIQUE_TOKEN
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.photos.masks import read_mask
 
 EDITED = 1024  # pixels of the longer side of a photo on which a mask is painted
 
@@ -76,45 +78,68 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
                 drop_mask = gr.Button("Take the mask away", elem_id="drop-mask")
         edit_said = gr.HTML(elem_id="edit-said")
 
-    def shown(name: str, pick: str = "") -> tuple[str, str]:
-        """How the subject is called, and its photos."""
+    does = Handlers(page)
+    demo.load(does.opened, subject, [subject, called, cards, with_subject], **QUIET)
+    subject.change(does.changed, subject, [called, cards, with_subject, edit, chosen, upload_said], **QUIET)
+    gr.on([create.click, word.submit], does.made, [name, word], [subject, said, name, word, new], **LOUD)
+    upload.upload(does.added, [subject, upload], [upload, upload_said, cards], **LOUD)
+    cards.click(does.picked, subject, [chosen, edit, title, caption, editor, cards, edit_said], **QUIET)
+    gr.on([save_caption.click, caption.submit], does.captioned, [subject, chosen, caption], [edit_said, cards], **LOUD)
+    save_mask.click(does.masked, [subject, chosen, editor, mask_file], [edit_said, cards, mask_file], **LOUD)
+    drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
+    remove.click(does.removed, [subject, chosen], [edit_said, cards, edit], **LOUD)
+    return PhotosStep(subject)
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """What the step's events do. Each takes what components hold, and returns updates of components."""
+
+    page: Page
+
+    def shown(self, name: str, pick: str = "") -> tuple[str, str]:
+        """How the subject is called, and its photos. name: of the subject. pick: the photo that is edited."""
         if not name:
             return fragments.hint("Give your subject a name to begin."), ""
         try:
-            known = subject_of(page.workspace, name)
+            known = self.page.subject(name)
         except UserError as error:
             return fragments.failure(str(error)), ""
         text = f"In prompts it is called “{known.concept.name}”; the base model does not know the word {known.token}."
         return fragments.hint(text), _cards(known, pick)
 
-    def opened(name: str) -> tuple[Any, ...]:
-        there = subjects(page.workspace)
+    def opened(self, name: str) -> tuple[Any, ...]:
+        """The page is opened. name: the subject that was chosen."""
+        there = subjects(self.page.workspace)
         name = name if name in there else next(iter(there), "")
-        return choose(there, name), *shown(name), gr.update(visible=bool(name))
+        return choose(there, name), *self.shown(name), gr.update(visible=bool(name))
 
-    def changed(name: str) -> tuple[Any, ...]:
-        return *shown(name), gr.update(visible=bool(name)), gr.update(visible=False), "", ""
+    def changed(self, name: str) -> tuple[Any, ...]:
+        """Another subject is chosen. name: of the subject."""
+        return *self.shown(name), gr.update(visible=bool(name)), gr.update(visible=False), "", ""
 
-    def made(name: str, word: str) -> tuple[Any, ...]:
+    def made(self, name: str, word: str) -> tuple[Any, ...]:
+        """*Make it* is pressed. name: what its owner calls it. word: what it is."""
         try:
-            known = new_subject(page.workspace, name, word, UNIQUE_TOKEN)
+            known = new_subject(self.page.workspace, name, word, UNIQUE_TOKEN)
         except UserError as error:
             return gr.skip(), fragments.failure(_plain(error)), gr.skip(), gr.skip(), gr.skip()
-        return choose(subjects(page.workspace), known.name), "", "", "", gr.update(open=False)
+        return choose(subjects(self.page.workspace), known.name), "", "", "", gr.update(open=False)
 
-    def added(name: str, files: list[str] | None) -> tuple[Any, ...]:
+    def added(self, name: str, files: list[str] | None) -> tuple[Any, ...]:
+        """Photos are dropped. name: of the subject. files: paths of the uploads."""
         failures = []
         for file in files or []:
             try:
-                subject_of(page.workspace, name).add_photo(_uploaded(page, file), Path(file).name)
+                with _uploaded(self.page, file) as upload:
+                    self.page.subject(name).add_photo(upload, upload.name)
             except UserError as error:
                 failures.append(fragments.failure(str(error)))
-            finally:
-                Path(file).unlink(missing_ok=True)
-        return None, "".join(failures), shown(name)[1]
+        return None, "".join(failures), self.shown(name)[1]
 
-    def picked(name: str, event: gr.EventData) -> tuple[Any, ...]:
-        known = subject_of(page.workspace, name)
+    def picked(self, name: str, event: gr.EventData) -> tuple[Any, ...]:
+        """A photo is pressed. name: of the subject. event: its `pick` is the photo's name. Raises UserError."""
+        known = self.page.subject(name)
         photo = known.photo(str(event.pick))
         image = open_image(photo.path)
         image.thumbnail((EDITED, EDITED))
@@ -128,50 +153,42 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
             "",
         )
 
-    def captioned(name: str, pick: str, text: str) -> tuple[str, str]:
+    def captioned(self, name: str, pick: str, text: str) -> tuple[str, str]:
+        """*Keep the caption* is pressed. name: of the subject. pick: the photo's name. text: the caption."""
         try:
-            subject_of(page.workspace, name).set_caption(pick, text)
+            self.page.subject(name).set_caption(pick, text)
         except UserError as error:
             return fragments.failure(str(error)), gr.skip()
-        return fragments.hint("Kept."), shown(name, pick)[1]
+        return fragments.hint("Kept."), self.shown(name, pick)[1]
 
-    def masked(name: str, pick: str, painted: dict[str, Any] | None, file: str | None) -> tuple[Any, ...]:
+    def masked(self, name: str, pick: str, painted: dict[str, Any] | None, file: str | None) -> tuple[Any, ...]:
+        """*Keep the mask* is pressed.
+
+        name: of the subject. pick: the photo's name. painted: what the editor holds. file: path of an upload, which
+        goes before what is painted.
+        """
         try:
-            known = subject_of(page.workspace, name)
-            mask = _mask(page, painted, file)
-            known.set_mask(pick, mask)
-            known.seen()  # reads it as training does, and refuses what could mean several things
+            mask = _mask_in(self.page, file) if file else _painted(painted)
+            self.page.subject(name).set_mask(pick, mask)
         except UserError as error:
             return fragments.failure(str(error)), gr.skip(), None
-        finally:
-            if file:
-                Path(file).unlink(missing_ok=True)
-        return fragments.hint("Kept: what is red in the thumbnail counts less."), shown(name, pick)[1], None
+        return fragments.hint("Kept: what is red in the thumbnail counts less."), self.shown(name, pick)[1], None
 
-    def unmasked(name: str, pick: str) -> tuple[str, str]:
+    def unmasked(self, name: str, pick: str) -> tuple[str, str]:
+        """*Take the mask away* is pressed. name: of the subject. pick: the photo's name."""
         try:
-            subject_of(page.workspace, name).set_mask(pick, None)
+            self.page.subject(name).set_mask(pick, None)
         except UserError as error:
             return fragments.failure(str(error)), gr.skip()
-        return "", shown(name, pick)[1]
+        return "", self.shown(name, pick)[1]
 
-    def removed(name: str, pick: str) -> tuple[Any, ...]:
+    def removed(self, name: str, pick: str) -> tuple[Any, ...]:
+        """*Remove the photo* is pressed. name: of the subject. pick: the photo's name."""
         try:
-            subject_of(page.workspace, name).remove_photo(pick)
+            self.page.subject(name).remove_photo(pick)
         except UserError as error:
             return fragments.failure(str(error)), gr.skip(), gr.skip()
-        return "", shown(name)[1], gr.update(visible=False)
-
-    demo.load(opened, subject, [subject, called, cards, with_subject], **QUIET)
-    subject.change(changed, subject, [called, cards, with_subject, edit, chosen, upload_said], **QUIET)
-    gr.on([create.click, word.submit], made, [name, word], [subject, said, name, word, new], **LOUD)
-    upload.upload(added, [subject, upload], [upload, upload_said, cards], **LOUD)
-    cards.click(picked, subject, [chosen, edit, title, caption, editor, cards, edit_said], **QUIET)
-    gr.on([save_caption.click, caption.submit], captioned, [subject, chosen, caption], [edit_said, cards], **LOUD)
-    save_mask.click(masked, [subject, chosen, editor, mask_file], [edit_said, cards, mask_file], **LOUD)
-    drop_mask.click(unmasked, [subject, chosen], [edit_said, cards], **LOUD)
-    remove.click(removed, [subject, chosen], [edit_said, cards, edit], **LOUD)
-    return PhotosStep(subject)
+        return "", self.shown(name)[1], gr.update(visible=False)
 
 
 def _cards(subject: Subject, pick: str = "") -> str:
@@ -181,24 +198,34 @@ def _cards(subject: Subject, pick: str = "") -> str:
         return fragments.failure(str(error))
 
 
-def _uploaded(page: Page, file: str) -> Path:
-    """The path of an uploaded file. Raises UserError for one that is not among the uploads."""
+@contextmanager
+def _uploaded(page: Page, file: str) -> Iterator[Path]:
+    """An uploaded file's path; the file is gone at the end. Raises UserError for one that is not among the uploads."""
     path = Path(file)
     if not path.resolve().is_relative_to(page.workspace.uploads):
         raise UserError(f"{path.name}: was not uploaded")
-    return path
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def _mask(page: Page, painted: dict[str, Any] | None, file: str | None) -> Image.Image:
-    """What was painted, or else the picture in the file: white where the subject is."""
-    if file:
-        place = page.workspace.uploads / "mask.png"
-        shutil.copyfile(_uploaded(page, file), place)
-        return open_image(place)
+def _mask_in(page: Page, file: str) -> Image.Image:
+    """The mask in an uploaded file: in shades of grey, white where the subject is."""
+    with _uploaded(page, file) as upload:
+        try:
+            return read_mask(upload)
+        except UserError as error:
+            raise UserError(str(error).replace(str(upload), upload.name)) from error
+
+
+def _painted(painted: dict[str, Any] | None) -> Image.Image:
+    """What was painted, as a mask: white where there is paint. painted: what the editor holds."""
     layers = (painted or {}).get("layers") or []
-    if not layers:
+    mask = layers[0].getchannel("A").point(lambda opacity: 255 if opacity else 0) if layers else None
+    if mask is None or not mask.getbbox():
         raise UserError("nothing is painted; paint over the subject, then keep the mask")
-    return layers[0].getchannel("A").point(lambda opacity: 255 if opacity else 0)
+    return mask
 
 
 def _plain(error: UserError) -> str:

@@ -13,7 +13,7 @@ from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.files import download_address
 from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.app.runs import RunView
-from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose
+from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, latest_of, updates
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -56,11 +56,11 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
 
     def opened(name: str, chosen: str | None) -> Any:
         there = page.adapters()
-        return choose(there, chosen if chosen in [each for _, each in there] else _first(there, name))
+        return choose(there, chosen if chosen in [each for _, each in there] else latest_of(there, name))
 
     def followed(name: str) -> Any:
         there = page.adapters()
-        return choose(there, _first(there, name))
+        return choose(there, latest_of(there, name))
 
     def asked(chosen: str | None, kind: str, rank: int, precision: str) -> str:
         try:
@@ -76,20 +76,13 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         return ""
 
     def watched(chosen: str | None, shown: list[Any]) -> list[Any]:
-        now = _live(page, chosen)
-        changes = [gr.skip() if a == b else b for a, b in zip(shown or [None] * len(now), now, strict=True)]
-        return [*changes, now]
+        return updates(shown, _live(page, chosen))
 
     gr.on([demo.load, tab.select], opened, [run, adapter], adapter, **QUIET)
     run.change(followed, run, adapter, **QUIET)
     make.click(asked, [adapter, kind, rank, precision], said, **LOUD)
     ticks = gr.Timer(EVERY)
     gr.on([ticks.tick, adapter.change], watched, [adapter, before], [state, files, words, before], **QUIET)
-
-
-def _first(adapters: list[tuple[str, str]], run: str) -> str | None:
-    """The latest adapter of a run, None if it has none."""
-    return next((name for _, name in adapters if name.startswith(f"{run}/")), None)
 
 
 def _live(page: Page, chosen: str | None) -> list[Any]:

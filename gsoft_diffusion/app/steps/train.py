@@ -11,7 +11,7 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
 from gsoft_diffusion.app.steps.base import BaseStep, fitting_changes, settled
-from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose
+from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, updates
 from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
@@ -31,6 +31,7 @@ ELSEWHERE = (
         "pretrained_model_name_or_path",
         "output_dir",
     ),
+    *("base_config", "validation_data_dir"),  # the page reads nothing outside of its folder but the base model
     *("resume_from_checkpoint", "class_data_dir", "score_validation", "push_to_hub", "hub_model_id", "hub_token"),
 )
 
@@ -70,83 +71,108 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep
     before = gr.State([])  # what is shown, so that only what changes is sent
     live = [queue, headline, curve, sheets, log, stop, go_on, draw_now]
 
-    def watched(name: str, shown: list[Any]) -> list[Any]:
-        now = _live(page, name)
-        changes = [
-            gr.skip() if old == new else _update(new) for old, new in zip(shown or [None] * len(now), now, strict=True)
-        ]
-        return [*changes, now]
+    does = Handlers(page, fields)
+    outcome = [run, said, advanced, *components]
+    gr.on([demo.load, subject.change], does.opened, [subject, run], [run, *components], **QUIET)
+    tab.select(lambda name: choose(page.runs(), name), run, run, **QUIET)
+    ticks = gr.Timer(EVERY)
+    gr.on([ticks.tick, run.change], does.watched, [run, before], [*live, before], concurrency_limit=None, **QUIET)
+    start.click(does.started, [subject, base.kind, base.name, *components], outcome, **LOUD)
+    base.fit.click(does.fitted, [subject, base.memory, *components], [said, base.said, *components], **LOUD)
+    stop.click(does.stopped, run, run_said, **LOUD)
+    go_on.click(does.went_on, [run, *components], outcome, **LOUD)
+    draw_now.click(does.drawn, run, run_said, **LOUD)
+    return TrainStep(run)
 
-    def opened(chosen: str, name: str) -> list[Any]:
-        known = subject_of(page.workspace, chosen) if chosen in subjects(page.workspace) else None
-        held = dict(zip([each.name for each in fields], held_by(fields, known.settings if known else {}), strict=True))
+
+@dataclass(frozen=True)
+class Handlers:
+    """What the step's events do. Each takes what components hold, and returns updates of components.
+
+    page: as in `build`. fields: of the settings, the number of steps first.
+    """
+
+    page: Page
+    fields: Sequence[Field]
+
+    def watched(self, name: str, shown: list[Any]) -> list[Any]:
+        """Time has passed, or another run is chosen. name: of the run. shown: as `updates` returned it."""
+        return updates(shown, _live(self.page, name))
+
+    def opened(self, chosen: str, name: str) -> list[Any]:
+        """The page is opened, or another subject is chosen. chosen: the subject. name: of the run."""
+        known = subject_of(self.page.workspace, chosen) if chosen in subjects(self.page.workspace) else None
+        held = dict(
+            zip([each.name for each in self.fields], held_by(self.fields, known.settings if known else {}), strict=True)
+        )
         scenes = "\n".join(known.concept.scenes()) if known else ""
         held["validation_prompts"] = gr.update(value=held["validation_prompts"], placeholder=scenes)
-        return [choose(page.runs(), name), *held.values()]
+        return [choose(self.page.runs(), name), *held.values()]
 
-    def started(chosen: str, kind: str, base_name: str, *given: Any) -> list[Any]:
+    def started(self, chosen: str, kind: str, base_name: str, *given: Any) -> list[Any]:
+        """*Start training* is pressed.
+
+        chosen: the subject. kind, base_name: of the base model, as in `settled`. given: what the fields hold.
+        """
         try:
-            known = _of(page, chosen)
+            known = self.page.subject(chosen)
             if known.base != (BUNDLED_BASE if kind == "bundled" else base_name.strip()):
                 settled(known, kind, base_name)  # it was named, and nobody has looked at it
-            settings = training_settings(known, settings_from(fields, given))
-            folder = page.workspace.new_run(known.name)
+            settings = training_settings(known, settings_from(self.fields, given))
+            folder = self.page.workspace.new_run(known.name)
             settings["output_dir"] = str(folder)
             TrainingConfig.from_dict(settings, "settings").resolved()
-            page.jobs.add("train", folder.name, settings)
-            known.keep({"settings": settings_from(fields, given)})
+            self.page.jobs.add("train", folder.name, settings)
+            known.keep({"settings": settings_from(self.fields, given)})
         except UserError as error:
-            return _failed(fields, error)
-        marked, _ = marks(fields, None)
-        return [choose(page.runs(), folder.name), "", gr.skip(), *marked]
+            return _failed(self.fields, error)
+        marked, _ = marks(self.fields, None)
+        return [choose(self.page.runs(), folder.name), "", gr.skip(), *marked]
 
-    def fitted(chosen: str, memory: str, *given: Any) -> list[Any]:
+    def fitted(self, chosen: str, memory: str, *given: Any) -> list[Any]:
+        """The button of step 2 that makes training fit is pressed.
+
+        chosen: the subject. memory: as in `fitting_changes`. given: what the fields hold.
+        """
         try:
-            known = _of(page, chosen)
-            settings = settings_from(fields, given)
+            known = self.page.subject(chosen)
+            settings = settings_from(self.fields, given)
             config = TrainingConfig.from_dict(training_settings(known, settings), "settings")
             changes = fitting_changes(config, memory)
         except UserError as error:
-            return ["", fragments.failure(str(error)), *[gr.skip() for _ in fields]]
+            return ["", fragments.failure(str(error)), *[gr.skip() for _ in self.fields]]
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "nothing: it fits as it is"
-        return ["", fragments.hint(f"Changed in step 3: {words}."), *held_by(fields, settings | changes)]
+        return ["", fragments.hint(f"Changed in step 3: {words}."), *held_by(self.fields, settings | changes)]
 
-    def stopped(name: str) -> str:
-        job = page.jobs.latest(name, "train")
+    def stopped(self, name: str) -> str:
+        """*Stop* is pressed. name: of the run."""
+        job = self.page.jobs.latest(name, "train")
         if job:
-            page.jobs.stop(job)
+            self.page.jobs.stop(job)
         return fragments.hint("It stops after this step, and saves what it has learned.") if job else ""
 
-    def went_on(name: str, *given: Any) -> list[Any]:
+    def went_on(self, name: str, *given: Any) -> list[Any]:
+        """*Go on* is pressed. name: of the run. given: what the fields hold; only the number of steps counts."""
         try:
-            path = page.view(name).folder / SETTINGS
-            if not path.is_file():
+            folder = self.page.view(name).folder  # which may have another name or place than when the run began
+            if not (folder / SETTINGS).is_file():
                 raise UserError(f"{name} has not begun, so it cannot go on; start it anew")
-            steps = settings_from(first[:1], given[:1])
-            settings = read_yaml(path) | steps | {"resume_from_checkpoint": "latest"}
+            steps = settings_from(self.fields[:1], given[:1])
+            here = {"output_dir": str(folder), "resume_from_checkpoint": "latest"}
+            settings = read_yaml(folder / SETTINGS) | steps | here
             TrainingConfig.from_dict(settings, "settings")
-            page.jobs.add("train", name, settings)
+            self.page.jobs.add("train", name, settings)
         except UserError as error:
-            return _failed(fields, error)
-        return [gr.skip(), "", gr.skip(), *marks(fields, None)[0]]
+            return _failed(self.fields, error)
+        return [gr.skip(), "", gr.skip(), *marks(self.fields, None)[0]]
 
-    def drawn(name: str) -> str:
-        job = page.jobs.latest(name, "train")
-        if job:
-            page.jobs.draw_now(job)
+    def drawn(self, name: str) -> str:
+        """*Draw now* is pressed. name: of the run. Raises UserError if there is none of that name."""
+        view = self.page.view(name)
+        if view.job is None or not view.trains:
+            return fragments.hint("It has not done a step since it was started; ask again once it has.")
+        self.page.jobs.draw_now(view.job)
         return fragments.hint("It draws after this step.")
-
-    outcome = [run, said, advanced, *components]
-    gr.on([demo.load, subject.change], opened, [subject, run], [run, *components], **QUIET)
-    tab.select(lambda name: choose(page.runs(), name), run, run, **QUIET)
-    ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, run.change], watched, [run, before], [*live, before], concurrency_limit=None, **QUIET)
-    start.click(started, [subject, base.kind, base.name, *components], outcome, **LOUD)
-    base.fit.click(fitted, [subject, base.memory, *components], [said, base.said, *components], **LOUD)
-    stop.click(stopped, run, run_said, **LOUD)
-    go_on.click(went_on, [run, *components], outcome, **LOUD)
-    draw_now.click(drawn, run, run_said, **LOUD)
-    return TrainStep(run)
 
 
 def training_settings(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
@@ -168,12 +194,6 @@ def training_settings(subject: Subject, given: dict[str, Any]) -> dict[str, Any]
     if "validation_steps" in given and "checkpointing_steps" not in given:
         settings["checkpointing_steps"] = given["validation_steps"]
     return settings | given
-
-
-def _of(page: Page, name: str) -> Subject:
-    if not name:
-        raise UserError("first make a subject in step 1")
-    return subject_of(page.workspace, name)
 
 
 def _failed(fields: Sequence[Field], error: UserError) -> list[Any]:
@@ -202,7 +222,3 @@ def _live(page: Page, name: str) -> list[Any]:
         ]
     except UserError as error:
         return [strip, fragments.failure(str(error)), "", "", "", False, False, False]
-
-
-def _update(shown: Any) -> Any:
-    return gr.update(interactive=shown) if isinstance(shown, bool) else shown

@@ -1,0 +1,56 @@
+"""What the buttons of step 3 do, called as Gradio calls them."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import gradio as gr
+import pytest
+from page_folders import write_run
+
+from gsoft_diffusion.app.fields import fields_of
+from gsoft_diffusion.app.jobs import Jobs
+from gsoft_diffusion.app.steps.train import ELSEWHERE, Handlers
+from gsoft_diffusion.config import TrainingConfig
+from gsoft_diffusion.config.settings import Mark, marked, read_yaml
+
+
+@pytest.fixture
+def does(page) -> Handlers:
+    return Handlers(page, [each for each in fields_of(TrainingConfig, ELSEWHERE) if each.name == "max_train_steps"])
+
+
+def test_no_field_takes_a_path():
+    """What is outside of the page's folder is not read; the base model is chosen in step 2."""
+    assert set(marked(TrainingConfig, Mark.PATH)) <= set(ELSEWHERE)
+
+
+def test_a_run_goes_on_in_its_own_folder_though_it_was_moved(page, does, sleeping):
+    old = page.workspace.root / "rex"  # where it began, and another one is now
+    settings = f"instance_data_dir: x\nclass_word: dog\nmax_train_steps: 4\noutput_dir: {old}\n"
+    write_run(old, settings=settings)
+    folder = write_run(page.workspace.root / "rex-old", settings=settings)
+    assert does.went_on("rex-old", "9")[:3] == [gr.skip(), "", gr.skip()]
+    job = page.jobs.latest("rex-old", "train")
+    kept = read_yaml(job.folder / "settings.yaml")
+    assert kept["output_dir"] == str(folder)
+    assert (kept["max_train_steps"], kept["resume_from_checkpoint"]) == (9, "latest")
+
+
+def test_a_run_that_has_not_begun_cannot_go_on(page, does, sleeping):
+    page.jobs.add("train", "rex", {})
+    assert "rex has not begun, so it cannot go on" in does.went_on("rex", "")[1]
+
+
+def test_a_run_is_asked_to_draw_only_once_it_listens(page, does, sleeping, monkeypatch):
+    """Before its first step the wish would end it, or be lost."""
+    asked = []
+    monkeypatch.setattr(Jobs, "draw_now", lambda jobs, job: asked.append(job.run))
+    page.jobs.add("train", "rex", {})
+    assert "It has not done a step since it was started" in does.drawn("rex")
+    assert asked == []
+    step = {"step": 1, "loss": 1.0, "lr": 0.1, "time": time.time() + 60}
+    write_run(page.workspace.root / "rex", json.dumps(step) + "\n")
+    assert "It draws after this step" in does.drawn("rex")
+    assert asked == ["rex"]
