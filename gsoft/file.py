@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -139,6 +140,8 @@ class OpenFile:
         name, print_ = section.get("name"), section.get("fingerprint")
         if not (set(section) == {"name", "fingerprint"} and isinstance(name, str) and isinstance(print_, str)):
             refuse(self.path, "its metadata base_model must have a name and a fingerprint")
+        if any(unicodedata.category(character) == "Cc" for character in name):
+            refuse(self.path, "the name of its base model has control characters")
         if not is_fingerprint(print_):
             refuse(self.path, "the fingerprint of its base model is malformed")
         return BaseModelIdentity(name, print_)

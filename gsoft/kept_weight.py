@@ -9,7 +9,7 @@ from gsoft.linear_slice import AnyLinear
 
 
 class KeptWeight:
-    """Keeps `W` while `W'` is written over it, and puts it back bit for bit."""
+    """Keeps `W` in main memory while `W'` is written over it, and puts it back bit for bit."""
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None
@@ -21,7 +21,7 @@ class KeptWeight:
 
     def keep(self, layer: AnyLinear) -> None:
         """Keep the layer's weight, which is about to be replaced."""
-        self._weight = layer.weight.detach().clone()
+        self._weight = layer.weight.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def replace(self, layer: AnyLinear, weight: Tensor) -> None:

@@ -66,7 +66,7 @@ class Stack:
 
     @torch.no_grad()
     def composed(self, strengths: Mapping[str, float]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Every layer that these adapters change: its name, the base model's `W`, and `W'` in float32 or more.
+        """Every layer that these adapters change: its name, the base model's `W`, and `W'`, both in float32 or more.
 
         To be asked while no adapter is in use, and to be gone through before it is asked again: an adapter has one
         strength at a time. Raises GSOFTError as `use` does.
@@ -78,11 +78,11 @@ class Stack:
             self._adapters[name].load_state_dict(at_strength(self._tensors[name], strength))
             in_order.append({layer: rotated for layer, _, rotated in self._adapters[name].layers()})
         for layer, linear in self.layers(strengths).items():
-            weight = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
+            weight = base = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
             for rotated in in_order:
                 if layer in rotated:
                     weight = rotated[layer].rotated_weight(weight)
-            yield layer, linear.weight, weight
+            yield layer, base, weight
 
     def layers(self, names: Iterable[str]) -> dict[str, AnyLinear]:
         """The models' layers, or slices of them, that any of these adapters is on."""

@@ -43,7 +43,7 @@ def _draw() -> int:
         "Draw pictures with a trained adapter.\n\n"
         f'{command("gsoft-draw")} --adapter outputs/my_dog/adapter.safetensors --prompt "a sks dog on the beach"',
     )
-    from gsoft_diffusion.sampling.generation import draw
+    from gsoft_diffusion.sampling.drawing import draw
 
     draw(config)
     return 0

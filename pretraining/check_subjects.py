@@ -31,7 +31,7 @@ from gsoft_diffusion.config import GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.photos.image_files import open_image
-from gsoft_diffusion.sampling.generation import draw
+from gsoft_diffusion.sampling.drawing import draw
 from gsoft_diffusion.scoring.encoders import ImageEncoder, load_dino
 from gsoft_diffusion.scoring.metrics import cosines, image_similarity, nearest_photo, real_photo_ceiling
 from gsoft_diffusion.training.train import train

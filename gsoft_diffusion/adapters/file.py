@@ -4,7 +4,8 @@ Tensors: the adapter's parameters, float32, under their names in `Adapter.state_
 `gsoft_diffusion_adapter` holds the version of the format; `config`, `base_model`, `training` and `prompts` hold JSON.
 
 Other programs read tensors without metadata. What they could not know from shapes is the name of an empty tensor:
-`parametrization.cayley` or `parametrization.exp`. Version 1 of the format had none.
+`parametrization.` and the setting of that name, by default `parametrization.scaled_cayley`. Version 1 of the format had
+none.
 """
 
 from __future__ import annotations

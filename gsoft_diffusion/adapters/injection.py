@@ -36,9 +36,9 @@ def inject(config: AdapterConfig, denoiser: nn.Module, text_encoders: Sequence[n
     text_encoders: the CLIP text encoders, in the pipeline's order.
 
     Every attention of a UNet gets a GSOFT attention processor. Of a transformer the projections of every attention are
-    rotated, those of the text in joint attention included; where they share matrices with the feed-forward layer, with
-    `config.fused_attention`; and with `config.text_encoder` those of every CLIP
-    attention. Until something is trained, the models' outputs stay bit-equal.
+    rotated, those of the text in joint attention included; those that share matrices with the feed-forward layer only
+    with `config.fused_attention`. With `config.text_encoder` those of every CLIP attention are, too. Until something is
+    trained, the models' outputs stay bit-equal.
 
     Raises UserError, before anything is changed, if a width does not fit the configuration (naming layer, width and
     valid values) or a model has attention that cannot be adapted.

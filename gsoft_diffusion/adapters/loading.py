@@ -17,7 +17,7 @@ from gsoft_diffusion.adapters.file import AdapterFile, read_adapter
 from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.adapters.injection import Adapter, expected_shapes, inject
 from gsoft_diffusion.config.settings import read_yaml
-from gsoft_diffusion.foundation.errors import UserError, user_errors
+from gsoft_diffusion.foundation.errors import UserError, printable, user_errors
 from gsoft_diffusion.foundation.model_names import local_model
 from gsoft_diffusion.foundation.run_folder import SETTINGS, run_folder
 from gsoft_diffusion.models.families import BaseModel
@@ -71,7 +71,7 @@ def load_base(
     file: AdapterFile,
     moved_to: str | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     cpu_offload: bool = False,
     offload_layers: bool = False,
@@ -95,7 +95,7 @@ def load_base(
                 f"{file.path}: its base model is {name}, as {source} says, which is not there; give its place with "
                 "--pretrained_model_name_or_path"
             )
-        print(f"base model: {name}, as {source} says")
+        print(printable(f"base model: {name}, as {source} says"))
     return load_model(
         name,
         **versions,

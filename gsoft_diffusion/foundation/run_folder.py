@@ -6,7 +6,13 @@ checkpoint-<step>/   see `training/checkpoints.py`
 progress.jsonl       loss and time of every step, see `training/progress.py`
 validation/          contact sheets; with `score_validation` also `step-<step>/`, every picture and its scores, and the
                      curve of all steps, `curve.csv` and `curve.png`
+logs/                what trackers write
+images/              pictures that were drawn with the result; of a checkpoint in `checkpoint-<step>/`
+hub/                 what `--push_to_hub` has published
 README.md            the model card
+
+Exports go beside the result unless they are given another place: `merged/`, `diff.safetensors` and the like, with a
+card, a report and a picture of the same name.
 """
 
 from __future__ import annotations

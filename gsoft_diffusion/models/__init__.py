@@ -1,1 +1,4 @@
-"""Base models: their families, loading, quantisation, noise. Nothing here knows of adapters."""
+"""Base models: their families, loading, quantisation, noise, and which of their layers an adapter may be on.
+
+Nothing here knows how adapters are made.
+"""

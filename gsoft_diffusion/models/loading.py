@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 from diffusers import DDPMScheduler, SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gsoft_diffusion.foundation.bundled import places
@@ -27,6 +28,7 @@ from gsoft_diffusion.models.single_file import is_single_file, load_parts, usual
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # what the part that denoises is called
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 
 
 def load_model(
@@ -35,7 +37,7 @@ def load_model(
     revision: str | None = None,
     variant: str | None = None,
     base_config: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     cpu_offload: bool = False,
     offload_layers: bool = False,
@@ -48,7 +50,7 @@ def load_model(
     revision: branch, tag or commit on the hub; by default the main branch.
     variant: what stands before `.safetensors` in the names of the weight files to load, such as fp16.
     base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
-    dtype: of all weights but the VAE's, which are float32.
+    dtype: of all weights but the VAE's, which are float32; None for the one that each part's are stored in.
     device: where the model computes.
     cpu_offload: put only the denoiser on `device`; the other parts are moved there only while they compute.
     offload_layers: leave the denoiser's layers that no adapter uses in main memory; see `frozen_storage`.
@@ -69,20 +71,25 @@ def load_model(
     shrunk = bool(quantize_base or offload_layers)  # after loading all of it into main memory
     if is_single_file(name):
         folder, family, index_values = _find_config(name, base_config)
-        file = [(Path(name).expanduser(), dtype)]
-        check_weights(name, file, "cpu" if cpu_offload or shrunk else device)
+        file = Path(name).expanduser()
+        dtype = dtype or _stored_dtype([file])
+        check_weights(name, [(file, dtype)], "cpu" if cpu_offload or shrunk else device)
         parts = load_parts(name, family, folder, dtype)
     else:
         folder, family, index_values = _find(name, revision, variant)
         weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
         parts = {}
-        dtypes = {part: torch.float32 if part == "vae" else dtype for part in family.parts()}
-        counted = {part: kept for part, kept in dtypes.items() if not cpu_offload or part in DENOISERS}
-        check_weights(name, _weight_files(folder, variant, counted), "cpu" if shrunk else device)
+        files = {part: _weight_files(folder / part, variant) for part in family.parts()}
+        dtypes = {part: dtype or _stored_dtype(paths) for part, paths in files.items()} | {"vae": torch.float32}
+        counted = [part for part in files if not cpu_offload or part in DENOISERS]
+        weight_files = [(path, dtypes[part]) for part in counted for path in files[part]]
+        check_weights(name, weight_files, "cpu" if shrunk else device)
         for part, kind in family.parts().items():
             parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
     model = family(name=name, index_values=index_values, **parts)
     model.check()
+    if torch.device(device).type != "cpu":
+        model.vae.enable_slicing()  # one picture at a time, for in float32 several of them take gigabytes
     untrained = [reader for reader in model.all_text_encoders() if reader not in model.text_encoders]
     for network in parts.values():
         if isinstance(network, nn.Module):
@@ -197,10 +204,9 @@ def _find(
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"there is no model folder {name}, and it is not the name of a model on the hub")
     family, index_values = _read_index(name, _fetch(name, revision, [INDEX]))
-    end = f".{variant}.safetensors" if variant else ".safetensors"
     wanted = [INDEX]
     for part in family.parts():
-        of_weights = [f"*model{end}", f"*model-*-of-*{end}"] if weights else []
+        of_weights = _weight_patterns(variant) if weights else []
         files = ["*"] if part.startswith("tokenizer") else ["*.json", *of_weights]
         wanted += [f"{part}/{pattern}" for pattern in files]
     folder = _fetch(name, revision, wanted)
@@ -209,14 +215,35 @@ def _find(
     return folder, family, index_values
 
 
-def _weight_files(
-    folder: Path, variant: str | None, dtypes: Mapping[str, torch.dtype]
-) -> Iterator[tuple[Path, torch.dtype]]:
-    """The weight files that will be loaded, with the type that their numbers will have."""
-    end = f".{variant}.safetensors" if variant else ".safetensors"
-    for part, dtype in dtypes.items():
-        for pattern in (f"*model{end}", f"*model-*-of-*{end}"):
-            yield from ((path, dtype) for path in (folder / part).glob(pattern))
+def _weight_patterns(variant: str | None) -> list[str]:
+    """Patterns for the names of a part's weight files, whole and in pieces.
+
+    Where there is a variant, diffusers and transformers write its name before a piece's number; they once did after it.
+    """
+    if variant is None:
+        return ["*model.safetensors", "*model-*-of-*.safetensors"]
+    pieces = [f"*model.{variant}-*-of-*.safetensors", f"*model-*-of-*.{variant}.safetensors"]
+    return [f"*model.{variant}.safetensors", *pieces]
+
+
+def _weight_files(part: Path, variant: str | None) -> list[Path]:
+    """The weight files in a part's folder that will be loaded."""
+    return [path for pattern in _weight_patterns(variant) for path in part.glob(pattern)]
+
+
+def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The half precision that all weights in the files are in, else float32."""
+    try:
+        found = {kind for path in files for kind in _dtypes_in(path)}
+    except (OSError, SafetensorError):
+        return torch.float32  # loading will say what is wrong with it
+    return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def _dtypes_in(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+    return {kind for kind in kinds if kind.startswith(("F", "BF"))}  # not numbers of positions
 
 
 def _find_config(name: str, base_config: str | None) -> tuple[Path, type[BaseModel], dict[str, Any]]:

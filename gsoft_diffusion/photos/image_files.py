@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from gsoft_diffusion.photos.colours import to_srgb
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff"}
 EXIF_ORIENTATION = 0x0112
+# What Pillow's readers raise for damaged files.
+DAMAGE = (EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError, ValueError, struct.error)
 SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP")  # whose further pictures are others, not previews as in photos of telephones
 
 
@@ -44,11 +47,11 @@ def read_picture(path: Path) -> Picture:
         if image.mode in ("I", "F"):
             raise UserError(f"{path}: has 32 bits a channel, so its white is not known; save it with 8")
         drawn = METADATA_KEY in image.info
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
-        upright, colours = to_srgb(ImageOps.exif_transpose(image))
-    if upright.mode == "RGBA" and upright.getchannel("A").getextrema() == (255, 255):
-        upright = upright.convert("RGB")
-    return Picture(upright, turned, colours, drawn)
+        decoded, turned = upright(path, image)
+    seen, colours = to_srgb(decoded)
+    if seen.mode == "RGBA" and seen.getchannel("A").getextrema() == (255, 255):
+        seen = seen.convert("RGB")
+    return Picture(seen, turned, colours, drawn)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -61,27 +64,44 @@ def open_image(path: Path) -> Image.Image:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The picture in a file as Pillow opens it, for what is done to it in the block.
+    """The picture in a file as Pillow opens it: what it is is known in the block, its pixels are read by `upright`.
 
     Raises UserError naming the file if it is damaged, a sequence of pictures, or so large that it may be an attack
     (Pillow's limit).
     """
     if path.suffix.lower() in (".heic", ".heif"):
         _enable_heic(path)
+    with _damage_explained(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, and enough
+        with path.open("rb") as file:
+            file.read(1)  # Pillow does not close a file that it cannot read
+        image = Image.open(path)
+    with image:
+        with _damage_explained(path):
+            count = getattr(image, "n_frames", 1)
+        if count > 1 and image.format in SEQUENCES:
+            raise UserError(f"{path}: a sequence of {count} pictures; save the one you want as a single picture")
+        yield image
+
+
+def upright(path: Path, image: Image.Image) -> tuple[Image.Image, bool]:
+    """The picture with its pixels read, turned as its EXIF data asks, and whether that asks to turn it.
+
+    path: the file, for messages. image: as `opened` gave it. Raises UserError naming the file if it is damaged.
+    """
+    with _damage_explained(path):
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image), turned
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """Inside the block, what Pillow raises for a file that is damaged or too large is a UserError that names it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, and enough
-            with path.open("rb") as file:
-                file.read(1)  # Pillow does not close a file that it cannot read
-            with Image.open(path) as image:
-                if (count := getattr(image, "n_frames", 1)) > 1 and image.format in SEQUENCES:
-                    raise UserError(
-                        f"{path}: a sequence of {count} pictures; save the one you want as a single picture"
-                    )
-                yield image
+        yield
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large a picture, make it smaller ({error})") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise for damaged files
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged or not a picture; repair or remove it ({error})") from error
 
 

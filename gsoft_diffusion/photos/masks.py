@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.text_files import composed
 from gsoft_diffusion.photos.colours import eight_bits
-from gsoft_diffusion.photos.image_files import opened, read_picture
+from gsoft_diffusion.photos.image_files import opened, read_picture, upright
 
 MASK_END = "-masklabel"  # as OneTrainer names mask files
 MIDDLE, CONTRAST = 128, 64  # of 255: how bright the subject must be at least, and how much darker the rest
@@ -71,12 +71,11 @@ def read_mask(path: Path) -> Image.Image:
     other colour, the second is the subject. Raises UserError naming the file for what could mean several things.
     """
     with opened(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            deep = np.asarray(image)
-            image = Image.fromarray(deep.astype(np.uint8)) if deep.max() <= 255 else eight_bits(image)
-        mask = _from_opacity(image, path) or _from_colours(image, path)
-    return mask
+        mask, _ = upright(path, image)
+    if mask.mode.startswith("I;16"):
+        deep = np.asarray(mask)
+        mask = Image.fromarray(deep.astype(np.uint8)) if deep.max() <= 255 else eight_bits(mask)
+    return _from_opacity(mask, path) or _from_colours(mask, path)
 
 
 def read_opacity(path: Path) -> Image.Image:

@@ -22,11 +22,11 @@ from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, printable
 from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_sheet, run_folder
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.models.loading import INDEX
+from gsoft_diffusion.models.loading import INDEX, best_device
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
 from gsoft_diffusion.publish.approximation import Approximation, total_error, write_report
 from gsoft_diffusion.publish.full_difference import write_differences
@@ -40,8 +40,9 @@ PREVIEW = "preview.png"  # in a merged folder
 def export(config: ExportConfig) -> Path:
     """Write the export that the settings describe, completely or not at all, and print a summary. Returns its path.
 
-    Weights are rotated and decomposed in float32 and rounded to `config.precision` at the end. Raises UserError if the
-    adapter or its base model cannot be read, the output exists or cannot be written, or a number does not fit.
+    Weights are rotated and decomposed in float32, whatever they are stored in, and rounded to `config.precision` at the
+    end. Raises UserError if the adapter or its base model cannot be read, the output exists or cannot be written, or a
+    number does not fit.
     """
     files = read_adapters(config.adapter)
     strengths = list(config.strengths.values())
@@ -55,7 +56,9 @@ def export(config: ExportConfig) -> Path:
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
-        model = load_base(files[0], config.pretrained_model_name_or_path)
+        # A merged model is written into its weights' type; a change is made layer by layer, each in float32.
+        dtype = None if config.is_change else torch.float32
+        model = load_base(files[0], config.pretrained_model_name_or_path, dtype=dtype)
         stack = AdapterStack(model.denoiser, model.text_encoders)
         for adapter in config.adapter:
             stack.load(adapter, adapter, accept_other_base=config.accept_other_base)
@@ -71,7 +74,7 @@ def export(config: ExportConfig) -> Path:
         card.write_text(text, "utf-8")
         if sheet and picture:
             shutil.copyfile(sheet, picture)
-    print(f"{target}: {said}")
+    print(printable(f"{target}: {said}"))
     if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
         print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora or diff")
     return target
@@ -166,7 +169,8 @@ def write_folder(folder: Path, model: BaseModel, dtype: torch.dtype) -> None:
     for network in parts.values():
         if not isinstance(network, nn.Module):
             continue
-        rounded(network.state_dict(), dtype)  # refuses what does not fit
+        for weight, tensor in network.state_dict().items():
+            rounded_one(weight, tensor, dtype)  # refuses what does not fit
         nn.Module.to(network, dtype)  # diffusers' own warns of layers that it would keep in float32, and names none
     for name, part in parts.items():
         if isinstance(part, CLIPTextModel | CLIPTextModelWithProjection):
@@ -202,7 +206,8 @@ def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, 
     """
     total = len(stack.layers(strengths))
     layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
-    return [approximate(name, weight, rotated, rank, dtype) for name, weight, rotated in layers]
+    device = best_device()  # where decompositions take least time
+    return [approximate(name, weight.to(device), rotated.to(device), rank, dtype) for name, weight, rotated in layers]
 
 
 def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
@@ -236,11 +241,14 @@ def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
     tensors: by name. dtype: of the results. Raises UserError if a number is too large for it.
     """
-    result = {}
-    for name, tensor in tensors.items():
-        result[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if not result[name].isfinite().all():
-            raise UserError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: give --precision float32")
+    return {name: rounded_one(name, tensor, dtype) for name, tensor in tensors.items()}
+
+
+def rounded_one(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `rounded`, of one tensor. name: for the message."""
+    result = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not result.isfinite().all():
+        raise UserError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: give --precision float32")
     return result
 
 

@@ -38,14 +38,16 @@ def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: to
     """The layer that takes `weight` W to about `rotated` W', with the errors that this leaves.
 
     name: the layer's, in the adapter.
-    weight, rotated: `(out, in)`, float32.
+    weight, rotated: `(out, in)`, float32, on the device that is to compute.
     rank: of the factors. dtype: of the factors; what rounding to it costs is in the errors.
+
+    The factors are in main memory.
     """
     change = rotated - weight
     up, down = (factor.to(dtype) for factor in low_rank(change, rank))
     lost = change - up.float() @ down.float()
     weight_norm, change_norm, lost_norm = (matrix.norm().item() for matrix in (weight, change, lost))
-    return LoraLayer(name, weight_norm, change_norm, lost_norm, up, down)
+    return LoraLayer(name, weight_norm, change_norm, lost_norm, up.cpu(), down.cpu())
 
 
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,8 @@ from gsoft_diffusion.photos.image_files import opened
 logger = logging.getLogger(__name__)
 
 SHEET_PIXELS = 40_000_000  # of a sheet; Pillow warns of pictures above 89 million and refuses twice as many
-CELL, LARGEST_CELL = (
-    192,
-    1024,
-)  # pixels of a picture's longer side on a sheet: for labels to be read, and no need of more
+# Pixels of a picture's longer side on a sheet: labels can be read from the first on, and the second is large enough.
+CELL, LARGEST_CELL = 192, 1024
 SHEET_WIDTH = 8300  # pixels: eight of the largest cells; more in a row are made smaller
 MARGIN, FONT_SIZE = 8, 14
 LINE = FONT_SIZE + 6
@@ -48,7 +46,7 @@ def save_png(image: Image.Image, folder: Path, name: str, number: int, metadata:
     number: counted up where another command was faster with that name.
     metadata: what to keep in the PNG, as JSON.
 
-    Raises UserError if it cannot be written.
+    Raises UserError if it cannot be written; nothing of it stays then.
     """
     info = PngInfo()
     info.add_text(METADATA_KEY, json.dumps(metadata))  # plain ASCII
@@ -56,13 +54,23 @@ def save_png(image: Image.Image, folder: Path, name: str, number: int, metadata:
         path = folder / name.format(f"{number:04d}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as file:
-                image.save(file, "PNG", pnginfo=info)
+            _write_new(image, path, info)
             return path
         except OSError as error:
             if not (isinstance(error, FileExistsError) and folder.is_dir()):
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
             number += 1
+
+
+def _write_new(image: Image.Image, path: Path, info: PngInfo) -> None:
+    """Write a PNG where there is no file, completely or not at all. Raises OSError."""
+    file = path.open("xb")
+    try:
+        with file:
+            image.save(file, "PNG", pnginfo=info)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         with opened(path) as image:
             facts = json.loads(image.info.get(METADATA_KEY, "{}"))
-    except (UserError, RecursionError):
+    except (UserError, ValueError, TypeError, RecursionError):  # no picture, no JSON, or not even a text
         return {}
     return facts if isinstance(facts, dict) else {}
 

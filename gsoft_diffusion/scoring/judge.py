@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 
 from gsoft_diffusion.scoring import metrics
@@ -56,10 +55,12 @@ def _verdict(scores: Mapping[str, float]) -> Verdict:
     return Verdict(scores["dino"], scores["clip_t"])
 
 
-def encoders_for(miniature: bool, device: torch.device | str = "cpu") -> Encoders:
+def encoders_for(miniature: bool) -> Encoders:
     """The encoders for a base model's pictures: for a miniature's the bundled ones, else the field's if they load.
 
-    miniature: whether the base model is one, whose pictures say little to the field's encoders. device: where they go.
+    miniature: whether the base model is one, whose pictures say little to the field's encoders.
+
+    They are on the CPU: a few pictures take it little time, and a run's GPU has no room to spare.
     """
     names = (MINI_CLIP, MINI_DINO) if miniature else ("auto", "auto")
-    return load_encoders(*names, device=device)
+    return load_encoders(*names)

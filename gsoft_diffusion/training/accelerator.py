@@ -41,7 +41,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
                 # While one process draws class images or validates, the others wait.
                 InitProcessGroupKwargs(timeout=timedelta(days=1)),
                 # The last layers of some families' text encoders have no say, so their parameters get no gradient.
-                DistributedDataParallelKwargs(find_unused_parameters=True),
+                # Buffers are the frozen base's, and need not be sent again in every step.
+                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
             ],
         )
     except (ValueError, RuntimeError) as error:  # a precision the device does not have, a device that there is not
@@ -56,4 +57,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         accelerator.print("note: no tracker is installed, so nothing is reported; tensorboard is one")
     if config.cpu_offload and accelerator.device.type == "cpu":
         accelerator.print("note: --cpu_offload has no effect: all of the model is in main memory anyway")
+    if config.mixed_precision == "no" and accelerator.device.type == "cuda":
+        accelerator.print(
+            "note: this run computes in float32; --mixed_precision bf16 (fp16 on older GPUs) is faster and takes about "
+            "half the memory"
+        )
     return accelerator

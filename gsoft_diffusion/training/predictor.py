@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gsoft_diffusion.models.families import BaseModel, chosen
+from gsoft_diffusion.models.families import BaseModel, chosen, joined
 from gsoft_diffusion.training.trainable import TrainableAdapter
+
+PROMPTS_AT_ONCE = 8  # through a text encoder; the captions of a whole data set would not fit into a GPU's memory
 
 
 class Predictor(nn.Module):
@@ -29,8 +31,10 @@ class Predictor(nn.Module):
         self.text_encoders = nn.ModuleList(model.text_encoders if adapter.config.text_encoder else [])
         self.adapter = adapter
         with torch.no_grad(), model.on_device(*model.all_text_encoders()):
-            prompt_inputs = model.prepare(prompts) if self.text_encoders else model.encode_prompts(prompts)
-        self.prompt_inputs = prompt_inputs  # each (prompts, …)
+            encode = model.prepare if self.text_encoders else model.encode_prompts
+            starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+            inputs = [encode(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts]
+        self.prompt_inputs = joined(inputs)  # each (prompts, …)
 
     def number_of(self, prompt: str) -> Tensor:
         """The place of one of the prompts among them, a scalar, as `forward` takes it. Raises ValueError for others."""

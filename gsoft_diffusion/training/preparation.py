@@ -10,7 +10,7 @@ from typing import Any
 from gsoft_diffusion.adapters.injection import completed
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.defaults import FULL_SIZE, MINIATURE, MINIATURE_BELOW
-from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.foundation.errors import UserError, first_line, printable
 from gsoft_diffusion.models.compilation import compile_networks
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.crops import bucket_sizes
@@ -111,7 +111,7 @@ def make_dataset(
     )
     if small := [photo.path.name for photo in instance if enlarged(photo, sizes)]:
         named = ", ".join(small[:3]) + (f" and {len(small) - 3} more" if len(small) > 3 else "")
-        say(f"note: fewer pixels than the model's pictures, so enlarged and soft: {named}")
+        say(f"note: fewer pixels than the model's pictures, so enlarged and soft: {printable(named)}")
     if config.aspect_buckets:
         counts = (f"{width}×{height} ({len(photos)})" for (width, height), photos in dataset.by_size.items())
         say(f"sizes: {', '.join(counts)}")

@@ -144,7 +144,8 @@ class Run:
         self.tracking.start()
         first = state.step
         if self.config.cache_latents:
-            self.dataset.cache(self.model.encode_images, chain.from_iterable(self.positions()))
+            with self.model.on_device(self.model.vae):  # once for all photos
+                self.dataset.cache(self.model.encode_images, chain.from_iterable(self.positions()))
         with StopRequest(launched=accelerator.num_processes > 1) as stop, DrawRequest() as draw:
             self.validation.draw_base(stop)
             started = time.perf_counter()

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from gsoft.errors import printable
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.config.prompts import has_words
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, printable
 from gsoft_diffusion.foundation.text_files import composed
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import KOHYA, Folder, Photo, copies, nearly_copies, read_folder
@@ -80,9 +79,9 @@ def note_copies(photos: Sequence[Photo], say: Callable[[str], None]) -> None:
     photos: those of all subjects. say: takes a line for each.
     """
     for first, copy in copies(photos):
-        say(f"note: {copy.path} is the same picture as {first.path}, so it counts twice")
+        say(printable(f"note: {copy.path} is the same picture as {first.path}, so it counts twice"))
     for first, later in nearly_copies(photos):
-        say(f"note: {later.path} looks nearly the same as {first.path}; different views teach more")
+        say(printable(f"note: {later.path} looks nearly the same as {first.path}; different views teach more"))
 
 
 def check_class_images(prior: Sequence[Photo], instance: Sequence[Photo]) -> None:
@@ -125,7 +124,7 @@ def say_unnamed(concept: Concept, photos: Sequence[Photo], say: Callable[[str], 
     for what, words in (("unique token", concept.unique_token), ("class word", concept.class_word)):
         captions = [photo for photo in photos if photo.prompt != concept.instance_prompt]
         if words and (without := [photo.path.name for photo in captions if not has_words(photo.prompt, words)]):
-            named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+            named = printable(", ".join(without[:3])) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
             say(f'note: the {what} "{words}" is not in the captions of {named}; these captions do not name the subject')
 
 

@@ -25,7 +25,9 @@ from gsoft_diffusion.training.subjects import instance_photos
 from gsoft_diffusion.training.trainable import MakeAdapter
 
 
-@running_out_explained("use a smaller --train_batch_size or --resolution, or --gradient_checkpointing")
+@running_out_explained(
+    "use a smaller --train_batch_size, --sample_batch_size (for pictures) or --resolution, or --gradient_checkpointing"
+)
 def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> TrainingResult:
     """Train an adapter on the photos and write it to the output folder, with its settings and validation pictures.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.models.families import BaseModel
@@ -45,17 +46,18 @@ class ValidationLoss:
         self.noise_scheduler = model.noise_scheduler()
         count = self.noise_scheduler.config.num_train_timesteps
         self.timesteps = model.draw_timesteps((torch.arange(TIMESTEPS) * 2 + 1) * count // (2 * TIMESTEPS))
-        self._shown = []
-        for number, photo in enumerate(photos):
-            variant = Variant(nearest_size(photo.size, list(dataset.view_settings.sizes)))
-            shown = dataset.picture(photo, variant)
-            moments = model.encode_images(shown.pop("pixels")[None])
-            latents = model.sample_latents(moments, torch.zeros_like(moments[:, : moments.shape[1] // 2])).cpu()
-            generator = generator_for(config.seed, HELD_OUT, number)  # no other random numbers have this key
-            noise = torch.randn((TIMESTEPS, *latents.shape[1:]), generator=generator)
-            self._shown.append(
-                shown | {"latents": latents, "noise": noise, "prompt": predictor.number_of(photo.prompt)}
-            )
+        with model.on_device(model.vae):  # once for all photos
+            self._shown = [self._fixed(number, photo, dataset) for number, photo in enumerate(photos)]
+
+    def _fixed(self, number: int, photo: Photo, dataset: DreamBoothDataset) -> dict[str, Tensor]:
+        """A photo as it is shown every time, in main memory, with its latents, its noise and its prompt's number."""
+        variant = Variant(nearest_size(photo.size, list(dataset.view_settings.sizes)))
+        shown = dataset.picture(photo, variant)
+        moments = self.model.encode_images(shown.pop("pixels")[None])
+        latents = self.model.sample_latents(moments, torch.zeros_like(moments[:, : moments.shape[1] // 2])).cpu()
+        generator = generator_for(self.config.seed, HELD_OUT, number)  # no other random numbers have this key
+        noise = torch.randn((TIMESTEPS, *latents.shape[1:]), generator=generator)
+        return shown | {"latents": latents, "noise": noise, "prompt": self.predictor.number_of(photo.prompt)}
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -70,8 +72,8 @@ class ValidationLoss:
                     model_pred = self.predictor(
                         self.noise_scheduler.add_noise(latents, noise, timesteps),
                         timesteps,
-                        shown["prompt"].to(device)[None],
-                        torch.zeros(len(noise), dtype=torch.long, device=device),
+                        shown["prompt"][None],  # prompts' numbers stay on the CPU, as in `Run.batches`
+                        torch.zeros(len(noise), dtype=torch.long),
                         shown["view"].to(device).expand(len(noise), -1),
                     )
                     target = prediction_target(self.noise_scheduler, latents, noise, timesteps)

@@ -72,7 +72,7 @@ class ValidationScores:
         compared with.
         """
         self.config, self.folder = config, folder
-        encoders = encoders_for(model.resolution < MINIATURE_BELOW, model.device)
+        encoders = encoders_for(model.resolution < MINIATURE_BELOW)
         tokens = [concept.unique_token for concept in instance if concept.unique_token]
         self._judges = {
             concept.name: _SubjectJudge(config, encoders, concept, photos, jobs, tokens)

@@ -253,6 +253,10 @@ HOSTILE = {
     "astronomical size": ({"metadata": config_json(nfactors=10**12)}, r"asks for \(1000000000000"),
     "one-sided settings": ({"metadata": config_json(double=False)}, r"unexpected key .*q_out"),
     "settings without scale": ({"metadata": config_json(output_scale=False)}, r"unexpected key .*output_scale"),
+    "steering a terminal by the base model's name": (
+        {"metadata": {"base_model": json.dumps({"name": "\x1b[2Jx", "fingerprint": "0123456789abcdef"})}},
+        "the name of its base model has control characters",
+    ),
     "no fingerprint": ({"metadata": {"base_model": '{"name": "x"}'}}, "must have a name and a fingerprint"),
     "broken fingerprint": (
         {"metadata": {"base_model": '{"name": "x", "fingerprint": "0:nan"}'}},

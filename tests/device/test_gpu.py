@@ -27,7 +27,7 @@ from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig
 from gsoft_diffusion.models.families import FAMILIES, StableDiffusion
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
-from gsoft_diffusion.sampling.generation import draw
+from gsoft_diffusion.sampling.drawing import draw
 from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.step_memory import step_bytes

@@ -36,6 +36,7 @@ from gsoft_diffusion.models.families import (
     StableDiffusion3,
     StableDiffusionXL,
     ZImage,
+    chosen,
 )
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
@@ -237,6 +238,23 @@ def table_rows() -> list[str]:
 
 def test_the_table_has_every_family_and_no_other():
     assert [row.split(" | ")[0] for row in table_rows()] == [f"| {family.title}" for family in FAMILIES]
+
+
+def test_numbers_that_the_cpu_looks_up_by_are_waited_for(monkeypatch):
+    """Before a copy to main memory has arrived, whatever was there is read; a GPU itself keeps the order."""
+    asked = []
+    to = torch.Tensor.to
+
+    def watched(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        asked.append((device.type, non_blocking))
+        return to(tensor, device, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    conditioning = {"lengths": torch.tensor([3, 5, 7]), "embeddings": torch.empty(3, 2, device="meta")}
+    found = chosen(conditioning, torch.tensor([2, 0]))
+    assert found["lengths"].tolist() == [7, 3]
+    assert found["embeddings"].shape == (2, 2)
+    assert asked == [("cpu", False), ("meta", True)]
 
 
 def test_every_family_has_a_name_a_pipeline_and_parts():

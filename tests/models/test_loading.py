@@ -3,17 +3,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from conftest import PIXELS, TEXT_LENGTH, write_base
 from diffusers import DDIMScheduler
 from huggingface_hub.errors import LocalEntryNotFoundError
+from pretended import pretended_gpu
+from safetensors.torch import save_file
 from tiny_families import WRITERS
 
 from gsoft_diffusion.foundation import bundled, memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
+from gsoft_diffusion.models.families import Flux2Klein, StableDiffusion
 from gsoft_diffusion.models.loading import known_device, load_architecture, load_model
 
 
@@ -69,12 +73,13 @@ def test_latents_are_drawn_and_scaled(base):
 
 def test_a_prompt_that_is_cut_is_named_once(base, caplog):
     model = load_model(str(base))
-    prompt = "a very very very long prompt " * 5
+    prompt = "a very very very long \x1b[2Jprompt " * 5
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert model.prepare([prompt, "short"])["tokens"].shape == (2, TEXT_LENGTH)
+    shown = prompt[:60].replace("\x1b", "\N{REPLACEMENT CHARACTER}")  # in captions of others there may be anything
     assert [record.getMessage() for record in caplog.records] == [
-        f"prompt cut after {TEXT_LENGTH} of its {len(model.tokenizer(prompt).input_ids)} tokens: {prompt[:60]}…"
+        f"prompt cut after {TEXT_LENGTH} of its {len(model.tokenizer(prompt).input_ids)} tokens: {shown}…"
     ]
 
 
@@ -206,9 +211,57 @@ def test_the_hub_is_asked_for_safetensors_of_the_variant(base, monkeypatch):
     assert load_model("someone/model").resolution == PIXELS
 
 
+@pytest.mark.parametrize("piece", ["model.fp16-{}-of-00002.safetensors", "model-{}-of-00002.fp16.safetensors"])
+def test_a_variant_in_pieces_is_asked_for_and_counted(base, tmp_path, piece, monkeypatch):
+    """By the names that the libraries write today, and by those that they wrote before."""
+    hub = shutil.copytree(base, tmp_path / "hub")
+    (hub / "text_encoder" / "model.safetensors").unlink()
+    tensors = load_model(str(base)).text_encoder.state_dict()
+    half = len(tensors) // 2
+    names = [piece.format(f"{number:05d}") for number in (1, 2)]
+    for name, part in zip(names, (list(tensors)[:half], list(tensors)[half:]), strict=True):
+        save_file({key: tensors[key] for key in part}, hub / "text_encoder" / name)
+
+    def download(name, *, revision, allow_patterns):
+        paths = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
+        fetched.update(path for path in paths if any(fnmatch(path, pattern) for pattern in allow_patterns))
+        return str(hub)
+
+    fetched, counted = set(), []
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
+    monkeypatch.setattr(models_module, "snapshot_download", download)
+    monkeypatch.setattr(models_module, "check_weights", lambda name, files, device: counted.extend(files))
+    with pytest.raises(UserError, match="cannot load"):  # nor has the local stand-in an index of the pieces
+        load_model("someone/model", variant="fp16")
+    wanted = {f"text_encoder/{name}" for name in names}
+    assert wanted < fetched
+    assert {path.relative_to(hub).as_posix() for path, _ in counted} == wanted
+
+
 def test_a_device_that_is_not_there(base):
     with pytest.raises(UserError, match="cannot put"):
         load_model(str(base), device="cuda:99")
+
+
+@pytest.mark.parametrize("family", [StableDiffusion, Flux2Klein], ids=lambda family: family.__name__)
+def test_a_gpu_takes_one_picture_at_a_time_through_the_vae(family, tmp_path):
+    """In float32, several large ones would take gigabytes. The CPU takes all at once, as before."""
+    folder = WRITERS[family](tmp_path / "base")
+
+    def sizes_and_results(device: str) -> tuple[list[int], list[torch.Tensor]]:
+        model, sizes = load_model(str(folder), device=device), []
+        for part in (model.vae.encoder, model.vae.decoder):
+            part.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        results = [model.encode_images(pixels), model.decode(latents.to(model.device))]
+        return sizes, [result.cpu() for result in results]
+
+    pixels = torch.randn(3, 3, PIXELS, PIXELS)
+    latents = torch.randn(3, *load_model(str(folder)).latent_shape(PIXELS))
+    together, expected = sizes_and_results("cpu")
+    with pretended_gpu():
+        apart, found = sizes_and_results("cuda")
+    assert (together, apart) == ([3, 3], [1] * 6)
+    torch.testing.assert_close(found, expected)
 
 
 class Elsewhere(torch.nn.Module):
@@ -241,6 +294,29 @@ def test_parts_are_brought_to_the_denoiser_and_back(base, monkeypatch):
     with model.on_device(model.vae), model.on_device(*model.all_text_encoders()):
         assert moves == [("vae", "cuda:7"), ("text_encoder", "cuda:7")]
     assert moves[2:] == [("text_encoder", "cpu"), ("vae", "cpu")]
+
+
+@pytest.fixture
+def on_meta(base, monkeypatch):
+    """A model that computes on PyTorch's meta device, from which nothing can be copied back."""
+    model = load_model(str(base))
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    return model
+
+
+def test_frozen_weights_are_not_copied_back(on_meta):
+    part = torch.nn.Linear(3, 2)
+    numbers, place = part.weight.clone(), part.weight.data_ptr()
+    with on_meta.on_device(part), on_meta.on_device(part):
+        assert part.weight.is_meta
+    assert part.weight.data_ptr() == place
+    assert torch.equal(part.weight, numbers)
+
+
+def test_weights_that_are_written_are_copied_back(on_meta):
+    part = torch.nn.Linear(3, 2)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"), on_meta.on_device(part, written=True):
+        pass
 
 
 def test_offloading_puts_only_the_denoiser_on_the_device(base, monkeypatch):

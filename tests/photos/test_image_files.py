@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.photos.image_files import open_image, opened
 
 
 def picture(width: int = 20, height: int = 30, seed: int = 0) -> Image.Image:
@@ -93,3 +95,36 @@ def test_damaged_files_are_named(tmp_path, damage, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"broken\.png"):
         open_image(path)
+
+
+def test_a_tiff_whose_next_picture_is_empty_is_damaged(tmp_path):
+    path = tmp_path / "broken.tiff"
+    picture().save(path)
+    content = bytearray(path.read_bytes())
+    (directory,) = struct.unpack_from("<I", content, 4)
+    (entries,) = struct.unpack_from("<H", content, directory)
+    struct.pack_into("<I", content, directory + 2 + 12 * entries, len(content))  # where the next directory is
+    path.write_bytes(content + struct.pack("<HI", 0, 0))
+    with pytest.raises(UserError, match=r"broken\.tiff: damaged or not a picture; .*Missing dimensions"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("error", [EOFError, IndexError, KeyError, OverflowError, TypeError, struct.error])
+def test_whatever_pillow_raises_while_it_turns_a_picture_is_damage(tmp_path, error, monkeypatch):
+    """As it does for some EXIF data in WebP."""
+
+    def broken(image: Image.Image) -> Image.Image:
+        raise error("required argument is not an integer")
+
+    path = tmp_path / "broken.png"
+    picture().save(path)
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", broken)
+    with pytest.raises(UserError, match=r"broken\.png: damaged or not a picture; .*required argument"):
+        open_image(path)
+
+
+def test_errors_of_who_uses_the_picture_are_their_own(tmp_path):
+    path = tmp_path / "whole.png"
+    picture().save(path)
+    with pytest.raises(ValueError, match="mine"), opened(path):
+        raise ValueError("mine")

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import write_base
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from pretended import pretended_gpu
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_families import write_sd3, write_sdxl
@@ -24,6 +25,7 @@ from tiny_models import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from gsoft_diffusion.adapters import loading as adapters_loading
 from gsoft_diffusion.adapters.file import read_adapter, save_adapter
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import inject
@@ -610,6 +612,64 @@ def test_a_lora_of_several_adapters(adapter, second, base, tmp_path):
         origin = json.loads(file.metadata()["gsoft_diffusion"])
     assert origin["strengths"] == [1.0, 0.5]
     assert len(origin["prompts"]["subjects"]) == 2
+
+
+# Memory
+
+
+@pytest.mark.parametrize("layout", ["kohya_lora", "diff"])
+def test_a_change_is_made_of_weights_as_they_are_stored(base, tmp_path, layout, monkeypatch):
+    """Which take half the memory, and give the same as in float32."""
+    half = shutil.copytree(base, tmp_path / "half")
+    model = load_model(str(base), dtype=torch.bfloat16)
+    model.unet.save_pretrained(half / "unet")
+    model.text_encoder.save_pretrained(half / "text_encoder")
+    adapter = write_adapter(half, tmp_path / "dog" / "adapter.safetensors")
+    loaded, results = [], []
+    for dtype in (None, torch.float32):
+
+        def load(name, forced=dtype, **options):
+            loaded.append(load_model(name, **options | {"dtype": forced or options["dtype"]}))
+            return loaded[-1]
+
+        monkeypatch.setattr(adapters_loading, "load_model", load)
+        output = tmp_path / str(dtype) / "change.safetensors"
+        rank = 4 if "lora" in layout else None
+        path = export(ExportConfig((str(adapter),), layout, output=str(output), rank=rank, precision="float32"))
+        results.append((load_file(path), path.with_suffix(".csv").read_text()))
+    stored, full = loaded
+    assert (stored.dtype, stored.text_encoder.dtype, stored.vae.dtype) == (*[torch.bfloat16] * 2, torch.float32)
+    assert full.dtype == torch.float32
+    (found, said), (wanted, said_in_full) = results
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert said == said_in_full
+
+
+def test_a_weight_that_does_not_fit_is_refused(base, tmp_path):
+    large = shutil.copytree(base, tmp_path / "large")
+    unet = load_model(str(base)).unet
+    unet.conv_in.bias.data[0] = 1e6
+    unet.save_pretrained(large / "unet")
+    adapter = write_adapter(large, tmp_path / "dog" / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"conv_in\.bias does not fit into float16: give --precision float32"):
+        export(ExportConfig((str(adapter),), "diffusers", output=str(tmp_path / "merged")))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_singular_values_are_found_on_the_gpu(adapter, tmp_path):
+    """Which takes a fraction of the time; the factors are those of the CPU, up to rounding and their signs."""
+    products = []
+    for where in (nullcontext(), pretended_gpu()):
+        with where as gpu:
+            output = tmp_path / str(gpu is None) / "dog.safetensors"
+            factors = load_file(export(ExportConfig((str(adapter),), "diffusers_lora", output=str(output), rank=4)))
+            assert gpu is None or gpu.kernels["_linalg_svd"] > 0
+        names = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
+        products.append(
+            [factors[f"{name}.lora_B.weight"].float() @ factors[f"{name}.lora_A.weight"].float() for name in names]
+        )
+    torch.testing.assert_close(*products, atol=1e-3, rtol=1e-2)
 
 
 # Model cards

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -62,12 +63,14 @@ def test_nothing_is_written_over(tmp_path):
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    def full(*arguments: object, **options: object) -> None:
+    def full(image: Image.Image, file: BinaryIO, *arguments: object, **options: object) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match=r"cannot write .*a\.png: No space left on device"):
         save_png(Image.new("RGB", (2, 2)), tmp_path, "{}_a.png", 0, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_a_file(tmp_path):

@@ -18,7 +18,7 @@ from gsoft_diffusion.config import AdapterConfig, ExportConfig, GenerationConfig
 from gsoft_diffusion.models.families import FAMILIES
 from gsoft_diffusion.models.loading import load_architecture
 from gsoft_diffusion.publish.export import export
-from gsoft_diffusion.sampling.generation import draw
+from gsoft_diffusion.sampling.drawing import draw
 from gsoft_diffusion.training.train import train
 
 WITH_TEXT_ENCODERS = {"adapter": AdapterConfig(nblocks=4), "text_encoder_lr": 1.0}

@@ -37,7 +37,7 @@ def test_what_was_trained_elsewhere_with_relative_paths_is_drawn_and_exported_fr
 ):
     from gsoft_diffusion.config import ExportConfig, GenerationConfig
     from gsoft_diffusion.publish.export import export
-    from gsoft_diffusion.sampling.generation import draw
+    from gsoft_diffusion.sampling.drawing import draw
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mini").symlink_to(base)

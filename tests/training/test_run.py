@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from pretended import pretended_training
 from training_runs import assert_same, batches, difference, weights
 
 from gsoft_diffusion.adapters.file import read_adapter
@@ -52,6 +54,21 @@ def test_a_run_encodes_what_it_shows(config, monkeypatch):
     assert "pixels" in run.dataset[10_000]  # of another batch, whose photo has another crop
 
 
+def test_the_vae_is_fetched_once_for_all_photos(config, monkeypatch):
+    """Once to measure on them, and once to encode what is trained on."""
+    moves = []
+    to = AutoencoderKL.to
+
+    def watched(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:
+        if vae.device != device:
+            moves.append(device.type)
+        return to(vae, device)
+
+    monkeypatch.setattr(AutoencoderKL, "to", watched)
+    pretended_training(replace(config, cpu_offload=True, validation_loss=True))
+    assert moves == ["cuda"] * 2
+
+
 def test_same_seed_same_weights_other_seed_other_weights(config):
     first = weights(config, "first")
     assert_same(first, weights(config, "second"))
@@ -60,7 +77,7 @@ def test_same_seed_same_weights_other_seed_other_weights(config):
 
 def test_repeating_a_run_from_its_output_folder_gives_the_same_weights_and_pixels(config):
     from gsoft_diffusion.config import GenerationConfig
-    from gsoft_diffusion.sampling.generation import draw
+    from gsoft_diffusion.sampling.drawing import draw
 
     config = replace(config, num_validation_images=1, with_prior_preservation=True, num_class_images=2)
     first = train(config).adapter.parent

@@ -116,6 +116,22 @@ def test_copies_of_photos_are_said(config, tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_names_of_photos_do_not_steer_a_terminal(config, capsys):
+    """Photos may come from anywhere."""
+    folder = Path(config.instance_data_dir)
+    first = (folder / "0.png").read_bytes()
+    Image.effect_noise((40, 40), 50).save(folder / "\x1b[2Ja.png")
+    (folder / "\x1b[2Ja.txt").write_text("a photo of an animal")  # without the subject's name
+    (folder / "\x1b[2Jb.png").write_bytes(first)  # a copy
+    train(replace(config, resolution=64))  # for which all are small
+    said = capsys.readouterr().out
+    shown = "\N{REPLACEMENT CHARACTER}[2J"
+    assert f"is not in the captions of {shown}a.png" in said
+    assert f"0.png is the same picture as {folder}/{shown}b.png" in said
+    assert f"so enlarged and soft: {shown}a.png" in said
+    assert "\x1b" not in said
+
+
 def test_a_caption_that_names_another_subject_only_is_refused(config, tmp_path):
     mugs = tmp_path / "mugs"
     mugs.mkdir()

@@ -49,7 +49,7 @@ def test_validation_writes_a_sheet_every_so_many_steps_and_at_the_end(config):
 
 def test_validation_shows_what_inference_draws(config):
     from gsoft_diffusion.config import GenerationConfig
-    from gsoft_diffusion.sampling.generation import draw
+    from gsoft_diffusion.sampling.drawing import draw
 
     config = replace(config, num_validation_images=2, validation_prompts=("a sks dog on the beach",))
     adapter = train(config).adapter

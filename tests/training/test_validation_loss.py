@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pretended import pretended_training
 from training_runs import assert_same, weights
 
 from gsoft_diffusion.adapters.file import read_adapter
@@ -20,6 +21,7 @@ from gsoft_diffusion.models.noise import prediction_target
 from gsoft_diffusion.photos.crops import Variant, pixels
 from gsoft_diffusion.photos.folder import read_folder
 from gsoft_diffusion.training.dataset import HELD_OUT, generator_for
+from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.progress import read_progress
 from gsoft_diffusion.training.train import train
 
@@ -75,6 +77,21 @@ def test_it_is_measured_when_validation_is_due_and_at_the_end_and_changes_nothin
         rows = list(csv.DictReader(file))
     assert {int(row["step"]): float(row["validation_loss"]) for row in rows} == losses(folder)
     assert (folder / "validation" / "curve.png").is_file()
+
+
+def test_prompts_numbers_stay_in_main_memory(measuring, monkeypatch):
+    """So the encoded prompts are looked up on either device without a wait."""
+    asked: list[str] = []
+    forward = Predictor.forward
+
+    def watched(predictor, latents, timesteps, prompts, prompt_of, views):
+        asked.extend((prompts.device.type, prompt_of.device.type))
+        return forward(predictor, latents, timesteps, prompts, prompt_of, views)
+
+    monkeypatch.setattr(Predictor, "forward", watched)
+    pretended_training(measuring)
+    assert len(asked) > 2 * measuring.max_train_steps  # those of the validation loss as well
+    assert set(asked) == {"cpu"}
 
 
 def test_a_resumed_run_measures_the_same(measuring):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from pretended import pretended_training
 
 from gsoft_diffusion.config import Concept
 from gsoft_diffusion.foundation.errors import UserError
@@ -16,6 +17,7 @@ from gsoft_diffusion.foundation.run_folder import latest_sheet
 from gsoft_diffusion.sampling.pictures import read_facts
 from gsoft_diffusion.scoring.judge import Judge, encoders_for
 from gsoft_diffusion.training import validation as validation_module
+from gsoft_diffusion.training import validation_scores as scores_module
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.train import train
 from gsoft_diffusion.training.validation_scores import StepScores, best_step, read_scores
@@ -74,6 +76,14 @@ def _differences(a, b):
     from PIL import ImageChops
 
     return ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getextrema()
+
+
+def test_pictures_are_scored_on_the_cpu(scored, monkeypatch):
+    """The encoders would take memory of the GPU that the run may need."""
+    loaded = []
+    monkeypatch.setattr(scores_module, "encoders_for", lambda *given: loaded.append(encoders_for(*given)) or loaded[-1])
+    pretended_training(scored)
+    assert {encoder.device.type for each in loaded for encoder in (each.clip, each.dino)} == {"cpu"}
 
 
 def test_without_the_setting_there_are_sheets_only(scored):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families.base import BaseModel, Conditioning, chosen, whole_view
+from gsoft_diffusion.models.families.base import BaseModel, Conditioning, chosen, joined, whole_view
 from gsoft_diffusion.models.families.flux import Flux
 from gsoft_diffusion.models.families.flux2_dev import Flux2Dev
 from gsoft_diffusion.models.families.flux2_klein import Flux2Klein
@@ -38,6 +38,7 @@ __all__ = [
     "ZImage",
     "chosen",
     "find_family",
+    "joined",
     "whole_view",
 ]
 

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -234,17 +234,26 @@ class BaseModel(ABC):
             text_encoder.activation_checkpointing_enable()
 
     @contextmanager
-    def on_device(self, *parts: nn.Module) -> Iterator[None]:
+    def on_device(self, *parts: nn.Module, written: bool = False) -> Iterator[None]:
         """Move these parts to the denoiser's device, and back after the block.
 
         parts: networks with weights, each on one device.
+        written: whether weights are written to in the block. If not, they are not copied back: they are still there.
         """
         homes = [next(part.parameters()).device for part in parts]
+        kept = [
+            (module, name, weight, weight.data)
+            for module in ([] if written else nn.ModuleList(parts).modules())
+            for name, weight in module.named_parameters(recurse=False)
+        ]
         for part in parts:
             part.to(self.device)
         try:
             yield
         finally:
+            for module, name, weight, numbers in kept:
+                weight.data = numbers
+                setattr(module, name, weight)  # on some devices `to` puts another in its place
             for part, home in zip(parts, homes, strict=True):
                 part.to(home)
 
@@ -289,7 +298,16 @@ def chosen(conditioning: Conditioning, numbers: Tensor) -> Conditioning:
 
     numbers: whole numbers (K,), the prompts' places, in any order and as often as wanted. On the CPU they cost no wait.
     """
-    return {name: tensor[numbers.to(tensor.device, non_blocking=True)] for name, tensor in conditioning.items()}
+    # A copy to main memory has to be waited for: before it arrives, the CPU would read whatever is there.
+    return {
+        name: tensor[numbers.to(tensor.device, non_blocking=tensor.device.type != "cpu")]
+        for name, tensor in conditioning.items()
+    }
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """What the prompts of one or more parts say to the denoiser, in their order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def whole_view(width: int, height: int) -> Tensor:
@@ -328,4 +346,4 @@ def tokenized(
 
 @cache  # once for each prompt
 def _say_cut(prompt: str, count: int, length: int) -> None:
-    logger.warning("prompt cut after %d of its %d tokens: %.60s…", length, count, prompt)
+    logger.warning("prompt cut after %d of its %d tokens: %.60s…", length, count, printable(prompt))

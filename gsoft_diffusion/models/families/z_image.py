@@ -55,7 +55,10 @@ class ZImage(FlowModel):
 
     @property
     def usual_guidance(self) -> float | None:
-        """None for Turbo, which was distilled to do without: nothing but its scheduler tells it from the base model."""
+        """1 for Turbo, which was distilled to do without guidance, else None.
+
+        Nothing but its scheduler tells Turbo from the base model.
+        """
         return 1.0 if self.scheduler.config.shift == TURBO_SHIFT else None
 
     def check(self) -> None:
