@@ -416,7 +416,10 @@ def _peft_config(config: BaselineConfig, names: list[str]) -> Any:
         return HRAConfig(r=rank, target_modules=names)
     if config.method == "lokr":
         rank = config.rank or WHOLE
-        return LoKrConfig(r=rank, alpha=rank, decompose_factor=config.factor or 1, target_modules=names)
+        # LyCORIS' start, which is that of LoKr's paper. At PEFT's own only the small matrix learns at first.
+        return LoKrConfig(
+            r=rank, alpha=rank, decompose_factor=config.factor or 1, init_weights="lycoris", target_modules=names
+        )
     if config.method == "oft":
         return OFTConfig(r=size["nblocks"], oft_block_size=size["block_size"], target_modules=names)
     return BOFTConfig(

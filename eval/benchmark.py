@@ -1,6 +1,6 @@
 """Compare GSOFT with LoRA, BOFT, OFT and full fine-tuning at nearly equal numbers of parameters.
 
-    python -m eval.benchmark eval/experiments/mini.yaml --out results/mini
+    python -m eval.benchmark eval/experiments/fronts.yaml --out results/fronts
 
 First every method's learning rate is chosen on a few subjects, then all run on all; a grid runs every size and rate on
 all. Then all results go into one file, pictures onto a sheet for each subject, and `eval.report` makes tables, plots
@@ -23,8 +23,8 @@ from eval.engines.worker import Workers, cores_each
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
 from eval.methods import TITLES, adapts_text_encoder, count_parameters, describe, matched
 from eval.prompts import prompts_for
-from eval.report.fronts import POWER, detectable_difference
 from eval.report.grid import held_out_lines, read_grid
+from eval.report.intervals import POWER, detectable_difference
 from eval.report.lines import Line, table_lines
 from eval.report.rates import choose_learning_rates
 from eval.report.spread import spread_of_differences

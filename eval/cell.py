@@ -36,7 +36,7 @@ from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config.adapter import AdapterConfig
 from gsoft_diffusion.config.training import TrainingConfig
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import DivergedError
 from gsoft_diffusion.foundation.files import whole_file
 from gsoft_diffusion.foundation.run_folder import step_of
 from gsoft_diffusion.models.families import BaseModel
@@ -154,9 +154,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     started = time.perf_counter()
     try:
         trained = train(config, baseline_maker(method) if isinstance(method, BaselineConfig) else inject)
-    except UserError as error:
-        if "not finite" not in str(error):
-            raise
+    except DivergedError as error:
         return facts | {"diverged": str(error)}
     if trained.interrupted:
         raise KeyboardInterrupt

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,17 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.models.loading import DTYPES
+
+
+def _refuse_twice(name: str, values: Iterable[str]) -> None:
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
+        raise UserError(f"{name}: {twice[0]} comes twice; give it once")
+
+
+def _rate_name(rate: float) -> str:
+    """How cells' names have a rate: to six digits."""
+    return f"{rate:g}"
+
 
 SCALED_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of rotations whose learned numbers are scaled
 USUAL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -62,6 +74,7 @@ class LearningRates(Settings):
             rates = getattr(self, method)
             if not rates or min(rates) <= 0:
                 raise UserError(f"learning_rates.{method}: give one or more, each above 0")
+            _refuse_twice(f"learning_rates.{method}", map(_rate_name, rates))
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ class RatesOfSize(Settings):
         for method, rates in vars(self).items():
             if rates and min(rates) <= 0:
                 raise UserError(f"{method}: learning rates must be above 0")
+            _refuse_twice(method, map(_rate_name, rates))
 
 
 @dataclass(frozen=True)
@@ -201,6 +215,8 @@ class Experiment(Settings):
         for name, alike in (("double_gsoft_denoiser", self.text_encoder), ("double_gsoft_unscaled", self.output_scale)):
             if name in self.methods and not alike:
                 raise UserError(f"methods: {name} is what double_gsoft is with these settings; leave it out")
+        for name in ("subjects", "methods", "budgets", "medium_only"):
+            _refuse_twice(name, getattr(self, name))
         if self.sweep_budget not in BUDGETS:
             raise UserError(f"sweep_budget: {self.sweep_budget}; choose from {', '.join(BUDGETS)}")
         if self.mixed_precision not in DTYPES:
@@ -373,7 +389,7 @@ class Cell:
     @property
     def id(self) -> str:
         """Names its folder, and its row on a sheet."""
-        parts = [self.method, self.budget, self.learning_rate and f"lr{self.learning_rate:g}", self.subject]
+        parts = [self.method, self.budget, self.learning_rate and f"lr{_rate_name(self.learning_rate)}", self.subject]
         return "--".join([str(part) for part in parts if part is not None] + [f"seed{self.seed}"])
 
     @property

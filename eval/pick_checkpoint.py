@@ -22,7 +22,7 @@ from PIL import Image
 from eval.prompts import DREAMBOOTH, Prompt, prompts_for
 from eval.score import add_encoder_options, chosen_encoders
 from eval.sheets import save_sheets
-from eval.subjects import LIVE_CLASSES, Subject
+from eval.subjects import Subject, is_live
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config.command_line import expanded_path, run
@@ -128,7 +128,7 @@ def subjects_of(config: TrainingConfig, source: Path) -> list[tuple[Subject, str
         if not (word and token):
             missing = "unique_token" if word else "class_word"
             raise UserError(f"{source}: has no {missing} for {folder}, which the prompts need")
-        subjects.append((Subject(name, word, word in LIVE_CLASSES, folder), token))
+        subjects.append((Subject(name, word, is_live(word), folder), token))
     return subjects
 
 

@@ -47,13 +47,17 @@ def recorded_steps(result: Mapping[str, Any]) -> list[int]:
 def result_at(result: Mapping[str, Any], step: int) -> dict[str, Any]:
     """A cell's result as it was after so many steps: `scores`, and `pictures` where their scores were kept.
 
-    result: with a curve. step: one of its `recorded_steps`. Before the last of them, `stopped_at` is the step.
+    result: with a curve. step: one of its `recorded_steps`. Before the last of them, `stopped_at` is the step, the
+    seconds of training are its share of the whole, and what was measured of the last adapter alone is left out.
     """
     if step == recorded_steps(result)[-1]:
         return dict(result)
     point = next(point for point in result["curve"] if point["step"] == step)
     scores = {name: value for name, value in point.items() if name not in ("step", "pictures")}
-    found = {name: value for name, value in result.items() if name != "pictures"} | {"scores": scores}
+    found = {name: value for name, value in result.items() if name not in ("pictures", "orthogonality_error")}
+    found["scores"] = scores
+    if "train_seconds" in found:
+        found["train_seconds"] *= step / recorded_steps(result)[-1]
     if columns := point.get("pictures"):
         found["pictures"] = [
             picture | {name: values[number] for name, values in columns.items()}

@@ -20,7 +20,7 @@ from eval.results import cell_folder, pictures_folder, row_id
 from eval.subjects import Subject
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import whole_file
-from gsoft_diffusion.photos.image_files import open_image, opened
+from gsoft_diffusion.photos.image_files import open_image, opened, upright
 from gsoft_diffusion.sampling.pictures import FAINT, INK, LINE, MARGIN, PAPER, SHEET_PIXELS, text_lines
 
 DESCRIPTION = 0x010E  # EXIF's ImageDescription, which holds the places as JSON
@@ -108,8 +108,8 @@ def read_subject_sheet(path: Path) -> SubjectSheet:
     if not path.exists():
         raise UserError(f"{path}: is not there; run eval.benchmark again to draw it")
     with opened(path) as image:
+        pixels = upright(path, image)[0].convert("RGB")
         description = image.getexif().get(DESCRIPTION, "")
-        pixels = image.convert("RGB")
     try:
         places = json.loads(description)
         return SubjectSheet(

@@ -29,6 +29,7 @@ from gsoft_diffusion.foundation.files import whole_file
 
 PAUSE = 2.0  # seconds between two looks at the queue
 HOURS = 24  # that a job may take
+LARGEST_ARRAY = 1000  # jobs: Slurm's own limit, MaxArraySize, is 1001 unless a cluster changes it
 LOST = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
 FORGOTTEN = "no longer known to Slurm"  # some minutes after a job's end
 
@@ -49,11 +50,15 @@ def run_on_slurm(experiment: Experiment, cells: Sequence[Cell], out: Path, worke
     waiting = jobs.in_the_queue(cells)
     if waiting:
         print(f"{len(waiting)} of them are in Slurm's queue already", flush=True)
-    to_submit = [cell for cell in cells if cell not in waiting]
+    later = [cell for cell in cells if cell not in waiting]
+    to_submit: list[Cell] = []
     attempts = Counter(cells)
     try:
         with tqdm(total=len(cells), desc="cells", unit="cell") as progress:
-            while waiting or to_submit:
+            while waiting or to_submit or later:
+                if not waiting:  # else arrays side by side would run more cells at a time than asked for
+                    count = LARGEST_ARRAY - len(to_submit)
+                    to_submit, later = [*to_submit, *later[:count]], later[count:]
                 waiting |= jobs.submit(experiment, to_submit)
                 to_submit = []
                 time.sleep(PAUSE)
@@ -130,7 +135,7 @@ class _Jobs:
         return {cell: job for cell, job in jobs.items() if cell not in ended}
 
     def submit(self, experiment: Experiment, cells: Sequence[Cell]) -> dict[Cell, Job]:
-        """One job for each of them. Raises UserError if Slurm refuses."""
+        """One job for each of them, no more than `LARGEST_ARRAY`. Raises UserError if Slurm refuses."""
         if not cells:
             return {}
         count = len(cells)

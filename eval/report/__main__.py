@@ -1,10 +1,9 @@
 """From the results of a comparison to tables, plots and a page with the pictures.
 
-    python -m eval.report results/mini
+    python -m eval.report results/fronts
 
-Reads `experiment.yaml`, `results.jsonl` and the subjects' sheets. Writes `report.md`, `table.csv`,
-`learning_rates.csv`, `pareto.svg`, `learning_rates.svg`, `curves.svg` and `report.html`, which holds everything and
-opens from disk.
+Reads `experiment.yaml`, `results.jsonl` and, if the experiment has pictures, the subjects' sheets. Writes
+`report.html`, which holds everything and opens from disk, `report.md`, and its tables and plots as CSV and SVG.
 """
 
 from __future__ import annotations

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from eval.methods import TITLES
-from eval.report.fronts import (
-    LEVEL,
-    POWER,
-    SHARES,
-    Array,
-    Estimate,
-    Pair,
-    bootstrap,
-    detectable_difference,
-    front,
-    front_with_base,
-    levels,
-    verdict,
-)
+from eval.report.fronts import SHARES, Pair, front, front_with_base, levels
 from eval.report.grid import LEAST_WAY, PRIMARY, Fronts, Grid, MethodFront
+from eval.report.intervals import LEVEL, POWER, Array, Estimate, Interval, detectable_difference, verdict
 from eval.report.lines import OURS, Line, differences
 from eval.report.tables import text_of
-from gsoft_diffusion.scoring.metrics import Interval
 
+LEAST_SHARED = 0.5  # of the way, for a verdict by lead
 AREA = 0  # places of `measures`: the area, then prompt fidelity at each level of the subject, then the reverse
 AT_SUBJECT = range(1, 1 + len(SHARES))
 AT_PROMPT = range(1 + len(SHARES), 1 + 2 * len(SHARES))
@@ -40,12 +29,21 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
             "subject (DINO) from – to": _reach(each.points, 0),
             "prompt (CLIP-T) from – to": _reach(each.points, 1),
             f"lead of {TITLES[OURS]}": _shown(each.lead, _no_lead(each, fronts), signed=True) if each.lead else "",
-            "verdict": verdict(each.lead) if each.lead else "",
+            "taken up to": "" if each.shared is None else f"{each.shared:.0%} of the way",
+            "verdict": _verdict_of(each) if each.lead else "",
             "area ↑": _shown(each.estimates[AREA]),
             f"area, {TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
         }
         for each in fronts.methods
     ]
+
+
+def _verdict_of(each: MethodFront) -> str:
+    """In words whether our front leads; nothing is decided by a lead over a short piece of the way."""
+    assert each.lead
+    assert each.shared is not None
+    found = verdict(each.lead)
+    return "not decided" if found in ("ahead", "behind") and each.shared < LEAST_SHARED else found
 
 
 def prompt_rows(fronts: Fronts) -> list[dict[str, str]]:
@@ -183,42 +181,80 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
     compared = [each for each in fronts.methods if each.lead]
     if not compared:
         return f"{TITLES[OURS]} was not compared with another method of its size, so there is no verdict."
-    paragraphs = []
-    deciding = [_lead_of(e, fronts) for e in compared if e.budget == "medium" and e.method in PRIMARY]
-    if deciding:
-        paragraphs.append(
-            f"What decides was named before the run: the lead over {' and '.join(TITLES[name] for name in PRIMARY)} at "
-            f"the size medium. By it {TITLES[OURS]} is {_verdicts(deciding)}. Everything below is exploratory: of "
-            "twenty intervals one misses the truth by chance."
-        )
-    for budget in dict.fromkeys(each.budget for each in compared):
-        of_size = [each for each in compared if each.budget == budget]
-        by_lead = [_lead_of(each, fronts) for each in of_size]
-        by_area = [(TITLES[each.method], each.differences[AREA], "") for each in of_size if each.differences]
-        by_balance = [
-            (other, Estimate(intervals["balance"], 1.0), "")
-            for size, other, intervals in differences(lines, bootstrap=bootstrap)
-            if budget and size == budget and "balance" in intervals
+
+    def by_lead(methods: Iterable[MethodFront]) -> list[_Said]:
+        return [
+            _Said(TITLES[each.method], each.lead, _verdict_of(each), _no_lead(each, fronts))
+            for each in methods
+            if each.lead
         ]
-        where = f"At the size {budget}" if budget else "The medium one against what has one size"
-        paragraph = f"{where}, by lead {TITLES[OURS]} is {_verdicts(by_lead)}. By area it is {_verdicts(by_area)}."
-        if by_balance:
-            paragraph += (
-                f" By balance, each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
-            )
-        paragraphs.append(paragraph)
+
+    if all(said.verdict == "no interval" for said in by_lead(compared)):
+        found = ", ".join(f"{e.other} {_shown(e.difference, e.missing, signed=True)}" for e in by_lead(compared))
+        paragraphs = [
+            "There is no verdict, since no lead has an interval: that needs two or more subjects and seeds, and ends "
+            f"in order. The leads of {TITLES[OURS]}: {found}."
+        ]
+    else:
+        paragraphs = [
+            *_decided(by_lead(e for e in compared if e.budget == "medium" and e.method in PRIMARY)),
+            *(_of_size(budget, compared, lines, by_lead) for budget in dict.fromkeys(each.budget for each in compared)),
+            _resolution(compared, grid, assumed),
+        ]
     if left_out := [subject for subject in grid.subjects if subject not in grid.choosing]:
         paragraphs.append(
             f"The base model's pictures are almost as like the photos of {', '.join(left_out)} as these are to each "
             f"other (DINO within {LEAST_WAY:g}), so balance is not taken of them."
         )
-    return "\n\n".join([*paragraphs, _resolution(compared, grid, assumed)])
+    return "\n\n".join(paragraphs)
 
 
-def _lead_of(each: MethodFront, fronts: Fronts) -> tuple[str, Estimate, str]:
-    """A method's name, our lead over it, and why there is none if that is so."""
-    assert each.lead
-    return TITLES[each.method], each.lead, _no_lead(each, fronts)
+@dataclass(frozen=True)
+class _Said:
+    """What is said of our method against another one: its name, the difference, the verdict, why there may be none."""
+
+    other: str
+    difference: Estimate
+    verdict: str
+    missing: str = ""
+
+
+def _said(other: str, difference: Estimate) -> _Said:
+    return _Said(other, difference, verdict(difference))
+
+
+def _decided(deciding: Sequence[_Said]) -> list[str]:
+    """Who wins, by what was named before the run; nothing unless all of that was compared."""
+    if len(deciding) < len(PRIMARY):
+        return []
+    found = {said.verdict for said in deciding}
+    result = "wins" if found == {"ahead"} else "loses" if found == {"behind"} else "does not win"
+    return [
+        f"What decides was named before the run: the leads over {' and '.join(TITLES[name] for name in PRIMARY)} at "
+        f"the size medium. {TITLES[OURS]} wins if it is ahead of all of them. By lead it is {_verdicts(deciding)}. So "
+        f"it {result}. Everything below is exploratory: of twenty intervals one misses the truth by chance."
+    ]
+
+
+def _of_size(
+    budget: str | None,
+    compared: Sequence[MethodFront],
+    lines: Sequence[Line],
+    by_lead: Callable[[Iterable[MethodFront]], list[_Said]],
+) -> str:
+    """What all measures say at a size."""
+    of_size = [each for each in compared if each.budget == budget]
+    by_area = [_said(TITLES[each.method], each.differences[AREA]) for each in of_size if each.differences]
+    by_balance = [
+        _said(other, Estimate(intervals["balance"], 1.0))
+        for size, other, intervals in differences(lines)
+        if budget and size == budget and "balance" in intervals
+    ]
+    where = f"At the size {budget}" if budget else "The medium one against what has one size"
+    text = f"{where}, by lead {TITLES[OURS]} is {_verdicts(by_lead(of_size))}. By area it is {_verdicts(by_area)}."
+    if by_balance:
+        text += f" By balance, each subject at the setting that is best on the others, it is {_verdicts(by_balance)}."
+    return text
 
 
 def _no_lead(each: MethodFront, fronts: Fronts) -> str:
@@ -228,24 +264,23 @@ def _no_lead(each: MethodFront, fronts: Fronts) -> str:
     return "diverged" if not len(front(each.points)) else "no value: a method has no more of the subject than the base"
 
 
-def _verdicts(differences: Sequence[tuple[str, Estimate, str]]) -> str:
-    """In words, for names, differences, and why one may have no value."""
+def _verdicts(said: Sequence[_Said]) -> str:
+    """In words."""
     words = {"ahead": "ahead of", "behind": "behind", "not decided": "not decided against"}
     words["no interval"] = "without an interval, so without a verdict, against"
-    found = {word: [pair for pair in differences if verdict(pair[1]) == word] for word in words}
+    found = {word: [each for each in said if each.verdict == word] for word in words}
     return "; ".join(
-        f"{words[word]} " + ", ".join(f"{name} ({_shown(each, why, signed=True)})" for name, each, why in pairs)
-        for word, pairs in found.items()
-        if pairs
+        f"{words[word]} " + ", ".join(f"{e.other} ({_shown(e.difference, e.missing, signed=True)})" for e in those)
+        for word, those in found.items()
+        if those
     )
 
 
 def _resolution(compared: Sequence[MethodFront], grid: Grid, assumed: float) -> str:
     """Which differences the comparison could see."""
-    widths = [width for each in compared if each.lead and (width := each.lead.half_width)]
+    widths = [width for each in compared if each.lead and (width := each.lead.half_width) is not None]
     least = detectable_difference(assumed, len(grid.subjects), grid.seeds)
-    if least is None or not widths:
-        return "No difference has an interval: that needs two or more subjects and seeds, and ends in order."
+    assert least is not None
     return (
         f"Before the run, a lead of {least:.3f} was held to be detectable ({POWER:.0%} power at 5 %, "
         f"{len(grid.subjects)} subjects, {grid.seeds} seeds, standard deviation over subjects {assumed:g}). The "

@@ -10,20 +10,8 @@ import numpy as np
 
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells
 from eval.methods import ABLATIONS
-from eval.report.fronts import (
-    RESAMPLES,
-    Array,
-    Estimate,
-    Pair,
-    estimate,
-    held_out,
-    lead,
-    leads,
-    measured,
-    measures,
-    resampled_weights,
-    weighted,
-)
+from eval.report.fronts import Pair, held_out, lead, lead_range, leads, measured, measures
+from eval.report.intervals import RESAMPLES, Array, Estimate, estimate, resampled_weights, weighted
 from eval.report.lines import OURS, Line, References, check_complete, line_of, photos_line, references
 from eval.report.rates import check_comparable
 from eval.results import Results, recorded_steps, result_at
@@ -78,8 +66,9 @@ class MethodFront:
     """What a method at a size reaches.
 
     points: `(N, 2)`, subject and prompt fidelity of each of its settings. estimates: of all `measures`, in their order.
-    differences: our method's minus this one's, paired. lead: of our front over this one. Both are None for our method
-    itself, and where it has not this size; what has one size is compared with our medium one.
+    differences: our method's minus this one's, paired. lead: of our front over this one. shared: how far from the base
+    model to the photos both fronts reach, which is what the lead is taken of. These are None for our method itself, and
+    where it has not this size; what has one size is compared with our medium one.
     """
 
     method: str
@@ -89,6 +78,7 @@ class MethodFront:
     estimates: list[Estimate]
     differences: list[Estimate] | None
     lead: Estimate | None
+    shared: float | None
 
 
 @dataclass(frozen=True)
@@ -211,13 +201,16 @@ def compare_fronts(grid: Grid, resamples: int = RESAMPLES) -> Fronts:
     found = []
     for number, group in enumerate(grid.groups):
         mine = ours.get(group.budget or "medium")
-        paired = our_lead = None
+        paired = our_lead = shared = None
         if mine not in (None, number):
             paired = estimates(values[mine] - values[number], draws[mine] - draws[number])
             drawn = leads(drawn_points[mine], drawn_points[number], drawn_ends)
             our_lead = estimate(lead(points[mine], points[number], base, photos), drawn, *shape[:2])
+            shared = lead_range(points[mine], points[number], base, photos)
         own = estimates(values[number], draws[number])
-        found.append(MethodFront(group.method, group.budget, group.settings, points[number], own, paired, our_lead))
+        found.append(
+            MethodFront(group.method, group.budget, group.settings, points[number], own, paired, our_lead, shared)
+        )
     return Fronts(base, photos, found)
 
 
@@ -257,19 +250,17 @@ def _places(grid: Grid) -> list[int | None]:
 def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list[Line]:
     """Lines as `table_lines` gives them, but each subject at the setting that was best on all other subjects.
 
-    experiment: the settings. results: of all cells. grid: their scores, of two or more subjects. A method that diverged
-    in all of its settings has a line without scores.
+    experiment: the settings. results: of all cells. grid: their scores, of two or more subjects. A method whose chosen
+    setting diverged on its subject, or all of whose settings diverged, has a line without scores.
     """
     ends = grid.references
     base = [results[cell] for cell in base_cells(experiment)]
     lines = [photos_line(base), line_of("base", None, None, base, ends)]
     for group in grid.groups:
-        balances = group.balances.mean(axis=2)
-        usable = np.isfinite(balances).all(axis=1).any()
-        chosen = held_out(balances, _places(grid)) if usable else [0] * len(grid.subjects)
+        chosen = held_out(group.balances.mean(axis=2), _places(grid))
         found = []
         for subject, number in zip(grid.subjects, chosen, strict=True):
-            setting = group.settings[number]
+            setting = group.settings[number or 0]  # without a choice others diverged, and the line has no scores
             for seed in range(grid.seeds):
                 result = results[Cell(group.method, group.budget, setting.learning_rate, subject, seed)]
                 found.append(result_at(result, setting.step) if recorded_steps(result) else result)
@@ -283,10 +274,10 @@ def knees(grid: Grid) -> dict[str, Setting]:
     grid: the scores. These settings are at the knee of our front, and no subject's own scores chose its own.
     """
     for group in grid.groups:
-        balances = group.balances.mean(axis=2)
-        if (group.method, group.budget) == (OURS, "medium") and np.isfinite(balances).all(axis=1).any():
-            chosen = held_out(balances, _places(grid))
-            return {name: group.settings[number] for name, number in zip(grid.subjects, chosen, strict=True)}
+        if (group.method, group.budget) == (OURS, "medium"):
+            chosen = held_out(group.balances.mean(axis=2), _places(grid))
+            if None not in chosen:
+                return {n: group.settings[number or 0] for n, number in zip(grid.subjects, chosen, strict=True)}
     return {}
 
 

@@ -13,7 +13,6 @@ from eval.report.front_tables import (
     subject_rows,
     verdict_text,
 )
-from eval.report.fronts import bootstrap
 from eval.report.grid import ablation_lines, compare_fronts, held_out_lines, read_grid
 from eval.report.introduction import introduction
 from eval.report.lines import OURS
@@ -28,12 +27,14 @@ HELD_OUT = (
 )
 FRONTS = (
     "Lead is how much more of the prompt the front of Double GSOFT keeps, averaged over the subject fidelities that "
-    "both fronts reach, as a share of the way from the photos' prompt fidelity to the base model's. The base model is "
-    "on every front. Area also counts how far the settings reach that were tried (eval/report/fronts.py)."
+    "both fronts reach, as a share of the way from the photos' prompt fidelity to the base model's. The table says up "
+    "to which share of the way from base model to photos that is. A front is the upper concave hull of a method's "
+    "settings and the base model. Area also counts how far the settings reach that were tried (eval/report/fronts.py)."
 )
 KNEE = (
     "Each subject is at the setting of Double GSOFT at the medium size that is best, by balance, on the other "
-    "subjects. The other lines have the same settings, and one thing changed. They are given no setting of their own."
+    "subjects. The other lines have the same settings, and one thing changed. They are given no setting of their own, "
+    "which favours Double GSOFT: the lines above, each at its own setting, are the fair comparison."
 )
 LEVELS = (
     "Levels are 25, 50 and 75 % of the way between base model and photos. Between two settings a front is a straight "
@@ -62,17 +63,15 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
         "Lead and area": f"{FRONTS}\n\n{markdown_table(area_rows(fronts))}",
         "Prompt fidelity at equal subject fidelity": f"{LEVELS}\n\n{markdown_table(prompt_rows(fronts))}",
         "Subject fidelity at equal prompt fidelity": markdown_table(subject_rows(fronts)),
-        "One setting for each, chosen on the other subjects": (
-            f"{HELD_OUT}\n\n{markdown_table(table_rows(lines, bootstrap))}"
-        ),
-        f"{TITLES[OURS]} against the others, at these settings": markdown_table(difference_rows(lines, bootstrap)),
+        "One setting for each, chosen on the other subjects": (f"{HELD_OUT}\n\n{markdown_table(table_rows(lines))}"),
+        f"{TITLES[OURS]} against the others, at these settings": markdown_table(difference_rows(lines)),
         **(
             {
                 f"Ablations at the knee of {TITLES[OURS]}": "\n\n".join(
                     [
                         KNEE,
-                        markdown_table(table_rows(ablations, bootstrap)),
-                        markdown_table(difference_rows(ablations, bootstrap)),
+                        markdown_table(table_rows(ablations)),
+                        markdown_table(difference_rows(ablations)),
                     ]
                 )
             }
@@ -87,7 +86,7 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
         sections,
         {"Fronts": {"fronts": front_plot(fronts, miniature)}},
         {
-            "table.csv": csv_text(csv_rows(lines, bootstrap)),
+            "table.csv": csv_text(csv_rows(lines)),
             "fronts.csv": csv_text(measure_rows(fronts)),
             "settings.csv": csv_text(settings),
         },

@@ -38,7 +38,7 @@ def introduction(
             f"{experiment.seeds} seeds, {experiment.max_train_steps} steps at batch {experiment.train_batch_size}, "
             f"the same for all methods; {_choices(experiment)}",
             "Scores are averaged within each subject first; in brackets "
-            f"{_grid_intervals(experiment, subjects) if experiment.grid else _intervals(lines, len(subjects))}. "
+            f"{_intervals(experiment, subjects)}. "
             "CLIP-I, DINO and CLIP-T over all context prompts are DreamBooth's protocol; CLIP-I on the base "
             "prompt with CLIP-T on context prompts is the GSOFT paper's. Captions for CLIP-T are the prompts "
             f"{results[0]['captions']}. Balance is the harmonic mean of how far DINO has come from the base model's "
@@ -67,21 +67,9 @@ def _choices(experiment: Experiment) -> str:
     return "every method's learning rate is the best of its sweep." if swept else "learning rates as given."
 
 
-def _grid_intervals(experiment: Experiment, subjects: Sequence[str]) -> str:
-    """What stands in the brackets of a grid's tables."""
+def _intervals(experiment: Experiment, subjects: Sequence[str]) -> str:
+    """What stands in the brackets of the tables."""
     if len(subjects) < 2 or experiment.seeds < 2:
         return "– and no interval, since one subject or one seed says nothing of how scores spread"
-    return (
-        "95 % intervals of a hierarchical bootstrap over subjects, seeds and, for fronts, prompts, paired between "
-        "methods and widened for the number of subjects (eval/report/fronts.py)"
-    )
-
-
-def _intervals(lines: Sequence[Line], subjects: int) -> str:
-    """What stands in the brackets of the tables."""
-    found = [interval for line in lines if (interval := line.interval("dino"))]
-    none = [interval for interval in found if interval.low is None]
-    if len(none) == len(found):
-        return "– and no interval, since one subject and one seed say nothing of how scores spread"
-    over = "subjects and seeds" if subjects > 1 else "seeds, which say nothing of other subjects"
-    return f"95 % bootstrap intervals over {over}" + (" (–: of a single score there is none)" if none else "")
+    over = "subjects, seeds and, for fronts, prompts" if experiment.grid else "subjects and seeds"
+    return f"95 % intervals of a hierarchical bootstrap over {over}, paired between methods (eval/report/intervals.py)"

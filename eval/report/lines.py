@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eval.experiment import Cell, Experiment, base_cells, budgets_of, main_cells, sweep_cells
 from eval.methods import TITLES
+from eval.report.intervals import Interval, interval_of_mean
 from eval.results import RESULTS, Results, recorded_steps, result_at
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.scoring import metrics
-from gsoft_diffusion.scoring.metrics import Interval
 
 SCORES = {  # what tables show, with the direction that is better
     "clip_i_base_prompt": "CLIP-I, base prompt ↑",
@@ -26,7 +26,6 @@ SCORES = {  # what tables show, with the direction that is better
 }
 COMPARED = ("dino", "clip_i", "clip_t", "balance")
 OURS = "double_gsoft"
-Bootstrap = Callable[[Mapping[str, Sequence[float]]], Interval]
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,9 @@ class Line:
         values = [result[fact] for result in self.results if result.get(fact) is not None]
         return metrics.mean(values) if values else None
 
-    def interval(self, score: str, bootstrap: Bootstrap = metrics.bootstrap) -> Interval | None:
-        """Mean and interval of a score; None where the line has no such score.
-
-        score: one of `SCORES`. bootstrap: what makes an interval of scores by subject.
-        """
-        return bootstrap(self.scores[score]) if self.scores.get(score) else None
+    def interval(self, score: str) -> Interval | None:
+        """Mean and interval of a score, one of `SCORES`; None where the line has no such score."""
+        return interval_of_mean(self.scores[score]) if self.scores.get(score) else None
 
 
 References = dict[tuple[str, int], tuple[tuple[float, float], tuple[float, float]]]
@@ -214,15 +210,13 @@ def paired_scores(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, st
     return found
 
 
-def differences(
-    lines: Sequence[Line], ours: str = OURS, bootstrap: Bootstrap = metrics.bootstrap
-) -> list[tuple[str, str, dict[str, Interval]]]:
+def differences(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, dict[str, Interval]]]:
     """Our method minus each other one of the same budget, paired by subject and seed: (budget, other, intervals).
 
-    lines: of the table. ours: the key in `TITLES` of the method that is compared. bootstrap: what makes an interval of
-    differences by subject. Intervals are by name of `COMPARED`, without those that one of the two lines lacks.
+    lines: of the table. ours: the key in `TITLES` of the method that is compared. Intervals are by name of `COMPARED`,
+    without those that one of the two lines lacks.
     """
     return [
-        (budget, other, {name: bootstrap(scores) for name, scores in pairs.items()})
+        (budget, other, {name: interval_of_mean(scores) for name, scores in pairs.items()})
         for budget, other, pairs in paired_scores(lines, ours)
     ]

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from eval.methods import TITLES
 from eval.report.fronts import front_with_base
 from eval.report.grid import Fronts
+from eval.report.intervals import Interval
 from eval.report.lines import Line
 from gsoft_diffusion.scoring import metrics
-from gsoft_diffusion.scoring.metrics import Interval
 
 COLORS = {
     "double_gsoft": "#c1121f",
@@ -59,7 +59,7 @@ def pareto_plot(lines: Sequence[Line], miniature: bool) -> str:
         if len(reached) > 1:
             axes.plot(*zip(*reached, strict=True), color=COLORS[method], linewidth=0.8, alpha=0.5)
     if not any(interval.low is not None for line in lines if (interval := line.interval("dino"))):
-        axes.set_title("one subject and one seed, so no intervals", fontsize=8)
+        axes.set_title("one subject or one seed, so no intervals", fontsize=8)
     return _trade_off(figure, axes, miniature)
 
 

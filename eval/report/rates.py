@@ -31,7 +31,7 @@ def choose_learning_rates(experiment: Experiment, results: Results) -> dict[str,
 
 
 def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError naming the cells with another base model, other encoders or photos than the rest."""
+    """Raise UserError naming the cells with another base model, other encoders, photos or prompts than the rest."""
     _check_same(results, "encoders", "encoders")
     models = [{**result, "base_model": result["base_model"]["fingerprint"]} for result in results]
     _check_same(models, "base_model", "base model")
@@ -40,10 +40,22 @@ def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
     for subject in {result["cell"]["subject"] for result in results}:
         of_subject = [result for result in results if result["cell"]["subject"] == subject]
         _check_same(of_subject, "photos_hash", f"photos of {subject}")
+        for is_base in (True, False):  # the base model is asked without the unique token
+            drawn = [
+                {
+                    **result,
+                    "prompts": list(dict.fromkeys((each["kind"], each["prompt"]) for each in result["pictures"])),
+                }
+                for result in of_subject
+                if "pictures" in result and (result["cell"]["method"] == "base") == is_base
+            ]
+            _check_same(drawn, "prompts", f"prompts for {subject}")
 
 
 def _check_same(results: Sequence[Mapping[str, Any]], fact: str, what: str) -> None:
     found = [(Cell(**result["cell"]).id, result[fact]) for result in results if fact in result]
+    if not found:
+        return
     usual = Counter(str(value) for _, value in found).most_common(1)
     odd = [name for name, value in found if str(value) != usual[0][0]]
     if odd:

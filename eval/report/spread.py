@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.experiment import Experiment
-from eval.report.fronts import pooled_deviation
 from eval.report.grid import pseudo_leads, read_grid
+from eval.report.intervals import pooled_deviation
 from eval.report.lines import paired_scores, table_lines
 from eval.report.rates import choose_learning_rates
 from eval.results import SETTINGS, read_results

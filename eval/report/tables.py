@@ -7,15 +7,14 @@ import io
 from collections.abc import Mapping, Sequence
 
 from eval.methods import TITLES
-from eval.report.lines import COMPARED, OURS, SCORES, Bootstrap, Line, References, at_step, differences, steps_of
-from gsoft_diffusion.scoring import metrics
-from gsoft_diffusion.scoring.metrics import Interval
+from eval.report.intervals import Interval
+from eval.report.lines import COMPARED, OURS, SCORES, Line, References, at_step, differences, steps_of
 
 
-def table_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) -> list[dict[str, str]]:
+def table_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
     """The table's cells as text, in the shape of the paper's Table 2.
 
-    lines: what is shown. bootstrap: what makes an interval of scores by subject.
+    lines: what is shown.
     """
     return [
         {
@@ -26,7 +25,7 @@ def table_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) 
             "learning rate": f"{line.learning_rate:g}" if line.learning_rate else "",
             "minutes": f"{seconds / 60:.1f}" if (seconds := line.mean("train_seconds")) else "",
             "peak memory, GiB": f"{size / 2**30:.2f}" if (size := line.mean("peak_memory_bytes")) else "",
-            **{title: text_of(line.interval(name, bootstrap)) for name, title in SCORES.items()},
+            **{title: text_of(line.interval(name)) for name, title in SCORES.items()},
         }
         for line in lines
     ]
@@ -56,10 +55,10 @@ def sweep_rows(
     return rows
 
 
-def difference_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) -> list[dict[str, str]]:
+def difference_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
     """Our method minus each other one, as text; see `differences`.
 
-    lines: of the table. bootstrap: what makes an interval of differences by subject.
+    lines: of the table.
     """
     return [
         {
@@ -67,7 +66,7 @@ def difference_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootst
             f"{TITLES[OURS]} minus": other,
             **{SCORES[name].split(" ")[0]: text_of(intervals.get(name), signed=True) for name in COMPARED},
         }
-        for budget, other, intervals in differences(lines, bootstrap=bootstrap)
+        for budget, other, intervals in differences(lines)
     ]
 
 
@@ -106,10 +105,10 @@ def csv_text(rows: Sequence[Mapping[str, str]]) -> str:
     return file.getvalue()
 
 
-def csv_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) -> list[dict[str, str]]:
+def csv_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
     """Plain numbers: one column each for mean, low and high; empty where there is none.
 
-    lines: of the table. bootstrap: what makes an interval of scores by subject.
+    lines: of the table.
     """
     rows = []
     for line in lines:
@@ -123,7 +122,7 @@ def csv_rows(lines: Sequence[Line], bootstrap: Bootstrap = metrics.bootstrap) ->
             value = line.mean(fact)
             row[fact] = "" if value is None else f"{value:.6g}"
         for name in SCORES:
-            interval = line.interval(name, bootstrap)
+            interval = line.interval(name)
             for part in ("mean", "low", "high"):
                 value = getattr(interval, part, None)
                 row[f"{name}_{part}"] = "" if value is None else f"{value:.6f}"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from gsoft.errors import LONGEST, GSOFTError, one_line, printable
 
-__all__ = ["LONGEST", "UserError", "first_line", "printable", "user_errors"]
+__all__ = ["LONGEST", "DivergedError", "UserError", "first_line", "printable", "user_errors"]
 
 
 class UserError(Exception):
@@ -19,6 +19,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class DivergedError(UserError):
+    """A training whose loss or gradient is not finite."""
 
 
 @contextmanager

@@ -9,16 +9,12 @@ DIV as a distance of embeddings instead of LPIPS.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -115,49 +111,3 @@ def mean(values: Sequence[float]) -> float:
     if not len(values):
         raise ValueError("mean of no values")
     return float(np.mean(np.asarray(values, dtype=np.float64)))
-
-
-def mean_over_subjects(scores: Mapping[Key, Sequence[float]]) -> float:
-    """Averaged within each subject first, then over subjects: a subject with more pictures weighs no more."""
-    return mean([mean(values) for values in scores.values()])
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and the bounds of its bootstrap interval; None of a single score, which has no spread."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def bootstrap(
-    scores: Mapping[Key, Sequence[float]], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean over subjects and its percentile interval, by resampling subjects and, within each, seeds.
-
-    scores: for each subject one score a seed. To compare two methods, pass the differences of their scores: the
-    interval is then that of a paired comparison.
-    level: share of the resampled means that the interval holds.
-    resamples: how many means are drawn.
-    seed: of the drawing.
-
-    Raises ValueError if there is no subject, or one without a score.
-    """
-    rng = np.random.default_rng(seed)
-    values = [np.asarray(list(column), dtype=np.float64) for column in scores.values()]
-    if not values or any(not len(column) for column in values):
-        raise ValueError("bootstrap needs at least one subject, each with at least one score")
-    if sum(map(len, values)) == 1:
-        return Interval(mean_over_subjects(scores), None, None)
-    draws = np.stack(  # (subjects, resamples, subjects): a mean over resampled seeds for whenever the subject is drawn
-        [
-            column[rng.integers(len(column), size=(resamples, len(values), len(column)))].mean(axis=-1)
-            for column in values
-        ]
-    )
-    chosen = rng.integers(len(values), size=(resamples, len(values)))
-    resample, place = np.ogrid[:resamples, : len(values)]
-    means = draws[chosen, resample, place].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean_over_subjects(scores), float(low), float(high))

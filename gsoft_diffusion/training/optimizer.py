@@ -12,19 +12,21 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
+NOT_ZERO_AT_REST = ("output_scale", "magnitude")  # how names of such parameters end
+
 
 def make_optimizer(config: TrainingConfig, adapter: TrainableAdapter) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameters.
 
     config: names the optimizer, its learning rates and other numbers; nothing may be left open.
-    adapter: what trains. Weight decay leaves its output scales, which are 1 at rest, alone; its parameters in text
-    encoders have a learning rate of their own.
+    adapter: what trains. Weight decay leaves alone what is not 0 at rest: output scales, and the magnitudes of DoRA.
+    Parameters in text encoders have a learning rate of their own.
 
     Raises UserError with the name of the package if the optimizer's library is missing.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in adapter.named_parameters():
-        in_text_encoder, is_scale = name.startswith("text_encoder"), name.endswith("output_scale")
+        in_text_encoder, is_scale = name.startswith("text_encoder"), name.endswith(NOT_ZERO_AT_REST)
         rate = config.text_encoder_lr if in_text_encoder else config.learning_rate
         decay = 0.0 if is_scale else config.adam_weight_decay
         group = groups.setdefault((in_text_encoder, is_scale), {"params": [], "lr": rate, "weight_decay": decay})

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import DivergedError
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.noise import prediction_target
 from gsoft_diffusion.training.checkpoints import checkpoints
@@ -110,7 +110,7 @@ class TrainingStep:
     def update(self, loss: float, norm: float) -> None:
         """Take the optimizer's step; where fp16's scaler skips it, count that in `state.skipped`.
 
-        loss, norm: the step's, as `agree` gave them. Raises UserError if loss or gradient are not finite, which all
+        loss, norm: the step's, as `agree` gave them. Raises DivergedError if loss or gradient are not finite, which all
         processes find out alike.
         """
         state = self.state
@@ -129,7 +129,7 @@ class TrainingStep:
 
     def _stop_at_bad_numbers(self, what: str) -> NoReturn:
         kept = [path.name for path in checkpoints(Path(self.config.output_dir or "."))]
-        raise UserError(
+        raise DivergedError(
             f"step {self.state.step + 1}: the {what} is not finite; {kept[-1] if kept else 'no checkpoint'} is kept "
             "from before. Lower --learning_rate, or use --mixed_precision bf16 or no"
         )

@@ -19,6 +19,8 @@ from eval.baselines import (
     rotate_rows,
 )
 from gsoft_diffusion import AdapterConfig, BaseModelIdentity, UserError, inject, save_adapter
+from gsoft_diffusion.config.training import TrainingConfig
+from gsoft_diffusion.training.optimizer import make_optimizer
 
 CONFIGS = {
     "lora": BaselineConfig("lora", rank=3),
@@ -161,6 +163,30 @@ def test_lokr_adds_a_kronecker_product(name):
     if name == "lokr by rank":
         numbers["large"] = numbers["large_a"] @ numbers["large_b"]
     torch.testing.assert_close(found, weight + torch.kron(numbers["small"], numbers["large"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lokr", "lokr by rank"])
+def test_lokrs_large_matrix_learns_from_the_start(name):
+    """As LyCORIS starts it: the small matrix is random and the large one 0, so that the gradient reaches the latter."""
+    unet, text_encoder, adapter = tuned(CONFIGS[name])
+    last = "large_b" if name == "lokr by rank" else "large"
+    run(unet, text_encoder).square().mean().backward()
+    for key, parameter in adapter.named_parameters():
+        if key.endswith(".small"):
+            assert parameter.abs().min() > 0
+        if key.endswith(f".{last}"):
+            assert not parameter.any()
+            assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "at_rest"), [("dora", "magnitude"), ("boft", "output_scale")])
+def test_weight_decay_leaves_alone_what_is_not_zero_at_rest(name, at_rest):
+    rates = {"learning_rate": 1e-3, "text_encoder_lr": 1e-3, "adam_weight_decay": 0.5}
+    adapter = tuned(CONFIGS[name])[2]
+    optimizer = make_optimizer(TrainingConfig(instance_data_dir="photos", class_word="dog", **rates), adapter)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for key, parameter in adapter.named_parameters():
+        assert decay[id(parameter)] == (0.0 if key.endswith(at_rest) else 0.5)
 
 
 def test_pefts_own_fallback_is_not_left_behind():

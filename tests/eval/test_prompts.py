@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from eval.prompts import UNRELATED, fill, prompts_for, read_templates
-from eval.subjects import Subject, read_subjects
+from eval.subjects import Subject, is_live, read_subjects
 from gsoft_diffusion import UserError
 
 
@@ -123,3 +123,19 @@ def test_own_templates(tmp_path):
         read_templates(str(path), live=True)
     with pytest.raises(UserError, match="cannot be read"):
         read_templates("no_such_file.txt", live=True)
+
+
+@pytest.mark.parametrize(
+    ("class_word", "live"),
+    [
+        ("dog", True),
+        ("Dog", True),
+        ("white puppy", True),
+        ("woman", True),
+        ("stuffed animal", False),
+        ("hot dog bun", False),
+        ("", False),
+    ],
+)
+def test_class_words_say_who_is_live(class_word, live):
+    assert is_live(class_word) is live

@@ -100,6 +100,14 @@ def test_a_result_at_a_step_has_the_scores_of_that_step(tmp_path):
     assert (row_id(end), pictures_folder(end, tmp_path)) == (SECOND.id, cell_folder(SECOND, tmp_path))
 
 
+def test_a_result_at_a_step_says_nothing_of_the_whole_training():
+    whole = CURVED | {"train_seconds": 10.0, "orthogonality_error": 1e-6}
+    before = result_at(whole, 20)
+    assert before["train_seconds"] == 5.0
+    assert "orthogonality_error" not in before
+    assert result_at(whole, 40) == whole
+
+
 def test_results_of_before_have_no_pictures_at_their_steps():
     (first, *_), end = [{"step": 20, "dino": 0.25}], CURVED["curve"][1]
     assert "pictures" not in result_at(CURVED | {"curve": [first, end]}, 20)

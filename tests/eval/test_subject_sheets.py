@@ -161,6 +161,15 @@ def test_a_picture_that_is_no_sheet_is_refused(tmp_path, description):
         read_subject_sheet(tmp_path / "rex.webp")
 
 
+def test_a_sheet_that_is_cut_off_is_damaged(tmp_path):
+    path = tmp_path / "rex.webp"
+    with path.open("wb") as file:
+        Image.effect_noise((64, 64), 50).save(file, "PNG")  # Pillow goes by what is in a file
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"rex\.webp: damaged or not a picture"):
+        read_subject_sheet(path)
+
+
 def test_a_sheet_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"rex\.webp: is not there; run eval.benchmark again"):
         read_subject_sheet(tmp_path / "rex.webp")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import psutil
@@ -17,7 +19,7 @@ from tiny_eval import experiment
 
 from eval import benchmark
 from eval.benchmark import run_benchmark
-from eval.engines import ENGINES, local, worker
+from eval.engines import ENGINES, local, slurm, worker
 from eval.engines.worker import Workers, attempt, cores_each
 from eval.experiment import Cell
 from eval.results import all_results, is_done
@@ -38,6 +40,43 @@ def test_submitit_is_refused_where_there_is_no_slurm(world, tmp_path, monkeypatc
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="there is no Slurm here"):
         run_benchmark(experiment(world), tmp_path, engine="submitit")
+
+
+class Executor:
+    """submitit's, on a cluster that finishes every array at once."""
+
+    def __init__(self, folder):
+        self.folder, self.arrays = Path(folder), []
+        self.folder.mkdir(parents=True)
+
+    def update_parameters(self, **parameters):
+        pass
+
+    def map_array(self, function, experiments, cells, outs, cores):
+        self.arrays.append(len(cells))
+        names = [f"{len(self.arrays)}_{place}" for place in range(len(cells))]
+        results = [self.folder / f"{name}_0_result.pkl" for name in names]
+        for result in results:
+            result.touch()
+        return [
+            SimpleNamespace(job_id=name, paths=SimpleNamespace(result_pickle=result), result=lambda: None)
+            for name, result in zip(names, results, strict=True)
+        ]
+
+
+def test_slurm_gets_arrays_that_it_takes_one_after_the_other(world, tmp_path, monkeypatch):
+    executors = []
+    library = ModuleType("submitit")
+    library.AutoExecutor = lambda folder: executors.append(Executor(folder)) or executors[-1]
+    library.core = SimpleNamespace(utils=SimpleNamespace(FailedJobError=OSError))
+    monkeypatch.setitem(sys.modules, "submitit", library)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=""))
+    monkeypatch.setattr(slurm, "PAUSE", 0)
+    monkeypatch.setattr(slurm, "LARGEST_ARRAY", 2)
+    cells = [replace(BASE, seed=seed) for seed in range(5)]
+    slurm.run_on_slurm(experiment(world), cells, tmp_path, Workers(8, 1))
+    assert executors[0].arrays == [2, 2, 1]
 
 
 def test_workers_share_the_cores(monkeypatch):

@@ -12,13 +12,13 @@ from eval.results import read_results
 
 
 def lines(*values):
-    scores = {name: {subject: [value] for subject, value in enumerate(values)} for name in SCORES}
+    scores = {name: {subject: [value, value] for subject, value in enumerate(values)} for name in SCORES}
     return [Line("lora", "medium", 1e-3, [], scores)]
 
 
-def test_a_plot_of_single_scores_says_so():
+def test_a_plot_of_one_subject_says_so():
     """SVG keeps its texts as comments."""
-    assert "one subject and one seed, so no intervals" in pareto_plot(lines(0.5), miniature=False)
+    assert "one subject or one seed, so no intervals" in pareto_plot(lines(0.5), miniature=False)
     assert "no intervals" not in pareto_plot(lines(0.4, 0.6), miniature=False)
 
 

@@ -59,3 +59,11 @@ def test_cells_that_do_not_compare_are_named(settings, finished, fact, what):
     another = {"name": "base", "fingerprint": "another"} if fact == "base_model" else "another"
     with pytest.raises(UserError, match=rf"results\.jsonl: {odd.id}: made with other {what} than the rest"):
         choose_learning_rates(settings, results | {odd: results[odd] | {fact: another}})
+
+
+def test_cells_with_other_prompts_do_not_compare(settings, finished):
+    results = read_results(finished)
+    odd = next(cell for cell in results if cell.method == "boft")
+    pictures = [picture | {"prompt": picture["prompt"].replace("sks", "zrt")} for picture in results[odd]["pictures"]]
+    with pytest.raises(UserError, match=rf"{odd.id}: made with other prompts for {odd.subject} than the rest"):
+        choose_learning_rates(settings, results | {odd: results[odd] | {"pictures": pictures}})

@@ -9,7 +9,7 @@ import pytest
 from tiny_eval import experiment, grid
 
 from eval.benchmark import plan
-from eval.report.fronts import detectable_difference
+from eval.report.intervals import detectable_difference
 from eval.report.spread import spread_of_differences
 from eval.results import read_results
 from gsoft_diffusion import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from tiny_eval import experiment
@@ -21,7 +22,8 @@ from gsoft_diffusion import UserError
 def test_comparison_ends_in_a_report(finished):
     rows = list(csv.DictReader((finished / "table.csv").open()))
     assert [row["method"] for row in rows] == ["photos", "base", *METHODS]
-    assert all(-1 <= float(row["dino_low"]) <= float(row["dino_mean"]) <= float(row["dino_high"]) <= 1 for row in rows)
+    assert all(-1 <= float(row["dino_mean"]) <= 1 for row in rows)
+    assert not any(row["dino_low"] or row["dino_high"] for row in rows)  # of one seed
     assert all(float(row["balance_mean"]) >= 0 for row in rows[2:])
     sweep = list(csv.DictReader((finished / "learning_rates.csv").open()))
     assert [row["steps"] for row in sweep] == ["1", "2"] * (len(sweep) // 2)  # before the end too
@@ -79,10 +81,13 @@ def test_a_sheet_that_is_gone_is_named(world, finished, tmp_path):
     assert (out / "sheets" / "rex.webp").read_bytes() == (finished / "sheets" / "rex.webp").read_bytes()
 
 
-def test_intervals_of_one_subject_are_said_to_be_of_one(world, tmp_path, in_process):
-    run_benchmark(experiment(world, subjects=["rex"], seeds=2, methods=["lora"]), tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert "intervals over seeds, which say nothing of other subjects (–: of a single score there is none)" in text
+def test_one_subject_has_no_intervals_and_two_have(world, tmp_path, in_process):
+    two = experiment(world, seeds=2, methods=["lora"])
+    run_benchmark(two, tmp_path)
+    assert "hierarchical bootstrap over subjects and seeds, paired" in (tmp_path / "report.md").read_text()
     photos, *others = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert not photos["dino_low"]  # the photos are scored once
-    assert all(float(row["dino_low"]) <= float(row["dino_mean"]) for row in others)
+    assert all(float(row["dino_low"]) <= float(row["dino_mean"]) <= float(row["dino_high"]) for row in others)
+    write_report(replace(two, subjects=("rex",)), tmp_path)
+    assert "no interval, since one subject or one seed" in (tmp_path / "report.md").read_text()
+    assert not any(row["dino_low"] for row in csv.DictReader((tmp_path / "table.csv").open()))
