@@ -2,11 +2,11 @@
 
 python -m benchmarks.frozen_storage --out benchmarks/results/frozen_storage.json
 
-Four tables. Weights: of published configurations, without weights, in bfloat16. Held: bytes of a small Z-Image (960
-wide, 4 + 8 blocks, 256 pixels, bfloat16) that a GPU would hold in a training step, as weights and as what autograd
-keeps from the forward to the backward pass; diffusers' hooks are on the same layers. Drift: how far the miniature's
-prediction moves, over noise, timesteps and prompts, relative to its size. Rounding: how far normal weights of a size
-move, with our scale and without.
+Four tables. Weights: of published configurations, without weights, in bfloat16, and in four bits by what a layer keeps
+for a number. Held: bytes of a small Z-Image (960 wide, 4 + 8 blocks, 256 pixels, bfloat16) that a GPU would hold in a
+training step, as weights and as what autograd keeps from the forward to the backward pass; diffusers' hooks are on the
+same layers. Drift: how far the miniature's prediction moves, over noise, timesteps and prompts, relative to its size.
+Rounding: how far normal weights of a size move, with our scale and without.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": machine(),
         "weights": [{"model": name, **weights(name)} for name in COUNTED],
+        "bytes_in_four_bits": bytes_in_four_bits(),
         "held": [
             {"way": way, "checkpointing": checkpointing, **held(way, checkpointing)}
             for checkpointing in (False, True)
@@ -82,10 +83,27 @@ def main() -> None:
 
 
 def weights(name: str) -> dict[str, int]:
-    """Numbers of a published model's denoiser, and of those its layers that no adapter uses have."""
+    """Numbers of a published model's denoiser, and of those its layers that no adapter uses have.
+
+    `stored_unfused` is the latter with `--no_fused_attention`.
+    """
     model, _ = PUBLISHED[name].networks()
+    stored, unfused = (
+        sum(layer.weight.numel() for layer in stored_layers(model, fused).values()) for fused in (True, False)
+    )
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    return {"numbers": numbers, "stored": sum(layer.weight.numel() for layer in stored_layers(model, True).values())}
+    return {"numbers": numbers, "stored": stored, "stored_unfused": unfused}
+
+
+def bytes_in_four_bits(side: int = 4096) -> float:
+    """What nf4 keeps for one number of a layer, its scales included. side: of the layer that is measured."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(side, side, bias=False)])
+    quantize(model, "nf4", "cpu", True)
+    (weight,) = model.parameters()
+    state: Any = weight.quant_state
+    scales = [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    return sum(tensor.nbytes for tensor in (weight, *scales)) / side**2
 
 
 def small_z_image() -> ZImageTransformer2DModel:
@@ -162,6 +180,10 @@ def report(result: dict[str, Any]) -> str:
             row["model"],
             f"{2 * row['numbers'] / 1e9:.1f}",
             f"{(2 * row['numbers'] - row['stored']) / 1e9:.1f}",
+            *(
+                f"{(2 * row['numbers'] - (2 - result['bytes_in_four_bits']) * row[which]) / 1e9:.1f}"
+                for which in ("stored", "stored_unfused")
+            ),
             f"{2 * (row['numbers'] - row['stored']) / 1e9:.1f}",
         ]
         for row in result["weights"]
@@ -175,7 +197,9 @@ def report(result: dict[str, Any]) -> str:
     of_rounding = [[f"{row[name]:.3g}" for name in ("size", "scaled", "plain")] for row in result["rounding"]]
     return "\n\n".join(
         [
-            table(["denoiser, GB", "bfloat16", "--quantize_base float8", "--offload_layers, on the GPU"], of_models),
+            table(
+                ["denoiser, GB", "bfloat16", "float8", "nf4", "nf4 --no_fused_attention", "--offload_layers"], of_models
+            ),
             table(
                 ["layers that no adapter uses", "checkpointing", "weights, MiB", "kept for the backward pass"], of_steps
             ),

@@ -5,7 +5,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import nn
 
-from benchmarks.frozen_storage import DRIFT, WAYS, drift, held, report, rounding, weights
+from benchmarks.frozen_storage import DRIFT, WAYS, bytes_in_four_bits, drift, held, report, rounding, weights
 
 
 def tiny() -> ZImageTransformer2DModel:
@@ -38,12 +38,19 @@ def test_a_scale_keeps_the_digits_of_small_weights():
     assert rounding(0.001)["plain"] > 5 * rounding(0.001)["scaled"]
 
 
+def test_four_bits_have_scales_and_these_have_scales():
+    """One of eight bits for 64 numbers, and one of 32 bits for 256 of those (Dettmers et al., 2023, §3)."""
+    assert bytes_in_four_bits(1024) == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256))
+
+
 def test_the_report_has_every_row():
     result = {
         "weights": [{"model": "Stable Diffusion 1.5", **weights("Stable Diffusion 1.5")}],
+        "bytes_in_four_bits": bytes_in_four_bits(64),
         "held": [{"way": way, "checkpointing": False, "weights": 2**20, "kept": 2**21} for way in WAYS],
         "drift": [{"way": way, "prediction": 0.01} for way in DRIFT],
         "rounding": [rounding(0.02)],
     }
     lines = report(result)
+    assert "| Stable Diffusion 1.5 | 1.7 | 1.5 | 1.5 | 1.5 | 1.4 |" in lines
     assert all(title in lines for title, _ in (*WAYS.values(), *DRIFT.values()))
