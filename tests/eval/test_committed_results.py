@@ -13,27 +13,22 @@ from eval.results import SETTINGS, work_folder
 from gsoft_diffusion.config.settings import read_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "results"
-OF_A_SWEEP = ("report.md", "table.csv", "learning_rates.csv")
-OF_A_GRID = ("report.md", "table.csv", "fronts.csv", "settings.csv")
+TEXTS = ("report.md", "table.csv", "fronts.csv", "settings.csv")
 
 
 def test_results_are_few_small_files():
     paths = [path for path in FOLDER.rglob("*") if path.is_file() and "work" not in path.relative_to(FOLDER).parts]
     assert len(paths) < 100
-    assert (
-        sum(path.stat().st_size for path in paths) < 32 * 2**20
-    )  # the fronts have 1,740 cells of 12 kB, those of real photos included
+    assert sum(path.stat().st_size for path in paths) < 32 * 2**20  # both fronts have 1,740 cells of 12 kB
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mini", "mini_sizes", "fronts_trial", "fronts"])
+@pytest.mark.parametrize("name", ["block_sizes", "block_sizes_cayley", "fronts_trial", "fronts"])
 def test_reports_follow_from_the_results(name, tmp_path):
     out = shutil.copytree(FOLDER / name, tmp_path / name, ignore=shutil.ignore_patterns(work_folder(FOLDER).name))
-    experiment = Experiment.from_dict(read_yaml(out / SETTINGS))
-    texts = OF_A_GRID if experiment.grid else OF_A_SWEEP
-    for text in texts:
+    for text in TEXTS:
         (out / text).unlink()
-    write_report(experiment, out)
-    assert {text: (out / text).read_bytes() for text in texts} == {
-        text: (FOLDER / name / text).read_bytes() for text in texts
+    write_report(Experiment.from_dict(read_yaml(out / SETTINGS)), out)
+    assert {text: (out / text).read_bytes() for text in TEXTS} == {
+        text: (FOLDER / name / text).read_bytes() for text in TEXTS
     }
