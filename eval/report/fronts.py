@@ -90,10 +90,10 @@ def lead(points: Array, others: Array, base: Pair, photos: Pair) -> float:
     """
     if not _in_order(base, photos):
         return math.nan
-    last = lead_range(points, others, base, photos)
+    (f, t), (g, u) = (_shares(front_with_base(each, base), base, photos) for each in (points, others))
+    last = min(1.0, f[-1], g[-1])
     if last <= 0:
         return math.nan
-    (f, t), (g, u) = (_shares(front_with_base(each, base), base, photos) for each in (points, others))
     knots = np.unique(np.clip([0.0, *f, *g], 0.0, last))
     return float(np.trapezoid(np.interp(knots, f, t) - np.interp(knots, g, u), knots) / last)
 
