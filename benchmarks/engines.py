@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Records, median, table
+from eval.cells import Cell
 from eval.engines import ENGINES
 from eval.engines.worker import Workers
-from eval.experiment import Cell, Experiment
+from eval.experiment import Experiment
 from eval.results import CELL_RESULT, cell_folder
 from gsoft_diffusion.config.command_line import expanded_path
 

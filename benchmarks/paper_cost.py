@@ -20,8 +20,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import table
-from eval.cell import pictures_of
-from eval.experiment import Cell, Experiment, base_cells, main_cells, sweep_cells
+from eval.cell_pictures import pictures_of
+from eval.cells import Cell, base_cells, main_cells, sweep_cells
+from eval.experiment import Experiment
 from eval.prompts import prompts_for
 from eval.subjects import Subject
 from gsoft_diffusion.config.command_line import expanded_path

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.baselines import BaselineConfig, adapted_layers
-from eval.cell import NOISE, pictures_of
+from eval.cell_pictures import pictures_of
+from eval.cells import Cell, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
 from eval.engines import ENGINES
 from eval.engines.worker import Workers, cores_each
-from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
+from eval.experiment import Experiment
 from eval.methods import TITLES, adapts_text_encoder, count_parameters, describe, matched
 from eval.prompts import prompts_for
 from eval.report.grid import held_out_lines, read_grid
@@ -30,6 +31,7 @@ from eval.report.rates import choose_learning_rates
 from eval.report.spread import spread_of_differences
 from eval.report.write import write_report
 from eval.results import PAGE_NAME, SETTINGS, Results, all_results, collect_results
+from eval.run_cell import NOISE
 from eval.subject_sheets import write_subject_sheet
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.config.settings import read_yaml

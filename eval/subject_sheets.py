@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from eval.experiment import Cell
+from eval.cells import Cell
 from eval.results import cell_folder, pictures_folder, row_id
 from eval.subjects import Subject
 from gsoft_diffusion.foundation.errors import UserError

@@ -48,11 +48,13 @@ class Adapter(nn.Module):
             rotation = Rotation(config, linear.in_features, linear.out_features, layer=name, device=device)
             add_submodule(self, name, rotation)
             self._rotated[name] = RotatedLayer(rotation)
+        self._attached = False
         self._required_grad: list[nn.Parameter] = []
         self._preparing: list[RemovableHandle] = []  # hooks
 
     def attach(self) -> None:
         """Freeze the models and rotate their layers; until something is learned, outputs stay bit-equal."""
+        self._attached = True
         self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
         for model in self._models:
             model.requires_grad_(False)
@@ -107,8 +109,25 @@ class Adapter(nn.Module):
         return within
 
     def remove(self) -> None:
-        """Restore the models exactly: weights, layers and `requires_grad`."""
-        self.unmerge()
+        """Restore the models exactly: weights, layers and `requires_grad`. Without effect if it is not attached."""
+        if self._attached:
+            self.unmerge()
+            self.detach()
+
+    def merge_and_unload(self) -> None:
+        """Leave the rotated weights in the models for good, whose layers are plain ones again; `W` is forgotten.
+
+        What required gradients before `attach` does so again. The adapter keeps what it has learned, and can be saved.
+        Without effect if it is not attached. Raises GSOFTError as `RotatedLayer.check` does.
+        """
+        if self._attached:
+            self.merge()
+            for _, _, rotated in self.layers():
+                rotated.forget()
+            self.detach()
+
+    def detach(self) -> None:
+        """Leave the models with the weights that are in them: what `remove` and `merge_and_unload` end with."""
         for hook in self._preparing:
             hook.remove()
         self._preparing.clear()
@@ -117,6 +136,16 @@ class Adapter(nn.Module):
                 take_off(module)
         for parameter in self._required_grad:
             parameter.requires_grad_(True)
+        self._required_grad, self._attached = [], False
+
+    def refresh(self) -> None:
+        """Forget what was made of the learned numbers. Call it after writing to them behind PyTorch's back.
+
+        That is through `parameter.data`, as some averages of weights do, or by a library's own kernels. Ordinary
+        in-place operations and optimizers need no such call.
+        """
+        for _, _, rotated in self.layers():
+            rotated.refresh()
 
     @property
     def merged(self) -> bool:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gsoft.differentiable_once import differentiable_once
 
 # Measured on a CPU: docs/performance.md.
 LAPACK_SIDE = 7  # up to this side LAPACK is the faster one
@@ -128,7 +129,7 @@ class _Cayley(torch.autograd.Function):
         return rotations
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         by_free: list[Tensor] = []
         for run in _runs(len(grads), grads[0].numel(), grads[0].device):
@@ -170,7 +171,8 @@ def _solve(skew: Tensor) -> Tensor:
     Its degree is chosen for each of the `N` by itself: no result depends on what is computed beside it.
     """
     size, dtype = skew.shape[-1], skew.dtype
-    if not (skew.is_cpu and size > LAPACK_SIDE and dtype == torch.float32):
+    by_products = skew.is_cpu and size > LAPACK_SIDE and dtype == torch.float32
+    if not by_products or torch.compiler.is_compiling():  # a graph cannot choose a degree by what is in a tensor
         return _solve_by_lapack(skew)
     square = skew @ skew.mT
     fourth = square @ square

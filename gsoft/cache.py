@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gsoft.blocks import orthogonal_blocks
 from gsoft.costs import weight_side_is_cheaper, weights_at_once
+from gsoft.differentiable_once import differentiable_once
 from gsoft.linear_slice import AnyLinear
 from gsoft.products import RotationBlocks, rotate_weights
 from gsoft.rotation import Rotation
@@ -195,7 +195,7 @@ class _Kept(torch.autograd.Function):
         return tuple(None if tensor is None else tensor.detach() for tensor in ctx.made)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.cache.differentiated()
         made, given = zip(*((m, g) for m, g in zip(ctx.made, grads, strict=True) if g is not None), strict=True)

@@ -343,10 +343,12 @@ def plain_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(copied, GSConv2d):
         return copied.plain()
-    for path, module in list(copied.named_modules()):
+    plain: dict[nn.Module, nn.Module] = {}  # a layer that the model holds in several places stays one
+    for path, module in list(copied.named_modules(remove_duplicate=False)):
         if isinstance(module, GSConv2d):
             parent, _, name = path.rpartition(".")
-            setattr(copied.get_submodule(parent), name, module.plain())
+            plain[module] = plain.get(module) or module.plain()
+            setattr(copied.get_submodule(parent), name, plain[module])
     return copied
 
 

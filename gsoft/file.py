@@ -26,7 +26,7 @@ from gsoft.fingerprint import BaseModelIdentity, is_fingerprint
 from gsoft.rotation import parameter_shapes
 from gsoft.whole_file import whole_file
 
-MAX_HEADER = 4 * 2**20  # bytes; the largest adapters have about two thousand tensors, some 0.4 MB of header
+MAX_HEADER = 16 * 2**20  # bytes; a tensor takes about 150, and large models have some thousands
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ class Format:
         section is not JSON.
         """
         path = Path(path)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = _apart(tensors)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise FileError(f"{path} was not written: {name} is not finite; train again with a lower learning rate")
         metadata = {name: json.dumps(sections[name], allow_nan=False) for name in self.sections}
         content = save(tensors, {self.key: self.version} | metadata)
+        if (length := int.from_bytes(content[:8], "little")) > MAX_HEADER:
+            raise FileError(f"{path} was not written: its header takes {length} bytes, and {MAX_HEADER} are read")
         try:
             with whole_file(path) as file:
                 file.write(content)
@@ -145,6 +147,17 @@ class OpenFile:
         if not is_fingerprint(print_):
             refuse(self.path, "the fingerprint of its base model is malformed")
         return BaseModelIdentity(name, print_)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in main memory, each in memory of its own, as safetensors wants them; tied ones are copied."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        moved = tensor.detach().cpu().contiguous()
+        apart[name] = moved.clone() if moved.data_ptr() in taken else moved
+        taken.add(moved.data_ptr())
+    return apart
 
 
 def check_header(path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gsoft.differentiable_once import differentiable_once
 from gsoft.linear import RotatedLayer, rotate_together
 from gsoft.linear_slice import LinearSlice
 
@@ -138,7 +138,7 @@ class _FusedProduct(torch.autograd.Function):
         return F.linear(x, torch.cat(pieces, dim=dim), bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, count = ctx.saved_tensors, len(ctx.learned)
         inputs, pieces = saved[:-count], saved[-count:]

@@ -32,6 +32,10 @@ class KeptWeight:
         self.keep(layer)
         layer.weight.copy_(weight)
 
+    def forget(self) -> None:
+        """Keep `W` no longer: what is in its place stays."""
+        self._weight = None
+
     @torch.no_grad()
     def restore(self, layer: AnyLinear) -> None:
         """Put `W` back, if another is in its place."""

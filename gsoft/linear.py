@@ -51,7 +51,7 @@ class RotatedLayer:
         self.cache, self.index, self._keeps_weight = cache, index, keeps_weight
 
     def prepare(self, linear: AnyLinear) -> None:
-        """Make `W'` before the model computes, or the blocks where there is no room for it.
+        """Make `W'` before the model computes, or the blocks where there is no room for it or x is to be rotated.
 
         linear: the frozen layer. In a graph of `torch.compile` the layer is then an ordinary product with the tensor
         `prepared`. What learned numbers have become is not looked up there: whoever calls a compiled part of a model by
@@ -61,10 +61,16 @@ class RotatedLayer:
         if not self.active:
             return
         self.check(linear)
-        if not self._keeps_weight:
-            self.prepared = self.cache.blocks(self.index, linear.weight.dtype)
-        elif self.cache.expects_weight_side(self.index):
+        in_autocast = torch.is_autocast_enabled(linear.weight.device.type)
+        if self._keeps_weight and (in_autocast or self.cache.expects_weight_side(self.index)):
             self.prepared = self.cache.weight(self.index, linear.weight)
+        else:
+            self.prepared = self.cache.blocks(self.index, linear.weight.dtype)
+
+    def refresh(self) -> None:
+        """Drop what was made of the learned numbers, which were written to behind PyTorch's back."""
+        self.prepared = None
+        self.cache.clear()
 
     def __call__(self, linear: AnyLinear, x: Tensor) -> Tensor:
         """What the rotated layer makes of x (paper, §6.1 and §6.2).
@@ -103,6 +109,11 @@ class RotatedLayer:
         if not isinstance(linear, AnyLinear):
             raise GSOFTError(
                 f"{self.rotation.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
+            )
+        if hasattr(linear.weight, "device_mesh"):  # a DTensor
+            raise GSOFTError(
+                f"{self.rotation.layer}: its weight is spread over devices (FSDP2) by a fully_shard of this layer or "
+                "its block; shard the whole module alone, or use DDP"
             )
         if linear.weight.device != self.rotation.q_in.device:
             raise GSOFTError(
@@ -156,6 +167,10 @@ class RotatedLayer:
         """Put `W` back, bit for bit."""
         self._kept_weight.restore(linear)
 
+    def forget(self) -> None:
+        """Forget `W`, so that a merged `W'` stays for good."""
+        self._kept_weight.forget()
+
     @torch.no_grad()
     def orthogonality_error(self) -> float:
         """Largest entry of `|QᵀQ − I|` over this layer's rotations."""
@@ -208,6 +223,8 @@ class Computing(Protocol):
 class RotatedLinear(nn.Linear):
     """The class that an `nn.Linear` of a model gets while it is rotated; see `put_on` and `take_off`.
 
+    A subclass of `nn.Linear` gets a class that inherits from its own as well, so that its other methods stay.
+
     The layer stays the object that it was, with its weight, its bias and its hooks, wherever the model refers to it.
     What is learned is not a submodule: to everything else, state dicts and saving included, the model looks as before.
     A class, not a patched instance, so that copies of the model are rotated as well.
@@ -219,6 +236,24 @@ class RotatedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return self.rotated(self, input) if self.rotated.active else super().forward(input)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the class that the layer had, since the present one may have no name."""
+        return _new_rotated, (self.base_class,), vars(self)
+
+
+_CLASSES: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: RotatedLinear}
+
+
+def _rotated_class(base_class: type[nn.Linear]) -> type[nn.Linear]:
+    if base_class not in _CLASSES:
+        _CLASSES[base_class] = type("RotatedLinear", (RotatedLinear, base_class), {})
+    return _CLASSES[base_class]
+
+
+def _new_rotated(base_class: type[nn.Linear]) -> nn.Linear:
+    rotated_class = _rotated_class(base_class)
+    return rotated_class.__new__(rotated_class)
+
 
 def put_on(linear: nn.Linear, rotated: Computing) -> RotatedLinear:
     """Have a plain layer compute what `rotated` makes of it, until `take_off`. Returns the same object.
@@ -226,7 +261,7 @@ def put_on(linear: nn.Linear, rotated: Computing) -> RotatedLinear:
     linear: becomes a `RotatedLinear` in its place in the model. rotated: what computes with it.
     """
     base_class = type(linear)
-    linear.__class__ = RotatedLinear
+    linear.__class__ = _rotated_class(base_class)
     assert isinstance(linear, RotatedLinear)
     object.__setattr__(linear, "base_class", base_class)  # not nn.Module's, which is for parameters and modules
     object.__setattr__(linear, "rotated", rotated)

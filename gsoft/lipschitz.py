@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gsoft.errors import GSOFTError
+from gsoft.linear import RotatedLinear
 
-# Modules that move no two inputs apart, whatever their settings.
-ONE_LIPSCHITZ = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ReLU, nn.Dropout)
+# Modules that move no two inputs apart, whatever their settings. Subclasses may do something else.
+ONE_LIPSCHITZ = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ReLU)
 
 
 class MaxMin(nn.Module):
@@ -58,20 +59,34 @@ def lipschitz_bound(model: nn.Module) -> float:
     """A bound of the Lipschitz constant of a sequence of layers, in its present mode: the product of theirs.
 
     model: a layer or an `nn.Sequential` of them, nested at will. Known are orthogonal layers of this library, `MaxMin`,
-    `nn.Linear` (by its largest singular value), layers that only move or leave out entries, and modules that have a
-    method `lipschitz_bound()` themselves. Raises GSOFTError that names the module of another kind.
+    `nn.Linear` (by its largest singular value), `nn.Dropout`, layers that only move or leave out entries, and modules
+    that have a method `lipschitz_bound()` themselves. Raises GSOFTError that names the module of another kind, such as
+    a subclass with a `forward` of its own, or a layer with an adapter that is not merged.
+
+    The bound is of float32 or float64 arithmetic. Half precision, autocast, and TF32, which PyTorch lets convolutions
+    take on GPUs (`torch.backends.cudnn.allow_tf32`), round by more than orthogonality allows.
     """
     return _bound(model, type(model).__name__)
 
 
 def _bound(module: nn.Module, name: str) -> float:
-    if isinstance(module, nn.Sequential):
-        return math.prod(_bound(child, f"{name}.{key}") for key, child in module.named_children())
     own = getattr(module, "lipschitz_bound", None)
     if own is not None:
         return float(own())
-    if isinstance(module, (MaxMin, *ONE_LIPSCHITZ)):
+    if type(module).forward is nn.Sequential.forward:
+        assert isinstance(module, nn.Sequential)
+        return math.prod(_bound(child, f"{name}.{index}") for index, child in enumerate(module))
+    if type(module) in (MaxMin, *ONE_LIPSCHITZ):
         return 1.0
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Dropout:
+        return 1.0 if not module.training or module.p == 1 else 1 / (1 - module.p)
+    if _computes_as_linear(module):
+        assert isinstance(module, nn.Linear)
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
     raise GSOFTError(f"{name}: no bound of the Lipschitz constant of {type(module).__name__} is known")
+
+
+def _computes_as_linear(module: nn.Module) -> bool:
+    """Whether the module is a product with its weight: not where a subclass or an adapter computes something else."""
+    merged = isinstance(module, RotatedLinear) and not module.rotated.active
+    return merged or type(module).forward is nn.Linear.forward

@@ -44,6 +44,12 @@ def inject(model: nn.Module, config: Config) -> ModelAdapter:
             f'every other, for example {sparse[0]}; nfactors="dense" takes as many factors as needed',
             stacklevel=2,
         )
+    if halves := adapter.modules_to_save.in_half_precision():
+        warnings.warn(
+            f"modules_to_save: {halves[0]} is in half precision, where small steps of an optimizer are rounded away; "
+            "load the model in float32 and train it in autocast",
+            stacklevel=2,
+        )
     adapter.attach()
     return adapter
 
@@ -78,9 +84,17 @@ class ModelAdapter(Adapter):
                     self._hooks.append(module.register_forward_pre_hook(_nothing))
 
     def remove(self) -> None:
-        """Give the model back exactly as it was: weights, layers and what required gradients."""
-        self.modules_to_save.stop()
+        """Give the model back exactly as it was: weights, layers and what required gradients.
+
+        Without effect if it is not attached.
+        """
+        self.modules_to_save.put_back()
         super().remove()
+
+    def detach(self) -> None:
+        """Leave the model with the weights that are in it, modules to save included."""
+        self.modules_to_save.stop()
+        super().detach()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -88,12 +102,8 @@ class ModelAdapter(Adapter):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the block the model is the untouched base model, merged or not."""
-        with super().disabled():
-            trained = self.modules_to_save.exchange()
-            try:
-                yield
-            finally:
-                self.modules_to_save.exchange(trained)
+        with super().disabled(), self.modules_to_save.as_before():
+            yield
 
     def parameter_counts(self) -> dict[str, int]:
         """How many numbers are trained: in `rotations`, in `modules_to_save`, in `total`."""

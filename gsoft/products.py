@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gsoft.differentiable_once import differentiable_once
 from gsoft.group_and_shuffle import (
     back_to_input,
     back_to_input_rows,
@@ -90,7 +90,7 @@ class _RotatedWeights(torch.autograd.Function):
             return rotate(scaled_q_out, rotate_back(q_in, stacked.mT).mT, dtype=stacked.dtype).unbind()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights, *rotations = _split(ctx.saved_tensors, 4)
         transposed = torch.stack(weights).mT
@@ -129,7 +129,7 @@ class _RotatedActivations(torch.autograd.Function):
         return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, *tensors = ctx.saved_tensors
         weights, *rotations = _split(tensors, 4)

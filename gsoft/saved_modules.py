@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,46 @@ class SavedModules(nn.Module):
         for path, module in modules.items():
             add_submodule(self, path, module)
 
+    def in_half_precision(self) -> list[str]:
+        """Names of parameters that have so few digits that training may not change them."""
+        short = (torch.float16, torch.bfloat16)
+        return [name for name, parameter in self.named_parameters() if parameter.dtype in short]
+
     def start(self) -> None:
         """Keep the values that the modules have, and have them trained."""
-        self._originals = self._copy()
+        self._originals = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
 
     def stop(self) -> None:
-        """Put the old values back, and have the modules trained no more. Without effect unless started."""
+        """Forget the old values, and have the modules trained no more. Without effect unless started."""
         if self._originals:
-            self.exchange()
             self.requires_grad_(False)
             self._originals = {}
 
     @torch.no_grad()
-    def exchange(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Put other values into the modules, by default those from before `start`. Returns those that were there."""
-        present, state = self._copy(), self.state_dict()
-        for name, value in (self._originals if values is None else values).items():
+    def put_back(self) -> None:
+        """Put the old values back. Without effect unless started."""
+        state = self.state_dict()
+        for name, value in self._originals.items():
             state[name].copy_(value)
-        return present
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Inside the block the modules have their old values, in tensors of their own.
+
+        What is trained is not written to, so that a backward pass may go through it after the block.
+        """
+        trained: list[tuple[nn.Module, str, Tensor]] = []
+        for name, value in self._originals.items():
+            path, _, attribute = name.rpartition(".")
+            owner = self.get_submodule(path)
+            present = getattr(owner, attribute)
+            trained.append((owner, attribute, present))
+            old = value.to(present.device, copy=True)
+            setattr(owner, attribute, nn.Parameter(old, False) if isinstance(present, nn.Parameter) else old)
+        try:
+            yield
+        finally:
+            for owner, attribute, present in trained:
+                setattr(owner, attribute, present)

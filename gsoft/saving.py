@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from gsoft.config import Config
+from gsoft.config import ALL_LINEAR, Config
 from gsoft.errors import ConfigError
 from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
 from gsoft.fingerprint import BaseModelIdentity, check_base
@@ -103,12 +104,27 @@ def adapter_for(file: AdapterFile, model: nn.Module, *, accept_other_base: bool 
 
     Raises FileError unless the file belongs to this model, and GSOFTError if its layers are not there.
     """
-    adapter = ModelAdapter(file.config, model)
+    adapter = ModelAdapter(_without_patterns(file), model)
+    adapter.config = file.config
     check_base(file.path, file.base_model, adapter.base_model, accept_other_base, "accept_other_base=True")
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     compare_shapes(file.path, shapes, expected, "its base model")
     return adapter
+
+
+def _without_patterns(file: AdapterFile) -> Config:
+    """The file's settings with its layers by their paths, if it has a regular expression.
+
+    A stranger's expression is not run: there are some that take hours for a short text.
+    """
+    config = file.config
+    chosen_by = (config.target_modules, config.exclude_modules)
+    if not any(isinstance(names, str) and names != ALL_LINEAR for names in chosen_by):
+        return config
+    rotations = (name for name in file.tensors if not _is_saved(name))
+    paths = dict.fromkeys(name.removeprefix(f"{ROOT}.").rpartition(".")[0] for name in rotations)
+    return replace(config, target_modules="|".join(map(re.escape, paths)), exclude_modules=())
 
 
 def at(file: AdapterFile, strength: float) -> dict[str, Tensor]:

@@ -81,6 +81,7 @@ class Stack:
             weight = base = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
             for rotated in in_order:
                 if layer in rotated:
+                    rotated[layer].rotation.to(weight.device)  # the models may have been moved
                     weight = rotated[layer].rotated_weight(weight)
             yield layer, base, weight
 

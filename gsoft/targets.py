@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,8 +48,8 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
     layer and reason, also if nothing is found at all or a module to save is missing.
     """
     paths = _paths(model)
-    saved = _saved_modules(paths, config.modules_to_save)
-    tied = _tied_weights(paths)
+    saved = _saved_modules(model, paths, config.modules_to_save)
+    tied = _tied_weights({model: [""], **paths})
     wrappers = {path: module for module, places in paths.items() for path in places if _is_wrapper(module)}
     output = _output_layer(model)
     layers: dict[str, nn.Linear] = {}
@@ -138,7 +138,10 @@ def _reason(
     """Why the module cannot be rotated, as the end of a sentence that begins with its path; None if it can."""
     kind = f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}"
     if isinstance(module, RotatedLinear):
-        return "carries a GSOFT adapter already: remove it first (adapter.remove())"
+        return (
+            "carries a GSOFT adapter already: remove it first (adapter.remove()), or merge it for good "
+            "(adapter.merge_and_unload())"
+        )
     for root, wrapper in wrappers.items():
         if any(_is_inside(place, root) for place in places):
             inside = "" if root == path else f" inside of {root},"
@@ -174,11 +177,11 @@ def _tied_weights(paths: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, s
     holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module, places in paths.items():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders[parameter].append((module, f"{places[0]}.{name}"))
+            holders[parameter].append((module, f"{places[0]}.{name}".lstrip(".")))
     tied = {}
     for found in holders.values():
         for module, name in found:
-            if name.endswith(".weight") and (others := [other for _, other in found if other != name]):
+            if name.rpartition(".")[2] == "weight" and (others := [other for _, other in found if other != name]):
                 tied[module] = others[0]
     return tied
 
@@ -192,7 +195,9 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _saved_modules(paths: Mapping[nn.Module, Sequence[str]], names: Collection[str]) -> dict[str, nn.Module]:
+def _saved_modules(
+    model: nn.Module, paths: Mapping[nn.Module, Sequence[str]], names: Collection[str]
+) -> dict[str, nn.Module]:
     """The outermost modules of these names. GSOFTError for a name that no module has, and for shared parameters."""
     found = {places[0]: module for module, places in paths.items() if _matching(names, places)}
     for name in names:
@@ -206,17 +211,17 @@ def _saved_modules(paths: Mapping[nn.Module, Sequence[str]], names: Collection[s
     for path, module in saved.items():
         inside = set(module.modules())
         for parameter_name, parameter in module.named_parameters():
-            for other in _holders(paths, parameter):
+            for other in _holders([model, *paths], parameter):
                 if other not in inside:
                     raise GSOFTError(
-                        f"{path}.{parameter_name} is shared with {paths[other][0]}: "
+                        f"{path}.{parameter_name} is shared with {paths[other][0] if other in paths else 'the model'}: "
                         "training it would change both; leave it out of modules_to_save"
                     )
     return saved
 
 
-def _holders(paths: Mapping[nn.Module, Sequence[str]], parameter: nn.Parameter) -> Iterator[nn.Module]:
-    return (module for module in paths if any(own is parameter for own in module.parameters(recurse=False)))
+def _holders(modules: Iterable[nn.Module], parameter: nn.Parameter) -> Iterator[nn.Module]:
+    return (module for module in modules if any(own is parameter for own in module.parameters(recurse=False)))
 
 
 def _nothing_found(model: nn.Module, config: Config, skipped: Mapping[str, str]) -> str:

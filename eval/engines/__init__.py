@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from eval.cells import Cell
 from eval.engines.local import run_locally
 from eval.engines.ray_cluster import run_on_ray
 from eval.engines.slurm import run_on_slurm
 from eval.engines.worker import Workers
-from eval.experiment import Cell, Experiment
+from eval.experiment import Experiment
 
 ENGINES: dict[str, Callable[[Experiment, Sequence[Cell], Path, Workers], None]] = {
     "local": run_locally,

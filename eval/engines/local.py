@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from eval.cells import Cell
 from eval.engines.worker import Workers, attempt
-from eval.experiment import Cell, Experiment
+from eval.experiment import Experiment
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.hub_access import stay_offline
 from gsoft_diffusion.foundation.processes import end_with_parent

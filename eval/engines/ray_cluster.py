@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from eval.cells import Cell
 from eval.engines.worker import ATTEMPTS, Workers, attempt
-from eval.experiment import Cell, Experiment
+from eval.experiment import Experiment
 from gsoft_diffusion.foundation.errors import UserError, first_line
 
 PATIENCE = 5.0  # seconds without news before the bar says why

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from eval.cells import Cell
 from eval.engines.worker import ATTEMPTS, Workers, attempt
-from eval.experiment import Cell, Experiment
+from eval.experiment import Experiment
 from eval.results import is_done, work_folder
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.files import whole_file

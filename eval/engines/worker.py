@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from eval.cell import run_cell
-from eval.experiment import Cell, Experiment
+from eval.cells import Cell
+from eval.experiment import Experiment
 from eval.results import work_folder
+from eval.run_cell import run_cell
 from gsoft_diffusion.foundation.errors import UserError
 
 ATTEMPTS = 3  # at a cell whose process or machine is lost

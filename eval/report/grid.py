@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.experiment import Cell, Experiment, base_cells, budgets_of, grid_cells
+from eval.cells import Cell, base_cells, budgets_of, grid_cells
+from eval.experiment import Experiment
 from eval.methods import ABLATIONS
 from eval.report.fronts import Pair, held_out, lead, lead_range, leads, measured, measures
 from eval.report.intervals import RESAMPLES, Array, Estimate, estimate, resampled_weights, weighted

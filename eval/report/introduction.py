@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.experiment import Experiment, budgets_of
+from eval.cells import budgets_of
+from eval.experiment import Experiment
 from eval.report.lines import Line
 
 MINIATURE = (

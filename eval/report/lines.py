@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.experiment import Cell, Experiment, base_cells, budgets_of, main_cells, sweep_cells
+from eval.cells import Cell, base_cells, budgets_of, main_cells, sweep_cells
+from eval.experiment import Experiment
 from eval.methods import TITLES
 from eval.report.intervals import Interval, interval_of_mean
 from eval.results import RESULTS, Results, recorded_steps, result_at

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.experiment import Cell, Experiment
+from eval.cells import Cell
+from eval.experiment import Experiment
 from eval.report.lines import sweep_lines
 from eval.results import RESULTS, Results
 from gsoft_diffusion.foundation.errors import UserError

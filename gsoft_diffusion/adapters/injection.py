@@ -88,9 +88,9 @@ class Adapter(gsoft.Adapter):
             self._original_processors[path] = attention.processor
             attach(attention, {name: self.rotated(f"{path}.{name}") for name in PROJECTIONS})
 
-    def remove(self) -> None:
-        """Restore the models exactly: weights, layers, processors and `requires_grad`."""
-        super().remove()
+    def detach(self) -> None:
+        """Leave the models, attention processors included, with the weights that are in them."""
+        super().detach()
         for path, processor in self._original_processors.items():
             detach(self._attentions[path], processor)
 

@@ -14,9 +14,9 @@ import pytest
 from cluster.processes import wait_until
 from tiny_eval import experiment
 
+from eval.cells import Cell
 from eval.engines import ENGINES, ray_cluster, slurm
 from eval.engines.worker import ATTEMPTS, Workers
-from eval.experiment import Cell
 from gsoft_diffusion import UserError
 
 CELL = Cell("base", None, None, "rex", 0)

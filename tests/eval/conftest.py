@@ -9,9 +9,9 @@ from tiny_eval import experiment, grid, write_world
 
 from eval import engines
 from eval.benchmark import run_benchmark
-from eval.cell import run_cell
 from eval.experiment import Experiment
 from eval.methods import METHODS
+from eval.run_cell import run_cell
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,12 @@ from tiny_eval import experiment, grid
 from eval import benchmark, cell
 from eval.baselines import BaselineConfig, adapted_layers
 from eval.benchmark import plan, run_benchmark
-from eval.cell import run_cell
-from eval.experiment import Cell, Experiment, grid_cells, main_cells, number_of, sweep_cells
+from eval.cells import Cell, grid_cells, main_cells, sweep_cells
+from eval.experiment import Experiment, number_of
 from eval.methods import ABLATIONS, METHODS, adapts_text_encoder, count_parameters, matched
 from eval.report.rates import choose_learning_rates
 from eval.results import all_results, cell_folder, is_done, read_results
+from eval.run_cell import run_cell
 from gsoft_diffusion import UserError
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.models.loading import load_model

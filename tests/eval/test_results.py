@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from eval.experiment import Cell
+from eval.cells import Cell
 from eval.results import (
     all_results,
     as_columns,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval import subjects
-from eval.experiment import Cell
+from eval.cells import Cell
 from eval.results import cell_folder
 from eval.subject_sheets import DESCRIPTION, LARGEST, read_subject_sheet, sheet_path, write_subject_sheet
 from eval.subjects import Subject

@@ -50,3 +50,18 @@ def test_the_same_weights_are_not_apart():
     assert difference(base, rounded) is None
     assert distance(base, rounded) < 0.005
     assert distance(fingerprint("x", []), fingerprint("x", [])) == 0
+
+
+def test_a_model_of_one_layer_has_as_many_numbers():
+    """One alone is the same for one unrelated model in 150."""
+    prints = [fingerprint("x", [torch.randn(24, 32, generator=torch.Generator().manual_seed(s))]) for s in range(100)]
+    assert all(difference(one, other) for place, one in enumerate(prints) for other in prints[:place])
+    assert distance(prints[0], prints[1]) == pytest.approx(2**0.5, rel=0.6)
+
+
+def test_an_earlier_file_has_fewer_numbers_and_a_model_without_contents_none():
+    whole = fingerprint("x", matrices(0)[:1])
+    earlier = ":".join(whole.split(":")[:2])
+    assert difference(earlier, whole) is None
+    assert difference(earlier, fingerprint("x", matrices(1)[:1])) == "other weights"
+    assert difference(whole, fingerprint("x", [])) is None

@@ -13,6 +13,7 @@ from gsoft import GSOFTError, RotationConfig
 from gsoft.cache import RotationCache
 from gsoft.group_and_shuffle import dense_reference
 from gsoft.linear import RotatedLayer, RotatedLinear, put_on, rotate_together, take_off
+from gsoft.products import RotationBlocks
 from gsoft.rotation import Rotation, parameter_count
 
 CONFIGS = [
@@ -210,7 +211,7 @@ def test_layers_that_rotated_together_have_no_weights_made_for_the_next_pass():
     rotate_together(layers, linears, torch.randn(5, 400))
     for linear, rotated in zip(linears, layers, strict=True):
         rotated.prepare(linear)
-        assert rotated.prepared is None
+        assert isinstance(rotated.prepared, RotationBlocks)
 
 
 class TestRotatedLinear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -206,6 +207,107 @@ def test_copies_are_independent(case):
         assert torch.equal(model(x), before)
 
 
+def test_removing_twice_leaves_the_next_adapter_alone():
+    model = mlp()
+    first = gsoft.inject(model, CONFIGS["double"])
+    first.remove()
+    second = gsoft.inject(model, CONFIGS["double"])
+    randomise(second)
+    rotated = model(inputs(5, 12))
+    first.remove()
+    assert torch.equal(model(inputs(5, 12)), rotated)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    second.remove()
+    assert torch.equal(model(inputs(5, 12)), mlp()(inputs(5, 12)))
+
+
+@torch.no_grad()
+def test_merged_for_good_the_model_is_an_ordinary_one(case):
+    make, x = case
+    model = make().eval()
+    types = [type(module) for module in model.modules()]
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    rotated, learned = model(x), copy.deepcopy(adapter.state_dict())
+    adapter.merge_and_unload()
+    torch.testing.assert_close(model(x), rotated)
+    assert [type(module) for module in model.modules()] == types
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    merged = model(x)
+    adapter.remove()  # too late
+    assert torch.equal(model(x), merged)
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in adapter.state_dict().items())
+    gsoft.inject(model, CONFIGS["double"])  # the next one
+
+
+def test_numbers_that_are_written_behind_pytorchs_back():
+    model, x = mlp(), inputs(5, 12)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    with torch.no_grad():
+        model(x)
+        for parameter in adapter.parameters():
+            parameter.data.mul_(0.5)  # which counts no new version
+        adapter.refresh()
+        refreshed = model(x)
+        adapter.merge()
+        torch.testing.assert_close(refreshed, model(x))
+    other = mlp()
+    halved = gsoft.inject(other, CONFIGS["double"])
+    halved.load_state_dict(adapter.state_dict())
+    torch.testing.assert_close(refreshed, other(x))
+
+
+@pytest.mark.parametrize("tokens", [5, 5000])
+def test_second_derivatives_are_refused_and_not_zero(tokens):
+    """On the activations' side, where they would be zero; on the weight's, only where they pass through a rotation."""
+    model = nn.Sequential(nn.Linear(400, 400), nn.GELU(), nn.Linear(400, 400))
+    adapter = gsoft.inject(model, Config(block_size=20))
+    randomise(adapter)
+    x = torch.randn(tokens, 400, requires_grad=True)
+    if tokens == 5000:  # the weight's side: the penalty's gradient passes through a rotation once
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
+    else:
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(GSOFTError, match="has no second derivatives"):
+            slope.square().sum().backward()
+    parameters = list(adapter.parameters())
+    slopes = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+    with pytest.raises(GSOFTError, match="has no second derivatives"):
+        sum(slope.sum() for slope in slopes).backward()
+
+
+class Scaled(nn.Linear):
+    """A subclass with attributes of its own."""
+
+    gain = 2.0
+
+    @property
+    def sides(self) -> int:
+        return self.in_features + self.out_features
+
+    def doubled(self, x):
+        return self.gain * self(x)
+
+
+def test_a_subclass_of_linear_keeps_its_methods():
+    model = nn.Sequential(Scaled(12, 12))
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    x = inputs(5, 12)
+    assert model[0].sides == 24
+    assert isinstance(model[0], Scaled)
+    copied, _ = copy.deepcopy(nn.ModuleList([model, adapter]))
+    pickled, _ = pickle.loads(pickle.dumps(nn.ModuleList([model, adapter])))
+    for other in (model, copied, pickled):
+        torch.testing.assert_close(other[0].doubled(x), 2 * model(x))
+    adapter.remove()
+    assert type(model[0]) is Scaled
+
+
 def test_an_adapter_that_is_not_attached_changes_nothing():
     model = mlp()
     adapter = gsoft.ModelAdapter(TestModulesToSave.CONFIG, model)
@@ -246,6 +348,31 @@ class TestModulesToSave:
         assert adapter.parameter_counts()["modules_to_save"] == 24 * 3 + 3
         assert adapter.targets.skipped == {}
         assert model.state_dict().keys() == mlp().state_dict().keys()
+
+    def test_a_backward_pass_may_go_on_after_a_look_at_the_base_model(self):
+        """As a divergence from the base model asks for."""
+        (model, adapter), x = self.trained(), inputs(5, 12)
+        found = []
+        for looks in (False, True):
+            y = model(x)
+            if looks:
+                with adapter.disabled(), torch.no_grad():
+                    assert torch.equal(model(x), mlp()(x))
+            y.square().sum().backward()
+            found.append([parameter.grad for parameter in adapter.parameters()])
+            adapter.zero_grad()
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+    def test_their_numbers_stay_after_merging_for_good(self):
+        model, adapter = self.trained()
+        trained = model(inputs(5, 12))
+        adapter.merge_and_unload()
+        torch.testing.assert_close(model(inputs(5, 12)), trained)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_in_half_precision_they_may_learn_nothing(self):
+        with pytest.warns(UserWarning, match=r"modules_to_save: 4\.weight is in half precision"):
+            gsoft.inject(mlp().bfloat16(), self.CONFIG)
 
     @torch.no_grad()
     def test_are_the_untouched_ones_while_disabled_and_after_removing(self):
@@ -361,3 +488,26 @@ def test_a_compiled_model_of_any_kind_is_one_graph(case):
     assert counter.frame_count == 1
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
+
+
+def test_a_model_is_one_graph_also_after_a_pass_that_rotated_activations():
+    torch._dynamo.reset()
+    model = Wide()
+    adapter = gsoft.inject(model, Config(block_size=20))
+    randomise(adapter)
+    x = torch.randn(5, 400)
+    expected = model(x)  # with so few vectors they are rotated, and not the weight
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+class Wide(nn.Module):
+    """One wide layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(400, 400)
+
+    def forward(self, x):
+        return self.layer(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from pathlib import Path
@@ -220,3 +221,42 @@ def test_other_weights_are_taken_if_asked_for_and_that_is_said(path, caplog):
     assert len(said) == 2
     with pytest.raises(gsoft.FileError, match="has another architecture"):
         gsoft.load(path, nn.Sequential(*mlp()[:2], nn.Linear(24, 12)), accept_other_base=True)
+
+
+def test_tied_parameters_of_a_module_to_save(path):
+    model = nn.ModuleDict({"body": nn.Linear(12, 12), "head": nn.ModuleDict({"a": nn.Linear(12, 3)})})
+    model["head"]["b"] = model["head"]["a"]
+    config = Config(target_modules=["body"], block_size=4, modules_to_save=["head"])
+    twin = copy.deepcopy(model)
+    adapter = gsoft.inject(model, config)
+    with torch.no_grad():
+        model["head"]["a"].weight.fill_(2)
+    gsoft.save(adapter, path)
+    gsoft.load(path, twin)
+    assert twin["head"]["b"].weight.eq(2).all()
+
+
+def test_what_could_not_be_read_is_not_written(path, monkeypatch):
+    monkeypatch.setattr("gsoft.file.MAX_HEADER", 100)
+    adapter = gsoft.inject(mlp(), CONFIG)
+    with pytest.raises(FileError, match=r"was not written: its header takes \d+ bytes, and 100 are read"):
+        gsoft.save(adapter, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules"])
+def test_a_strangers_regular_expression_is_not_run(path, setting):
+    """This one takes hours on the paths of these layers."""
+    names = ["first_layer_of_the_model", "second_layer_of_the_model", "third"]
+    layers = {name: nn.Linear(12, 12) for name in names}
+    config = Config(target_modules=["first_layer_of_the_model", "third"], block_size=4)
+    gsoft.save(gsoft.inject(nn.ModuleDict(layers), config), path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    section = json.loads(metadata["config"])
+    section[setting] = r"(\w|\w\w?)+!"
+    save_file(tensors, path, metadata | {"config": json.dumps(section)})
+    model = nn.ModuleDict({name: nn.Linear(12, 12) for name in names})
+    adapter = gsoft.load(path, model, accept_other_base=True)
+    assert list(adapter.targets.layers) == ["first_layer_of_the_model", "third"]
+    assert adapter.config == gsoft.read(path).config

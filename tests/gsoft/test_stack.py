@@ -7,6 +7,7 @@ import torch
 from plain_models import inputs, mlp, randomise
 
 import gsoft
+from benchmarks.pretended_gpu import PretendedGPU
 from gsoft import AdapterStack, Config, GSOFTError
 
 CONFIGS = {
@@ -65,3 +66,17 @@ def test_what_cannot_be_used(paths, tmp_path):
         GSOFTError, match=r"head\.safetensors: trains whole modules \(4\), which a stack cannot compose"
     ):
         stack.load("head", tmp_path / "head.safetensors")
+
+
+@torch.no_grad()
+def test_a_model_may_be_moved_after_its_adapters_were_read(paths):
+    model, on_cpu = mlp(), mlp()
+    for one in (model, on_cpu):
+        stack = AdapterStack(one)
+        stack.load("a", paths["a"])
+        with PretendedGPU():
+            if one is model:
+                model.to("cuda")
+            stack.use({"a": 1.0})
+    assert model[0].weight.device.type == "cuda"
+    torch.testing.assert_close(model[0].weight.cpu(), on_cpu[0].weight)

@@ -218,3 +218,17 @@ def test_a_language_models_output_layer_is_left_out_unless_named():
 def test_a_shared_module_to_save_is_refused():
     with pytest.raises(GSOFTError, match=r"head\.weight is shared with embed: training it would change both"):
         found(TiedModel(), target_modules=["body"], modules_to_save=["head"])
+
+
+def test_a_weight_that_the_model_itself_uses_is_shared():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.own = self.layer.weight
+            self.bias = self.head.bias
+
+    with pytest.raises(GSOFTError, match="layer shares its weight with own: merging would change both"):
+        find_targets(Tied(), Config(target_modules=["layer"], block_size=3))
+    with pytest.raises(GSOFTError, match=r"head\.bias is shared with the model"):
+        find_targets(Tied(), Config(target_modules=["layer"], block_size=3, modules_to_save=["head"]))

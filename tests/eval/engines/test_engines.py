@@ -19,9 +19,9 @@ from tiny_eval import experiment
 
 from eval import benchmark
 from eval.benchmark import run_benchmark
+from eval.cells import Cell
 from eval.engines import ENGINES, local, slurm, worker
 from eval.engines.worker import Workers, attempt, cores_each
-from eval.experiment import Cell
 from eval.results import all_results, is_done
 from gsoft_diffusion import UserError
 

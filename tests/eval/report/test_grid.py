@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_eval import grid
 
-from eval.experiment import Cell
+from eval.cells import Cell
 from eval.report.front_tables import area_rows, chosen_rows, prompt_rows, setting_rows, verdict_text
 from eval.report.grid import (
     Grid,

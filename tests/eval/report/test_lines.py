@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_eval import experiment
 
-from eval.experiment import Cell
+from eval.cells import Cell
 from eval.methods import METHODS
 from eval.report.lines import Line, sweep_lines, table_lines
 from eval.report.rates import choose_learning_rates

@@ -35,13 +35,13 @@ def test_the_papers_parameters_are_counted(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_logits_move_no_further_than_pictures_allow(row):
-    model, (x, y) = network(convolutions=row).eval(), torch.rand(2, 6, 3, 32, 32)
-    with torch.no_grad():
-        moved = (model(x) - model(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
-    assert model(x).shape == (6, 4)
+    """By the largest singular value of the Jacobian, which comes near: orthogonal layers keep the norm of gradients."""
+    model, x = network(convolutions=row).eval(), torch.rand(1, 3, 32, 32)
+    assert model(x).shape == (1, 4)
     bound = gsoft.lipschitz_bound(model)
     assert bound == pytest.approx(4, rel=1e-4)  # 1 / 0.25
-    assert (moved <= bound).all()
+    jacobian = torch.autograd.functional.jacobian(model, x).reshape(4, -1)
+    assert 0.85 * bound < torch.linalg.svdvals(jacobian)[0] <= bound
 
 
 def test_every_number_learns():

@@ -16,19 +16,20 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from eval.baselines import BaselineAdapter, BaselineConfig, adapted_layers, baseline_maker, load_baseline
-from eval.experiment import Cell, Experiment, number_of
+from eval.cell_pictures import draw, save, score, untouched_pictures
+from eval.cells import Cell
+from eval.experiment import Experiment
 from eval.methods import AnyConfig, adapts_text_encoder, count_parameters, describe, matched
-from eval.prompts import Kind, Prompt, prompts_for
+from eval.prompts import Prompt, prompts_for
 from eval.results import CELL_RESULT, as_columns, cell_folder, is_done, step_folder, work_folder
 from eval.subjects import Subject
 from gsoft_diffusion.adapters.identity import identity_of
@@ -42,44 +43,19 @@ from gsoft_diffusion.foundation.run_folder import step_of
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import DTYPES, best_device, load_model
 from gsoft_diffusion.photos.image_files import open_image
-from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import slug
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders, load_encoders
-from gsoft_diffusion.scoring.pictures import Embedded, embed, picture_scores, reference_scores
+from gsoft_diffusion.scoring.pictures import embed, reference_scores
 from gsoft_diffusion.training.checkpoints import checkpoints
 from gsoft_diffusion.training.class_images import ensure_class_images
 from gsoft_diffusion.training.preparation import with_model_defaults
 from gsoft_diffusion.training.train import train
 
-SEEDS_A_CELL = 1000  # pictures of cell seed `s` are numbered 1000·s, 1000·s + 1, …: the same for every method
 NOISE = "by subject, prompt and number"  # of pictures and training, see `number_of`
 UNSHARED = ("adapter", "instance_data_dir", "output_dir", "class_data_dir", "pretrained_model_name_or_path")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A generated picture that is scored.
-
-    index: of its prompt. seed: its number, from which, with subject and prompt, its noise is drawn.
-    """
-
-    prompt: Prompt
-    index: int
-    seed: int
-    image: Image.Image
-
-    @property
-    def file(self) -> str:
-        """The name of its file: kind, number of the prompt, seed."""
-        return file_name(self.prompt.kind, self.index, self.seed)
-
-
-def file_name(kind: Kind, index: int, number: int) -> str:
-    """The name of a picture's file. kind, index: of its prompt. number: its own."""
-    return f"{kind}-{index:02d}-seed{number}.png"
 
 
 def run_cell(experiment: Experiment, cell: Cell, out: Path) -> None:
@@ -122,7 +98,7 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
     started = time.perf_counter()
     pictures = draw(experiment, models, plain, cell)
     seconds = time.perf_counter() - started
-    _save(pictures, scratch / "cell")
+    save(pictures, scratch / "cell")
     photos = embed(encoders, (open_image(path) for path in subject.photos()))
     captions = list(dict.fromkeys(prompt.plain for prompt in prompts if prompt.kind == "context"))
     texts = encoders.clip.embed_texts(captions)
@@ -176,7 +152,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
         pictures = draw(experiment, models, prompts, cell)
         curve.append(_point(step, score(experiment, pictures, photos, encoders, untouched)))
         if experiment.grid:  # any step may be shown, or scored again by other encoders
-            _save(pictures, step_folder(scratch / "cell", step))
+            save(pictures, step_folder(scratch / "cell", step))
         adapter.remove()
     adapter = load_tuned(method, trained.adapter, models)
     facts["orthogonality_error"] = adapter.orthogonality_error()
@@ -188,7 +164,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     scored = score(experiment, pictures, photos, encoders, untouched)
     if experiment.recorded_every(cell.seed):
         facts["curve"] = [*curve, {"step": trained.steps} | scored["scores"]]
-    _save(pictures, scratch / "cell")
+    save(pictures, scratch / "cell")
     return facts | scored
 
 
@@ -235,111 +211,6 @@ def load_tuned(method: AnyConfig, path: Path, models: BaseModel) -> Adapter | Ba
     return load_adapter(path, models.denoiser, models.text_encoders)[0]
 
 
-def untouched_pictures(
-    experiment: Experiment, cell: Cell, out: Path, prompts: Sequence[Prompt], models: BaseModel
-) -> list[Image.Image]:
-    """The base model's pictures for the unrelated prompts: those of its own cell, or drawn now if that is not here.
-
-    experiment, prompts: as in `draw`. cell: whose subject and seed. out: the comparison's folder. models: the base.
-    """
-    folder = cell_folder(Cell("base", None, None, cell.subject, cell.seed), out)
-    indices = [index for index, prompt in enumerate(prompts) if prompt.kind == "unrelated"]
-    paths = [folder / file_name("unrelated", i, n) for i in indices for n in numbers_of(experiment, cell, "unrelated")]
-    if all(path.is_file() for path in paths):
-        return [open_image(path) for path in paths]
-    return [picture.image for picture in draw(experiment, models, [prompts[index] for index in indices], cell)]
-
-
-def draw(experiment: Experiment, models: BaseModel, prompts: Sequence[Prompt], cell: Cell) -> list[Picture]:
-    """Every prompt as often as its kind asks for, with the cell's numbers of pictures.
-
-    experiment: says how many pictures, of which size and by which sampler. models: as they are now, adapter included.
-    prompts: in the order that numbers the pictures. cell: whose subject and seed. The noise of a picture follows from
-    these, its number and the prompt without the unique token: it is the same for every method and the base model.
-    Returns the pictures, those of one prompt together.
-    """
-    jobs = [
-        (index, prompt, number)
-        for index, prompt in enumerate(prompts)
-        for number in numbers_of(experiment, cell, prompt.kind)
-    ]
-    samples = generate(
-        models,
-        [(prompt.text, number_of(cell.subject, prompt.plain, seed=number)) for _, prompt, number in jobs],
-        experiment.sampler,
-        resolution=experiment.resolution,
-        batch_size=experiment.sample_batch_size,
-    )
-    return [
-        Picture(prompt, index, number, sample.image)
-        for (index, prompt, number), sample in zip(jobs, samples, strict=True)
-    ]
-
-
-def numbers_of(experiment: Experiment, cell: Cell, kind: Kind) -> range:
-    """The numbers of a cell's pictures for each prompt of a kind."""
-    first = SEEDS_A_CELL * cell.seed
-    return range(first, first + pictures_of(experiment, kind))
-
-
-def pictures_of(experiment: Experiment, kind: Kind) -> int:
-    """How many pictures each prompt of a kind gets, by the experiment's settings."""
-    return {
-        "context": experiment.images_per_prompt,
-        "base": experiment.base_images,
-        "class": experiment.class_images,
-        "unrelated": experiment.unrelated_images,
-    }[kind]
-
-
-def score(
-    experiment: Experiment,
-    pictures: Sequence[Picture],
-    photos: Embedded,
-    encoders: Encoders,
-    untouched: Embedded | None,
-) -> dict[str, Any]:
-    """Score pictures of one subject. Returns `pictures`, the scores of each, and `scores`, their means by kind.
-
-    experiment: says whether captions keep the unique token. pictures: of all kinds. photos: the subject's, embedded.
-    encoders: those that embedded them. untouched: the base model's pictures for the unrelated prompts, in the same
-    order; without them there is no drift.
-    """
-    captions = [p.prompt.text if experiment.token_in_caption else p.prompt.plain for p in pictures]
-    embedded = embed(encoders, (picture.image for picture in pictures))
-    texts = dict(zip(dict.fromkeys(captions), encoders.clip.embed_texts(list(dict.fromkeys(captions))), strict=True))
-    each = picture_scores(embedded, photos, torch.stack([texts[caption] for caption in captions]))
-
-    def of(kind: Kind) -> list[int]:
-        return [number for number, picture in enumerate(pictures) if picture.prompt.kind == kind]
-
-    def mean(name: str, kind: Kind) -> float:
-        return metrics.mean([each[number][name] for number in of(kind)])
-
-    names = ("clip_i", "dino", "clip_t", "clip_nearest", "dino_nearest")
-    scores = {name: mean(name, "context") for name in names}
-    scores |= {f"{name}_base_prompt": mean(name, "base") for name in names}
-    scores["pres"] = mean("dino", "class")
-    groups = [[n for n in of("context") if pictures[n].index == index] for index in {p.index for p in pictures}]
-    groups = [group for group in groups if len(group) > 1] or [of("base")]
-    if min(map(len, groups)) > 1:
-        scores["div"] = metrics.mean([metrics.diversity(embedded[group].dino) for group in groups])
-    if untouched is not None:
-        scores["drift"] = metrics.mean(metrics.drift(embedded[of("unrelated")].clip, untouched.clip).tolist())
-    rows = [
-        {
-            "file": picture.file,
-            "kind": picture.prompt.kind,
-            "prompt": picture.prompt.text,
-            "caption": caption,
-            "seed": picture.seed,
-            **row,
-        }
-        for picture, caption, row in zip(pictures, captions, each, strict=True)
-    ]
-    return {"scores": scores, "pictures": rows}
-
-
 def _facts(
     experiment: Experiment, cell: Cell, subject: Subject, models: BaseModel, encoders: Encoders
 ) -> dict[str, Any]:
@@ -374,9 +245,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _save(pictures: Sequence[Picture], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for picture in pictures:
-        picture.image.save(folder / picture.file)
