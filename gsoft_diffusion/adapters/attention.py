@@ -20,7 +20,7 @@ from diffusers.utils import is_xformers_available
 from torch import Tensor
 
 from gsoft.linear import RotatedLayer, rotate_together
-from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.errors import UserError, first_line
 
 # Processors that differ from ours only in how they compute the attention product: nothing is lost by replacing them.
 STOCK_PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -177,6 +177,16 @@ def require_xformers() -> None:
         )
     if not is_xformers_available():
         raise UserError("xformers is not installed; install it (pip install xformers) or leave it out")
+    try:
+        import xformers.ops
+
+        query = torch.zeros(1, 8, 1, 8, dtype=torch.float16, device="cuda")
+        xformers.ops.memory_efficient_attention(query, query, query)
+    except Exception as error:  # kernels that were built for another PyTorch raise whatever they do
+        raise UserError(
+            f"xformers is installed but does not run here ({first_line(error)}); leave it out: PyTorch's fused "
+            "attention is used"
+        ) from error
 
 
 def attach(attention: Attention, rotated: Mapping[str, RotatedLayer]) -> None:

@@ -19,12 +19,15 @@ CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much memory a container 
 FILE_CACHE = ("inactive_file ", "active_file ")
 
 
-def check_weights(name: str, files: Iterable[tuple[Path, torch.dtype]], device: torch.device | str) -> None:
+def check_weights(
+    name: str, files: Iterable[tuple[Path, torch.dtype]], device: torch.device | str, advice: str
+) -> None:
     """Raise UserError if the weights in the files do not fit into what is free on the device.
 
     name: the model's, for the message.
     files: safetensors files, each with the dtype that its weights will have.
     device: where the weights will be.
+    advice: what the user can do, for the message, beside ending other programs; or nothing.
 
     From the files' headers alone. What a training step takes besides is estimated once they are loaded (`preflight`).
     """
@@ -39,7 +42,7 @@ def check_weights(name: str, files: Iterable[tuple[Path, torch.dtype]], device: 
     if needed > free:
         raise UserError(
             f"not enough memory for {name}: its weights alone take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
-            f"free on {device}; end other programs, or halve most of it by --mixed_precision bf16"
+            f"free on {device}; end other programs{advice and f', or give {advice}'}"
         )
 
 
@@ -65,6 +68,19 @@ def free_memory(device: torch.device) -> int:
         return free
 
 
+def waits_not(device: torch.device) -> bool:
+    """Whether a copy to the device may go on while the program does: on a CUDA GPU, which keeps the order of things.
+
+    On Apple's GPUs the source may be freed or written to before it was read (PyTorch issues 139550 and 189690).
+    """
+    return device.type == "cuda"
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether the device has memory of its own: not the CPU, and not Apple's GPUs, which share the main memory."""
+    return device.type not in ("cpu", "mps")
+
+
 def _numbers_in(path: Path) -> int:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if not name.startswith(UNUSED)]  # noqa: SIM118 - not a dict
@@ -77,7 +93,8 @@ def running_out_explained(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        said = ("can't allocate memory", "out of memory")  # by PyTorch on a CPU, and on Apple's GPUs
+        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
         if not out:
             raise
         raise UserError(f"out of memory ({first_line(error)}); {advice}") from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gsoft_diffusion.foundation.memory import waits_not
 from gsoft_diffusion.models.quantization import numbers_in, quantizable
 
 FLOAT8 = torch.float8_e4m3fn
@@ -109,5 +110,5 @@ def _scale(weight: Tensor) -> Tensor:
 
 
 def _fetched(stored: Tensor, scale: Tensor | None, device: torch.device) -> Tensor:
-    weight = stored.to(device, non_blocking=True)
+    weight = stored.to(device, non_blocking=waits_not(device))
     return weight if scale is None else weight.to(scale.dtype) * scale

@@ -11,14 +11,20 @@ import torch
 import transformers
 from diffusers import DDPMScheduler, SchedulerMixin
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gsoft_diffusion.foundation.bundled import places
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
-from gsoft_diffusion.foundation.memory import check_weights
+from gsoft_diffusion.foundation.memory import check_weights, is_apart
 from gsoft_diffusion.models.families import BaseModel, find_family
 from gsoft_diffusion.models.frozen_storage import store
 from gsoft_diffusion.models.noise import scheduler_class
@@ -69,11 +75,12 @@ def load_model(
     if quantize_base and quantize_base != "float8":
         require_bitsandbytes()
     shrunk = bool(quantize_base or offload_layers)  # after loading all of it into main memory
+    advice = _how_to_shrink(torch.device(device), dtype, cpu_offload, shrunk)
     if is_single_file(name):
         folder, family, index_values = _find_config(name, base_config)
         file = Path(name).expanduser()
         dtype = dtype or _stored_dtype([file])
-        check_weights(name, [(file, dtype)], "cpu" if cpu_offload or shrunk else device)
+        check_weights(name, [(file, dtype)], "cpu" if cpu_offload or shrunk else device, advice)
         parts = load_parts(name, family, folder, dtype)
     else:
         folder, family, index_values = _find(name, revision, variant)
@@ -83,7 +90,7 @@ def load_model(
         dtypes = {part: dtype or _stored_dtype(paths) for part, paths in files.items()} | {"vae": torch.float32}
         counted = [part for part in files if not cpu_offload or part in DENOISERS]
         weight_files = [(path, dtypes[part]) for part in counted for path in files[part]]
-        check_weights(name, weight_files, "cpu" if shrunk else device)
+        check_weights(name, weight_files, "cpu" if shrunk else device, advice)
         for part, kind in family.parts().items():
             parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
     model = family(name=name, index_values=index_values, **parts)
@@ -104,9 +111,17 @@ def load_model(
                     quantize(network, bits, device if on_device else "cpu", fused_attention)
                 if on_device:
                     network.to(device)
-            except (RuntimeError, AssertionError) as error:  # no such device, or its memory is full
+            except (RuntimeError, AssertionError, TypeError) as error:  # no such device or dtype, or its memory is full
                 raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
     return model
+
+
+def _how_to_shrink(device: torch.device, dtype: torch.dtype | None, cpu_offload: bool, shrunk: bool) -> str:
+    """The flags of training and drawing with which weights take less of the device that is too small for them."""
+    found = ["--mixed_precision bf16"] if dtype == torch.float32 else []
+    if is_apart(device) and not shrunk:  # else what is too small is the main memory
+        found += ["--offload_layers", *(["--cpu_offload"] if not cpu_offload else [])]
+    return " or ".join(found)
 
 
 def load_architecture(name: str, *, revision: str | None = None, base_config: str | None = None) -> BaseModel:
@@ -152,8 +167,11 @@ def check_offloading(device: torch.device | str, quantize_base: str | None) -> N
             f"--offload_layers: the layers of --quantize_base {quantize_base} cannot leave the GPU; give "
             "--quantize_base float8, or leave one of the two out"
         )
-    if torch.device(device).type == "cpu":
-        raise UserError("--offload_layers: there is no GPU here, and all of the model is in main memory; leave it out")
+    if not is_apart(torch.device(device)):
+        raise UserError(
+            "--offload_layers: there is no GPU with memory of its own here, and all of the model is in main memory; "
+            "leave it out"
+        )
 
 
 def fetch_model(name: str) -> None:
@@ -266,6 +284,16 @@ def _fetch(name: str, revision: str | None, wanted: list[str]) -> Path:
     silent = why_unreachable()
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} can be had once its licence is accepted: do that at https://huggingface.co/{name}, make a token "
+            "there (Settings, Access Tokens), and give it by `hf auth login` or in HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"there is no model {name} on the hub, or it is private: check the name, or log in by `hf auth login`; or "
+            "give the path of a local diffusers folder"
+        ) from error
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         why = f"{silent}, and it is not in the cache" if silent else first_line(error)
         raise UserError(
@@ -295,7 +323,11 @@ def _load(part: str, folder: Path, load: Callable[[Path], Any]) -> Any:
     try:
         return load(folder / part)
     except Exception as error:  # the libraries raise whatever their parsers raise
-        raise UserError(f"cannot load the {part} in {folder / part}: {first_line(error)}") from error
+        variant = "; if there are weights called .fp16.safetensors alone, give --variant fp16"
+        no_file = isinstance(error, OSError) and "no file named" in str(error)
+        raise UserError(
+            f"cannot load the {part} in {folder / part}: {first_line(error)}{variant if no_file else ''}"
+        ) from error
 
 
 def _loader(part: str, kind: Any, weights: dict[str, Any]) -> Callable[[Path], Any]:

@@ -26,6 +26,11 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     return found
 
 
+def predicts_velocity(scheduler: Any) -> bool:
+    """Whether the model of this scheduler was trained to predict `v` (see `prediction_target`)."""
+    return scheduler.config.prediction_type == "v_prediction"
+
+
 def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the model was trained to predict, by the scheduler's `prediction_type`: (B, C, h, w).
 
@@ -42,7 +47,7 @@ def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps:
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         return noise
-    if prediction_type == "v_prediction":
+    if predicts_velocity(scheduler):
         return scheduler.get_velocity(latents, noise, timesteps)
     if prediction_type == "sample":
         return latents

@@ -11,8 +11,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import SchedulerMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -70,6 +71,7 @@ def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dt
     except Exception as error:  # the libraries raise whatever their parsers raise
         raise UserError(f"cannot load {name} as {family.title} ({first_line(error)})") from error
     parts = {part: getattr(pipeline, part) for part in family.parts()}
+    parts["scheduler"] = _as_marked(path, parts["scheduler"])
     for part, model in parts.items():
         if isinstance(model, nn.Module):
             missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
@@ -77,3 +79,18 @@ def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dt
                 raise UserError(f"{name} has no weights for {part}.{missing[0]}: it must be a whole model")
             model.eval()  # diffusers leaves T5 with dropout
     return parts
+
+
+def _as_marked(path: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler, of a velocity model if the file says so.
+
+    path: the file. Tools mark such models of Stable Diffusion XL by an empty tensor `v_pred`, and by `ztsnr` those
+    whose last timestep is all noise; the configuration of the usual model says otherwise.
+    """
+    with safe_open(path, framework="pt") as file:
+        marks = set(file.keys()) & {"v_pred", "ztsnr"}
+    if "v_pred" not in marks:
+        return scheduler
+    return type(scheduler).from_config(
+        scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in marks
+    )

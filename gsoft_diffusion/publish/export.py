@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapters
 from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
@@ -25,13 +23,14 @@ from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.foundation.errors import UserError, printable
 from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_sheet, run_folder
-from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.families import BaseModel, ZImage
 from gsoft_diffusion.models.loading import INDEX, best_device
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
 from gsoft_diffusion.publish.approximation import Approximation, total_error, write_report
 from gsoft_diffusion.publish.full_difference import write_differences
 from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, by_module, diffusers_tensors, kohya_tensors
-from gsoft_diffusion.publish.model_card import model_card, public_base
+from gsoft_diffusion.publish.metadata import kohya_metadata, modelspec, provenance
+from gsoft_diffusion.publish.model_card import model_card
 
 DEFAULT_RANK = 64
 PREVIEW = "preview.png"  # in a merged folder
@@ -56,14 +55,14 @@ def export(config: ExportConfig) -> Path:
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
-        # A merged model is written into its weights' type; a change is made layer by layer, each in float32.
-        dtype = None if config.is_change else torch.float32
-        model = load_base(files[0], config.pretrained_model_name_or_path, dtype=dtype)
+        model = load_base(files[0], config.pretrained_model_name_or_path, dtype=None)
+        if not config.is_change:  # then each layer is made in float32, by itself
+            with_room_for(model, getattr(torch, config.precision))
         stack = AdapterStack(model.denoiser, model.text_encoders)
         for adapter in config.adapter:
             stack.load(adapter, adapter, accept_other_base=config.accept_other_base)
         base = public_identity_of(model) if config.accept_other_base else files[0].base_model
-        metadata = provenance(files, config.strengths, base)
+        metadata = provenance(files, config.strengths, base) | modelspec(model, files, target.stem, lora=config.is_lora)
         if config.is_change:
             said = _export_change(config, rank, model, stack, metadata, place, places[".csv"])
         else:
@@ -77,6 +76,8 @@ def export(config: ExportConfig) -> Path:
     print(printable(f"{target}: {said}"))
     if config.format == "diffusers_lora" and isinstance(model.denoiser, UNet2DConditionModel):
         print("note: ComfyUI and Forge read only the text encoders' part of this format; choose kohya_lora or diff")
+    if config.format == "kohya_lora" and isinstance(model, ZImage):
+        print("note: this is for musubi-tuner; ComfyUI reads diffusers_lora of this model")
     return target
 
 
@@ -154,6 +155,17 @@ def _write_lora(
 # A whole model
 
 
+def with_room_for(model: BaseModel, precision: torch.dtype) -> None:
+    """Cast networks up, if they have fewer digits than a precision: merged weights are to be rounded to that once.
+
+    model: its networks are changed in place. precision: of the weights to be written.
+    """
+    for name in model.parts():
+        part = getattr(model, name)
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.promote_types(next(part.parameters()).dtype, precision))
+
+
 def write_folder(folder: Path, model: BaseModel, dtype: torch.dtype) -> None:
     """Write a complete diffusers folder with all weights in one precision.
 
@@ -210,30 +222,7 @@ def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, 
     return [approximate(name, weight.to(device), rotated.to(device), rank, dtype) for name, weight, rotated in layers]
 
 
-def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
-    """What web UIs read to tell what a LoRA is for, and how large it is.
-
-    model: the base model. rank: of the LoRA; its alpha is the same.
-    """
-    sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    return {"ss_network_module": "networks.lora"} | sizes | model.kohya_metadata()
-
-
 # Files
-
-
-def provenance(files: Sequence[AdapterFile], strengths: Mapping[str, float], base: BaseModelIdentity) -> dict[str, str]:
-    """Metadata of an exported file: its base model, and the prompts that call the subjects.
-
-    files: the adapters in it. strengths: by adapter, in the same order. base: their base model, or the one that was
-    taken for it.
-
-    Returns texts by name, as safetensors takes them; no folder of this machine is in them.
-    """
-    prompts = files[0].prompts if len(files) == 1 else {"subjects": [one for file in files for one in file.subjects]}
-    base_model = asdict(base) | {"name": public_base(base.name)[1]}
-    origin = {"base_model": base_model, "prompts": prompts, "strengths": list(strengths.values())}
-    return {"format": "pt", "gsoft_diffusion": json.dumps(origin)}
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

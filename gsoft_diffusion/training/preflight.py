@@ -13,7 +13,7 @@ from torch import nn
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
-from gsoft_diffusion.foundation.memory import free_memory
+from gsoft_diffusion.foundation.memory import free_memory, is_apart
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.frozen_storage import FLOAT8, number_count, stored_layers, stored_weights
 from gsoft_diffusion.models.loading import DTYPES, best_device, load_architecture
@@ -157,7 +157,7 @@ def needed_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAda
 def _weights_bytes(config: TrainingConfig, model: BaseModel, adapter: TrainableAdapter, device: torch.device) -> int:
     """Bytes of the device that the base model's weights take with these settings."""
     on_device = _networks(model)
-    if config.cpu_offload and device.type != "cpu":
+    if config.cpu_offload and is_apart(device):
         on_device = [model.denoiser, *(model.text_encoders if adapter.config.text_encoder else [])]
     return sum(_weight_bytes(config, model, part, device) for part in on_device)
 
@@ -174,7 +174,7 @@ def _weight_bytes(config: TrainingConfig, model: BaseModel, part: nn.Module, dev
         else 0
     )
     others = (number_count(part) - stored) * dtype.itemsize
-    if config.offload_layers and part is model.denoiser and device.type != "cpu":
+    if config.offload_layers and part is model.denoiser and is_apart(device):
         return others
     return others + stored * (FLOAT8 if config.quantize_base == "float8" else dtype).itemsize
 
@@ -190,11 +190,11 @@ def switches(config: TrainingConfig, device: torch.device) -> list[Changes]:
     size, batches = config.train_batch_size, config.gradient_accumulation_steps
     smaller = [count for count in range(size - 1, 0, -1) if size % count == 0]
     choices: list[list[Changes]] = [  # of as many changes, those further down come first
-        [(("quantize_base", "float8"),)] if not config.quantize_base else [],
-        [(("offload_layers", True),)] if not config.offload_layers and device.type != "cpu" else [],
+        [(("quantize_base", "float8"),)] if not config.quantize_base and device.type != "mps" else [],
+        [(("offload_layers", True),)] if not config.offload_layers and is_apart(device) else [],
         [(("train_batch_size", count), ("gradient_accumulation_steps", batches * size // count)) for count in smaller],
         [(("mixed_precision", "bf16"),)] if config.mixed_precision == "no" else [],
-        [(("cpu_offload", True),)] if not config.cpu_offload and device.type != "cpu" else [],
+        [(("cpu_offload", True),)] if not config.cpu_offload and is_apart(device) else [],
         [(("gradient_checkpointing", True),)] if not config.gradient_checkpointing else [],
     ]
     plans = sorted(product(*([(), *choice] for choice in choices)), key=lambda plan: sum(map(bool, plan)))

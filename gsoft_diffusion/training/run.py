@@ -21,6 +21,7 @@ from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.config.command_line import command
+from gsoft_diffusion.foundation.memory import waits_not
 from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
@@ -195,7 +196,7 @@ class Run:
                 if state.step == self.max_train_steps:
                     continue  # the last sheet comes after the result is saved
                 if self._validates(state.step):
-                    drawn = self.validation.draw(stop)
+                    drawn = self._drawn(stop)
                     if not drawn or self.validation.is_over():
                         if not _due(state.step, config.checkpointing_steps):
                             self.outputs.write_checkpoint(state, self.circumstances)
@@ -203,6 +204,16 @@ class Run:
                 elif draw.taken() and accelerator.is_main_process:
                     self.validation.draw_here(stop)
         return False
+
+    def _drawn(self, stop: StopRequest) -> bool:
+        """As `Validation.draw`; if that fails, as where a picture takes more memory than a step, no step is lost."""
+        try:
+            return self.validation.draw(stop)
+        except Exception:
+            if self.accelerator.num_processes == 1 and not _due(self.state.step, self.config.checkpointing_steps):
+                self.outputs.write_checkpoint(self.state, self.circumstances)
+                self.accelerator.print(self._how_to_go_on())
+            raise
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The run's remaining batches, as `collate` makes them, with the model's timesteps.
@@ -221,7 +232,7 @@ class Run:
         for batch in loader:
             batch["timestep"] = self.model.draw_timesteps(batch["timestep"])
             yield {
-                name: tensor if name in PROMPT_NUMBERS else tensor.to(device, non_blocking=True)
+                name: tensor if name in PROMPT_NUMBERS else tensor.to(device, non_blocking=waits_not(device))
                 for name, tensor in batch.items()
             }
 

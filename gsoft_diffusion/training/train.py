@@ -26,7 +26,8 @@ from gsoft_diffusion.training.trainable import MakeAdapter
 
 
 @running_out_explained(
-    "use a smaller --train_batch_size, --sample_batch_size (for pictures) or --resolution, or --gradient_checkpointing"
+    "use a smaller --train_batch_size, --sample_batch_size (for pictures) or --resolution, --gradient_checkpointing or "
+    "--cpu_offload; --num_validation_images 0 draws none"
 )
 def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> TrainingResult:
     """Train an adapter on the photos and write it to the output folder, with its settings and validation pictures.

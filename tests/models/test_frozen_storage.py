@@ -157,7 +157,7 @@ def test_layers_of_the_published_models():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cpu"}, "--offload_layers: there is no GPU here"),
+        ({"device": "cpu"}, "--offload_layers: there is no GPU with memory of its own here"),
         ({"device": "cuda", "quantize_base": "nf4"}, "--offload_layers: the layers of --quantize_base nf4 cannot"),
     ],
 )

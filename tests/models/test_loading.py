@@ -5,19 +5,21 @@ import logging
 import shutil
 from fnmatch import fnmatch
 
+import httpx
 import pytest
 import torch
 from conftest import PIXELS, TEXT_LENGTH, write_base
 from diffusers import DDIMScheduler
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from pretended import pretended_gpu
 from safetensors.torch import save_file
-from tiny_families import WRITERS
+from tiny_families import WRITERS, write_flux2_klein
 
 from gsoft_diffusion.foundation import bundled, memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
 from gsoft_diffusion.models.families import Flux2Klein, StableDiffusion
+from gsoft_diffusion.models.families import base as families_base
 from gsoft_diffusion.models.loading import known_device, load_architecture, load_model
 
 
@@ -230,12 +232,108 @@ def test_a_variant_in_pieces_is_asked_for_and_counted(base, tmp_path, piece, mon
     fetched, counted = set(), []
     monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
     monkeypatch.setattr(models_module, "snapshot_download", download)
-    monkeypatch.setattr(models_module, "check_weights", lambda name, files, device: counted.extend(files))
+    monkeypatch.setattr(models_module, "check_weights", lambda name, files, device, advice: counted.extend(files))
     with pytest.raises(UserError, match="cannot load"):  # nor has the local stand-in an index of the pieces
         load_model("someone/model", variant="fp16")
     wanted = {f"text_encoder/{name}" for name in names}
     assert wanted < fetched
     assert {path.relative_to(hub).as_posix() for path, _ in counted} == wanted
+
+
+REQUEST = httpx.Request("GET", "https://huggingface.co/someone/model")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            GatedRepoError,
+            r"someone/model can be had once its licence is accepted.*huggingface\.co/someone/model.*HF_TOKEN",
+        ),
+        (RepositoryNotFoundError, r"there is no model someone/model on the hub, or it is private"),
+    ],
+)
+def test_what_the_hub_refuses(monkeypatch, error, message):
+    def refuse(*arguments, **options):
+        raise error("401 Client Error. (Request ID: x)\n\nmore", response=httpx.Response(401, request=REQUEST))
+
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
+    monkeypatch.setattr(models_module, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model("someone/model")
+    assert "Request ID" not in str(caught.value)
+
+
+def test_weights_that_are_there_in_half_precision_alone(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "half")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(UserError, match=r"cannot load the vae .*\.fp16\.safetensors alone, give --variant fp16"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"device": "cpu", "dtype": torch.float32}, "programs, or give --mixed_precision bf16$"),
+        ({"device": "cpu", "dtype": None}, "end other programs$"),
+        ({"device": "mps", "dtype": torch.bfloat16}, "end other programs$"),
+        ({"device": "cuda", "dtype": torch.bfloat16}, "or give --offload_layers or --cpu_offload$"),
+        ({"device": "cuda", "dtype": torch.bfloat16, "cpu_offload": True}, "or give --offload_layers$"),
+        ({"device": "cuda", "dtype": torch.bfloat16, "quantize_base": "float8"}, "end other programs$"),
+    ],
+)
+def test_weights_that_are_too_many_are_refused_with_what_would_help(base, monkeypatch, options, advice):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1)
+    with pytest.raises(UserError, match=advice):
+        load_model(str(base), **options)
+
+
+def test_a_text_encoder_that_does_not_fit_beside_the_denoiser_computes_where_it_is(tmp_path, monkeypatch):
+    """With `cpu_offload`: that of FLUX.2 is as large as the denoiser."""
+    folder = write_flux2_klein(tmp_path / "klein")
+    found = []
+    for room in (0, 2**40):
+        monkeypatch.setattr(families_base, "free_memory", lambda device, room=room: room)
+        with pretended_gpu() as gpu:
+            model = load_model(str(folder), device="cuda", cpu_offload=True)
+            with model.on_device(*model.all_text_encoders()):
+                assert model.text_encoder.device.type == ("cuda" if room else "cpu")
+            states = model.encode_prompts(["a dog"])["encoder_hidden_states"]
+            assert states.device.type == "cuda"
+            with gpu.suspended():
+                found.append(states.cpu())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("write", [write_base, write_flux2_klein])
+def test_a_vae_without_room_computes_in_tiles(tmp_path, monkeypatch, write, caplog):
+    model = load_model(str(write(tmp_path / "model")))
+    latents = torch.randn(1, *model.latent_shape(64))
+    whole = model.decode(latents)
+    monkeypatch.setattr(families_base, "TILE", 32)
+    decode, sizes = model.vae.decoder.forward, []
+
+    def small(z, *rest):
+        if z.shape[-1] > 32 // model.vae_scale_factor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(z.shape[-1])
+        return decode(z, *rest)
+
+    monkeypatch.setattr(model.vae.decoder, "forward", small)
+    tiled = model.decode(latents)
+    assert tiled.shape == whole.shape
+    assert len(sizes) > 1
+    assert "it computes in tiles from now on" in caplog.text
+    assert (tiled - whole).abs().mean() < 0.5 * whole.std()
+    monkeypatch.setattr(model.vae.decoder, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.decode(latents)
+
+
+def fail(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_device_that_is_not_there(base):

@@ -45,6 +45,17 @@ def test_a_file_is_the_same_model_as_the_folder(checkpoint, dtype):
     assert found.vae.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("marks", "zero_snr"), [({"v_pred"}, False), ({"v_pred", "ztsnr"}, True)])
+def test_a_velocity_model_is_told_by_its_marks(tmp_path, marks, zero_snr):
+    """As of Stable Diffusion XL, whose usual configuration says epsilon."""
+    folder, file = write_sdxl(tmp_path / "folder"), tmp_path / "model.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in load_model(str(folder)).original_layout().items()}
+    save_file(tensors | {mark: torch.empty(0) for mark in marks}, file)
+    config = load_model(str(file), base_config=str(folder)).noise_scheduler().config
+    assert config.prediction_type == "v_prediction"
+    assert config.rescale_betas_zero_snr == zero_snr
+
+
 def test_a_file_that_does_not_fit_into_memory_is_refused(checkpoint, monkeypatch):
     folder, file = checkpoint
     monkeypatch.setattr(memory, "free_memory", lambda device: file.stat().st_size // 2)

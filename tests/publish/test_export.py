@@ -416,6 +416,15 @@ def test_kohya_names_and_metadata(base, adapter, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_v2"], metadata["ss_network_dim"]) == ("False", "8")
+    assert metadata["ss_base_model_version"] == "sd_v1_v"
+    assert {name: text for name, text in metadata.items() if name.startswith("modelspec.")} == {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "dog",
+        "modelspec.resolution": "32x32",
+        "modelspec.prediction_type": "v",
+    }
     assert json.loads(metadata["gsoft_diffusion"])["prompts"] == {"instance_prompt": "a sks dog"}
 
 
@@ -644,6 +653,32 @@ def test_a_change_is_made_of_weights_as_they_are_stored(base, tmp_path, layout, 
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert said == said_in_full
+
+
+@pytest.mark.parametrize(("precision", "loaded"), [("float16", torch.bfloat16), ("float32", torch.bfloat16)])
+def test_a_whole_model_is_made_of_weights_as_they_are_stored(base, tmp_path, precision, loaded, monkeypatch):
+    """Rounded once: as if all had been loaded in float32."""
+    half = shutil.copytree(base, tmp_path / "half")
+    model = load_model(str(base), dtype=loaded)
+    model.unet.save_pretrained(half / "unet")
+    model.text_encoder.save_pretrained(half / "text_encoder")
+    adapter = write_adapter(half, tmp_path / "dog" / "adapter.safetensors")
+    results, dtypes = [], []
+    for dtype in (None, torch.float32):
+
+        def load(name, forced=dtype, **options):
+            model = load_model(name, **options | {"dtype": forced or options["dtype"]})
+            dtypes.append(model.dtype)
+            return model
+
+        monkeypatch.setattr(adapters_loading, "load_model", load)
+        output = tmp_path / str(dtype) / "whole.safetensors"
+        config = ExportConfig((str(adapter),), "checkpoint", output=str(output), precision=precision)
+        results.append(load_file(export(config)))
+    assert dtypes == [loaded, torch.float32]
+    found, wanted = results
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_weight_that_does_not_fit_is_refused(base, tmp_path):

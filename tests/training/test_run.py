@@ -17,7 +17,9 @@ from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training import validation
 from gsoft_diffusion.training.train import train
 
 
@@ -147,3 +149,21 @@ def test_what_is_printed(config, capfd):
     assert str(counts) in printed.out
     assert "loss=" in printed.err
     assert "lr=0.01" in printed.err
+
+
+def test_a_sheet_that_fails_loses_no_step(config, monkeypatch, capfd):
+    """As where a picture takes more of a GPU's memory than a step."""
+    config = replace(config, validation_steps=2, checkpointing_steps=0, num_validation_images=1)
+    generate = validation.generate
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(validation, "generate", fail)
+    with pytest.raises(UserError, match=r"out of memory.*--num_validation_images 0 draws none"):
+        train(config)
+    assert "stopped at step 2; to go on:" in capfd.readouterr().out
+    monkeypatch.setattr(validation, "generate", generate)
+    train(replace(config, resume_from_checkpoint="latest"))
+    resumed = read_adapter(Path(config.output_dir or "") / "adapter.safetensors").tensors
+    assert_same(resumed, weights(config, "whole"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from gsoft_diffusion.foundation.errors import UserError, printable
+from gsoft_diffusion.foundation.memory import free_memory, waits_not
+from gsoft_diffusion.models.frozen_storage import stored_weights
 
 logger = logging.getLogger(__name__)
+
+TILE = 512  # pixels along a side of the VAE's tiles
 
 # All that prompts say to the denoiser; the first dimension of each counts prompts. What decides shapes is on the CPU,
 # so that nobody waits for the device to know it; all else is on the model's device.
@@ -172,6 +176,11 @@ class BaseModel(ABC):
         """
         raise UserError(f"--format checkpoint: no single-file layout is known for {self.title}; use --format diffusers")
 
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """What the family is called in metadata of files, by the ModelSpec standard and as kohya's tools write it."""
+
     def kohya_metadata(self) -> dict[str, str]:
         """What web UIs read to tell which base model a LoRA in kohya's format is for.
 
@@ -237,9 +246,12 @@ class BaseModel(ABC):
     def on_device(self, *parts: nn.Module, written: bool = False) -> Iterator[None]:
         """Move these parts to the denoiser's device, and back after the block.
 
+        A text encoder that no adapter may be in stays where it is if the device has no room for it: it computes there.
+
         parts: networks with weights, each on one device.
         written: whether weights are written to in the block. If not, they are not copied back: they are still there.
         """
+        parts = tuple(part for part in parts if self._has_room_for(part))
         homes = [next(part.parameters()).device for part in parts]
         kept = [
             (module, name, weight, weight.data)
@@ -257,6 +269,13 @@ class BaseModel(ABC):
             for part, home in zip(parts, homes, strict=True):
                 part.to(home)
 
+    def _has_room_for(self, part: nn.Module) -> bool:
+        """Whether a part is on the denoiser's device, fits beside what is there, or has to be there (see `prepare`)."""
+        may_stay = any(part is encoder for encoder in self.all_text_encoders()) and part not in self.text_encoders
+        if not may_stay or next(part.parameters()).device == self.device:
+            return True
+        return sum(weight.nbytes for weight in (*part.parameters(), *stored_weights(part))) < free_memory(self.device)
+
     def all_text_encoders(self) -> list[nn.Module]:
         """All text encoders, those that no adapter may be in as well."""
         return [getattr(self, name) for name in self.parts() if name.startswith("text_encoder")]
@@ -273,7 +292,8 @@ class BaseModel(ABC):
         pixels: pictures (N, 3, H, W) in [-1, 1].
         """
         with self.on_device(self.vae):
-            return self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.parameters
+            encoded = in_tiles_if_needed(self.vae, self.vae.encode, pixels.to(self.device, torch.float32))
+            return encoded.latent_dist.parameters
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Latents as the denoiser sees them, (N, C, h, w) as `latent_shape` says; float32.
@@ -290,7 +310,28 @@ class BaseModel(ABC):
         """Pictures (N, 3, H, W), about in [-1, 1], of latents as the denoiser sees them."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
         with self.on_device(self.vae):
-            return self.vae.decode(latents).sample
+            return in_tiles_if_needed(self.vae, self.vae.decode, latents).sample
+
+
+def in_tiles_if_needed(vae: Any, compute: Callable[[Tensor], Any], inputs: Tensor) -> Any:
+    """What a VAE makes of pictures or latents: whole, or piece by piece from the first time on that memory runs out.
+
+    vae: one of diffusers'. compute: its `encode` or `decode`. inputs: what is passed to it.
+
+    Pieces overlap, and differ a little from a whole picture's, since the VAE sees less around them.
+    """
+    try:
+        return compute(inputs)
+    except torch.OutOfMemoryError:
+        if vae.use_tiling:
+            raise
+        logger.warning("the GPU's memory is too small for a whole picture in the VAE: it computes in tiles from now on")
+    factor = vae.tile_sample_min_size // vae.tile_latent_min_size
+    vae.tile_sample_min_size = min(TILE, vae.tile_sample_min_size)
+    vae.tile_latent_min_size = vae.tile_sample_min_size // factor
+    vae.enable_tiling()
+    torch.cuda.empty_cache()
+    return compute(inputs)
 
 
 def chosen(conditioning: Conditioning, numbers: Tensor) -> Conditioning:
@@ -300,7 +341,7 @@ def chosen(conditioning: Conditioning, numbers: Tensor) -> Conditioning:
     """
     # A copy to main memory has to be waited for: before it arrives, the CPU would read whatever is there.
     return {
-        name: tensor[numbers.to(tensor.device, non_blocking=tensor.device.type != "cpu")]
+        name: tensor[numbers.to(tensor.device, non_blocking=waits_not(tensor.device))]
         for name, tensor in conditioning.items()
     }
 

@@ -87,6 +87,10 @@ class Flux(FluxModel):
         ).sample
         return unpack(packed, height, width).float()
 
+    @property
+    def architecture(self) -> str:
+        return f"flux-1-{'dev' if self.transformer.config.guidance_embeds else 'schnell'}"
+
     def kohya_metadata(self) -> dict[str, str]:
         return {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedModel
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.models.families.base import Conditioning
+from gsoft_diffusion.foundation.memory import waits_not
+from gsoft_diffusion.models.families.base import Conditioning, in_tiles_if_needed
 from gsoft_diffusion.models.families.flow import FluxModel
 
 FUSED_MATRICES = {"to_qkv_mlp_proj": "linear1", "to_out": "linear2"}  # what the original calls them
@@ -102,13 +103,17 @@ class Flux2Model(FluxModel):
     def decode(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents.device)
         with self.on_device(self.vae):
-            return self.vae.decode(F.pixel_shuffle(latents.float() * std + mean, 2)).sample
+            return in_tiles_if_needed(
+                self.vae, self.vae.decode, F.pixel_shuffle(latents.float() * std + mean, 2)
+            ).sample
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
         # With `cpu_offload` they are in main memory; nothing waits for these copies.
-        mean, std = (each[:, None, None].to(device, non_blocking=True) for each in (norm.running_mean, std))
+        mean, std = (
+            each[:, None, None].to(device, non_blocking=waits_not(device)) for each in (norm.running_mean, std)
+        )
         return mean, std
 
     # Denoising

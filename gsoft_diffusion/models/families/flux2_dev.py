@@ -33,6 +33,10 @@ class Flux2Dev(Flux2Model):
     is_told_guidance: ClassVar[bool] = True
 
     @property
+    def architecture(self) -> str:
+        return "flux-2-dev"
+
+    @property
     def guides_itself(self) -> bool:
         return True
 

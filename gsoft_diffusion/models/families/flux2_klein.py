@@ -29,6 +29,10 @@ class Flux2Klein(Flux2Model):
     is_told_guidance: ClassVar[bool] = False
 
     @property
+    def architecture(self) -> str:
+        return "flux-2-klein"
+
+    @property
     def guides_itself(self) -> bool:
         return bool(self.index_values.get("is_distilled", False))
 

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import BaseModel, Conditioning, tokenized
+from gsoft_diffusion.models.noise import predicts_velocity
 from gsoft_diffusion.models.original_layout import is_open_clip, original_layout
 
 
@@ -77,8 +78,16 @@ class StableDiffusion(BaseModel):
     def original_layout(self) -> dict[str, Tensor]:
         return original_layout(self.unet, self.vae, self.text_encoder)
 
+    @property
+    def architecture(self) -> str:
+        if not is_open_clip(self.text_encoder):
+            return "stable-diffusion-v1"
+        return f"stable-diffusion-v2-{'768-v' if predicts_velocity(self.scheduler) else '512'}"
+
     def kohya_metadata(self) -> dict[str, str]:
-        return {"ss_v2": str(is_open_clip(self.text_encoder))}
+        second = is_open_clip(self.text_encoder)
+        version = f"sd_v{2 if second else 1}{'_v' if predicts_velocity(self.scheduler) else ''}"
+        return {"ss_base_model_version": version, "ss_v2": str(second)}
 
     def kohya_place(self, module: str) -> tuple[str, int]:
         return "lora_" + module.replace("text_encoder.", "te.").replace(".", "_"), 0

@@ -80,6 +80,10 @@ class StableDiffusion3(FlowModel):
             "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
         }
 
+    @property
+    def architecture(self) -> str:
+        return "stable-diffusion-3"
+
     def original_layout(self) -> dict[str, Tensor]:
         return original_layout_3(
             self.transformer, self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families.base import Conditioning
 from gsoft_diffusion.models.families.stable_diffusion import StableDiffusion
+from gsoft_diffusion.models.noise import predicts_velocity
 from gsoft_diffusion.models.original_layout import original_layout_xl, original_unet_module
 
 
@@ -86,9 +87,13 @@ class StableDiffusionXL(StableDiffusion):
             self.vae,
             self.text_encoder,
             self.text_encoder_2,
-            v_prediction=self.scheduler.config.prediction_type == "v_prediction",
+            v_prediction=predicts_velocity(self.scheduler),
             zero_terminal_snr=bool(self.noise_scheduler().alphas_cumprod[-1] == 0),
         )
+
+    @property
+    def architecture(self) -> str:
+        return "stable-diffusion-xl-v1-base"
 
     def kohya_metadata(self) -> dict[str, str]:
         return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}

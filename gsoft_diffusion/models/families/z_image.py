@@ -122,6 +122,10 @@ class ZImage(FlowModel):
             }
         )
 
+    @property
+    def architecture(self) -> str:
+        return "z-image"
+
     def kohya_metadata(self) -> dict[str, str]:
         return {"ss_network_module": "networks.lora_zimage"}
 
