@@ -43,6 +43,7 @@ METHODS = {  # as `benchmarks.step` and `benchmarks.sampling` call them
 TELLING = ("double_gsoft", "lora", "floor", "oft", "boft")  # in which order they are compiled, which takes long
 TITLES = {"sd15": "Stable Diffusion 1.5, 512 px", "sdxl": "SDXL, 1024 px", "mini": "the miniature base"}
 TESTS_SECONDS = 150  # at most, of all the time
+GRACE = 5  # seconds for a process to end by itself, and to write what it has
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,9 @@ def run(command: Sequence[str], seconds: float) -> str:
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest writes then what it has found so far
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         _end(process)
         return "the time was over"
     except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import table
 from eval.cell_pictures import pictures_of
-from eval.cells import Cell, base_cells, main_cells, sweep_cells
+from eval.cells import base_cells, main_cells, scorings, sweep_cells
 from eval.experiment import Experiment
 from eval.prompts import prompts_for
 from eval.subjects import Subject
@@ -53,18 +53,27 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "sample_size": 512,
 }
-FORWARDS_A_STEP = 3  # forward, and twice as much backward
+ADAPTED = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)\.weight$")  # the base is frozen otherwise
 GUIDED = 2  # predictions a sampling step: with the prompt and without
 
 
 def operations() -> dict[str, int]:
-    """Floating-point operations of one prediction at 512 px, and of decoding one picture."""
+    """Floating-point operations at 512 px: of one prediction, of one photo in a training step, of decoding a picture.
+
+    In training the gradients of all adapted weights are counted, which is the most that a method needs of them.
+    """
     counts = {}
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         latent = torch.empty(1, 4, 64, 64)
+        unet = UNet2DConditionModel(**UNET).requires_grad_(False)
+        for name, weight in unet.named_parameters():
+            weight.requires_grad_(ADAPTED.search(name) is not None)
         with FlopCounterMode(display=False) as counter:
-            UNet2DConditionModel(**UNET)(latent, torch.empty(1), torch.empty(1, 77, UNET["cross_attention_dim"]))
-        counts["prediction"] = counter.get_total_flops()
+            made = unet(latent, torch.empty(1), torch.empty(1, 77, UNET["cross_attention_dim"])).sample
+            counts["prediction"] = counter.get_total_flops()
+            made.sum().backward()
+        counts["training"] = counter.get_total_flops()
+    with torch.device("meta"), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             AutoencoderKL(**VAE).decode(latent)
         counts["decoding"] = counter.get_total_flops()
@@ -81,7 +90,7 @@ def amount(experiment: Experiment) -> dict[str, int]:
     # The chosen rates are among those of the sweep, whichever they are.
     cells = list(dict.fromkeys([*base_cells(experiment), *sweep, *main_cells(experiment, rates)]))
     trained = [cell for cell in cells if cell.method != "base"]
-    drawn = sum(pictures * (1 + _points_before_the_end(experiment, cell)) for cell in cells)
+    drawn = sum(pictures * scorings(experiment, cell) for cell in cells)
     steps = len(trained) * experiment.max_train_steps
     return {
         "cells": len(cells),
@@ -91,17 +100,11 @@ def amount(experiment: Experiment) -> dict[str, int]:
     }
 
 
-def _points_before_the_end(experiment: Experiment, cell: Cell) -> int:
-    if not experiment.curve_every or cell.seed or cell.method == "base":
-        return 0
-    return math.ceil(experiment.max_train_steps / experiment.curve_every) - 1
-
-
 def estimate(experiment: Experiment, classes: Iterable[str] = tuple(PEAK)) -> dict[str, Any]:
     """All that the tables show."""
     counts, work = operations(), amount(experiment)
     prediction, steps_drawn = counts["prediction"], experiment.sampler.num_inference_steps or 50
-    step = FORWARDS_A_STEP * experiment.train_batch_size * prediction
+    step = experiment.train_batch_size * counts["training"]
     picture = steps_drawn * GUIDED * prediction + counts["decoding"]
     total = work["steps"] * step + work["pictures"] * picture
     by_class = {}

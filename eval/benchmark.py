@@ -18,7 +18,7 @@ from typing import Any
 
 from eval.baselines import BaselineConfig, adapted_layers
 from eval.cell_pictures import pictures_of
-from eval.cells import Cell, base_cells, budgets_of, grid_cells, main_cells, sweep_cells
+from eval.cells import Cell, base_cells, budgets_of, grid_cells, main_cells, scorings, sweep_cells
 from eval.engines import ENGINES
 from eval.engines.worker import Workers, cores_each
 from eval.experiment import Experiment
@@ -243,14 +243,18 @@ def plan(experiment: Experiment, out: Path, workers: int, earlier: Path | None =
     seconds, bytes_, lines_bytes = 0.0, 0.0, 0.0
     done = all_results(out)
     measured = mean_seconds(done)
+    counted: set[Cell] = set()  # in earlier phases: the comparison takes over the sweep's cells
     for name, cells in phases.items():
-        missing = [cell for cell in cells if cell not in done]
+        new = [cell for cell in cells if cell not in counted]
+        counted.update(cells)
+        missing = [cell for cell in new if cell not in done]
         each = [_seconds(experiment, cell, pictures, measured) for cell in missing]
         seconds += sum(each)
-        kept = sum(pictures * (_scorings(experiment, c) if experiment.grid else 1) for c in missing)
+        kept = sum(pictures * (scorings(experiment, c) if experiment.grid else 1) for c in missing)
         bytes_ += kept * resolution**2 * BYTES_A_PIXEL
-        lines_bytes += sum(pictures * (BYTES_A_ROW + BYTES_A_COLUMN * (_scorings(experiment, c) - 1)) for c in cells)
-        lines.append(f"{name}: {len(cells)} cells, {len(cells) - len(missing)} done, {_hours(sum(each))} of work")
+        lines_bytes += sum(pictures * (BYTES_A_ROW + BYTES_A_COLUMN * (scorings(experiment, c) - 1)) for c in new)
+        known = f", {len(cells) - len(new)} of them counted above" if len(new) < len(cells) else ""
+        lines.append(f"{name}: {len(cells)} cells{known}, {len(new) - len(missing)} done, {_hours(sum(each))} of work")
         lines += [f"    {cell.id}" for cell in cells if cell.seed == 0 and cell.subject == subjects[0].name]
         lines.append(f"    … and the same for every other subject and seed, {len(cells)} in all")
     source = "measured" if measured else "guessed from seconds_per_step and seconds_per_picture"
@@ -307,15 +311,9 @@ def mean_seconds(results: Results) -> dict[str, float]:
 def _seconds(experiment: Experiment, cell: Cell, pictures: int, measured: dict[str, float]) -> float:
     if cell.method in measured:
         return measured[cell.method]
-    drawn = pictures * _scorings(experiment, cell)
+    drawn = pictures * scorings(experiment, cell)
     steps = 0 if cell.method == "base" else experiment.max_train_steps
     return steps * experiment.seconds_per_step + drawn * experiment.seconds_per_picture
-
-
-def _scorings(experiment: Experiment, cell: Cell) -> int:
-    """How often a cell draws all its pictures."""
-    recorded = cell.method != "base" and experiment.recorded_every(cell.seed)
-    return len(experiment.recorded_steps()) if recorded else 1
 
 
 def _hours(seconds: float) -> str:

@@ -34,6 +34,12 @@ class Cell:
         return self.method, self.budget, self.learning_rate
 
 
+def scorings(experiment: Experiment, cell: Cell) -> int:
+    """How often a cell draws and scores all its pictures: at the end, and at the steps that are recorded before."""
+    recorded = cell.method != "base" and experiment.recorded_every(cell.seed)
+    return len(experiment.recorded_steps()) if recorded else 1
+
+
 def budgets_of(method: str, experiment: Experiment) -> tuple[str | None, ...]:
     """The budgets that a method is trained at: None alone for full fine-tuning and the base model, which have one size.
 

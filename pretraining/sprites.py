@@ -67,7 +67,7 @@ HELD_OUT: dict[str, tuple[str, str]] = {  # name -> (class word, code point)
     "green_book": ("book", "1f4d7"),
     "hibiscus": ("flower", "1f33a"),
 }
-# kept out as well: the subjects on which the default settings are chosen, none of which is shown or reported
+# kept out as well: the subjects on which settings are chosen, none of which is shown
 TUNING: dict[str, tuple[str, str]] = {
     "panda": ("bear", "1f43c"),
     "taxi": ("car", "1f695"),

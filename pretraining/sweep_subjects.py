@@ -1,4 +1,4 @@
-"""Which steps, rate and guidance suit a base? Every setting is tried on subjects that are neither shown nor reported.
+"""Which steps, rate and guidance suit a base? Every setting is tried on subjects that no picture shows.
 
     python -m pretraining.sweep_subjects --work <work folder> --base <pipeline folder> \\
         --subjects <work folder>/tuning --out <folder>

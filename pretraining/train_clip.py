@@ -1,15 +1,12 @@
 """Stage 2: a miniature CLIP on the world; its text tower becomes the base's frozen text encoder.
 
     python -m pretraining.train_clip --work <work folder> --images 100000
-    python -m pretraining.train_clip --work <work folder> --images 110000 --text-tower <work folder>/text_encoder
     python -m pretraining.train_clip --work <other folder> --images 100000 --start-from data/mini_clip --rate 5e-4
 
 Contrastive loss in which equal captions are equal positives. Half of a batch are groups of scenes that share place and
-colour: only what they show tells them apart, or else place and colour would do. The first call writes
-`<work>/text_encoder/` for the denoiser. The second keeps that tower as it is and trains the rest on, so that CLIP
-judges better while the base is already trained on its text tower. The third goes on from a finished CLIP on other
-scenes. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in transformers' layout and prints zero-shot accuracy on
-scenes that it has not seen.
+colour: only what they show tells them apart, or else place and colour would do. The second call goes on
+from a finished CLIP, on other scenes. Resumes from `<work>/clip.pt`, saves `<work>/clip/` in transformers' layout and
+`<work>/text_encoder/` for the denoiser, and prints zero-shot accuracy on scenes that it has not seen.
 """
 
 from __future__ import annotations
@@ -156,12 +153,6 @@ def text_tower(clip: CLIPModel) -> CLIPTextModel:
     return tower.eval().requires_grad_(False)
 
 
-def lock_text_tower(clip: CLIPModel, tower: CLIPTextModel) -> None:
-    """Put `tower` into `clip` and leave it out of the training."""
-    _copy_exactly(clip.text_model, tower.state_dict())
-    clip.text_model.requires_grad_(False)
-
-
 def _copy_exactly(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
     # the tower alone has its weights below "text_model." in some versions of transformers, the whole model never
     prefix = "text_model." if any(k.startswith("text_model.") for k in module.state_dict()) else ""
@@ -172,9 +163,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--images", type=int, default=100_000, help="length of the training")
-    parser.add_argument(
-        "--text-tower", type=expanded_path, help="finished text tower that stays as it is; the rest is trained"
-    )
     parser.add_argument(
         "--start-from", type=expanded_path, help="folder of export_clip to go on from where there is no clip.pt"
     )
@@ -196,8 +184,6 @@ def main() -> None:
     optimizer = torch.optim.AdamW(clip.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint = Checkpoint(args.work / "clip.pt", clip=clip, optimizer=optimizer)
     seen = checkpoint.restore()
-    if args.text_tower:
-        lock_text_tower(clip, CLIPTextModel.from_pretrained(args.text_tower, dtype=torch.float32))
     bar = tqdm(total=args.images, initial=seen, unit="img", mininterval=10)
     while seen < args.images:
         rng = np.random.default_rng((3, seen))
@@ -227,9 +213,8 @@ def main() -> None:
     clip.eval().save_pretrained(args.work / "clip")
     tokenizer.save_pretrained(args.work / "clip")
     give_usual_modes(args.work / "clip")
-    if not args.text_tower:
-        save_text_encoder(text_tower(clip), args.work / "text_encoder")
-        give_usual_modes(args.work / "text_encoder")
+    save_text_encoder(text_tower(clip), args.work / "text_encoder")
+    give_usual_modes(args.work / "text_encoder")
     chosen = zero_shot(clip, tokenizer, to_pixels(scenes[:HELD_BACK]))
     for what, answers in chosen.items():
         right = np.mean([f[what] == answer for f, answer in zip(facts, answers, strict=False)])

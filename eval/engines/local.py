@@ -37,11 +37,11 @@ def run_locally(experiment: Experiment, cells: Sequence[Cell], out: Path, worker
                 progress.update()
     except BrokenProcessPool as error:
         raise UserError(
-            "the process of a cell was killed, perhaps because memory ran out; the same command goes on with the cells "
-            f"that are missing (--workers {workers.number}: fewer need less memory)"
+            "the process of a cell was killed, perhaps because memory ran out, and the others were ended; the same "
+            f"command goes on with the cells that are missing (--workers {workers.number}: fewer need less memory)"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)  # what is running ends first, its result is not lost
+        pool.shutdown(cancel_futures=True)  # what is running ends first, its result is not lost (see above for a kill)
 
 
 def _begin() -> None:

@@ -64,6 +64,11 @@ def _failure(job: Any, cell: Cell) -> Exception | None:
         message = ray.get(job)
     except ray.exceptions.RayTaskError as error:
         return error
+    except ray.exceptions.OutOfMemoryError as error:
+        message = (
+            f"{cell.id}: Ray ended its process, since its node's memory was full ({first_line(error)}); give fewer "
+            "--workers or more --cores, so that fewer cells share a node. The same command goes on"
+        )
     except ray.exceptions.RayError as error:  # of a process or a node
         message = (
             f"{cell.id}: its process was lost {ATTEMPTS} times ({first_line(error)}); is there memory enough? The same "

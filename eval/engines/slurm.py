@@ -40,8 +40,8 @@ Job = Any  # submitit's, which need not be installed
 def run_on_slurm(experiment: Experiment, cells: Sequence[Cell], out: Path, workers: Workers) -> None:
     """As a job array on a Slurm cluster. What else Slurm is to know, it reads from `SBATCH_*`.
 
-    After a failure no job is started. A cell whose job is lost with its process or node is submitted again. Jobs of an
-    earlier call that are still in the queue are waited for.
+    After a failure no job is started. Cells whose jobs are lost with a process or node are submitted again, once the
+    others have ended. Jobs of an earlier call that are still in the queue are waited for.
 
     experiment: the settings that all cells share. cells: what to run. out: the comparison's folder, which all nodes
     see. workers: cells at a time. Raises UserError if submitit or Slurm is missing, if Slurm refuses the jobs, if
@@ -52,16 +52,15 @@ def run_on_slurm(experiment: Experiment, cells: Sequence[Cell], out: Path, worke
     if waiting:
         print(f"{len(waiting)} of them are in Slurm's queue already", flush=True)
     later = [cell for cell in cells if cell not in waiting]
-    to_submit: list[Cell] = []
+    lost: list[Cell] = []  # to be submitted again
     attempts = Counter(cells)
     try:
         with tqdm(total=len(cells), desc="cells", unit="cell") as progress:
-            while waiting or to_submit or later:
+            while waiting or lost or later:
                 if not waiting:  # else arrays side by side would run more cells at a time than asked for
-                    count = LARGEST_ARRAY - len(to_submit)
-                    to_submit, later = [*to_submit, *later[:count]], later[count:]
-                waiting |= jobs.submit(experiment, to_submit)
-                to_submit = []
+                    count = LARGEST_ARRAY - len(lost)
+                    waiting = jobs.submit(experiment, [*lost, *later[:count]])
+                    lost, later = [], later[count:]
                 time.sleep(PAUSE)
                 states = _states()
                 if states is None:
@@ -79,7 +78,7 @@ def run_on_slurm(experiment: Experiment, cells: Sequence[Cell], out: Path, worke
                         if attempts[cell] == ATTEMPTS:
                             raise UserError(_lost(cell, job, state))
                         attempts[cell] += 1
-                        to_submit.append(cell)
+                        lost.append(cell)
                         continue
                     progress.set_postfix_str(cell.id)
                     progress.update()

@@ -41,8 +41,8 @@ def attempt(experiment: Experiment, cell: Cell, out: Path, cores: int) -> str | 
 
     experiment, cell, out: as there. cores: threads to compute with.
 
-    Returns the message of a UserError, which concerns all cells. Engines carry it to the terminal; errors they wrap,
-    each in its own way. Other errors are raised.
+    Returns the message of a UserError, which concerns all cells: engines would wrap the error itself, each in its own
+    way. Other errors are raised.
     """
     torch.set_num_threads(cores)
     log = work_folder(out) / "logs" / f"{cell.id}.txt"

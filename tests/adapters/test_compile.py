@@ -101,8 +101,11 @@ def test_a_transformer_has_as_many_graphs_as_its_base(counter, family, tmp_path)
     adapter = inject(AdapterConfig(block_size=4, text_encoder=False), model.denoiser)
     randomise(adapter, size=0.1)
     compiled = outputs_and_gradients(adapter, output)
-    # And those of training and sampling with the adapter. Z-Image's base breaks up, and parts without layers stay.
-    assert counter.frame_count == (8 if family is ZImage else 3 * of_base)
+    # And as many in training, and in sampling. Z-Image's base breaks up, and parts of it without layers stay.
+    if family is ZImage:
+        assert of_base < counter.frame_count <= 3 * of_base
+    else:
+        assert counter.frame_count == 3 * of_base == 3
     with torch.compiler.set_stance("force_eager"):
         plain = outputs_and_gradients(adapter, output)
     for ours, reference in zip(compiled, plain, strict=True):

@@ -13,6 +13,7 @@ def test_operations_are_counted_on_the_published_networks():
     counts = paper_cost.operations()
     assert 0.6e12 < counts["prediction"] < 0.9e12  # 866 million weights at 64 x 64 latents
     assert 2e12 < counts["decoding"] < 3e12
+    assert 2 < counts["training"] / counts["prediction"] < 2.5  # the base is frozen; 3, if all of it trained
 
 
 def test_what_the_comparison_consists_of():

@@ -8,11 +8,11 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny_eval import experiment, grid
 
-from eval import benchmark, cell
+from eval import benchmark
+from eval import run_cell as running
 from eval.baselines import BaselineConfig, adapted_layers
 from eval.benchmark import plan, run_benchmark
 from eval.cells import Cell, grid_cells, main_cells, sweep_cells
@@ -69,7 +69,7 @@ def test_a_killed_cell_is_not_counted_and_runs_again(world, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell, "_save", killed)  # after training, drawing and scoring
+        patch.setattr(running, "save", killed)  # after training, drawing and scoring
         with pytest.raises(KeyboardInterrupt):
             run_cell(settings, which, tmp_path)
     assert not is_done(which, tmp_path)
@@ -79,8 +79,8 @@ def test_a_killed_cell_is_not_counted_and_runs_again(world, tmp_path, monkeypatc
 
 
 def test_a_training_that_was_stopped_is_not_counted(world, tmp_path, monkeypatch):
-    train = cell.train
-    monkeypatch.setattr(cell, "train", lambda *arguments: replace(train(*arguments), interrupted=True))
+    train = running.train
+    monkeypatch.setattr(running, "train", lambda *arguments: replace(train(*arguments), interrupted=True))
     with pytest.raises(KeyboardInterrupt):
         run_cell(experiment(world), Cell("lora", "medium", 1e-3, "rex", 0), tmp_path)
     assert all_results(tmp_path) == {}
@@ -287,9 +287,17 @@ def test_plan_lists_cells_time_and_disk(world, tmp_path):
     assert "2 subjects: cup (cup), rex (dog)" in text
     assert "base model and photos: 6 cells, 0 done" in text
     assert "learning rates: 2 cells" in text
-    assert "comparison: 12 cells" in text
+    assert "comparison: 12 cells, 1 of them counted above" in text
     assert "GB of pictures" in text
     assert not (tmp_path / "none").exists()
+
+
+def test_plan_counts_a_cell_of_the_sweep_and_the_comparison_once(world, tmp_path):
+    settings = experiment(world, seeds=3, seconds_per_step=600, seconds_per_picture=0)
+    rates = {method: getattr(settings.learning_rates, method)[0] for method in settings.methods}
+    distinct = {*sweep_cells(settings), *main_cells(settings, rates)}
+    hours = len(distinct) * settings.max_train_steps * 600 / 3600
+    assert f"in all {hours:.1f} hours with 1 workers" in plan(settings, tmp_path, workers=1)
 
 
 def test_plan_of_a_grid(world, tmp_path):
@@ -396,35 +404,6 @@ def test_subjects_and_prompts_have_noise_of_their_own():
     assert len(set(numbers)) == 4
     assert numbers == [number_of(subject, prompt, seed=seed) for subject, prompt, seed in given]
     assert all(0 <= number < 2**31 for number in numbers)
-
-
-def test_methods_start_a_picture_from_the_base_model_s_noise(world, finished_grid, monkeypatch):
-    asked = {}
-
-    def generate(models, jobs, *arguments, **options):
-        asked[which.method] = [seed for _, seed in jobs]
-        raise InterruptedError
-
-    monkeypatch.setattr(cell, "generate", generate)
-    for method in ("base", "lora"):
-        which = Cell(method, *((None, None) if method == "base" else ("medium", 1e-3)), "rex", 1)
-        _, prompts, models, _ = cell._prepare(grid(world), which)
-        asked_for = [replace(p, text=p.plain) for p in prompts] if method == "base" else prompts
-        with pytest.raises(InterruptedError):
-            cell.draw(grid(world), models, asked_for, which)
-    assert asked["base"] == asked["lora"]
-    assert len(set(asked["base"])) > len(asked["base"]) / 2
-
-
-def test_the_base_model_s_pictures_for_drift_are_those_of_its_own_cell(world, finished_grid, monkeypatch, tmp_path):
-    which = Cell("lora", "medium", 1e-3, "rex", 1)
-    _, prompts, models, _ = cell._prepare(grid(world), which)
-    drawn = cell.untouched_pictures(grid(world), which, tmp_path, prompts, models)
-    monkeypatch.setattr(cell, "draw", None)
-    kept = cell.untouched_pictures(grid(world), which, finished_grid, prompts, models)
-    assert len(kept) == len(drawn) == 4
-    for one, other in zip(kept, drawn, strict=True):  # in a batch of another size, which rounds in another way
-        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1
 
 
 def test_a_grid_keeps_the_pictures_of_every_step_and_seed(finished_grid):

@@ -143,7 +143,7 @@ class Life:
     def lora(self, layout: str) -> None:
         base, adapter, expected = self.base, self.adapter_path, self.expected
         if (self.family, layout) == (Flux, "kohya_lora"):
-            # diffusers reads single-stream blocks only in the published width: see test_family_flow.py.
+            # diffusers reads single-stream blocks only in the published width: see test_families_flow.py.
             base = write_flux(self.folder / "double", num_single_layers=0)
             adapter, expected = self.random_adapter(base)
         target = export(ExportConfig((str(adapter),), layout, rank=64, precision="float32"))  # type: ignore[arg-type]

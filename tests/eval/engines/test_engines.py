@@ -42,41 +42,115 @@ def test_submitit_is_refused_where_there_is_no_slurm(world, tmp_path, monkeypatc
         run_benchmark(experiment(world), tmp_path, engine="submitit")
 
 
-class Executor:
-    """submitit's, on a cluster that finishes every array at once."""
+class Cluster:
+    """Slurm and submitit, where jobs end as `fates` says: those of each cell, by its seed; "" is a result.
 
-    def __init__(self, folder):
-        self.folder, self.arrays = Path(folder), []
-        self.folder.mkdir(parents=True)
+    At each look at the queue the first job that still runs ends.
+    """
 
-    def update_parameters(self, **parameters):
-        pass
+    def __init__(self, monkeypatch, out, fates=None):
+        self.out, self.fates, self.arrays, self.looks = out, fates or {}, [], 0
+        self.jobs, self.unanswered, self.cancelled, self.interrupt = {}, 0, [], None
+        library = ModuleType("submitit")
+        library.AutoExecutor = self.executor
+        library.SlurmJob = lambda folder, job_id: self.job(Path(folder), job_id)
+        library.core = SimpleNamespace(utils=SimpleNamespace(FailedJobError=OSError))
+        monkeypatch.setitem(sys.modules, "submitit", library)
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        monkeypatch.setattr(subprocess, "run", self.command)
+        monkeypatch.setattr(slurm, "PAUSE", 0)
+
+    def executor(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(update_parameters=lambda **given: None, map_array=self.map_array)
 
     def map_array(self, function, experiments, cells, outs, cores):
         self.arrays.append(len(cells))
         names = [f"{len(self.arrays)}_{place}" for place in range(len(cells))]
-        results = [self.folder / f"{name}_0_result.pkl" for name in names]
-        for result in results:
-            result.touch()
-        return [
-            SimpleNamespace(job_id=name, paths=SimpleNamespace(result_pickle=result), result=lambda: None)
-            for name, result in zip(names, results, strict=True)
-        ]
+        for name, cell in zip(names, cells, strict=True):
+            fates = self.fates.get(cell.seed, [""])
+            self.jobs[name] = [fates.pop(0) if len(fates) > 1 else fates[0], "RUNNING"]
+        return [self.job(self.folder, name) for name in names]
+
+    def job(self, folder, name):
+        paths = SimpleNamespace(result_pickle=folder / f"{name}_0_result.pkl", stderr=folder / f"{name}_log.err")
+        return SimpleNamespace(job_id=name, paths=paths, result=lambda: None)
+
+    def command(self, command, **options):
+        if command[0] == "scancel":
+            self.cancelled += command[1:]
+            return SimpleNamespace(returncode=0, stdout="")
+        if self.interrupt == len(self.jobs):
+            raise KeyboardInterrupt
+        if self.unanswered:
+            self.unanswered -= 1
+            return SimpleNamespace(returncode=1, stdout="")
+        for name, job in self.jobs.items():
+            fate, state = job
+            if state == "RUNNING":
+                job[1] = fate or "COMPLETED"
+                if not fate:
+                    (self.folder / f"{name}_0_result.pkl").touch()
+                break
+        known = [f"{name} {state}" for name, (_, state) in self.jobs.items() if state != "FORGOTTEN"]
+        return SimpleNamespace(returncode=0, stdout="\n".join(known))
 
 
-def test_slurm_gets_arrays_that_it_takes_one_after_the_other(world, tmp_path, monkeypatch):
-    executors = []
-    library = ModuleType("submitit")
-    library.AutoExecutor = lambda folder: executors.append(Executor(folder)) or executors[-1]
-    library.core = SimpleNamespace(utils=SimpleNamespace(FailedJobError=OSError))
-    monkeypatch.setitem(sys.modules, "submitit", library)
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=""))
-    monkeypatch.setattr(slurm, "PAUSE", 0)
-    monkeypatch.setattr(slurm, "LARGEST_ARRAY", 2)
-    cells = [replace(BASE, seed=seed) for seed in range(5)]
-    slurm.run_on_slurm(experiment(world), cells, tmp_path, Workers(8, 1))
-    assert executors[0].arrays == [2, 2, 1]
+class TestSlurm:
+    CELLS = tuple(replace(BASE, seed=seed) for seed in range(5))
+
+    def run(self, world, out, count=5):
+        slurm.run_on_slurm(experiment(world), self.CELLS[:count], out, Workers(8, 1))
+
+    def test_gets_arrays_that_it_takes_one_after_the_other(self, world, tmp_path, monkeypatch):
+        cluster = Cluster(monkeypatch, tmp_path)
+        monkeypatch.setattr(slurm, "LARGEST_ARRAY", 2)
+        self.run(world, tmp_path)
+        assert cluster.arrays == [2, 2, 1]
+
+    @pytest.mark.parametrize("fate", ["NODE_FAIL", "OUT_OF_MEMORY", "FORGOTTEN"])
+    def test_a_cell_whose_job_is_lost_comes_again_when_the_others_have_ended(self, world, tmp_path, monkeypatch, fate):
+        cluster = Cluster(monkeypatch, tmp_path, {0: [fate, fate, ""], 2: [fate, ""]})
+        self.run(world, tmp_path)
+        assert cluster.arrays == [5, 2, 1]
+
+    def test_one_that_is_lost_again_and_again_ends_the_command(self, world, tmp_path, monkeypatch):
+        cluster = Cluster(monkeypatch, tmp_path, {1: ["TIMEOUT"]})
+        message = r"seed1: its job was lost 3 times \(3_0 was the last, TIMEOUT\); .*3_0_log"
+        with pytest.raises(UserError, match=message):
+            self.run(world, tmp_path, 3)
+        assert cluster.arrays == [3, 1, 1]
+
+    def test_one_that_wrote_its_cell_before_it_was_lost_is_done(self, world, tmp_path, monkeypatch):
+        cluster = Cluster(monkeypatch, tmp_path, {0: ["NODE_FAIL"]})
+        monkeypatch.setattr(slurm, "is_done", lambda cell, out: cell.seed == 0)
+        self.run(world, tmp_path, 2)
+        assert cluster.arrays == [2]
+
+    def test_a_cancelled_job_ends_the_command_and_those_that_wait(self, world, tmp_path, monkeypatch):
+        cluster = Cluster(monkeypatch, tmp_path, {0: ["CANCELLED"]})
+        with pytest.raises(UserError, match=r"seed0: its job 1_0 was cancelled; the same command goes on"):
+            self.run(world, tmp_path, 3)
+        assert cluster.cancelled == ["--state=PENDING", "1"]
+
+    def test_slurm_may_be_silent_for_a_while(self, world, tmp_path, monkeypatch, capfd):
+        cluster = Cluster(monkeypatch, tmp_path)
+        cluster.unanswered = 2
+        self.run(world, tmp_path, 2)
+        assert cluster.arrays == [2]
+        assert "Slurm does not answer" in capfd.readouterr().err
+
+    def test_jobs_of_an_interrupted_command_are_waited_for(self, world, tmp_path, monkeypatch, capfd):
+        cluster = Cluster(monkeypatch, tmp_path)
+        cluster.interrupt = 3  # jobs are in the queue
+        with pytest.raises(KeyboardInterrupt):
+            self.run(world, tmp_path, 3)
+        assert "Slurm goes on with 3 cells" in capfd.readouterr().out
+        cluster.interrupt = None
+        slurm.run_on_slurm(experiment(world), self.CELLS[1:], tmp_path, Workers(8, 1))  # the first is done by now
+        assert cluster.arrays == [3, 2]
+        assert "2 of them are in Slurm's queue already" in capfd.readouterr().out
 
 
 def test_workers_share_the_cores(monkeypatch):
