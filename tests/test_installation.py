@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
@@ -99,6 +101,23 @@ def requirements(wheel: zipfile.ZipFile, extra: str = "") -> set[str]:
 def pinned(name: str) -> set[str]:
     lines = (REPOSITORY / name).read_text().splitlines()
     return {Requirement(line).name.lower().replace("_", "-") for line in lines if line and line[0] not in "#-"}
+
+
+def specifiers(lines: Iterable[str]) -> dict[str, SpecifierSet]:
+    found = map(Requirement, lines)
+    return {one.name.lower().replace("_", "-"): one.specifier for one in found if not one.extras}
+
+
+def test_the_requirements_have_the_bounds_of_the_extras_or_a_version_within_them(wheel):
+    declared = specifiers(Parser().parsestr(text(wheel, "METADATA")).get_all("Requires-Dist", []))
+    for path in REPOSITORY.glob("requirements*.txt"):
+        lines = [line for line in path.read_text().splitlines() if line and line[0] not in "#-"]
+        for name, given in specifiers(lines).items():
+            (first, *_) = given or [None]
+            if first is not None and first.operator == "==":
+                assert declared[name].contains(first.version), (path.name, name)
+            else:
+                assert given == declared[name], (path.name, name)
 
 
 def test_the_library_alone_needs_three_packages(wheel):
