@@ -26,7 +26,7 @@ from gsoft.fingerprint import BaseModelIdentity, is_fingerprint
 from gsoft.rotation import parameter_shapes
 from gsoft.whole_file import whole_file
 
-MAX_HEADER = 16 * 2**20  # bytes; a tensor takes about 150, and large models have some thousands
+MAX_HEADER = 4 * 2**20  # bytes; a tensor takes 100 to 150, and the largest models have some thousands
 
 
 @dataclass(frozen=True)

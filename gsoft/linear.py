@@ -61,8 +61,8 @@ class RotatedLayer:
         if not self.active:
             return
         self.check(linear)
-        in_autocast = torch.is_autocast_enabled(linear.weight.device.type)
-        if self._keeps_weight and (in_autocast or self.cache.expects_weight_side(self.index)):
+        plainly = not torch.is_grad_enabled() or torch.is_autocast_enabled(linear.weight.device.type)
+        if self._keeps_weight and (plainly or self.cache.expects_weight_side(self.index)):
             self.prepared = self.cache.weight(self.index, linear.weight)
         else:
             self.prepared = self.cache.blocks(self.index, linear.weight.dtype)
@@ -248,6 +248,15 @@ def _rotated_class(base_class: type[nn.Linear]) -> type[nn.Linear]:
     if base_class not in _CLASSES:
         _CLASSES[base_class] = type("RotatedLinear", (RotatedLinear, base_class), {})
     return _CLASSES[base_class]
+
+
+def can_be_put_on(base_class: type[nn.Linear]) -> bool:
+    """Whether `put_on` takes layers of a class: some do not allow subclasses, or have attributes of the same names."""
+    try:
+        _rotated_class(base_class)
+    except TypeError:
+        return False
+    return not any(hasattr(base_class, name) for name in ("rotated", "base_class"))
 
 
 def _new_rotated(base_class: type[nn.Linear]) -> nn.Linear:

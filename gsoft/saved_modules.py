@@ -55,14 +55,14 @@ class SavedModules(nn.Module):
         What is trained is not written to, so that a backward pass may go through it after the block.
         """
         trained: list[tuple[nn.Module, str, Tensor]] = []
-        for name, value in self._originals.items():
-            path, _, attribute = name.rpartition(".")
-            owner = self.get_submodule(path)
-            present = getattr(owner, attribute)
-            trained.append((owner, attribute, present))
-            old = value.to(present.device, copy=True)
-            setattr(owner, attribute, nn.Parameter(old, False) if isinstance(present, nn.Parameter) else old)
         try:
+            for name, value in self._originals.items():
+                path, _, attribute = name.rpartition(".")
+                owner = self.get_submodule(path)
+                present = getattr(owner, attribute)
+                old = value.to(present, copy=True)  # the model may have been moved or cast
+                trained.append((owner, attribute, present))
+                setattr(owner, attribute, nn.Parameter(old, False) if isinstance(present, nn.Parameter) else old)
             yield
         finally:
             for owner, attribute, present in trained:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gsoft.config import ALL_LINEAR, Config
-from gsoft.errors import ConfigError
+from gsoft.errors import ConfigError, FileError, GSOFTError
 from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
 from gsoft.fingerprint import BaseModelIdentity, check_base
 from gsoft.model_adapter import ROOT, ModelAdapter
@@ -104,7 +104,15 @@ def adapter_for(file: AdapterFile, model: nn.Module, *, accept_other_base: bool 
 
     Raises FileError unless the file belongs to this model, and GSOFTError if its layers are not there.
     """
-    adapter = ModelAdapter(_without_patterns(file), model)
+    try:
+        adapter = ModelAdapter(_without_patterns(file), model)
+    except GSOFTError as error:
+        if file.config.target_modules != ALL_LINEAR and isinstance(file.config.target_modules, str):
+            raise FileError(
+                f"{file.path}: {type(model).__name__} does not have the layers that it is for, those of the expression "
+                f"{file.config.target_modules}"
+            ) from error
+        raise
     adapter.config = file.config
     check_base(file.path, file.base_model, adapter.base_model, accept_other_base, "accept_other_base=True")
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}

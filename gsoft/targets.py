@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gsoft.config import ALL_LINEAR, Config
 from gsoft.errors import GSOFTError
-from gsoft.linear import RotatedLinear
+from gsoft.linear import RotatedLinear, can_be_put_on
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ def _reason(
         return f"is a {kind} whose weight is a {type(module.weight).__name__}: quantised, or spread over devices"
     if not module.weight.is_floating_point():
         return f"is quantised ({kind}): load the model in float32, float16 or bfloat16"
+    if type(module) is not nn.Linear and not can_be_put_on(type(module)):
+        return f"is a {kind}: a class that cannot be inherited from together with another"
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         return f"is a {kind} whose forward is not nn.Linear's: quantised, or changed by another library"
     if any(isinstance(_parent(model, place), nn.MultiheadAttention) for place in places):

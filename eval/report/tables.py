@@ -24,7 +24,7 @@ def table_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
             "parameters": f"{parameters:,.0f}" if (parameters := line.mean("parameters")) else "",
             "learning rate": f"{line.learning_rate:g}" if line.learning_rate else "",
             "minutes": f"{seconds / 60:.1f}" if (seconds := line.mean("train_seconds")) else "",
-            "peak of its process, GiB": f"{size / 2**30:.2f}" if (size := line.mean("peak_memory_bytes")) else "",
+            "peak memory, GiB": f"{size / 2**30:.2f}" if (size := line.mean("peak_memory_bytes")) else "",
             **{title: text_of(line.interval(name)) for name, title in SCORES.items()},
         }
         for line in lines

@@ -169,6 +169,14 @@ class GuardedAttention(Attention):
         self.processor._attention_backend = backend
 
 
+def try_xformers() -> None:
+    """Compute a tiny attention with xformers on the GPU. Raises whatever it raises where its kernels do not run."""
+    import xformers.ops
+
+    query = torch.zeros(1, 8, 1, 8, dtype=torch.float16, device="cuda")
+    xformers.ops.memory_efficient_attention(query, query, query)
+
+
 def require_xformers() -> None:
     """Raise UserError unless xformers can run here: it must be installed and needs a GPU."""
     if not torch.cuda.is_available():
@@ -178,10 +186,7 @@ def require_xformers() -> None:
     if not is_xformers_available():
         raise UserError("xformers is not installed; install it (pip install xformers) or leave it out")
     try:
-        import xformers.ops
-
-        query = torch.zeros(1, 8, 1, 8, dtype=torch.float16, device="cuda")
-        xformers.ops.memory_efficient_attention(query, query, query)
+        try_xformers()
     except Exception as error:  # kernels that were built for another PyTorch raise whatever they do
         raise UserError(
             f"xformers is installed but does not run here ({first_line(error)}); leave it out: PyTorch's fused "

@@ -57,7 +57,8 @@ def keep_freed_memory() -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for what comes
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
     try:
         limit, used, stat = ((CGROUP / f"memory.{what}").read_text() for what in ("max", "current", "stat"))

@@ -323,11 +323,9 @@ def _load(part: str, folder: Path, load: Callable[[Path], Any]) -> Any:
     try:
         return load(folder / part)
     except Exception as error:  # the libraries raise whatever their parsers raise
-        variant = "; if there are weights called .fp16.safetensors alone, give --variant fp16"
-        no_file = isinstance(error, OSError) and "no file named" in str(error)
-        raise UserError(
-            f"cannot load the {part} in {folder / part}: {first_line(error)}{variant if no_file else ''}"
-        ) from error
+        no_file = isinstance(error, OSError) and "no file named" in str(error) and ".fp16." not in str(error)
+        hint = " If there are weights called .fp16.safetensors alone, give --variant fp16." if no_file else ""
+        raise UserError(f"cannot load the {part} in {folder / part}: {first_line(error)}{hint}") from error
 
 
 def _loader(part: str, kind: Any, weights: dict[str, Any]) -> Callable[[Path], Any]:

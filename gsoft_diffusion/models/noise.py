@@ -28,7 +28,7 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
 
 def predicts_velocity(scheduler: Any) -> bool:
     """Whether the model of this scheduler was trained to predict `v` (see `prediction_target`)."""
-    return scheduler.config.prediction_type == "v_prediction"
+    return getattr(scheduler.config, "prediction_type", None) == "v_prediction"
 
 
 def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -91,6 +91,5 @@ def _as_marked(path: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         marks = set(file.keys()) & {"v_pred", "ztsnr"}
     if "v_pred" not in marks:
         return scheduler
-    return type(scheduler).from_config(
-        scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in marks
-    )
+    zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in marks else {}  # else as the configuration says
+    return type(scheduler).from_config(scheduler.config, prediction_type="v_prediction", **zero_snr)

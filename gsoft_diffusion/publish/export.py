@@ -62,7 +62,8 @@ def export(config: ExportConfig) -> Path:
         for adapter in config.adapter:
             stack.load(adapter, adapter, accept_other_base=config.accept_other_base)
         base = public_identity_of(model) if config.accept_other_base else files[0].base_model
-        metadata = provenance(files, config.strengths, base) | modelspec(model, files, target.stem, lora=config.is_lora)
+        metadata = provenance(files, config.strengths, base)
+        metadata |= modelspec(model, files, target.stem, change=config.is_change)
         if config.is_change:
             said = _export_change(config, rank, model, stack, metadata, place, places[".csv"])
         else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import Adapter, inject
 from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.config.command_line import command
+from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.memory import waits_not
 from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS
 from gsoft_diffusion.models.families import BaseModel
@@ -196,23 +198,27 @@ class Run:
                 if state.step == self.max_train_steps:
                     continue  # the last sheet comes after the result is saved
                 if self._validates(state.step):
-                    drawn = self._drawn(stop)
+                    drawn = self._drawn(self.validation.draw, stop)
                     if not drawn or self.validation.is_over():
                         if not _due(state.step, config.checkpointing_steps):
                             self.outputs.write_checkpoint(state, self.circumstances)
                         return not drawn
                 elif draw.taken() and accelerator.is_main_process:
-                    self.validation.draw_here(stop)
+                    self._drawn(self.validation.draw_here, stop)
         return False
 
-    def _drawn(self, stop: StopRequest) -> bool:
-        """As `Validation.draw`; if that fails, as where a picture takes more memory than a step, no step is lost."""
+    def _drawn(self, draw: Callable[[StopRequest], bool], stop: StopRequest) -> bool:
+        """Draw this step's pictures. If that fails, as where a picture takes more memory than a step, no step is lost.
+
+        That holds for a run of one process: of several, the others wait for the pictures.
+        """
         try:
-            return self.validation.draw(stop)
+            return draw(stop)
         except Exception:
             if self.accelerator.num_processes == 1 and not _due(self.state.step, self.config.checkpointing_steps):
-                self.outputs.write_checkpoint(self.state, self.circumstances)
-                self.accelerator.print(self._how_to_go_on())
+                with suppress(UserError):  # the first error is the one to be told
+                    self.outputs.write_checkpoint(self.state, self.circumstances)
+                    self.accelerator.print(self._how_to_go_on())
             raise
 
     def batches(self) -> Iterator[dict[str, Tensor]]:

@@ -250,6 +250,7 @@ class TestWithXformers:
         registry = dispatch._AttentionBackendRegistry
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(attention_module, "is_xformers_available", lambda: True)
+        monkeypatch.setattr(attention_module, "try_xformers", lambda: None)
         monkeypatch.setattr(dispatch, "_CAN_USE_XFORMERS_ATTN", True)
         monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # put back afterwards
         monkeypatch.setitem(registry._backends, dispatch.AttentionBackendName.XFORMERS, memory_efficient_attention)
@@ -264,6 +265,16 @@ class TestWithXformers:
         unet.disable_xformers_memory_efficient_attention()
         assert torch.equal(run(unet), expected)
         assert len(kernel) == len(unet.attn_processors)
+
+    def test_kernels_that_do_not_run_are_found_before_the_run(self, adapted, monkeypatch):
+        def fail():
+            raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nmore")
+
+        monkeypatch.setattr(attention_module, "try_xformers", fail)
+        with pytest.raises(
+            UserError, match=r"xformers is installed but does not run here \(No operator found .*leave it out"
+        ):
+            adapted[0].enable_xformers_memory_efficient_attention()
 
     def test_set_attention_backend(self, adapted, kernel):
         unet, _, expected = adapted

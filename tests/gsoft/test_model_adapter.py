@@ -17,6 +17,7 @@ import gsoft
 from gsoft import Config, GSOFTError
 from gsoft.group_and_shuffle import dense_reference
 from gsoft.linear import RotatedLayer, RotatedLinear
+from gsoft.products import RotationBlocks
 
 CONFIGS = {
     "double": Config(block_size=3, nfactors="dense"),
@@ -363,6 +364,14 @@ class TestModulesToSave:
             adapter.zero_grad()
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
+    @torch.no_grad()
+    def test_are_those_from_before_in_a_model_that_was_cast_meanwhile(self):
+        model, adapter = self.trained()
+        model.bfloat16()
+        with adapter.disabled():
+            assert torch.equal(model(inputs(5, 12).bfloat16()), mlp().bfloat16()(inputs(5, 12).bfloat16()))
+        assert not torch.equal(model[4].weight, mlp()[4].weight.bfloat16())
+
     def test_their_numbers_stay_after_merging_for_good(self):
         model, adapter = self.trained()
         trained = model(inputs(5, 12))
@@ -499,6 +508,11 @@ def test_a_model_is_one_graph_also_after_a_pass_that_rotated_activations():
     expected = model(x)  # with so few vectors they are rotated, and not the weight
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+    rotated = adapter.rotated("model.layer")
+    assert isinstance(rotated.prepared, RotationBlocks)
+    with torch.no_grad():  # sampling costs what the plain model costs
+        torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+    assert isinstance(rotated.prepared, torch.Tensor)
     torch._dynamo.reset()
 
 

@@ -260,3 +260,9 @@ def test_a_strangers_regular_expression_is_not_run(path, setting):
     adapter = gsoft.load(path, model, accept_other_base=True)
     assert list(adapter.targets.layers) == ["first_layer_of_the_model", "third"]
     assert adapter.config == gsoft.read(path).config
+
+
+def test_a_file_with_an_expression_on_a_model_without_its_layers(path):
+    written(path, Config(target_modules=r"[02]", block_size=6))
+    with pytest.raises(FileError, match=r"Sequential does not have the layers that it is for, .*expression \[02\]$"):
+        gsoft.load(path, nn.Sequential(nn.ReLU(), nn.Linear(12, 24)))

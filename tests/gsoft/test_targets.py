@@ -232,3 +232,18 @@ def test_a_weight_that_the_model_itself_uses_is_shared():
         find_targets(Tied(), Config(target_modules=["layer"], block_size=3))
     with pytest.raises(GSOFTError, match=r"head\.bias is shared with the model"):
         find_targets(Tied(), Config(target_modules=["layer"], block_size=3, modules_to_save=["head"]))
+
+
+def test_a_class_that_allows_no_subclass_is_refused_before_anything_is_changed():
+    class Sealed(nn.Linear):
+        def __init_subclass__(cls, *, key: str) -> None:
+            super().__init_subclass__()
+
+    class Named(nn.Linear):
+        rotated = property(lambda self: True)
+
+    for kind in (Sealed, Named):
+        model = nn.Sequential(kind(6, 6))
+        with pytest.raises(GSOFTError, match=f"0 is a {kind.__name__} of .*cannot be inherited from"):
+            gsoft.inject(model, Config(target_modules=["0"], block_size=3))
+        assert all(parameter.requires_grad for parameter in model.parameters())

@@ -270,6 +270,10 @@ def test_weights_that_are_there_in_half_precision_alone(base, tmp_path):
     path.rename(path.with_suffix(".fp16.safetensors"))
     with pytest.raises(UserError, match=r"cannot load the vae .*\.fp16\.safetensors alone, give --variant fp16"):
         load_model(str(folder))
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder), variant="fp16")
+    assert "give --variant" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

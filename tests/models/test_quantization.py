@@ -173,7 +173,7 @@ def test_a_missing_library_is_said_before_anything_is_loaded(tmp_path, monkeypat
 
 def test_weights_must_fit_into_main_memory_where_they_are_quantised(base, bitsandbytes, monkeypatch):
     asked = []
-    monkeypatch.setattr(models_module, "check_weights", lambda name, files, device: asked.append(device))
+    monkeypatch.setattr(models_module, "check_weights", lambda name, files, device, advice: asked.append(device))
     with pytest.raises(UserError, match="cannot put"):
         load_model(str(base), device="cuda:99", quantize_base="nf4")
     assert asked == ["cpu"]

@@ -23,6 +23,7 @@ from gsoft_diffusion.models.frozen_storage import stored_weights
 logger = logging.getLogger(__name__)
 
 TILE = 512  # pixels along a side of the VAE's tiles
+ENCODING_BYTES = 2**29  # what a text encoder takes besides its weights while it computes, generously
 
 # All that prompts say to the denoiser; the first dimension of each counts prompts. What decides shapes is on the CPU,
 # so that nobody waits for the device to know it; all else is on the model's device.
@@ -274,7 +275,11 @@ class BaseModel(ABC):
         may_stay = any(part is encoder for encoder in self.all_text_encoders()) and part not in self.text_encoders
         if not may_stay or next(part.parameters()).device == self.device:
             return True
-        return sum(weight.nbytes for weight in (*part.parameters(), *stored_weights(part))) < free_memory(self.device)
+        needed = sum(weight.nbytes for weight in (*part.parameters(), *stored_weights(part))) + ENCODING_BYTES
+        if needed <= free_memory(self.device):
+            return True
+        _said_once(f"{type(part).__name__} does not fit beside the denoiser on {self.device}: it computes where it is")
+        return False
 
     def all_text_encoders(self) -> list[nn.Module]:
         """All text encoders, those that no adapter may be in as well."""
@@ -313,10 +318,16 @@ class BaseModel(ABC):
             return in_tiles_if_needed(self.vae, self.vae.decode, latents).sample
 
 
+@cache
+def _said_once(text: str) -> None:
+    logger.warning(text)
+
+
 def in_tiles_if_needed(vae: Any, compute: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     """What a VAE makes of pictures or latents: whole, or piece by piece from the first time on that memory runs out.
 
-    vae: one of diffusers'. compute: its `encode` or `decode`. inputs: what is passed to it.
+    vae: one of diffusers'. compute: its `encode` or `decode`. inputs: what is passed to it. Raises OutOfMemoryError if
+    pieces are too large as well; pictures up to the size of a piece (`TILE`) are one.
 
     Pieces overlap, and differ a little from a whole picture's, since the VAE sees less around them.
     """
