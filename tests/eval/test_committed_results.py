@@ -23,7 +23,7 @@ def test_results_are_few_small_files():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["block_sizes", "block_sizes_cayley", "fronts_trial", "fronts"])
+@pytest.mark.parametrize("name", ["block_sizes", "block_sizes_cayley", "fronts_trial", "fronts", "fronts_dreambooth"])
 def test_reports_follow_from_the_results(name, tmp_path):
     out = shutil.copytree(FOLDER / name, tmp_path / name, ignore=shutil.ignore_patterns(work_folder(FOLDER).name))
     for text in TEXTS:
