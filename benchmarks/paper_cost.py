@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import table
+from eval.baselines import adapted_layers
 from eval.cell_pictures import pictures_of
 from eval.cells import base_cells, main_cells, scorings, sweep_cells
 from eval.experiment import Experiment
@@ -53,7 +53,6 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "sample_size": 512,
 }
-ADAPTED = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)\.weight$")  # the base is frozen otherwise
 GUIDED = 2  # predictions a sampling step: with the prompt and without
 
 
@@ -66,8 +65,8 @@ def operations() -> dict[str, int]:
     with torch.device("meta"):
         latent = torch.empty(1, 4, 64, 64)
         unet = UNet2DConditionModel(**UNET).requires_grad_(False)
-        for name, weight in unet.named_parameters():
-            weight.requires_grad_(ADAPTED.search(name) is not None)
+        for layer in adapted_layers(unet, [], text_encoder=False).values():
+            layer.weight.requires_grad_()
         with FlopCounterMode(display=False) as counter:
             made = unet(latent, torch.empty(1), torch.empty(1, 77, UNET["cross_attention_dim"])).sample
             counts["prediction"] = counter.get_total_flops()
