@@ -120,7 +120,9 @@ class Published(NamedTuple):
         """Denoiser and text encoders, on PyTorch's meta device: shapes without numbers."""
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
         with torch.device("meta"):
-            encoders = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, self.text_encoders, strict=False)]
+            encoders: list[nn.Module] = [
+                kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, self.text_encoders, strict=False)
+            ]
             return self.denoiser(**self.config), encoders
 
 

@@ -119,7 +119,7 @@ def write_adapter(file: Path, unet: Any, text_encoder: Any) -> None:
     adapter = inject(CONFIG, unet, [text_encoder])
     generator = torch.Generator().manual_seed(0)
     for parameter in adapter.parameters():
-        parameter += ANGLE * torch.randn(parameter.shape, generator=generator)
+        parameter.add_(ANGLE * torch.randn(parameter.shape, generator=generator))
     save_adapter(file, adapter, base_model=identity, training={}, prompts={})
     adapter.remove()
 

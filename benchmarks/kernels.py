@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -195,9 +194,12 @@ def _put_in(method: str, denoiser: nn.Module, text_encoders: list[nn.Module]) ->
     """Put the method into the model; returns what it trains."""
     layers = adapted_layers(denoiser, text_encoders, bool(text_encoders))
     if method == "floor":
-        biases = [layer.bias for layer in layers.values() if layer.bias is not None]
+        biases = [layer.bias for layer in layers.values() if isinstance(layer.bias, nn.Parameter)]
         norms = [tensor for name, tensor in denoiser.named_parameters() if name.endswith("norm_k.weight")]
-        return [tensor.requires_grad_() for tensor in biases or norms]  # FLUX.2 has no biases
+        parameters = biases or norms  # FLUX.2 has no biases
+        for parameter in parameters:
+            parameter.requires_grad_()
+        return parameters
     config: Any = matched(method, "small", layers, bool(text_encoders))
     adapter: Any = (inject if "gsoft" in method else inject_baseline)(config, denoiser, text_encoders)
     return list(adapter.parameters())
@@ -223,4 +225,4 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,11 +20,11 @@ class PeftButterflyLinear(ButterflyLinear):
     """PEFT's layer again: the same parameters, PEFT's forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        extension, boft.FastBlockDiag = boft.FastBlockDiag, BlockDiagonal  # type: ignore[assignment]
+        extension, boft.FastBlockDiag = boft.FastBlockDiag, BlockDiagonal  # type: ignore[assignment, misc]
         try:
             return boft.Linear.forward(self, x, *args, **kwargs)
         finally:
-            boft.FastBlockDiag = extension  # type: ignore[assignment]
+            boft.FastBlockDiag = extension  # type: ignore[misc]
 
 
 class BlockDiagonal:

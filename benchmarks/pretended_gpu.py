@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, SupportsIndex
 from unittest import mock
 
 import torch
@@ -65,16 +65,16 @@ class TensorOnGPU(Tensor):
     """A tensor that says it is on the GPU; `held` has its numbers, on the CPU, or its shape, on the meta device."""
 
     held: Tensor
-    device = property(lambda self: GPU)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    is_meta = property(lambda self: False)  # type: ignore[assignment]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    is_meta = property(lambda self: False)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A file has the numbers, and whoever reads it says where they go."""
         return self.held.detach().__reduce_ex__(protocol)
 
@@ -109,7 +109,7 @@ class TensorOnGPU(Tensor):
         return f"TensorOnGPU({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _compute(func, args, kwargs or {}, _tensors(args, kwargs or {}))
 
 
@@ -138,7 +138,7 @@ class PretendedGPU(TorchDispatchMode):
         self._calls = _Calls()
 
     def __enter__(self) -> PretendedGPU:
-        torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+        torch._C._ensureCUDADeviceGuardSet()
         for patch in _driver_stand_ins():
             self._patches.enter_context(patch)
         if self._holds_on.type == "meta":
@@ -217,7 +217,7 @@ class _FusedAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.kernels["scaled_dot_product_attention_backward"] += 1
         return None, *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gsoft.group_and_shuffle import permutation_matrix
+from gsoft.linear_slice import AnyLinear
 from gsoft.rotation import factor_shape
 from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears
 from gsoft_diffusion.config import AdapterConfig
@@ -21,7 +22,7 @@ from gsoft_diffusion.config import AdapterConfig
 class PublishedLinear(nn.Module):
     """`y = s·(Q_out W Q_in x) + bias`."""
 
-    def __init__(self, linear: nn.Linear, config: AdapterConfig) -> None:
+    def __init__(self, linear: AnyLinear, config: AdapterConfig) -> None:
         super().__init__()
         self.linear = linear
         for name, width in (("in", linear.in_features), ("out", linear.out_features)):
@@ -67,7 +68,8 @@ class PublishedAdapter(nn.Module):
             setattr(module, name, wrapped[child])
 
     def trainable(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers for p in (layer.q_in, layer.q_out, layer.output_scale)]
+        names = ("q_in", "q_out", "output_scale")
+        return [layer.get_parameter(name) for layer in self.layers for name in names]
 
     def remove(self) -> None:
         for module, name, child in self._places:

@@ -9,7 +9,6 @@ method makes once for all pictures is made before, and the time that Double GSOF
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,4 +161,4 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

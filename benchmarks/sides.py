@@ -11,7 +11,6 @@ which is the same for both. From all points follow the constants of `gsoft.costs
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -125,9 +124,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         panel.axhline(1, color="grey", linewidth=0.5)
     axes[0][0].set_ylabel("step of one projection / frozen")
     lines = [plt.Line2D([], [], color=f"C{n}", label=f"blocks of {size}") for n, size in enumerate(BLOCK_SIZES)]
-    lines += [
-        plt.Line2D([], [], color="k", linestyle=s, label=name) for name, s in (("weight", "-"), ("activations", "--"))
-    ]
+    lines.append(plt.Line2D([], [], color="k", linestyle="-", label="weight"))
+    lines.append(plt.Line2D([], [], color="k", linestyle="--", label="activations"))
     axes[0][-1].legend(handles=lines, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -158,10 +156,10 @@ def fit(records: list[dict[str, Any]]) -> list[float]:
             for side, estimated in (("weight", weight), ("activations", activations))
         ]
         optimizer.zero_grad()
-        sum(wrong).backward()  # type: ignore[union-attr]
+        torch.stack(wrong).sum().backward()
         optimizer.step()
     return logarithms.exp().tolist()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

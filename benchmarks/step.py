@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -194,7 +193,8 @@ class Bench:
 
     def _biases(self, every_layer: bool) -> tuple[list[nn.Parameter], Callable[[], None]]:
         """The floor. The first attention's products need no backward pass if only biases behind them train."""
-        before = {layer: layer.bias for layer in self.layers.values() if every_layer or layer.bias is not None}
+        linears = [layer for layer in self.layers.values() if isinstance(layer, nn.Linear)]
+        before = {layer: layer.bias for layer in linears if every_layer or layer.bias is not None}
         for layer, bias in before.items():
             layer.bias = nn.Parameter(
                 layer.weight.new_zeros(layer.out_features) if bias is None else bias.detach().clone()
@@ -252,4 +252,4 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

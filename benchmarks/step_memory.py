@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
-import sys
 import time
 from typing import Any
 
@@ -105,4 +104,4 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

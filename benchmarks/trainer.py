@@ -9,7 +9,6 @@ clipping, trackers. Every repetition takes both, one after the other.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from typing import Any
@@ -88,4 +87,4 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,10 +8,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from torch import nn
-
 from eval.baselines import BaselineConfig, baseline_count, expected_parameters
 from gsoft.errors import GSOFTError
+from gsoft.linear_slice import AnyLinear
 from gsoft.rotation import parameter_count, parameter_shapes
 from gsoft_diffusion.config.adapter import AdapterConfig
 from gsoft_diffusion.foundation.errors import UserError
@@ -42,7 +41,7 @@ POWERS = (2, 4, 8, 16, 32, 64, 128)
 
 
 def matched(
-    method: str, budget: str, layers: Mapping[str, nn.Linear], text_encoder: bool, output_scale: bool = True
+    method: str, budget: str, layers: Mapping[str, AnyLinear], text_encoder: bool, output_scale: bool = True
 ) -> AnyConfig:
     """The method's settings whose number of parameters comes nearest to the budget.
 
@@ -70,7 +69,7 @@ def matched(
     return min(fitting)[2]
 
 
-def count_parameters(config: AnyConfig, layers: Mapping[str, nn.Linear]) -> int | None:
+def count_parameters(config: AnyConfig, layers: Mapping[str, AnyLinear]) -> int | None:
     """How many free numbers the settings train in these layers; None if a width does not fit.
 
     config: a method and its size. layers: by name.
