@@ -12,6 +12,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 from fastapi import APIRouter, Response
 from starlette.responses import FileResponse, PlainTextResponse, StreamingResponse
 
+from gsoft_diffusion.app.runs import EXPORTS, MERGED
 from gsoft_diffusion.app.subjects import subject_of
 from gsoft_diffusion.app.workspace import Workspace, inside
 from gsoft_diffusion.foundation.errors import UserError
@@ -19,11 +20,8 @@ from gsoft_diffusion.foundation.errors import UserError
 PICTURES = re.compile(
     r"validation/curve\.png|validation/step-\d+(_\d+)?\.png|validation/step-\d+/[^/]+\.png|images/(checkpoint-\d+/)?[^/]+\.png"
 )
-TAKEN = re.compile(
-    r"(checkpoint-\d+/)?adapter\.safetensors|README\.md"
-    r"|(merged[\w-]*|[a-z]+_lora_rank[\w-]*|diff(_[\w-]*)?)\.(safetensors|md|csv)"
-)
-FOLDERS = re.compile(r"merged[\w-]*/")
+TAKEN = re.compile(rf"(checkpoint-\d+/)?adapter\.safetensors|README\.md|{EXPORTS}\.(safetensors|md|csv)")
+FOLDERS = re.compile(f"{MERGED}/")
 BLOCK = 1 << 20  # bytes of a file that are sent at a time
 ASK_AGAIN = {"cache-control": "private, no-cache"}
 FOR_GOOD = {"cache-control": "private, max-age=86400"}  # seconds; the address changes with the file

@@ -1,7 +1,7 @@
 """The queue of jobs, in the page's folder: it survives the page. Each job runs as a process of its own.
 
-A job is a command of this project with settings in a file. One that needs the device waits for its turn; exports, which
-compute on the CPU, have a turn of their own.
+A job is a command of this project with settings in a file. One that needs the device waits for its turn; exports, to
+which no GPU is shown, have a turn of their own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Kind = Literal["train", "draw", "export"]
 State = Literal["waiting", "running", "done", "stopped", "failed", "lost", "withdrawn"]
 TURNS: dict[str, str] = {"train": "device", "draw": "device", "export": "cpu"}
 WITHDRAWN = "withdrawn"
+STOP = "stop.json"  # in a job's folder, once it was asked to stop
 HEAD, TAIL = 10_000, 20_000  # bytes of a log's beginning and end that are looked at
 EVERY = 0.5  # seconds between looks at the queue
 PROCESS_FOLDER = Path(__file__).resolve().parents[2]
@@ -160,14 +161,27 @@ class Jobs:
         """The last job of a kind that is about a run, None if there was none."""
         return next((job for job in reversed(self.all()) if job.run == run and job.kind == kind), None)
 
-    def stop(self, job: Job) -> None:
-        """Have a job end: one that runs saves what it has, one that waits leaves the queue."""
+    def current(self, run: str, kind: Kind) -> Job | None:
+        """The job of a kind about a run that is under way or the next, else the last one; None if there was none."""
+        found = [job for job in self.all() if job.run == run and job.kind == kind]
+        return next((job for job in found if not job.ended), found[-1] if found else None)
+
+    def stop(self, job: Job, at_once: bool = False) -> bool:
+        """Have a job end: one that runs saves what it has, one that waits leaves the queue.
+
+        at_once: of one that was asked to stop before, and did not: it ends without saving. Returns False if it was
+        asked before, and is left to end by itself.
+        """
         with self._lock:
             job = self.job(job.number)
             if job.state == "waiting":
                 write_json(job.folder / END, {"status": WITHDRAWN, "time": time.time()})
             elif job.state == "running":
+                if (job.folder / STOP).is_file() and not at_once:
+                    return False  # a training takes a second signal for a wish to end without saving
+                write_json(job.folder / STOP, {"time": time.time()})
                 self._send(job, signal.SIGTERM)
+            return True
 
     def draw_now(self, job: Job) -> None:
         """Ask a training for a sheet of its validation prompts after the current step.
@@ -223,6 +237,8 @@ class Jobs:
             "PYTHONUNBUFFERED": "1",
             "TQDM_MININTERVAL": "2",  # seconds; its lines are kept
         }
+        if TURNS[job.kind] == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # it has not waited for the device
         with (job.folder / LOG).open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "gsoft_diffusion.app.job", str(job.folder)],

@@ -22,6 +22,8 @@ from gsoft_diffusion.training.validation_scores import StepScores, best_step, re
 
 PATIENCE = 180.0  # seconds of silence after which a run may be stuck
 SLOW_STEPS = 20  # or so many times its usual step, if that is more
+EXPORTS = r"(merged[\w-]*|(kohya|diffusers)_lora_rank[\w-]*|diff(_[\w-]*)?)"  # names of exports without their end
+MERGED = r"merged[\w-]*"  # folders of whole models
 PICTURE = re.compile(r"(\d+)_seed\d+_.*\.png")
 
 
@@ -157,10 +159,9 @@ class RunView:
     @property
     def exports(self) -> list[str]:
         """What can be taken home: names of files and of folders below the run's, which end in a slash."""
-        stems = ("*_rank*", "merged*", "diff", "diff_*")
-        files = [path.name for stem in stems for path in self.folder.glob(f"{stem}.safetensors")]
-        folders = [f"{path.name}/" for path in self.folder.glob("merged*") if path.is_dir()]
-        return sorted(files) + sorted(folders)
+        there = sorted(path for path in self.folder.iterdir() if not path.is_symlink())
+        files = [path.name for path in there if re.fullmatch(rf"{EXPORTS}\.safetensors", path.name)]
+        return files + [f"{path.name}/" for path in there if re.fullmatch(MERGED, path.name) and path.is_dir()]
 
     @property
     def card(self) -> str:

@@ -140,7 +140,7 @@ class Gatekeeper:
 
     def _cookie(self, headers: Headers) -> str:
         """Its name; browsers keep cookies by machine, and there may be several pages on one."""
-        return f"gsoft-{headers.get('host', '').rpartition(':')[2]}"
+        return "-".join(["gsoft", *re.findall(r":(\d+)$", headers.get("host", ""))])
 
     async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":

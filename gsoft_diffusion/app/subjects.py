@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import unicodedata
 from collections.abc import Mapping
@@ -85,12 +86,29 @@ class Subject:
         return Concept(str(self.photos), self.class_word, self.token).resolved()
 
     def keep(self, facts: Mapping[str, Any]) -> None:
-        """Keep facts by name: class_word, token, base, resolution, settings. Raises UserError if it cannot."""
+        """Keep facts by name: class_word, token, base, resolution, settings. Raises UserError if it cannot.
+
+        Captions and prompts that were written with another token follow it.
+        """
         changed = self.facts | dict(facts)
         if changed.get("class_word"):
             Concept(str(self.photos), changed["class_word"], changed.get("token") or None).resolved()
+        before, now = self.token, str(changed.get("token", ""))
+        if before and now and before != now:
+            old = re.compile(rf"(?<!\w){re.escape(before)}(?!\w)")
+            self._rewrite_captions(old, now)
+            changed["settings"] = _with_token(changed.get("settings", {}), old, now)
         write_json(self.folder / FACTS, changed)
         self.facts = changed
+
+    def _rewrite_captions(self, old: re.Pattern[str], now: str) -> None:
+        for path in self.photos.glob("*.txt"):
+            try:
+                text = path.read_bytes().decode(errors="surrogateescape")
+                with whole_file(path) as file:
+                    file.write(old.sub(lambda _: now, text).encode(errors="surrogateescape"))
+            except OSError as error:
+                raise UserError(f"{path.name}: the caption cannot be written ({error.strerror})") from error
 
     def seen(self) -> tuple[Seen, ...]:
         """Its photos with what training says of them. Raises UserError as `read_folder`; none if there is none."""
@@ -137,7 +155,7 @@ class Subject:
             with TemporaryDirectory(dir=self.folder) as alone:  # it is kept once training would take it
                 copy = Path(alone) / place.name
                 shutil.copyfile(upload, copy)
-                _check_size(copy)
+                check_size(copy)
                 read_folder(alone, "photos", "")
                 return copy.rename(place)
         except OSError as error:
@@ -197,6 +215,15 @@ class Subject:
                 each.unlink(missing_ok=True)
 
 
+def _with_token(value: Any, old: re.Pattern[str], now: str) -> Any:
+    """Settings whose texts have the new token for the old one."""
+    if isinstance(value, str):
+        return old.sub(lambda _: now, value)
+    if isinstance(value, list):
+        return [_with_token(each, old, now) for each in value]
+    return {key: _with_token(each, old, now) for key, each in value.items()} if isinstance(value, dict) else value
+
+
 def _state(path: Path) -> tuple[int, int]:
     """A file's size in bytes and the time of its last change in nanoseconds."""
     found = path.stat()
@@ -218,8 +245,11 @@ def _seen(photos: Path, state: object, prompt: str, resolution: int) -> tuple[Se
     return tuple(Seen(photo, tuple(said[photo.path])) for photo in found)
 
 
-def _check_size(path: Path) -> None:
-    """Raise UserError if the file is no picture, or has very many pixels. It is not unpacked for this."""
+def check_size(path: Path) -> None:
+    """Raise UserError if the file is no picture, or has very many pixels. It is not unpacked for this.
+
+    path: of an upload.
+    """
     with opened(path) as image:
         width, height = image.size
     if width * height > MOST_PIXELS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from gsoft_diffusion.config.settings import (
@@ -16,6 +17,9 @@ from gsoft_diffusion.config.settings import (
 )
 from gsoft_diffusion.config.strengths import strength_by_adapter
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.run_folder import checkpoint_name, run_folder
+
+DEFAULT_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,18 @@ class ExportConfig(Settings):
     def is_change(self) -> bool:
         """Whether the format holds the change of the weights, and not a whole model."""
         return self.is_lora or self.format == "diff"
+
+
+def default_output(adapter: Path, layout: str, rank: int, made_of: str | None = None) -> Path:
+    """Where an export goes by default: in the run's folder, named after the format and what it was made of.
+
+    adapter: the file. layout: the format. rank: of a LoRA. made_of: ends the name; by default the checkpoint, if the
+    adapter is that of one.
+    """
+    stem = {"diffusers": "merged", "checkpoint": "merged", "diff": "diff"}.get(layout, f"{layout}_rank{rank}")
+    made_of = checkpoint_name(adapter) if made_of is None else made_of
+    end = "" if layout == "diffusers" else ".safetensors"
+    return run_folder(adapter) / f"{stem}{f'_{made_of}' if made_of else ''}{end}"
 
 
 _RANK = OnlyWith(

@@ -16,9 +16,15 @@ from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.photos.colours import to_srgb
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff"}
-EXIF_ORIENTATION = 0x0112
-# What Pillow's readers raise for damaged files.
-DAMAGE = (EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError, ValueError, struct.error)
+# As what a file may be read, whatever its name says. Of what else Pillow reads, EPS runs a program in the file.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12, from byte 8
+EXIF_ORIENTATION, TURNED = 0x0112, range(2, 9)
+# What Pillow's readers raise for damaged files, and RuntimeError of the one for HEIC.
+DAMAGE = (
+    *(EOFError, IndexError, KeyError, OSError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError),
+    struct.error,
+)
 SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP")  # whose further pictures are others, not previews as in photos of telephones
 
 
@@ -66,16 +72,18 @@ def open_image(path: Path) -> Image.Image:
 def opened(path: Path) -> Iterator[Image.Image]:
     """The picture in a file as Pillow opens it: what it is is known in the block, its pixels are read by `upright`.
 
-    Raises UserError naming the file if it is damaged, a sequence of pictures, or so large that it may be an attack
-    (Pillow's limit).
+    Raises UserError naming the file if it is of none of `FORMATS` and no HEIC, damaged, a sequence of pictures, or so
+    large that it may be an attack (Pillow's limit).
     """
-    if path.suffix.lower() in (".heic", ".heif"):
+    with _damage_explained(path), path.open("rb") as file:
+        start = file.read(12)
+    formats: tuple[str, ...] = FORMATS
+    if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS:
         _enable_heic(path)
+        formats = ("HEIF",)
     with _damage_explained(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error, and enough
-        with path.open("rb") as file:
-            file.read(1)  # Pillow does not close a file that it cannot read
-        image = Image.open(path)
+        image = Image.open(path, formats=formats)
     with image:
         with _damage_explained(path):
             count = getattr(image, "n_frames", 1)
@@ -90,7 +98,7 @@ def upright(path: Path, image: Image.Image) -> tuple[Image.Image, bool]:
     path: the file, for messages. image: as `opened` gave it. Raises UserError naming the file if it is damaged.
     """
     with _damage_explained(path):
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
         return ImageOps.exif_transpose(image), turned
 
 

@@ -116,7 +116,7 @@ def _from_opacity(image: Image.Image, path: Path) -> Image.Image | None:
         raise UserError(f"{path}: transparent everywhere")
     if strongest - faintest < CONTRAST and strongest >= MIDDLE:  # says nothing, so the colours must
         return None
-    seen = np.asarray(image)[np.asarray(opacity) >= MIDDLE][:, :3].astype(int)
+    seen = np.asarray(image)[np.asarray(opacity) >= MIDDLE][:, :3]
     if len(seen) and np.ptp(seen, axis=1).max() <= NEARLY_GREY and seen.min() <= NEARLY_GREY:
         if seen.max() <= NEARLY_GREY:
             raise UserError(f"{path}: black on transparent is ambiguous; paint the subject white, and the rest black")
@@ -129,8 +129,10 @@ def _from_opacity(image: Image.Image, path: Path) -> Image.Image | None:
 
 
 def _from_colours(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode in ("1", "L"):
+        return _from_labels(np.asarray(image.convert("L")), path)
     rgb = image.convert("RGB")
-    colours = np.asarray(rgb).astype(int)
+    colours = np.asarray(rgb)
     indices = np.asarray(image)
     if image.mode == "P" and np.ptp(indices) and (colours == colours[0, 0]).all():  # a palette that says nothing
         return _from_labels(indices, path)
@@ -147,9 +149,10 @@ def _from_colours(image: Image.Image, path: Path) -> Image.Image:
 
 def _from_labels(values: np.ndarray, path: Path) -> Image.Image:
     """Shades of grey as they are; numbers 0 and 1 as black and white."""
-    different = set(np.unique(values).tolist())
+    values = values.astype(np.uint8, copy=False)
+    different = {level for level, count in enumerate(Image.fromarray(values).histogram()) if count}
     if different == {0, 1}:
         values = values * 255
     elif different == {0, 1, 255}:
         raise UserError(f"{path}: holds the labels 0, 1 and 255; paint the subject white, and the rest black")
-    return Image.fromarray(values.astype(np.uint8))
+    return Image.fromarray(values)

@@ -20,9 +20,10 @@ from gsoft_diffusion.adapters.identity import public_identity_of
 from gsoft_diffusion.adapters.loading import load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
+from gsoft_diffusion.config.export import DEFAULT_RANK, default_output
 from gsoft_diffusion.foundation.errors import UserError, printable
 from gsoft_diffusion.foundation.files import new_places
-from gsoft_diffusion.foundation.run_folder import CARD, checkpoint_name, latest_sheet, run_folder
+from gsoft_diffusion.foundation.run_folder import CARD, latest_sheet, run_folder
 from gsoft_diffusion.models.families import BaseModel, ZImage
 from gsoft_diffusion.models.loading import INDEX, best_device
 from gsoft_diffusion.models.original_layout import text_encoder_tensors
@@ -32,7 +33,6 @@ from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, by_module, 
 from gsoft_diffusion.publish.metadata import kohya_metadata, modelspec, provenance
 from gsoft_diffusion.publish.model_card import model_card
 
-DEFAULT_RANK = 64
 PREVIEW = "preview.png"  # in a merged folder
 
 
@@ -48,7 +48,7 @@ def export(config: ExportConfig) -> Path:
     if all(file.changes_nothing or not strength for file, strength in zip(files, strengths, strict=True)):
         raise UserError(f"--adapter {', '.join(config.adapter)}: does not change the base model; nothing is exported")
     rank = config.rank or DEFAULT_RANK
-    target = Path(config.output or _default_target(files[0].path, config.format, rank))
+    target = Path(config.output or default_output(files[0].path, config.format, rank))
     sheet = _sheet(files[0]) if strengths == [1.0] else None
     whole = config.format == "diffusers"
     ends = [] if whole else [".md", *([".png"] if sheet else []), *([".csv"] if config.is_change else [])]
@@ -80,14 +80,6 @@ def export(config: ExportConfig) -> Path:
     if config.format == "kohya_lora" and isinstance(model, ZImage):
         print("note: this is for musubi-tuner; ComfyUI reads diffusers_lora of this model")
     return target
-
-
-def _default_target(adapter: Path, layout: str, rank: int) -> Path:
-    """The default output: in the run's folder, named after the format and, if there is one, the checkpoint."""
-    checkpoint = checkpoint_name(adapter)
-    stem = {"diffusers": "merged", "checkpoint": "merged", "diff": "diff"}.get(layout, f"{layout}_rank{rank}")
-    end = "" if layout == "diffusers" else ".safetensors"
-    return run_folder(adapter) / f"{stem}{f'_{checkpoint}' if checkpoint else ''}{end}"
 
 
 def _sheet(file: AdapterFile) -> Path | None:

@@ -45,6 +45,16 @@ def test_exports_do_not_wait_for_the_device(jobs, sleeping):
     assert jobs.add("export", "dog", {}).place == 1
 
 
+def test_no_gpu_is_shown_to_a_job_that_did_not_wait_for_it(jobs, monkeypatch):
+    started = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(jobs_module.subprocess, "Popen", lambda command, **options: started.append(options["env"]))
+    for kind in ("export", "train"):
+        with pytest.raises(AttributeError):  # there is no process
+            jobs.add(kind, "a", {})
+    assert [env.get("CUDA_VISIBLE_DEVICES") for env in started] == ["", None]
+
+
 def test_the_queue_survives_the_page(workspace, jobs, sleeping):
     first, second = jobs.add("train", "dog", {}), jobs.add("train", "cat", {})
     running(jobs, first.number)

@@ -323,8 +323,9 @@ def test_each_format_is_made_and_downloaded(visit, server, tmp_path):
         visit.page.get_by_label(label).check()
         visit.page.click("#make")  # the page takes no second click while it works on the first
         visit.wait(lambda known=before: len(list(server.folder.glob("app/jobs/*"))) > known, f"export of {label}")
-    wanted = {"adapter.safetensors", "kohya_lora_rank64.safetensors", "diffusers_lora_rank64.safetensors"}
-    wanted |= {"merged.safetensors", "merged.zip", "diff.safetensors"}
+    step = max(RunView(server.folder / "my-ted").adapters)
+    stems = (f"{name}_step-{step}" for name in ("kohya_lora_rank64", "diffusers_lora_rank64", "merged", "diff"))
+    wanted = {"adapter.safetensors", f"merged_step-{step}.zip", *(f"{stem}.safetensors" for stem in stems)}
     links = visit.page.locator("#files a")
     visit.wait(lambda: {text.rpartition("/")[2] for text in links.all_inner_texts()} == wanted, "all formats")
     for at in range(links.count()):
@@ -336,7 +337,7 @@ def test_each_format_is_made_and_downloaded(visit, server, tmp_path):
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 assert archive.testzip() is None
-                assert "merged/model_index.json" in archive.namelist()
+                assert f"merged_step-{step}/model_index.json" in archive.namelist()
         else:
             with safe_open(path, framework="pt") as file:
                 assert len(list(file.keys())) > 10

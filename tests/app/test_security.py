@@ -277,6 +277,15 @@ def test_the_right_password_opens_the_page_for_this_browser_alone(locked, served
         assert locked.get("/theme.css", headers={"cookie": cookie.encode("latin-1")}).status_code == 401
 
 
+@pytest.mark.parametrize("host", ["[::1]", "[::1]:7860", "localhost"])
+def test_whoever_has_the_password_comes_in_by_every_name(locked, host):
+    own = {"host": host, "origin": f"http://{host}"}
+    answer = locked.post("/login", headers=OWN | own, content="password=correct+horse", follow_redirects=False)
+    assert answer.status_code == 303
+    cookie = answer.headers["set-cookie"].partition(";")[0]
+    assert locked.get("/theme.css", headers={"host": host, "cookie": cookie}).status_code == 200
+
+
 # The page's own files
 
 

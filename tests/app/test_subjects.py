@@ -70,6 +70,14 @@ def test_photos_of_one_name_stay_apart(dog, upload):
     assert names == ["a.png", "a-2.jpg", "a-3.png"]
 
 
+def test_captions_and_prompts_follow_the_token(dog):
+    (dog.photos / "a.txt").write_text("a photo of a sks dog with risks, sks!")
+    dog.keep({"settings": {"validation_prompts": ["a sks dog in the snow"], "max_train_steps": 5}})
+    dog.keep({"token": "ohwx", "base": "x"})
+    assert (dog.photos / "a.txt").read_text() == "a photo of a ohwx dog with risks, ohwx!"
+    assert dog.settings == {"validation_prompts": ["a ohwx dog in the snow"], "max_train_steps": 5}
+
+
 @pytest.mark.parametrize("called", ["x.svg", "x.html", "x", "x.png.exe", "x.gif", ""])
 def test_other_kinds_of_file_are_refused_by_name(dog, upload, called):
     with pytest.raises(UserError, match="is no kind of picture known here"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.photos.image_files import open_image, opened
+from gsoft_diffusion.photos.image_files import open_image, opened, read_picture
+
+HEIC = b"\0\0\0\x18ftypheic" + bytes(12)
 
 
 def picture(width: int = 20, height: int = 30, seed: int = 0) -> Image.Image:
@@ -37,10 +40,47 @@ def test_heic(tmp_path):
     assert np.abs(np.asarray(image, int) - np.asarray(smooth, int)).max() <= 8
 
 
+def test_a_heic_by_another_name_is_read_for_what_it_is(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(picture(64, 64)).save(tmp_path / "a.heic")
+    path = (tmp_path / "a.heic").rename(tmp_path / "a.jpg")
+    assert open_image(path).size == (64, 64)
+
+
+def test_a_damaged_heic_is_named(tmp_path):
+    pytest.importorskip("pillow_heif")
+    path = tmp_path / "picture.heic"
+    path.write_bytes(HEIC)
+    with pytest.raises(UserError, match=r"picture\.heic: damaged"):
+        open_image(path)
+
+
+def test_a_file_that_holds_a_program_is_not_run(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for anew
+    path = tmp_path / "dog.png"
+    picture().save(path, "EPS")
+    with pytest.raises(UserError, match=r"dog\.png: damaged or not a picture"):
+        open_image(path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(0, False), (1, False), (6, True), (9, False)])
+def test_only_what_exif_defines_turns_a_picture(tmp_path, orientation, turned):
+    path, exif = tmp_path / "picture.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(path, exif=exif)
+    assert read_picture(path).turned == turned
+
+
 def test_heic_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     path = tmp_path / "picture.heic"
-    path.write_bytes(b"x")
+    path.write_bytes(HEIC)
     with pytest.raises(UserError, match=r"picture\.heic.*pip install pillow-heif"):
         open_image(path)
 

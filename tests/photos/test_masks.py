@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from PIL import Image
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos.folder import open_mask, read_folder
 from gsoft_diffusion.photos.image_files import EXIF_ORIENTATION
+from gsoft_diffusion.photos.masks import read_mask
 
 
 def picture(width: int = 20, height: int = 30, seed: int = 0) -> Image.Image:
@@ -166,6 +169,22 @@ def test_masks_that_are_wrong_are_named(photos, name, mask, message):
     mask.save(photos / name)
     with pytest.raises(UserError, match=message):
         read_folder(photos, "--flag", "a")
+
+
+@pytest.mark.parametrize(("mode", "bytes_a_pixel"), [("1", 3), ("L", 3), ("RGB", 12)])
+def test_a_large_mask_takes_little_memory(tmp_path, mode, bytes_a_pixel):
+    side = 1000
+    Image.linear_gradient("L").resize((side, side)).point(lambda value: 255 * (value > 127)).convert(mode).save(
+        tmp_path / "x.png"
+    )
+    tracemalloc.start()
+    try:
+        mask = read_mask(tmp_path / "x.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert mask.getextrema() == (0, 255)
+    assert peak < bytes_a_pixel * side**2  # of NumPy's
 
 
 def test_a_mask_is_turned_like_its_photo(tmp_path):

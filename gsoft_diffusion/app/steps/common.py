@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,20 @@ class Page:
     def view(self, run: str) -> RunView:
         """A run as it is now. Raises UserError if there is none of that name, in the folder or in the queue."""
         job = self.jobs.latest(run, "train")
-        folder = self.workspace.root / job.run if job and job.run == run else self.workspace.run(run)
+        folder = self.workspace.root / run if job else self.workspace.run(run)
         return RunView(folder, job)
 
     def runs(self) -> list[str]:
-        """The names of all runs, those included that have not written anything yet; the latest first."""
-        waiting = [job.run for job in reversed(self.jobs.all()) if job.kind == "train"]
-        return list(dict.fromkeys([*waiting, *self.workspace.runs()]))
+        """The names of all runs, the latest first.
+
+        Those included that have not written anything yet, and the last one if it failed before it did.
+        """
+        trainings = [job for job in self.jobs.all() if job.kind == "train"]
+        there = self.workspace.runs()
+        listed = [job for job in trainings if not job.ended or job.run in there]
+        if trainings and trainings[-1].error():
+            listed.append(trainings[-1])
+        return list(dict.fromkeys([*(job.run for job in reversed(listed)), *there]))
 
     def adapters(self) -> list[tuple[str, str]]:
         """All adapters in the folder: what to call each, and its path below the folder; the latest runs first."""
@@ -64,6 +72,22 @@ class Page:
         if name not in (known for _, known in self.adapters()):
             raise UserError(f"--adapter {name}: is no adapter in this page's folder")
         return self.workspace.root / name
+
+
+def says_why(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an event that has no place of its own for errors: a UserError becomes a message on the page.
+
+    handler: what the event does.
+    """
+
+    @wraps(handler)
+    def handled(*given: Any) -> Any:
+        try:
+            return handler(*given)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return handled
 
 
 def choose(choices: list[Any], value: Any) -> Any:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
-from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, latest_of, updates
+from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, latest_of, says_why, updates
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -149,19 +149,20 @@ class Handlers:
 
     def stopped(self, chosen: list[str]) -> None:
         """*Stop drawing* is pressed. chosen: the adapters' names."""
-        job = self.page.jobs.latest(chosen[0].partition("/")[0], "draw") if chosen else None
+        job = self.page.jobs.current(chosen[0].partition("/")[0], "draw") if chosen else None
         if job:
             self.page.jobs.stop(job)
 
+    @says_why
     def again(self, chosen: list[str], event: gr.EventData) -> list[Any]:
         """*Draw again with…* is pressed below a picture.
 
-        chosen: the adapters' names. event: its `pick` is the picture's name. Raises UserError if there is no such run.
+        chosen: the adapters' names. event: its `pick` is the picture's name.
         """
-        view = self.page.view(chosen[0].partition("/")[0])
-        picture = next((each for each in view.drawn if each.name == str(event.pick)), None)
+        drawn = self.page.view(chosen[0].partition("/")[0]).drawn if chosen else []
+        picture = next((each for each in drawn if each.name == str(event.pick)), None)
         if picture is None:
-            return [gr.skip()] * (MOST + 2 + len(self.fields))
+            raise UserError("that picture is not there any more")
         facts, names = picture.facts, [each for _, each in self.page.adapters()]
         listed = facts.get("adapters")
         made = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
@@ -180,12 +181,12 @@ class Handlers:
 
 
 def _live(page: Page, chosen: list[str]) -> list[Any]:
-    """How far the last drawing with the first adapter is, what was drawn, and whether there is something to stop."""
+    """How far drawing with the first adapter is, what was drawn, and whether there is something to stop."""
     if not chosen:
         return ["", "", False]
     run = chosen[0].partition("/")[0]
     try:
-        job, view = page.jobs.latest(run, "draw"), page.view(run)
+        job, view = page.jobs.current(run, "draw"), page.view(run)
         state = ""
         if job and not job.ended:
             last = (job.lines() or ["it loads the base model"])[-1]

@@ -12,8 +12,8 @@ import gradio as gr
 from PIL import Image
 
 from gsoft_diffusion.app import fragments
-from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose
-from gsoft_diffusion.app.subjects import Subject, new_subject, subjects
+from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose, says_why
+from gsoft_diffusion.app.subjects import Subject, check_size, new_subject, subjects
 from gsoft_diffusion.config.concept import UNIQUE_TOKEN
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos.image_files import open_image
@@ -83,7 +83,7 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
     subject.change(does.changed, subject, [called, cards, with_subject, edit, chosen, upload_said], **QUIET)
     gr.on([create.click, word.submit], does.made, [name, word], [subject, said, name, word, new], **LOUD)
     upload.upload(does.added, [subject, upload], [upload, upload_said, cards], **LOUD)
-    cards.click(does.picked, subject, [chosen, edit, title, caption, editor, cards, edit_said], **QUIET)
+    cards.click(does.picked, subject, [chosen, edit, title, caption, editor, mask_file, cards, edit_said], **QUIET)
     gr.on([save_caption.click, caption.submit], does.captioned, [subject, chosen, caption], [edit_said, cards], **LOUD)
     save_mask.click(does.masked, [subject, chosen, editor, mask_file], [edit_said, cards, mask_file], **LOUD)
     drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
@@ -137,8 +137,9 @@ class Handlers:
                 failures.append(fragments.failure(str(error)))
         return None, "".join(failures), self.shown(name)[1]
 
+    @says_why
     def picked(self, name: str, event: gr.EventData) -> tuple[Any, ...]:
-        """A photo is pressed. name: of the subject. event: its `pick` is the photo's name. Raises UserError."""
+        """A photo is pressed. name: of the subject. event: its `pick` is the photo's name."""
         known = self.page.subject(name)
         photo = known.photo(str(event.pick))
         image = open_image(photo.path)
@@ -149,6 +150,7 @@ class Handlers:
             f"#### {photo.path.name}",
             photo.prompt,
             {"background": image, "layers": [], "composite": None},
+            None,  # a mask that was dropped for another photo
             _cards(known, photo.path.name),
             "",
         )
@@ -214,6 +216,7 @@ def _mask_in(page: Page, file: str) -> Image.Image:
     """The mask in an uploaded file: in shades of grey, white where the subject is."""
     with _uploaded(page, file) as upload:
         try:
+            check_size(upload)
             return read_mask(upload)
         except UserError as error:
             raise UserError(str(error).replace(str(upload), upload.name)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,26 @@ from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.app.runs import RunView
 from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, latest_of, updates
 from gsoft_diffusion.config import ExportConfig
+from gsoft_diffusion.config.export import default_output
 from gsoft_diffusion.foundation.errors import UserError
 
 EVERY = 3.0  # seconds between looks at what was made
 FORMATS = {
-    "kohya_lora": "LoRA for ComfyUI, A1111 and Forge: small, loses a little",
-    "checkpoint": "whole model in one file, for ComfyUI, A1111 and Forge: large, loses nothing",
-    "diff": "full differences, for ComfyUI, A1111 and Forge: large, mixes with LoRAs, loses nothing at strength 1",
+    "kohya_lora": "LoRA for ComfyUI and Forge: small, loses a part of what was learned",
+    "checkpoint": "whole model in one file, for ComfyUI and Forge: large, loses nothing",
+    "diff": "full differences, for ComfyUI and Forge: large, mixes with LoRAs, loses nothing at strength 1",
     "diffusers": "whole model as a folder, for diffusers: large, loses nothing",
-    "diffusers_lora": "LoRA for diffusers: small, loses a little",
+    "diffusers_lora": "LoRA for diffusers: small, loses a part of what was learned",
 }
 GOES = {  # by the beginnings of names of files
     "adapter": "to gsoft-draw here or elsewhere, with the same base model, or into ComfyUI and Forge with their "
     "node pack (comfyui/README.md); it is exact, and small",
-    "kohya_lora": "into ComfyUI/models/loras (node Load LoRA), or models/Lora of A1111 and Forge",
+    "kohya_lora": "into ComfyUI/models/loras (node Load LoRA), or models/Lora of Forge",
     "diffusers_lora": "to pipeline.load_lora_weights in diffusers",
-    "diff": "where a LoRA goes: ComfyUI/models/loras, or models/Lora of A1111 and Forge",
-    "merged/": "to DiffusionPipeline.from_pretrained in diffusers, or ComfyUI/models/diffusers",
-    "merged": "into ComfyUI/models/checkpoints (node Load Checkpoint), or models/Stable-diffusion of A1111 and Forge",
+    "diff": "where a LoRA goes: ComfyUI/models/loras, or models/Lora of Forge",
+    "merged": "into ComfyUI/models/checkpoints (node Load Checkpoint), or models/Stable-diffusion of Forge",
 }
+FOLDER_GOES = "to DiffusionPipeline.from_pretrained in diffusers, or ComfyUI/models/diffusers"
 
 
 def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
@@ -48,77 +50,107 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
             4, 256, 64, step=4, label="Rank of a LoRA", info="higher is nearer to what was learned, and larger"
         )
         precision = gr.Radio(["float16", "float32"], value="float16", label="Precision")
-    make = gr.Button("Make it", variant="primary", elem_id="make")
+    with gr.Row():
+        make = gr.Button("Make it", variant="primary", elem_id="make")
+        stop = gr.Button("Stop making it", variant="stop", interactive=False, elem_id="stop-making")
     said, state, files = (gr.HTML(elem_id=name) for name in ("take-said", "take-state", "files"))
     with gr.Accordion("The model card", open=False, elem_id="card"):
         words = gr.Markdown()
     before = gr.State([])
 
-    def opened(name: str, chosen: str | None) -> Any:
-        there = page.adapters()
+    does = Handlers(page)
+    gr.on([demo.load, tab.select], does.opened, [run, adapter], adapter, **QUIET)
+    run.change(does.followed, run, adapter, **QUIET)
+    make.click(does.asked, [adapter, kind, rank, precision], said, **LOUD)
+    stop.click(does.stopped, adapter, None, **LOUD)
+    ticks = gr.Timer(EVERY)
+    gr.on([ticks.tick, adapter.change], does.watched, [adapter, before], [state, files, words, stop, before], **QUIET)
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """What the step's events do. Each takes what components hold, and returns updates of components."""
+
+    page: Page
+
+    def opened(self, name: str, chosen: str | None) -> Any:
+        """The step is opened. name: of the run in step 3. chosen: the adapter's name."""
+        there = self.page.adapters()
         return choose(there, chosen if chosen in [each for _, each in there] else latest_of(there, name))
 
-    def followed(name: str) -> Any:
-        there = page.adapters()
+    def followed(self, name: str) -> Any:
+        """Another run is chosen in step 3. name: of the run."""
+        there = self.page.adapters()
         return choose(there, latest_of(there, name))
 
-    def asked(chosen: str | None, kind: str, rank: int, precision: str) -> str:
+    def asked(self, chosen: str | None, kind: str, rank: int, precision: str) -> str:
+        """*Make it* is pressed. chosen: the adapter's name. kind: the format. rank: a LoRA's. precision: of numbers."""
         try:
             if not chosen:
                 raise UserError("choose what was learned above; it is there once a run has saved something")
-            settings: dict[str, Any] = {"adapter": [str(page.adapter(chosen))], "format": kind, "precision": precision}
+            path, run = self.page.adapter(chosen), chosen.partition("/")[0]
+            step = next(step for step, there in self.page.view(run).adapters.items() if there == path)
+            made_of = f"step-{step}" + ("" if precision == "float16" else f"_{precision}")
+            target = default_output(path, kind, int(rank), made_of)
+            if target.exists():
+                return fragments.hint(f"{target.name} is there already, below.")
+            settings: dict[str, Any] = {"adapter": [str(path)], "format": kind, "precision": precision}
+            settings["output"] = str(target)
             if kind.endswith("_lora"):
                 settings["rank"] = int(rank)
             ExportConfig.from_dict(settings, "settings")
-            page.jobs.add("export", chosen.partition("/")[0], settings)
+            self.page.jobs.add("export", run, settings)
         except UserError as error:
             return fragments.failure(str(error))
         return ""
 
-    def watched(chosen: str | None, shown: list[Any]) -> list[Any]:
-        return updates(shown, _live(page, chosen))
+    def stopped(self, chosen: str | None) -> None:
+        """*Stop making it* is pressed. chosen: the adapter's name."""
+        job = self.page.jobs.current(chosen.partition("/")[0], "export") if chosen else None
+        if job:
+            self.page.jobs.stop(job)
 
-    gr.on([demo.load, tab.select], opened, [run, adapter], adapter, **QUIET)
-    run.change(followed, run, adapter, **QUIET)
-    make.click(asked, [adapter, kind, rank, precision], said, **LOUD)
-    ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, adapter.change], watched, [adapter, before], [state, files, words, before], **QUIET)
+    def watched(self, chosen: str | None, shown: list[Any]) -> list[Any]:
+        """Time has passed, or another adapter is chosen. chosen: its name. shown: as `updates` returned it."""
+        return updates(shown, _live(self.page, chosen))
 
 
 def _live(page: Page, chosen: str | None) -> list[Any]:
-    """How far the last export is, what can be downloaded, and the model card."""
+    """How far an export is, what can be downloaded, the model card, and whether there is something to stop."""
     if not chosen:
-        return ["", "", ""]
+        return ["", "", "", False]
     run = chosen.partition("/")[0]
     try:
-        view, job = page.view(run), page.jobs.latest(run, "export")
-        return [_state(job), _files(view, chosen.partition("/")[2]), _card(view)]
+        view, job = page.view(run), page.jobs.current(run, "export")
+        stops = job is not None and not job.ended
+        return [_state(job, view.folder), _files(view, chosen.partition("/")[2]), _card(view), stops]
     except UserError as error:
-        return [fragments.failure(str(error)), "", ""]
+        return [fragments.failure(str(error)), "", "", False]
 
 
-def _state(job: Job | None) -> str:
+def _state(job: Job | None, folder: Path) -> str:
     if job is None:
         return ""
     if not job.ended:
         last = (job.lines() or ["it loads the base model"])[-1]
         return fragments.hint(f"waits in the queue, {job.place} before it" if job.state == "waiting" else last)
-    notes = [line for line in job.lines() if line.startswith("note: ")] if job.state == "done" else []
-    return fragments.failure(job.error()) + "".join(map(fragments.hint, notes))
+    place = f"{folder}/"  # a line of what was written there begins with it
+    said = [line.removeprefix(place) for line in job.lines() if line.startswith(("note: ", place))]
+    return fragments.failure(job.error()) + ("".join(map(fragments.hint, said)) if job.state == "done" else "")
 
 
 def _files(view: RunView, adapter: str) -> str:
     rows = []
     for name in [adapter, *view.exports]:
         path = view.folder / name
-        size = (
-            sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-            if name.endswith("/")
-            else path.stat().st_size
-        )
-        stem = Path(name).name + ("/" if name.endswith("/") else "")
-        goes = next(
-            text for start, text in GOES.items() if (stem if "/" in start else Path(name).name).startswith(start)
+        parts = [each for each in path.rglob("*") if each.is_file()] if name.endswith("/") else [path]
+        try:
+            size = sum(each.stat().st_size for each in parts)
+        except OSError:  # it went away, as checkpoints do
+            continue
+        stem = Path(name).name
+        goes = (
+            FOLDER_GOES if name.endswith("/") else next(text for start, text in GOES.items() if stem.startswith(start))
         )
         shown = f"{name.rstrip('/')}.zip" if name.endswith("/") else name
         rows.append(

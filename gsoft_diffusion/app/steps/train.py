@@ -11,7 +11,7 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
 from gsoft_diffusion.app.steps.base import BaseStep, fitting_changes, settled
-from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, updates
+from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, says_why, updates
 from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
@@ -20,6 +20,7 @@ from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.run_folder import SETTINGS
 
 EVERY = 2.0  # seconds between looks at the run's folder, while the page is open
+CONTINUED = ("max_train_steps", "accept_changes")  # what counts of the fields when a run goes on
 FIRST = ("max_train_steps", "validation_steps", "validation_prompts", "num_validation_images")  # not folded away
 # What other steps decide, or a button does; `score_validation` is on wherever it can be.
 ELSEWHERE = (
@@ -118,12 +119,14 @@ class Handlers:
             known = self.page.subject(chosen)
             if known.base != (BUNDLED_BASE if kind == "bundled" else base_name.strip()):
                 settled(known, kind, base_name)  # it was named, and nobody has looked at it
-            settings = training_settings(known, settings_from(self.fields, given))
+            chosen_settings = settings_from(self.fields, given)
+            chosen_settings.pop("accept_changes", None)  # it is for *Go on*
+            settings = training_settings(known, chosen_settings)
             folder = self.page.workspace.new_run(known.name)
             settings["output_dir"] = str(folder)
             TrainingConfig.from_dict(settings, "settings").resolved()
             self.page.jobs.add("train", folder.name, settings)
-            known.keep({"settings": settings_from(self.fields, given)})
+            known.keep({"settings": chosen_settings})
         except UserError as error:
             return _failed(self.fields, error)
         marked, _ = marks(self.fields, None)
@@ -144,30 +147,41 @@ class Handlers:
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "nothing: it fits as it is"
         return ["", fragments.hint(f"Changed in step 3: {words}."), *held_by(self.fields, settings | changes)]
 
+    @says_why
     def stopped(self, name: str) -> str:
         """*Stop* is pressed. name: of the run."""
-        job = self.page.jobs.latest(name, "train")
-        if job:
-            self.page.jobs.stop(job)
-        return fragments.hint("It stops after this step, and saves what it has learned.") if job else ""
+        view = self.page.view(name)
+        if view.job is None or view.job.ended:
+            return ""
+        if self.page.jobs.stop(view.job, at_once=view.silence is not None):
+            return fragments.hint("It stops after this step, and saves what it has learned.")
+        return fragments.hint(
+            "It is stopping already. If it says nothing for some minutes, press once more: then it ends without saving."
+        )
 
     def went_on(self, name: str, *given: Any) -> list[Any]:
-        """*Go on* is pressed. name: of the run. given: what the fields hold; only the number of steps counts."""
+        """*Go on* is pressed. name: of the run. given: what the fields hold, of which `CONTINUED` count."""
         try:
-            folder = self.page.view(name).folder  # which may have another name or place than when the run began
+            view = self.page.view(name)
+            folder = view.folder  # which may have another name or place than when the run began
+            if view.job and not view.job.ended:
+                raise UserError(f"{name} is in the queue already")
             if not (folder / SETTINGS).is_file():
                 raise UserError(f"{name} has not begun, so it cannot go on; start it anew")
-            steps = settings_from(self.fields[:1], given[:1])
-            here = {"output_dir": str(folder), "resume_from_checkpoint": "latest"}
-            settings = read_yaml(folder / SETTINGS) | steps | here
+            continued = {each: held for each, held in zip(self.fields, given, strict=True) if each.name in CONTINUED}
+            settings = read_yaml(folder / SETTINGS)
+            settings.pop("accept_changes", None)  # those of the last time
+            settings |= settings_from(tuple(continued), tuple(continued.values()))
+            settings |= {"output_dir": str(folder), "resume_from_checkpoint": "latest"}
             TrainingConfig.from_dict(settings, "settings")
             self.page.jobs.add("train", name, settings)
         except UserError as error:
             return _failed(self.fields, error)
         return [gr.skip(), "", gr.skip(), *marks(self.fields, None)[0]]
 
+    @says_why
     def drawn(self, name: str) -> str:
-        """*Draw now* is pressed. name: of the run. Raises UserError if there is none of that name."""
+        """*Draw now* is pressed. name: of the run."""
         view = self.page.view(name)
         if view.job is None or not view.trains:
             return fragments.hint("It has not done a step since it was started; ask again once it has.")
@@ -191,8 +205,8 @@ def training_settings(subject: Subject, given: dict[str, Any]) -> dict[str, Any]
     }
     if len(photos) > 1 and given.get("num_validation_images") != 0:
         settings["score_validation"] = True
-    if "validation_steps" in given and "checkpointing_steps" not in given:
-        settings["checkpointing_steps"] = given["validation_steps"]
+    if every := given.get("validation_steps", TrainingConfig.validation_steps):
+        settings["checkpointing_steps"] = every
     return settings | given
 
 

@@ -16,6 +16,21 @@ def test_only_what_is_not_as_it_is_shown_is_sent():
     assert updates(["a", True], ["a", True]) == [gr.skip(), gr.skip(), ["a", True]]
 
 
+def test_runs_that_came_to_nothing_are_gone_once_another_was_asked_for(page, sleeping):
+    """One that failed before it wrote anything is shown until then, so that its error is seen."""
+    page.jobs.add("train", "failed", {})
+    failed = page.jobs.latest("failed", "train")
+    page.jobs.add("train", "withdrawn", {})
+    page.jobs.stop(page.jobs.latest("withdrawn", "train"))
+    assert page.runs() == ["failed"]  # it runs
+    (failed.folder / "end.json").write_text('{"status": 2}')
+    assert page.runs() == []  # the withdrawn one was asked for after it
+    page.jobs.add("train", "next", {})
+    assert page.runs() == ["next"]
+    (page.jobs.latest("next", "train").folder / "end.json").write_text('{"status": 2}')
+    assert page.runs() == ["next"]
+
+
 def test_the_latest_adapter_is_the_runs_own():
     adapters = [("dog-2, step 4", "dog-2/a"), ("dog, step 9", "dog/b"), ("dog, step 4", "dog/c")]
     assert [latest_of(adapters, run) for run in ("dog", "dog-2", "cat")] == ["dog/b", "dog-2/a", None]

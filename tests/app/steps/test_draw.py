@@ -71,4 +71,5 @@ def test_a_picture_is_drawn_again_with_what_is_still_there(page, does, adapters)
     event = gr.EventData(None, {"pick": "images/0000_seed3_x.png"})
     assert does.again([adapters[-1]], event) == [[adapters[0]], 0.5, 1, 1, 1, "a dog", "3"]
     event = gr.EventData(None, {"pick": "images/none.png"})
-    assert does.again([adapters[-1]], event) == [gr.skip()] * (MOST + 3)
+    with pytest.raises(gr.Error, match="not there any more"):
+        does.again([adapters[-1]], event)

@@ -109,6 +109,17 @@ def test_a_mask_that_could_mean_several_things_is_refused_and_not_kept(page, doe
     assert not [path for path in page.workspace.uploads.rglob("*") if path.is_file()]
 
 
+def test_a_mask_of_very_many_pixels_is_refused_before_it_is_read(does, dog, photo, uploaded, monkeypatch):
+    monkeypatch.setattr("gsoft_diffusion.app.subjects.MOST_PIXELS", 100)
+    said, _, _ = does.masked("dog", photo, None, uploaded(half(0, 255, "L"), "mask.png"))
+    assert f"mask.png: has {SIZE[0]}×{SIZE[1]} pixels, too many" in said
+
+
+def test_a_photo_that_is_gone_is_said_on_the_page(does, photo):
+    with pytest.raises(gr.Error, match=r"dog has no photo b\.png"):
+        does.picked("dog", gr.EventData(None, {"pick": "b.png"}))
+
+
 def test_what_is_painted_is_the_mask(does, dog, photo):
     painted = {"layers": [half((0, 0, 0, 0), (255, 48, 48, 200), "RGBA")]}
     assert "Kept" in does.masked("dog", photo, painted, None)[0]
@@ -123,7 +134,8 @@ def test_nothing_that_is_painted_is_no_mask(does, dog, photo, painted):
 
 def test_a_press_shows_the_photo_with_its_caption(does, photo):
     assert "Kept" in does.captioned("dog", photo, "a sks dog on a sofa")[0]
-    name, _, _, caption, editor, cards, _ = does.picked("dog", gr.EventData(None, {"pick": photo}))
+    name, _, _, caption, editor, mask_file, cards, _ = does.picked("dog", gr.EventData(None, {"pick": photo}))
     assert (name, caption, editor["background"].size) == ("a.png", "a sks dog on a sofa", SIZE)
+    assert mask_file is None  # one that was dropped for another photo is not this one's
     assert 'aria-pressed="true"' in cards
     assert does.removed("dog", photo)[1] == ""

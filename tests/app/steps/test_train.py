@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 
 import gradio as gr
 import pytest
 from page_folders import write_run
+from PIL import Image
 
 from gsoft_diffusion.app.fields import fields_of
 from gsoft_diffusion.app.jobs import Jobs
-from gsoft_diffusion.app.steps.train import ELSEWHERE, Handlers
+from gsoft_diffusion.app.runs import RunView
+from gsoft_diffusion.app.steps.train import ELSEWHERE, Handlers, training_settings
+from gsoft_diffusion.app.subjects import new_subject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import Mark, marked, read_yaml
 
@@ -40,7 +44,58 @@ def test_a_run_goes_on_in_its_own_folder_though_it_was_moved(page, does, sleepin
 
 def test_a_run_that_has_not_begun_cannot_go_on(page, does, sleeping):
     page.jobs.add("train", "rex", {})
+    (page.jobs.latest("rex", "train").folder / "end.json").write_text('{"status": 2}')
     assert "rex has not begun, so it cannot go on" in does.went_on("rex", "")[1]
+
+
+def test_a_run_that_is_in_the_queue_does_not_go_on_twice(page, does, sleeping):
+    write_run(page.workspace.root / "rex", settings="instance_data_dir: x\nclass_word: dog\nmax_train_steps: 4\n")
+    assert does.went_on("rex", "9")[1] == ""
+    assert "rex is in the queue already" in does.went_on("rex", "9")[1]
+    assert len(page.jobs.all()) == 1
+
+
+def test_changes_are_accepted_when_a_run_goes_on_and_only_then(page, sleeping):
+    fields = [
+        each for each in fields_of(TrainingConfig, ELSEWHERE) if each.name in ("max_train_steps", "accept_changes")
+    ]
+    does, given = Handlers(page, fields), {"max_train_steps": "9", "accept_changes": True}
+    settings = "instance_data_dir: x\nclass_word: dog\nmax_train_steps: 4\n"
+    for name, before, ticked in (("a", "", True), ("b", "accept_changes: true\n", False)):
+        write_run(page.workspace.root / name, settings=settings + before)
+        does.went_on(
+            name, *(given[each.name] if ticked or each.name == "max_train_steps" else False for each in fields)
+        )
+        kept = read_yaml(page.jobs.latest(name, "train").folder / "settings.yaml")
+        assert kept.get("accept_changes", False) is ticked
+
+
+def test_a_second_press_of_stop_ends_a_training_only_if_it_is_stuck(page, does, sleeping, monkeypatch):
+    sent = []
+    monkeypatch.setattr(Jobs, "_send", lambda jobs, job, number: sent.append(number))
+    page.jobs.add("train", "rex", {})
+    assert "saves what it has learned" in does.stopped("rex")
+    assert "stopping already" in does.stopped("rex")
+    assert sent == [signal.SIGTERM]
+    monkeypatch.setattr(RunView, "silence", 600.0)
+    does.stopped("rex")
+    assert sent == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "every"),
+    [
+        ({}, TrainingConfig.validation_steps),
+        ({"validation_steps": 7}, 7),
+        ({"validation_steps": 7, "checkpointing_steps": 3}, 3),
+        ({"validation_steps": 0}, TrainingConfig.checkpointing_steps),
+    ],
+)
+def test_every_sheet_has_a_checkpoint(page, given, every):
+    subject = new_subject(page.workspace, "rex", "dog", "sks")
+    Image.new("RGB", (64, 64)).save(subject.photos / "a.png")
+    settings = training_settings(subject, given)
+    assert TrainingConfig.from_dict(settings | {"output_dir": "x"}, "settings").checkpointing_steps == every
 
 
 def test_a_run_is_asked_to_draw_only_once_it_listens(page, does, sleeping, monkeypatch):
