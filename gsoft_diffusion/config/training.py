@@ -94,7 +94,7 @@ class TrainingConfig(Settings):
     offset_noise: strength of the noise that is constant over each latent channel; 0 switches it off.
     mixed_precision: type of the frozen base and of the activations; what trains is always float32. By default what
       accelerate's launcher says.
-    attention_backend: diffusers' attention backend for the UNet: native, xformers, flash and others.
+    attention_backend: diffusers' attention backend for the denoiser: native, xformers, flash and others.
     dataloader_num_workers: processes that prepare photos when latents are not cached.
     seed: seed of all random numbers; the same seed, settings and machine give the same result.
     checkpointing_steps: write a checkpoint every so many steps, 0 for never; a run that is stopped writes one anyway.
@@ -108,7 +108,7 @@ class TrainingConfig(Settings):
     hub_token: access token, never written to a file; by default that of `hf auth login` or of HF_TOKEN.
     validation_prompts: prompts drawn during training and at its end, with `{0} {1}` for the subject's name as in
       inference.py; by default the subject in a few scenes.
-    num_validation_images: pictures for each validation prompt; 0 for no validation at all.
+    num_validation_images: pictures for each validation prompt; 0 draws none.
     validation_steps: draw the validation prompts every so many steps; 0 for only at the end. The validation loss is
       measured then, too.
     score_validation: also draw the validation prompts with the base model, keep every picture, and score how like the
@@ -212,6 +212,8 @@ class TrainingConfig(Settings):
                 )
         if self.with_prior_preservation and not all(one.class_word or one.class_prompt for one in concepts):
             raise UserError("--with_prior_preservation needs --class_word or --class_prompt")
+        if self.with_prior_preservation:
+            _check_class_prompts(concepts)
         check_rules(self)
         if self.optimizer == "prodigy" and (self.learning_rate or 0) < 0.1:
             raise UserError("--optimizer prodigy finds the step size itself: give --learning_rate 1")
@@ -282,7 +284,7 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
     prompts = [concept.instance_prompt or "" for concept in resolved]
     own: dict[str, list[tuple[str, object]]] = {
         "instance_data_dir": [(one.instance_data_dir, Path(one.instance_data_dir).resolve()) for one in resolved],
-        "instance_prompt": [(prompt, " ".join(prompt.casefold().split())) for prompt in prompts],
+        "instance_prompt": [(prompt, _folded(prompt)) for prompt in prompts],
         "unique_token": [(token, token.casefold()) for one in resolved if (token := one.unique_token)],
     }
     for name, values in own.items():
@@ -306,6 +308,22 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
                     f"--concepts_list: class_data_dir {one.class_data_dir} comes with two class prompts, {both}; "
                     "give each class its own"
                 )
+
+
+def _check_class_prompts(concepts: Sequence[Concept]) -> None:
+    """Raise UserError if a subject has the prompt of a class: one prompt would be trained towards two things."""
+    resolved = [concept.resolved() for concept in concepts]
+    classes = {_folded(one.class_prompt) for one in resolved if one.class_prompt}
+    for one in resolved:
+        if one.instance_prompt and _folded(one.instance_prompt) in classes:
+            raise UserError(
+                f"--instance_prompt {one.instance_prompt}: is also the prompt of a class, which "
+                "--with_prior_preservation keeps as it is; give the subject a rare word, as in: a photo of a sks dog"
+            )
+
+
+def _folded(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
 
 
 def _is_file(settings: Any) -> bool:

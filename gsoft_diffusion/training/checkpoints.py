@@ -33,7 +33,7 @@ from gsoft_diffusion.config.settings import Mark, marked
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.files import locked, sync_folder, whole_file
 from gsoft_diffusion.foundation.model_names import lasting_name
-from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, SETTINGS, sheet_of, step_of
+from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, PROGRESS, SETTINGS, sheet_of, step_of
 from gsoft_diffusion.training.circumstances import BASE_WEIGHTS
 
 STATE, SUMS = "state.pt", "SHA256SUMS"
@@ -137,7 +137,7 @@ def _check_no_run(folder: Path) -> None:
         )
     if (folder / ADAPTER).exists():
         raise UserError(f"--output_dir {folder}: holds another run's result, {ADAPTER}; choose another folder")
-    if (folder / SETTINGS).exists():
+    if (folder / SETTINGS).exists() and any((folder / name).exists() for name in (PROGRESS, "validation")):
         raise UserError(
             f"--output_dir {folder}: holds another run, which ended before its first checkpoint; delete the folder, "
             "or choose another"
@@ -145,28 +145,32 @@ def _check_no_run(folder: Path) -> None:
 
 
 def check_unchanged(
-    config: TrainingConfig, checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+    config: TrainingConfig,
+    checkpoint: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    say: Callable[[str], None] = print,
 ) -> None:
     """Raise UserError if a fact that decides the training has changed since the checkpoint was written.
 
-    config: the settings of the run that resumes; nothing is checked with `accept_changes`.
+    config: the settings of the run that resumes; with `accept_changes` what has changed is said, and no error.
     checkpoint: its folder, for the message.
     before, now: settings as `recorded`, or other facts by their names.
+    say: is told of what is accepted; of another base model `RunOutputs.resumed_from` tells.
     """
-    if config.accept_changes:
-        return
     free = set(marked(TrainingConfig, Mark.FREE_TO_CHANGE)) - (
         {"max_train_steps"} if config.lr_scheduler not in STEADY else set()
     )
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
     both = [name for name in now if name in before and name not in free and before[name] != now[name]]
-    changes += [
-        f"the base model {other_base(before[name], now[name])}"
-        if name == BASE_WEIGHTS
-        else f"{name} is {now[name]} and was {before[name]}"
-        for name in both
-    ]
+    changes += [f"{name} is {now[name]} and was {before[name]}" for name in both if name != BASE_WEIGHTS]
+    if config.accept_changes:
+        if changes:
+            say(f"note: {', '.join(changes)}: accepted")
+        return
+    if BASE_WEIGHTS in both:
+        changes.append(f"the base model {other_base(before[BASE_WEIGHTS], now[BASE_WEIGHTS])}")
     if changes:
         raise UserError(f"cannot resume {checkpoint}: {', '.join(changes)}; put it back, or give --accept_changes")
 

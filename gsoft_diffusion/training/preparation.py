@@ -53,14 +53,19 @@ def set_up_networks(config: TrainingConfig, model: BaseModel) -> None:
     """Choose how the networks that train compute: backend of attention, recomputed activations, compiled graphs.
 
     config: says so in `attention_backend` (None leaves diffusers' choice), `gradient_checkpointing` and `compile`.
-    model: the base model, changed in place. Raises UserError for a backend that is not known or not there, and if there
-    is nothing to compile with.
+    model: the base model, changed in place. Raises UserError for a backend that is not known, not there or not taken by
+    this model, and if there is nothing to compile with.
     """
     if config.attention_backend:
         try:
             model.denoiser.set_attention_backend(config.attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"--attention_backend {config.attention_backend}: {first_line(error)}") from error
+        processors = [getattr(module, "processor", None) for module in model.denoiser.modules()]
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):  # diffusers passes over them
+            raise UserError(
+                f"--attention_backend {config.attention_backend}: does nothing with {model.title}; leave it out"
+            )
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     if config.compile:

@@ -59,7 +59,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> list[StepNumbers]:
-    """The steps that a run has done, in order; each once, though a resumed run may have done it twice.
+    """The steps that a run has done, in order. A run that was resumed has lost those after its checkpoint.
 
     folder: the run's. What is no whole line of numbers, as at the end of a killed run, is left out.
     """
@@ -67,8 +67,12 @@ def read_progress(folder: Path) -> list[StepNumbers]:
         lines = (folder / PROGRESS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = {numbers.step: numbers for numbers in map(_numbers, lines) if numbers}
-    return [found[step] for step in sorted(found)]
+    done: list[StepNumbers] = []
+    for numbers in filter(None, map(_numbers, lines)):
+        while done and done[-1].step >= numbers.step:
+            done.pop()
+        done.append(numbers)
+    return done
 
 
 def seconds_left(steps: Sequence[StepNumbers], last: int) -> float | None:

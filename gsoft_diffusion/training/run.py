@@ -127,8 +127,9 @@ class Run:
 
         Raises UserError if what decides the training has changed, or the state does not fit the settings.
         """
-        checkpoints.check_unchanged(self.config, checkpoint, state["circumstances"], self.circumstances)
-        base = state["circumstances"].get(BASE_WEIGHTS, self.circumstances[BASE_WEIGHTS])
+        before, say = state["circumstances"], self.accelerator.print
+        checkpoints.check_unchanged(self.config, checkpoint, before, self.circumstances, say)
+        base = before.get(BASE_WEIGHTS, self.circumstances[BASE_WEIGHTS])
         self.outputs.resumed_from(checkpoint / ADAPTER, base)
         self.state.load(checkpoint, state, self.config)
         self.validation.resumed_from(checkpoint)
@@ -182,7 +183,7 @@ class Run:
         with self._progress_bar() as progress:
             for batch in self.batches():
                 with accelerator.accumulate(state.predictor):
-                    losses.append(step.backward(batch))
+                    losses.append(step.backward(batch, len(losses)))
                     if not accelerator.sync_gradients:
                         continue
                     loss, norm, stopping = step.agree(losses, step.clip(), stop.requested)
@@ -197,13 +198,14 @@ class Run:
                     return True
                 if state.step == self.max_train_steps:
                     continue  # the last sheet comes after the result is saved
+                wanted = draw.taken()
                 if self._validates(state.step):
                     drawn = self._drawn(self.validation.draw, stop)
                     if not drawn or self.validation.is_over():
                         if not _due(state.step, config.checkpointing_steps):
                             self.outputs.write_checkpoint(state, self.circumstances)
                         return not drawn
-                elif draw.taken() and accelerator.is_main_process:
+                elif wanted and accelerator.is_main_process:
                     self._drawn(self.validation.draw_here, stop)
         return False
 

@@ -74,6 +74,19 @@ class DrawRequest(AbstractContextManager["DrawRequest"]):
         self.requested = True
 
 
+@contextmanager
+def no_drawing_yet() -> Iterator[None]:
+    """Inside the block SIGUSR1, which would end the process, does nothing: a wish to see pictures came too early."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach no other
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def leave_signals_to_the_run(_: int = 0) -> None:
     """For a run's worker processes, which signals to the whole group reach too: the run ends them when it is done."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

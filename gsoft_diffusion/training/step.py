@@ -40,13 +40,15 @@ class TrainingStep:
         self.noise_scheduler = model.noise_scheduler()
         self._base: Predictor = accelerator.unwrap_model(state.predictor)  # which no other process waits for
 
-    def backward(self, batch: dict[str, Tensor]) -> Tensor:
+    def backward(self, batch: dict[str, Tensor], number: int = 0) -> Tensor:
         """Run forward and backward pass for one batch of this process.
 
-        batch: as `Run.batches` gives it. Returns its loss, a scalar without a graph.
+        batch: as `Run.batches` gives it. number: how many batches of this step came before. Returns its loss, a scalar
+        without a graph.
         """
+        place = self.state.step * self.config.gradient_accumulation_steps + number
         # All else has its own generators; this is for models with dropout.
-        torch.manual_seed(derived_seed(self.config.seed, DROPOUT, self.state.step, self.accelerator.process_index))
+        torch.manual_seed(derived_seed(self.config.seed, DROPOUT, place, self.accelerator.process_index))
         loss = self.loss(batch)
         self.accelerator.backward(loss)
         return loss.detach()

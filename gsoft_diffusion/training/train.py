@@ -20,7 +20,7 @@ from gsoft_diffusion.training.accelerator import make_accelerator
 from gsoft_diffusion.training.best import Best, no_longer_improves
 from gsoft_diffusion.training.preparation import with_model_defaults
 from gsoft_diffusion.training.run import Run, TrainingResult
-from gsoft_diffusion.training.signals import quiet_writers
+from gsoft_diffusion.training.signals import no_drawing_yet, quiet_writers
 from gsoft_diffusion.training.subjects import instance_photos
 from gsoft_diffusion.training.trainable import MakeAdapter
 
@@ -43,7 +43,8 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    with checkpoints.output_folder(config) if accelerator.is_main_process else nullcontext(), quiet_writers():
+    folder = checkpoints.output_folder(config) if accelerator.is_main_process else nullcontext()
+    with folder, quiet_writers(), no_drawing_yet():
         checkpoint = checkpoints.checkpoint_to_resume(config, accelerator.print)
         instance = instance_photos(config, accelerator.print)
         repository = None
@@ -68,7 +69,8 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
         state = checkpoints.read_state(checkpoint) if checkpoint else None
         if checkpoint and state:
             before, now = TrainingConfig.from_dict(recorded_settings(state["settings"])), checkpoints.recorded(config)
-            checkpoints.check_unchanged(config, checkpoint, checkpoints.recorded(before).to_dict(), now.to_dict())
+            settings = (checkpoints.recorded(before).to_dict(), now.to_dict())
+            checkpoints.check_unchanged(config, checkpoint, *settings, accelerator.print)
             best = state.get("best")
             over = no_longer_improves(config, best and Best.from_dict(best), state.get("judged", 0))
             checkpoints.check_goes_further(config, state["step"], over)

@@ -153,8 +153,9 @@ class Validation:
             self.state.keep_if_best(scores["balance"], judge.judged_by)
 
     def is_drawn(self) -> bool:
-        """Whether the sheet of this step is there."""
-        return sheet_of(self.folder, self.state.step).exists()
+        """Whether the main process has drawn the sheet of this step; all must ask, and agree."""
+        here = self.accelerator.is_main_process and sheet_of(self.folder, self.state.step).exists()
+        return self._any_process(here)
 
     def _write(self, sheet: Image.Image, number: int, step: int) -> None:
         path = sheet_of(self.folder, step, number)

@@ -154,6 +154,16 @@ def test_the_subjects_name_is_filled_in_into_its_prompts():
         TrainingConfig("p", instance_prompt="a {1}").resolved()
 
 
+def test_a_subject_is_not_called_as_the_class_that_is_kept():
+    given = {"instance_prompt": "A photo of  a dog", "class_word": "dog"}
+    assert TrainingConfig("p", **given).resolved().instance_prompt == "A photo of  a dog"
+    with pytest.raises(UserError, match="--instance_prompt A photo of a dog: is also the prompt of a class"):
+        TrainingConfig("p", **given, with_prior_preservation=True)
+    concepts = (Concept("my/dog", "dog"), Concept("my/cat", "cat", instance_prompt="a photo of a dog"))
+    with pytest.raises(UserError, match="--instance_prompt a photo of a dog: is also"):
+        TrainingConfig(concepts_list=concepts, with_prior_preservation=True)
+
+
 def test_an_export_of_nothing_is_refused():
     with pytest.raises(UserError, match="--strength 0: would give the base model itself"):
         ExportConfig(("a", "b"), "diffusers", (0.0, 0.0))

@@ -42,6 +42,7 @@ from gsoft_diffusion.models.families import base as families_base
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
 from gsoft_diffusion.sampling.generation import generate
+from gsoft_diffusion.training.progress import read_progress
 from gsoft_diffusion.training.train import train
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -98,10 +99,12 @@ class Life:
             learning_rate=0.3,
             num_validation_images=1,
             validation_prompts=("a dog",),
+            validation_loss=True,
             report_to="none",
             sampler=SAMPLER,
         )
         result = train(config)
+        assert read_progress(self.folder / "run")[-1].validation_loss is not None
         assert result.steps == 3
         assert (self.folder / "run" / "validation" / "step-000003.png").is_file()
         self.adapter_path = result.adapter

@@ -15,7 +15,7 @@ from other_process import held
 from gsoft_diffusion.config import Concept, TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS, checkpoint_name, run_folder
+from gsoft_diffusion.foundation.run_folder import ADAPTER, PROGRESS, SETTINGS, checkpoint_name, run_folder
 from gsoft_diffusion.training.checkpoints import (
     STATE,
     SUMS,
@@ -297,20 +297,24 @@ def test_a_new_run_in_a_new_folder(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
     assert checkpoint_to_resume(config) is None
+    (tmp_path / "run" / SETTINGS).touch()  # of a run whose first step did not fit into memory
+    assert checkpoint_to_resume(config) is None
 
 
 @pytest.mark.parametrize(
     ("trace", "advice"),
     [
-        (SETTINGS, "delete the folder"),
+        (f"{SETTINGS} {PROGRESS}", "delete the folder"),
+        (f"{SETTINGS} validation/step-000000.png", "delete the folder"),
         (ADAPTER, "choose another folder"),
         (f"checkpoint-5/{STATE}", "--resume_from_checkpoint latest"),
     ],
 )
 def test_another_run_in_the_folder(config, tmp_path, trace, advice):
-    path = tmp_path / "run" / trace
-    path.parent.mkdir(parents=True)
-    path.touch()
+    for name in trace.split():
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     with pytest.raises(UserError, match=rf"another run.*{advice}"):
         checkpoint_to_resume(config)
     other = save(tmp_path / "other", 3)
@@ -411,16 +415,20 @@ def test_resume_finds_the_latest_or_the_named_one(config, tmp_path):
 
 
 def test_changed_settings_are_named(config):
+    said = []
+
     def check(before: TrainingConfig, **changes: object) -> None:
         now = replace(before, **changes)
-        check_unchanged(now, Path("checkpoint-9"), before.to_dict(), now.to_dict())
+        check_unchanged(now, Path("checkpoint-9"), before.to_dict(), now.to_dict(), said.append)
 
     config = replace(config, learning_rate=2e-5)
     check(config)
     check(config, max_train_steps=5000, validation_prompts=("x",))
     with pytest.raises(UserError, match=r"checkpoint-9: learning_rate is 0\.5 and was 2e-05; .*--accept_changes"):
         check(config, learning_rate=0.5)
+    assert said == []
     check(config, learning_rate=0.5, accept_changes=True, resume_from_checkpoint="checkpoint-9")
+    assert said == ["note: learning_rate is 0.5 and was 2e-05: accepted"]
     with pytest.raises(UserError, match="max_train_steps is 9 and was None"):
         check(replace(config, lr_scheduler="cosine"), max_train_steps=9)
 

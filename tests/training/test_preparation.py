@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_families import write_sd3
 
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import parse
@@ -14,7 +15,7 @@ from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import preparation as preparation_module
-from gsoft_diffusion.training.preparation import with_model_defaults
+from gsoft_diffusion.training.preparation import set_up_networks, with_model_defaults
 from gsoft_diffusion.training.train import train
 
 
@@ -46,6 +47,13 @@ def test_settings_that_cannot_work_leave_nothing_behind(config, changes, message
     with pytest.raises(UserError, match=message):
         train(replace(config, **changes))
     assert not Path(config.output_dir or "").exists()
+
+
+def test_a_backend_that_a_model_passes_over_is_refused(tmp_path):
+    """Stable Diffusion 3's processors call PyTorch's attention themselves."""
+    config = TrainingConfig("photos", "dog", attention_backend="native")
+    with pytest.raises(UserError, match="--attention_backend native: does nothing with Stable Diffusion 3"):
+        set_up_networks(config, load_model(str(write_sd3(tmp_path / "base"))))
 
 
 @pytest.mark.parametrize(("settings", "steps"), [(["--gradient_accumulation_steps", "2"], 2), ([], 3)])

@@ -23,6 +23,17 @@ def test_a_run_writes_a_line_for_each_step_and_goes_on_where_it_was_resumed(conf
     assert sorted(each.time for each in numbers) == [each.time for each in numbers]
 
 
+def test_steps_that_a_resumed_run_has_lost_are_not_done(tmp_path):
+    """It was killed at step 9, and went on from its checkpoint of step 5."""
+    steps = [*range(1, 10), 6, 7]
+    lines = [{"step": step, "loss": 1, "lr": 1, "time": time} for time, step in enumerate(steps)]
+    (tmp_path / PROGRESS).write_text("\n".join(map(json.dumps, lines)))
+    numbers = read_progress(tmp_path)
+    assert [each.step for each in numbers] == [1, 2, 3, 4, 5, 6, 7]
+    assert [each.time for each in numbers][-2:] == [9, 10]
+    assert seconds_left(numbers, 12) == 5
+
+
 def test_what_is_no_whole_line_is_left_out_and_the_later_of_two_counts(tmp_path):
     lines = [{"step": step, "loss": loss, "lr": 1, "time": 5} for step, loss in ((1, 0.5), (2, 0.6), (2, 0.7))]
     text = "\n".join(map(json.dumps, lines)) + '\n[1]\n"x"\n{"step": 3}\n{"step": 4, "loss": 0.'

@@ -7,7 +7,13 @@ import threading
 
 import pytest
 
-from gsoft_diffusion.training.signals import Stderr, StopRequest, leave_signals_to_the_run, quiet_writers
+from gsoft_diffusion.training.signals import (
+    Stderr,
+    StopRequest,
+    leave_signals_to_the_run,
+    no_drawing_yet,
+    quiet_writers,
+)
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -43,6 +49,16 @@ def test_hanging_up_is_ignored_under_nohup():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.requested
+
+
+def test_a_wish_to_see_pictures_ends_no_run_that_cannot_draw_yet():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with no_drawing_yet():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_workers_leave_signals_to_the_run():

@@ -56,6 +56,13 @@ def test_loss_falls(any_base, config, text_encoder, prior):
     assert losses[1] < 0.98 * losses[0]
 
 
+def test_every_batch_has_dropout_of_its_own(config, monkeypatch):
+    keys, derived_seed = [], step_module.derived_seed
+    monkeypatch.setattr(step_module, "derived_seed", lambda *key: keys.append(key) or derived_seed(*key))
+    train(replace(config, gradient_accumulation_steps=3, max_train_steps=2))
+    assert [key[2] for key in keys] == list(range(6))
+
+
 @pytest.fixture
 def predicting(config):
     """The class is kept by the base model's predictions, under settings in which every part of a sample counts."""

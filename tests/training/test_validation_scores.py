@@ -187,6 +187,19 @@ def test_a_signal_asks_for_a_sheet_after_the_step(config, monkeypatch):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_a_signal_in_a_step_whose_sheet_is_due_asks_for_no_second_one(config, monkeypatch):
+    update = TrainingStep.update
+
+    def updated(step, *arguments):
+        update(step, *arguments)
+        if step.state.step == 1:  # the second
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(TrainingStep, "update", updated)
+    folder = train(replace(config, num_validation_images=1, validation_steps=2)).adapter.parent
+    assert sorted(path.name for path in (folder / "validation").iterdir()) == ["step-000002.png", "step-000004.png"]
+
+
 def test_scores_say_what_they_were_made_with(scored):
     folder = train(scored).adapter.parent
     values = json.loads((folder / "validation" / "step-000004" / "scores.json").read_text())
