@@ -29,7 +29,7 @@ from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path
-from gsoft_diffusion.foundation.run_folder import METADATA_KEY
+from gsoft_diffusion.foundation.run_folder import METADATA_KEY, SETTINGS
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.sampling.drawing import draw
 from gsoft_diffusion.scoring.encoders import ImageEncoder, load_dino
@@ -45,10 +45,15 @@ PICTURES = 2  # of each place
 
 
 def train_on(subject: Subject, base: Path, settings: dict[str, Any], folder: Path) -> Path:
-    """Train on the subject as a user would, but for `settings`; returns the adapter's file. What is there stays."""
+    """Train on the subject as a user would, but for `settings`; returns the adapter's file. What is there stays.
+
+    Raises SystemExit if the folder has something else in it than a run, such as photos.
+    """
     adapter = folder / "adapter.safetensors"
     if adapter.exists():
         return adapter
+    if not (folder / SETTINGS).exists() and any(not path.name.startswith(".") for path in folder.glob("*")):
+        raise SystemExit(f"{folder}: has something else in it than a run; choose another --out")
     shutil.rmtree(folder, ignore_errors=True)  # the rest of a run that was stopped
     quiet = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 0}
     values = {

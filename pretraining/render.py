@@ -56,9 +56,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    if args.scenes < CHUNK or args.scenes % CHUNK:
+        parser.error(f"--scenes {args.scenes}: must be a multiple of {CHUNK}")
     args.out.mkdir(parents=True, exist_ok=True)
     shape = (args.scenes, SIZE, SIZE, 3)
-    images = np.lib.format.open_memmap(args.out / "scenes.npy", mode="w+", dtype=np.uint8, shape=shape)
+    beside = args.out / "scenes.tmp.npy"
+    images = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
     jobs = range(args.scenes // CHUNK)
     with (
         ProcessPoolExecutor(
@@ -72,6 +75,7 @@ def main() -> None:
             images[i * CHUNK : (i + 1) * CHUNK] = chunk
             lines.writelines(json.dumps(f) + "\n" for f in facts)
     images.flush()
+    beside.rename(args.out / "scenes.npy")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ as a complete Stable Diffusion v1 pipeline; `<work>/unet_kept.safetensors` is wh
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -84,7 +85,13 @@ def draw_timesteps(n: int, count: int, device: torch.device = CPU) -> Tensor:
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndarray:
-    """Latent means of all scenes, (N, C, 16, 16) float16, computed once, on the device of `vae`."""
+    """Latent means of all scenes, (N, C, 16, 16) float16, computed once, on the device of `vae`.
+
+    Raises SystemExit if those in the file are of another autoencoder or of other scenes.
+    """
+    of, made_of = path.with_suffix(".sha256"), _digest(vae, scenes)
+    if path.exists() and of.exists() and of.read_text() != made_of:
+        raise SystemExit(f"{path}: of another autoencoder or other scenes; delete it, and it is made anew")
     if not path.exists():
         beside = path.with_suffix(".tmp.npy")
         shape = (len(scenes), vae.config.latent_channels, 16, 16)
@@ -95,8 +102,19 @@ def cache_latents(vae: AutoencoderKL, scenes: np.ndarray, path: Path) -> np.ndar
                 mean = vae.encode(pixels).latent_dist.mean
             latents[i : i + 256] = mean.float().cpu().numpy()
         latents.flush()
+        of.write_text(made_of)
         beside.rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def _digest(vae: AutoencoderKL, scenes: np.ndarray) -> str:
+    """SHA-256 of the autoencoder's weights, how many scenes there are, and the first and the last of them."""
+    digest = hashlib.sha256(str(scenes.shape).encode())
+    for tensor in vae.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for some in (scenes[:256], scenes[-256:]):
+        digest.update(np.ascontiguousarray(some).tobytes())
+    return digest.hexdigest()
 
 
 class Prompts:

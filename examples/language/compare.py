@@ -26,10 +26,11 @@ from examples.language.cost import REPETITIONS, measure
 from examples.language.methods import METHODS
 from examples.language.report import chosen_rates, write_report
 from examples.language.tasks import FETCHED, TASKS, Texts, read_task
-from examples.language.training import DivergedError, Run, train
+from examples.language.training import DivergedError, Run, train, training_device
 from gsoft_diffusion.config.command_line import add_flags, expanded_path, run
 from gsoft_diffusion.config.settings import POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import locked
 from gsoft_diffusion.foundation.processes import end_with_parent
 
 ADAPTER_RATES = (8e-4, 2e-3, 5e-3, 1.2e-2)
@@ -89,12 +90,20 @@ def compare(comparison: Comparison, out: Path, workers: int = 1) -> None:
     """Train what is not trained yet, measure what a step costs, and write the report.
 
     comparison: the settings. out: the folder for results. workers: trainings at a time, each in a process of its own.
-    Raises UserError if the folder holds results of other settings, a task or the model cannot be had, or a training
-    diverges at the chosen rate.
+    Raises UserError if the folder holds results of other settings, another process compares there, a task or the model
+    cannot be had, or a training diverges at the chosen rate.
     """
+    try:
+        with locked(out):
+            _compare(comparison, out, workers)
+    except BlockingIOError as error:
+        raise UserError(f"--out {out}: {error} is at work there; wait for it, or choose another folder") from error
+
+
+def _compare(comparison: Comparison, out: Path, workers: int) -> None:
     settings = {name: getattr(comparison, name) for name in SHARED} | {"sweep_tasks": list(comparison.sweep_tasks)}
     try:
-        records = Records(out / "results.json", settings)
+        records = Records(out / "results.json", settings, training_device())
     except SystemExit as error:  # of other settings
         raise UserError(str(error)) from error
     parts = {task: read_task(task, comparison.data_dir) for task in comparison.tasks}

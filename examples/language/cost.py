@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.measure import CLOCKS, bytes_in_use
 from examples.language.methods import Adapted
 from examples.language.tasks import TASKS
-from examples.language.training import Run, load_model
+from examples.language.training import Run, load_model, training_device
 
 REPETITIONS = 3
 STEPS = 2  # timed, in each repetition
@@ -28,7 +28,7 @@ def measure(run: Run) -> dict[str, Any]:
     model, tokenizer = load_model(run.model, TASKS[run.task])
     shape = (run.batch_size, run.max_length)
     tokens = torch.randint(len(tokenizer) // 2, len(tokenizer), shape)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     batch = {
         "input_ids": tokens.to(device),
         "attention_mask": torch.ones_like(tokens, device=device),

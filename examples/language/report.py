@@ -12,6 +12,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def chosen_rates(records: Records, sweep_tasks: Sequence[str]) -> dict[str, floa
 def write_report(out: Path) -> list[Path]:
     """Write `table.md` and `scores.svg`; returns their paths.
 
-    out: folder with `results.json`. Raises UserError if that cannot be read.
+    out: folder with `results.json`. Raises UserError if that cannot be read, or is not of a whole comparison.
     """
     try:
         content = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -72,6 +73,11 @@ def write_report(out: Path) -> list[Path]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{out / 'results.json'}: is not of examples.language.compare ({error})") from error
     rates = chosen_rates(records, content["settings"]["sweep_tasks"])
+    if not _is_whole(records, content["settings"]["sweep_tasks"], rates):
+        raise UserError(
+            f"{out / 'results.json'}: is not of a whole comparison; run examples.language.compare again, with all "
+            "methods and tasks that are in it, and the same --seeds for all"
+        )
     scores = drawn_scores(records, rates)
     tasks = [task for task in TASKS if any(task == found for found, _ in scores)]
     methods = [method for method in METHODS if any(method == found for _, found in scores)]
@@ -90,6 +96,25 @@ def write_report(out: Path) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": "gsoft", "svg.fonttype": "path"}):
         score_plot(scores, tasks, methods).savefig(out / "scores.svg", metadata={"Date": None})
     return [out / "table.md", out / "scores.svg"]
+
+
+def _is_whole(records: Records, sweep_tasks: Sequence[str], rates: Mapping[str, float]) -> bool:
+    """Whether every method has all sweep tasks at each of its rates, and the same tasks and seeds at the chosen one."""
+    trained = [record for record in records if record["kind"] == "training"]
+    swept: dict[tuple[str, float], set[str]] = defaultdict(set)
+    done: dict[str, set[tuple[str, int]]] = {record["method"]: set() for record in trained}
+    for record in trained:
+        method, rate = record["method"], record["learning_rate"]
+        if record["seed"] == 0 and record["task"] in sweep_tasks:
+            swept[method, rate].add(record["task"])
+        if rate == rates.get(method) and "answers" in record:
+            done[method].add((record["task"], record["seed"]))
+    tasks, seeds = ({record[name] for record in trained} for name in ("task", "seed"))
+    return (
+        bool(trained)
+        and all(found == set(sweep_tasks) for found in swept.values())
+        and all(found == set(product(tasks, seeds)) for found in done.values())
+    )
 
 
 def drawn_scores(records: Records, rates: Mapping[str, float]) -> Scores:

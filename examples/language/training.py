@@ -38,6 +38,11 @@ ROBERTA = "FacebookAI/roberta-base"
 WARM_UP = 0.1  # of the steps; the rate falls to 0 in a straight line afterwards
 
 
+def training_device() -> torch.device:
+    """Where trainings compute: on a GPU of NVIDIA's or AMD's if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class Run(Settings):
     """One training.
@@ -240,7 +245,7 @@ def _arguments(run: Run, folder: str, progress: bool) -> TrainingArguments:
         warmup_steps=WARM_UP,
         weight_decay=0.0,
         bf16=run.bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=training_device().type == "cpu",
         seed=run.seed,
         eval_strategy="steps",
         eval_steps=max(1, run.max_steps // run.evaluations),
@@ -251,5 +256,5 @@ def _arguments(run: Run, folder: str, progress: bool) -> TrainingArguments:
         label_names=["labels"],
         remove_unused_columns=False,
         train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=training_device().type == "cuda",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class Pictures:
     test: Part
     classes: tuple[str, ...]
     familiar: Part | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the pictures and labels of training and validation."""
+        digest = hashlib.sha256()
+        for part in (self.training, self.validation):
+            for tensor in (part.pictures, part.labels):
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """The mean of each colour `(3,)`, and the spread of all of them, one number, in [0, 1] and of training."""

@@ -14,6 +14,7 @@ from examples.lipconvnet.pictures import Part
 from gsoft_diffusion.foundation.errors import UserError
 
 EPSILON = 36 / 255  # the Euclidean distance at which robustness is reported, of pictures in [0, 1]
+PATH = 2.5  # of EPSILON: length of an attack's path
 AT_ONCE = 500  # pictures
 
 
@@ -73,7 +74,8 @@ def attack(network: nn.Module, part: Part, steps: int) -> Tensor:
         return torch.empty(0, dtype=torch.bool)
     foolbox = _foolbox()
     model = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
-    descent = foolbox.attacks.L2ProjectedGradientDescentAttack(steps=steps)
+    # By Madry et al. (arXiv 1706.06083) the path is longer than the radius, in however many steps.
+    descent = foolbox.attacks.L2ProjectedGradientDescentAttack(rel_stepsize=PATH / steps, steps=steps)
     withstood = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import gsoft
-from examples.lipconvnet.flags import add_picture_flags, add_training_flags, groups, read_pictures
+from examples.lipconvnet.flags import add_picture_flags, add_training_flags, at_least, groups, read_pictures
 from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet, check_fits
 from examples.lipconvnet.scores import check_attack, score
 from examples.lipconvnet.training import Run, Settings, train
@@ -37,7 +37,7 @@ def main() -> int:
     add_training_flags(parser, epochs=200)
     parser.add_argument("--groups", type=groups, default=(4, None), help="a,b or a,- of GSConv2d (4,-), or soc")
     parser.add_argument("--not_paired", action="store_true", help="shuffle channels one by one, not in pairs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--out", type=expanded_path, required=True, help="folder of the checkpoint and the results")
     args = parser.parse_args()
     check_writable(args.out, "--out")

@@ -41,11 +41,12 @@ class Settings:
 class Run:
     """A training so far: what a checkpoint holds.
 
-    history: for each epoch its mean loss, validation accuracy and seconds. best: the weights of the first epoch with
-    the highest validation accuracy, empty before one has ended.
+    pictures: digest of those that are trained and chosen on. history: for each epoch its mean loss, validation accuracy
+    and seconds. best: the weights of the first epoch with the highest validation accuracy, empty before one has ended.
     """
 
     settings: Settings
+    pictures: str
     network: LipConvnet
     optimizer: torch.optim.SGD
     history: list[dict[str, float]]
@@ -66,7 +67,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Write the checkpoint, which takes its name when it is whole."""
         content = {
-            "settings": _settings_record(self.settings),
+            "settings": self._record(),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
@@ -76,6 +77,14 @@ class Run:
         with whole_file(path) as file:
             torch.save(content, file)
 
+    def _record(self) -> dict[str, Any]:
+        groups = self.settings.convolutions.groups
+        return {
+            **asdict(self.settings),
+            "convolutions": {"groups": groups and list(groups), "paired": self.settings.convolutions.paired},
+            "pictures": self.pictures,
+        }
+
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises UserError if it cannot be read, or belongs to other settings."""
         try:
@@ -84,7 +93,7 @@ class Run:
             history, best = content["history"], content["best"]
         except Exception as error:
             raise UserError(f"{path} is no checkpoint of this program; give another --out") from error
-        ours = _settings_record(self.settings)
+        ours = self._record()
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
             raise UserError(f"{path} was trained with another {', '.join(other)}; give another --out")
@@ -104,7 +113,7 @@ def new_run(settings: Settings, pictures: Pictures) -> Run:
             settings.convolutions,
             *pictures.mean_and_scale(),
         )
-    return Run(settings, network, make_optimizer(network, settings.learning_rate), [])
+    return Run(settings, pictures.digest(), network, make_optimizer(network, settings.learning_rate), [])
 
 
 def make_optimizer(network: LipConvnet, learning_rate: float) -> torch.optim.SGD:
@@ -165,11 +174,3 @@ def learning_rate(settings: Settings, epoch: int) -> float:
     """The learning rate of an epoch, counted from 0."""
     passed = sum(epoch >= part * settings.epochs for part in (0.5, 0.75))
     return settings.learning_rate / 10**passed
-
-
-def _settings_record(settings: Settings) -> dict[str, Any]:
-    groups = settings.convolutions.groups
-    return {
-        **asdict(settings),
-        "convolutions": {"groups": groups and list(groups), "paired": settings.convolutions.paired},
-    }

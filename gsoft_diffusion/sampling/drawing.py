@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from gsoft_diffusion.models.loading import DTYPES, best_device, known_device
 from gsoft_diffusion.sampling.generation import Sample, generate, sheet_rows
 from gsoft_diffusion.sampling.pictures import contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
+
+BASE = "base"  # the base model's column
 
 LARGEST = 4096  # side of pictures that an adapter's file may ask for
 
@@ -90,8 +92,8 @@ def draw(config: GenerationConfig) -> list[Path]:
         save_png(sheet, folder, "contact_sheet_{}.png", number, facts)
         for number, sheet in enumerate(contact_sheets(rows, _title(config, files, sampler)), start=first)
     ]
-    count = sum(map(len, drawn.values()))
-    print(printable(f"{count} pictures in {folder}; look at {', '.join(map(str, sheets))}"))
+    total = sum(map(len, drawn.values()))
+    print(printable(f"{total} pictures in {folder}; look at {', '.join(map(str, sheets))}"))
     return sheets
 
 
@@ -139,7 +141,7 @@ def _columns(config: GenerationConfig, files: Sequence[AdapterFile]) -> list[Col
         columns = [Column(run, {path: strength}, [fact], f"_{slug(run)}") for run, (path, strength), fact in given]
     else:
         columns = [Column("adapter", strengths, facts)]
-    return columns + ([Column("base", {}, facts, "_base", "base")] if config.compare else [])
+    return columns + ([Column(BASE, {}, facts, f"_{BASE}", BASE)] if config.compare else [])
 
 
 def _adapter_facts(config: GenerationConfig, files: Sequence[AdapterFile]) -> list[dict[str, Any]]:
@@ -157,10 +159,13 @@ def _title(config: GenerationConfig, files: Sequence[AdapterFile], sampler: Samp
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with a number where one comes twice, as runs of one name in two places do."""
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})" for at, name in enumerate(names)
-    ]
+    """The names, with a number where another column has it: that of a run of the same name, or the base model's."""
+    unique = {name for name in names if name != BASE and names.count(name) == 1}
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in count(1))
+        found.append(name if name in unique else next(each for each in numbered if each not in {*unique, *found}))
+    return found
 
 
 def _prompts(config: GenerationConfig, subjects: Sequence[Mapping[str, str]]) -> list[str]:

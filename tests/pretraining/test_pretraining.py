@@ -13,16 +13,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_world import write_things
 
 from eval.subjects import Subject
 from gsoft_diffusion.sampling.pictures import save_png
-from pretraining import unused_name
+from pretraining import render, unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
 from pretraining.check_new_photos import new_photos
-from pretraining.check_subjects import closeness, drawn, measure, measurements, read_albums, recognised
+from pretraining.check_subjects import closeness, drawn, measure, measurements, read_albums, recognised, train_on
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.color_words import caption_pairs, composed
 from pretraining.kept_weights import keep, start_from
@@ -39,7 +40,15 @@ from pretraining.train_clip import (
     text_tower,
 )
 from pretraining.train_judge import Judge, numbered
-from pretraining.train_unet import JUDGED, Prompts, build_unet, draw_timesteps, held_back_loss, training_state
+from pretraining.train_unet import (
+    JUDGED,
+    Prompts,
+    build_unet,
+    cache_latents,
+    draw_timesteps,
+    held_back_loss,
+    training_state,
+)
 from pretraining.train_vae import build_vae, fold_statistics, learning_rate, psnr
 from pretraining.world import (
     _PAINTERS,
@@ -297,6 +306,37 @@ def test_timesteps_reach_both_ends_and_crowd_the_middle():
 def test_learning_rate_rises_holds_and_falls():
     rates = [learning_rate(seen, 1000, 2.0, warmup=100, tail=0.25) for seen in (0, 49, 99, 749, 875, 1000)]
     assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 2.0 * (0.02 + 0.98 / 2), 0.04], abs=1e-2)
+
+
+def test_latents_of_another_autoencoder_or_other_scenes_are_not_taken(tmp_path):
+    def vae(seed: int) -> AutoencoderKL:
+        torch.manual_seed(seed)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        return AutoencoderKL(**blocks, block_out_channels=(8, 8, 8), norm_num_groups=4)
+
+    path, scenes = tmp_path / "latents.npy", np.zeros((2, 64, 64, 3), np.uint8)
+    first = cache_latents(vae(0), scenes, path)
+    assert first.shape == (2, 4, 16, 16)
+    np.testing.assert_array_equal(cache_latents(vae(0), scenes, path), first)
+    for other in ((vae(1), scenes), (vae(0), scenes + 1), (vae(0), scenes[:1])):
+        with pytest.raises(SystemExit, match=r"latents\.npy: of another autoencoder or other scenes"):
+            cache_latents(*other, path)
+
+
+@pytest.mark.parametrize("scenes", ["0", "1000", "101000"])
+def test_scenes_that_would_stay_black_are_refused(tmp_path, monkeypatch, capsys, scenes):
+    monkeypatch.setattr("sys.argv", ["render", "--sprites", "x", "--out", str(tmp_path / "out"), "--scenes", scenes])
+    with pytest.raises(SystemExit):
+        render.main()
+    assert f"--scenes {scenes}: must be a multiple of {render.CHUNK}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_are_not_taken_for_the_rest_of_a_run(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(SystemExit, match="has something else in it than a run"):
+        train_on(Subject("dog", "dog", True, tmp_path), tmp_path, {}, tmp_path)
+    assert (tmp_path / "a.png").exists()
 
 
 def test_prompts_are_embedded_once_and_minus_one_is_the_empty_one():

@@ -383,7 +383,8 @@ def test_a_sibling_of_the_base_draws_if_asked_for_and_pictures_say_so(adapter_fi
 
 
 def test_side_by_side_each_adapter_draws_by_itself(base, adapter_file, tmp_path):
-    paths = [adapter_file, write_adapter(base, tmp_path / "cat" / "adapter.safetensors", 1, {})]
+    # A run may be called as the base model's column is.
+    paths = [adapter_file, write_adapter(base, tmp_path / "base" / "adapter.safetensors", 1, {})]
     common = {"prompts": ("a dog",), "num_images": 1}
     both = tuple(map(str, paths))
     draw(
@@ -403,6 +404,8 @@ def test_side_by_side_each_adapter_draws_by_itself(base, adapter_file, tmp_path)
             if facts["model"] == "adapter" and facts["adapters"][0]["name"] == name
         )
         np.testing.assert_array_equal(drawn, expected)
+    assert len(pictures) == 3
+    assert {name.split("_")[2] for name in pictures} == {adapter_file.parent.name, "base-1", "base"}
     sheet = Image.open(tmp_path / "out" / "contact_sheet_0000.png")
     assert sheet.width == 8 + 3 * (216 + 8)  # three pictures of 36 pixels, each six times as large
 

@@ -12,6 +12,7 @@ from examples.language import report
 from examples.language.compare import Comparison, compare
 from examples.language.training import DivergedError, Run, train
 from gsoft_diffusion.foundation.errors import UserError
+from gsoft_diffusion.foundation.files import locked
 
 BAD = 99.0
 RATES = {"lora": (1e-2, 2e-2), "gsoft": (2e-2,)}
@@ -98,6 +99,11 @@ def test_results_of_other_settings_are_kept(comparison, tmp_path):
     with pytest.raises(UserError, match="other settings"):
         compare(replace(comparison, max_steps=3), tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_one_at_a_time_in_a_folder(comparison, tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=r"--out .*: process \d+ on .* is at work there"):
+        compare(comparison, tmp_path)
 
 
 def test_a_rate_that_diverges_is_not_chosen(comparison, tmp_path, monkeypatch):

@@ -89,6 +89,28 @@ def test_costs_are_medians_and_ratios_within_a_repetition():
     assert costs(records, "oft") == ["", "", ""]
 
 
+@pytest.mark.parametrize("lost", ["a method's seed", "a task of the sweep", "answers", "all"])
+def test_no_report_of_a_comparison_that_is_not_whole(tmp_path, lost):
+    records = [
+        {"kind": "truth", "task": "sentiment", "labels": TRUTH},
+        *(training(method, rate, 70.0) for method in ("lora", "gsoft") for rate in (0.1, 0.2)),
+        *(training(method, 0.1, 70.0, seed=1) for method in ("lora", "gsoft")),
+    ]
+    sweep_tasks = ["sentiment"]
+    if lost == "a method's seed":
+        records.pop()
+    elif lost == "a task of the sweep":
+        sweep_tasks.append("rating")
+    elif lost == "answers":
+        del records[-1]["answers"]
+    else:
+        records = []
+    content = {"settings": {"sweep_tasks": sweep_tasks}, "machine": {}, "records": records}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"results\.json: is not of a whole comparison"):
+        write_report(tmp_path)
+
+
 def test_the_report_of_a_small_comparison(tmp_path):
     wrong = TRUTH.replace("0", "1", 2)
     records = [

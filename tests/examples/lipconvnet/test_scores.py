@@ -26,13 +26,14 @@ def logit_by_brightness(threshold: float) -> torch.nn.Module:
     return Brightness().eval()
 
 
-def test_the_attack_finds_what_there_is_to_find_and_nothing_else():
+@pytest.mark.parametrize("steps", [5, 20, 40])
+def test_the_attack_finds_what_there_is_to_find_and_nothing_else(steps):
     values = torch.tensor([0.5 - 1.2 * EPSILON, 0.5 - 0.8 * EPSILON, 0.5 + 0.8 * EPSILON, 0.5 + 1.2 * EPSILON])
     pictures = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     pictures[:, 0, 0, 0] = (values * 255).round().to(torch.uint8)
     part = Part(pictures, torch.tensor([0, 0, 1, 1]))
     network = logit_by_brightness(0.5)
-    assert attack(network, part, steps=40).tolist() == [True, False, False, True]
+    assert attack(network, part, steps).tolist() == [True, False, False, True]
     logits = network(pictures.float() / 255)
     assert (gsoft.certified_radius(logits) >= EPSILON).tolist() == [True, False, False, True]
 

@@ -79,6 +79,9 @@ def test_a_checkpoint_of_other_settings_or_of_no_run(pictures, tmp_path):
         train(replace(SETTINGS, width=16, epochs=4), pictures, path)
     with pytest.raises(UserError, match="trained with another convolutions"):
         train(replace(SETTINGS, convolutions=Convolutions((4, 1), paired=False)), pictures, path)
+    other = replace(pictures, training=replace(pictures.training, labels=pictures.training.labels.flip(0)))
+    with pytest.raises(UserError, match="trained with another pictures"):
+        train(SETTINGS, other, path)
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"run\.pt is no checkpoint of this program"):
         train(SETTINGS, pictures, path)
