@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,7 +13,6 @@ from examples.language import report
 from examples.language.compare import Comparison, compare
 from examples.language.training import DivergedError, Run, train
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.files import locked
 
 BAD = 99.0
 RATES = {"lora": (1e-2, 2e-2), "gsoft": (2e-2,)}
@@ -102,8 +102,15 @@ def test_results_of_other_settings_are_kept(comparison, tmp_path):
 
 
 def test_one_at_a_time_in_a_folder(comparison, tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match=r"--out .*: process \d+ on .* is at work there"):
-        compare(comparison, tmp_path)
+    code = "import sys; from pathlib import Path; from gsoft_diffusion.foundation.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(UserError, match=rf"--out .*: process {other.pid} on .* is at work there"):
+            compare(comparison, tmp_path)
+        other.communicate()
 
 
 def test_a_rate_that_diverges_is_not_chosen(comparison, tmp_path, monkeypatch):
