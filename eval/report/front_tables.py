@@ -14,6 +14,7 @@ from eval.report.lines import OURS, Line, differences
 from eval.report.tables import text_of
 
 LEAST_SHARED = 0.5  # of the way, for a verdict by lead
+FEWER = "fewer settings"  # the verdict where ours is above a method with fewer
 AREA = 0  # places of `measures`: the area, then prompt fidelity at each level of the subject, then the reverse
 AT_SUBJECT = range(1, 1 + len(SHARES))
 AT_PROMPT = range(1 + len(SHARES), 1 + 2 * len(SHARES))
@@ -30,7 +31,7 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
             "prompt (CLIP-T) from – to": _reach(each.points, 1),
             f"lead of {TITLES[OURS]}": _shown(each.lead, _no_lead(each, fronts), signed=True) if each.lead else "",
             "taken up to": "" if each.shared is None else f"{each.shared:.0%} of the way",
-            "verdict": _verdict_of(each) if each.lead else "",
+            "verdict": _verdict_of(each, fronts) if each.lead else "",
             "area ↑": _shown(each.estimates[AREA]),
             f"area, {TITLES[OURS]} − this": _shown(each.differences[AREA], signed=True) if each.differences else "",
         }
@@ -38,12 +39,24 @@ def area_rows(fronts: Fronts) -> list[dict[str, str]]:
     ]
 
 
-def _verdict_of(each: MethodFront) -> str:
+def _verdict_of(each: MethodFront, fronts: Fronts) -> str:
     """In words whether our front leads; nothing is decided by a lead over a short piece of the way."""
     assert each.lead
     assert each.shared is not None
-    found = verdict(each.lead)
+    found = _fair_verdict(each.lead, _has_fewer_settings(each, fronts))
     return "not decided" if found in ("ahead", "behind") and each.shared < LEAST_SHARED else found
+
+
+def _has_fewer_settings(each: MethodFront, fronts: Fronts) -> bool:
+    """Whether fewer settings of a method were tried than of ours. Further ones can only raise its front."""
+    ours = next(one for one in fronts.methods if (one.method, one.budget) == (OURS, each.budget or "medium"))
+    return len(each.settings) < len(ours.settings)
+
+
+def _fair_verdict(difference: Estimate, fewer_settings: bool) -> str:
+    """In words; we are not ahead of a method that was given fewer settings."""
+    found = verdict(difference)
+    return FEWER if found == "ahead" and fewer_settings else found
 
 
 def prompt_rows(fronts: Fronts) -> list[dict[str, str]]:
@@ -184,7 +197,7 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
 
     def by_lead(methods: Iterable[MethodFront]) -> list[_Said]:
         return [
-            _Said(TITLES[each.method], each.lead, _verdict_of(each), _no_lead(each, fronts))
+            _Said(TITLES[each.method], each.lead, _verdict_of(each, fronts), _no_lead(each, fronts))
             for each in methods
             if each.lead
         ]
@@ -198,7 +211,7 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
     else:
         paragraphs = [
             *_decided(by_lead(e for e in compared if e.budget == "medium" and e.method in PRIMARY)),
-            *(_of_size(budget, compared, lines, by_lead) for budget in dict.fromkeys(each.budget for each in compared)),
+            *(_of_size(budget, fronts, lines, by_lead) for budget in dict.fromkeys(each.budget for each in compared)),
             _resolution(compared, grid, assumed),
         ]
     if left_out := [subject for subject in grid.subjects if subject not in grid.choosing]:
@@ -219,10 +232,6 @@ class _Said:
     missing: str = ""
 
 
-def _said(other: str, difference: Estimate) -> _Said:
-    return _Said(other, difference, verdict(difference))
-
-
 def _decided(deciding: Sequence[_Said]) -> list[str]:
     """Who wins, by what was named before the run; nothing unless all of that was compared."""
     if len(deciding) < len(PRIMARY):
@@ -238,15 +247,20 @@ def _decided(deciding: Sequence[_Said]) -> list[str]:
 
 def _of_size(
     budget: str | None,
-    compared: Sequence[MethodFront],
+    fronts: Fronts,
     lines: Sequence[Line],
     by_lead: Callable[[Iterable[MethodFront]], list[_Said]],
 ) -> str:
     """What all measures say at a size."""
-    of_size = [each for each in compared if each.budget == budget]
-    by_area = [_said(TITLES[each.method], each.differences[AREA]) for each in of_size if each.differences]
+    of_size = [each for each in fronts.methods if each.lead and each.budget == budget]
+    fewer = {TITLES[each.method] for each in of_size if _has_fewer_settings(each, fronts)}
+
+    def said(other: str, difference: Estimate) -> _Said:
+        return _Said(other, difference, _fair_verdict(difference, other in fewer))
+
+    by_area = [said(TITLES[each.method], each.differences[AREA]) for each in of_size if each.differences]
     by_balance = [
-        _said(other, Estimate(intervals["balance"], 1.0))
+        said(other, Estimate(intervals["balance"], 1.0))
         for size, other, intervals in differences(lines)
         if budget and size == budget and "balance" in intervals
     ]
@@ -267,6 +281,7 @@ def _no_lead(each: MethodFront, fronts: Fronts) -> str:
 def _verdicts(said: Sequence[_Said]) -> str:
     """In words."""
     words = {"ahead": "ahead of", "behind": "behind", "not decided": "not decided against"}
+    words[FEWER] = "above, but with more settings than"
     words["no interval"] = "without an interval, so without a verdict, against"
     found = {word: [each for each in said if each.verdict == word] for word in words}
     return "; ".join(

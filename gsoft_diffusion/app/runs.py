@@ -159,7 +159,7 @@ class RunView:
     @property
     def exports(self) -> list[str]:
         """What can be taken home: names of files and of folders below the run's, which end in a slash."""
-        there = sorted(path for path in self.folder.iterdir() if not path.is_symlink())
+        there = sorted(path for path in self.folder.glob("*") if not path.is_symlink())
         files = [path.name for path in there if re.fullmatch(rf"{EXPORTS}\.safetensors", path.name)]
         return files + [f"{path.name}/" for path in there if re.fullmatch(MERGED, path.name) and path.is_dir()]
 

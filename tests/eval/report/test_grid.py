@@ -206,6 +206,19 @@ def test_who_wins_was_named_before_the_run(ours, result):
     assert f"By lead it is {result}" in text
 
 
+def test_we_are_not_ahead_of_a_method_with_fewer_settings():
+    """Further settings can only raise a front. A method that leads ours with fewer of them does lead."""
+    high, low = [(0.2, 0.9), (0.8, 0.5), (0.8, 0.4)], [(0.2, 0.7), (0.6, 0.3)]
+    fronts = compare_fronts(grid := by_hand(high, low))
+    text = verdict_text(fronts, [], grid, 0.1)
+    assert "by lead Double GSOFT is above, but with more settings than LoRA (+0.178 [" in text
+    assert "By area it is above, but with more settings than LoRA (+0.220 [" in text
+    assert [row["verdict"] for row in area_rows(fronts)] == ["", "fewer settings"]
+    for theirs in ([(0.2, 0.6), (0.8, -0.4)], [(0.2, 0.6), (0.8, -0.4), (0.8, -0.5)]):
+        ours = by_hand(theirs, low)
+        assert "by lead Double GSOFT is behind LoRA" in verdict_text(compare_fronts(ours), [], ours, 0.1)
+
+
 def test_differences_that_depend_on_the_subject_are_not_decided():
     grid = by_hand([(0.2, 0.7), (0.8, 0.3)], [(0.2, 0.7), (0.8, 0.3)], noise=0.3)
     fronts = compare_fronts(grid)
