@@ -157,10 +157,6 @@ class Jobs:
             raise UserError(f"there is no job {number}")
         return found
 
-    def latest(self, run: str, kind: Kind) -> Job | None:
-        """The last job of a kind that is about a run, None if there was none."""
-        return next((job for job in reversed(self.all()) if job.run == run and job.kind == kind), None)
-
     def current(self, run: str, kind: Kind) -> Job | None:
         """The job of a kind about a run that is under way or the next, else the last one; None if there was none."""
         found = [job for job in self.all() if job.run == run and job.kind == kind]

@@ -54,8 +54,8 @@ class ValidationLoss:
         variant = Variant(nearest_size(photo.size, list(dataset.view_settings.sizes)))
         shown = dataset.picture(photo, variant)
         moments = self.model.encode_images(shown.pop("pixels")[None])
-        mean = torch.zeros(1, *dataset.view_settings.sizes[variant.size], device=moments.device)  # no noise
-        latents = self.model.sample_latents(moments, mean).cpu()
+        no_noise = torch.zeros(1, *dataset.view_settings.sizes[variant.size], device=moments.device)
+        latents = self.model.sample_latents(moments, no_noise).cpu()
         generator = generator_for(self.config.seed, HELD_OUT, number)  # no other random numbers have this key
         noise = torch.randn((TIMESTEPS, *latents.shape[1:]), generator=generator)
         return shown | {"latents": latents, "noise": noise, "prompt": self.predictor.number_of(photo.prompt)}

@@ -40,7 +40,7 @@ class Page:
 
     def view(self, run: str) -> RunView:
         """A run as it is now. Raises UserError if there is none of that name, in the folder or in the queue."""
-        job = self.jobs.latest(run, "train")
+        job = self.jobs.current(run, "train")
         folder = self.workspace.root / run if job else self.workspace.run(run)
         return RunView(folder, job)
 

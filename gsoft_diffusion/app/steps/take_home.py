@@ -16,7 +16,7 @@ from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.app.runs import RunView
 from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, latest_of, updates
 from gsoft_diffusion.config import ExportConfig
-from gsoft_diffusion.config.export import default_output
+from gsoft_diffusion.config.export import DEFAULT_RANK, default_output
 from gsoft_diffusion.foundation.errors import UserError
 
 EVERY = 3.0  # seconds between looks at what was made
@@ -47,7 +47,12 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     )
     with gr.Row():
         rank = gr.Slider(
-            4, 256, 64, step=4, label="Rank of a LoRA", info="higher is nearer to what was learned, and larger"
+            4,
+            256,
+            DEFAULT_RANK,
+            step=4,
+            label="Rank of a LoRA",
+            info="higher is nearer to what was learned, and larger",
         )
         precision = gr.Radio(["float16", "float32"], value="float16", label="Precision")
     with gr.Row():

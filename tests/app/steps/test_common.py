@@ -19,15 +19,15 @@ def test_only_what_is_not_as_it_is_shown_is_sent():
 def test_runs_that_came_to_nothing_are_gone_once_another_was_asked_for(page, sleeping):
     """One that failed before it wrote anything is shown until then, so that its error is seen."""
     page.jobs.add("train", "failed", {})
-    failed = page.jobs.latest("failed", "train")
+    failed = page.jobs.current("failed", "train")
     page.jobs.add("train", "withdrawn", {})
-    page.jobs.stop(page.jobs.latest("withdrawn", "train"))
+    page.jobs.stop(page.jobs.current("withdrawn", "train"))
     assert page.runs() == ["failed"]  # it runs
     (failed.folder / "end.json").write_text('{"status": 2}')
     assert page.runs() == []  # the withdrawn one was asked for after it
     page.jobs.add("train", "next", {})
     assert page.runs() == ["next"]
-    (page.jobs.latest("next", "train").folder / "end.json").write_text('{"status": 2}')
+    (page.jobs.current("next", "train").folder / "end.json").write_text('{"status": 2}')
     assert page.runs() == ["next"]
 
 

@@ -44,7 +44,7 @@ def test_the_latest_adapter_of_the_run_is_chosen_and_a_choice_stays(does, adapte
 def test_what_is_asked_for_is_a_job_of_the_first_adapters_run(page, does, adapters, sleeping):
     said, *_ = does.asked(["dog/checkpoint-8/adapter.safetensors"], "together", "a\n\n b ", 0.5, 1, 1, 1, "7")
     assert said == ""
-    job = page.jobs.latest("dog", "draw")
+    job = page.jobs.current("dog", "draw")
     settings = read_yaml(job.folder / "settings.yaml")
     assert (settings["prompts"], settings["strength"], settings["seed"]) == (["a", "b"], [0.5], 7)
     assert settings["adapter"] == [str(page.workspace.root / "dog/checkpoint-8/adapter.safetensors")]

@@ -41,7 +41,7 @@ def folder(page) -> Path:
 )
 def test_a_name_says_what_was_made_of_which_step(page, does, folder, sleeping, kind, precision, name):
     assert does.asked(ADAPTER, kind, 16, precision) == ""
-    job = page.jobs.latest("dog", "export")
+    job = page.jobs.current("dog", "export")
     assert read_yaml(job.folder / "settings.yaml")["output"] == str(folder / name)
     if kind == "diffusers":
         (folder / name).mkdir()
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_goes_away_leaves_the_other_files(does, folder):
 
 def test_what_an_export_loses_is_said_when_it_is_done(page, does, folder, sleeping):
     does.asked(ADAPTER, "kohya_lora", 16, "float16")
-    job = page.jobs.latest("dog", "export")
+    job = page.jobs.current("dog", "export")
     (job.folder / "log.txt").write_text(f"loading\n{folder}/kohya.safetensors: it loses 84%\nnote: for others\n")
     (job.folder / "end.json").write_text('{"status": 0}')
     state, *_ = does.watched(ADAPTER, [])

@@ -36,7 +36,7 @@ def test_a_run_goes_on_in_its_own_folder_though_it_was_moved(page, does, sleepin
     write_run(old, settings=settings)
     folder = write_run(page.workspace.root / "rex-old", settings=settings)
     assert does.went_on("rex-old", "9")[:3] == [gr.skip(), "", gr.skip()]
-    job = page.jobs.latest("rex-old", "train")
+    job = page.jobs.current("rex-old", "train")
     kept = read_yaml(job.folder / "settings.yaml")
     assert kept["output_dir"] == str(folder)
     assert (kept["max_train_steps"], kept["resume_from_checkpoint"]) == (9, "latest")
@@ -44,7 +44,7 @@ def test_a_run_goes_on_in_its_own_folder_though_it_was_moved(page, does, sleepin
 
 def test_a_run_that_has_not_begun_cannot_go_on(page, does, sleeping):
     page.jobs.add("train", "rex", {})
-    (page.jobs.latest("rex", "train").folder / "end.json").write_text('{"status": 2}')
+    (page.jobs.current("rex", "train").folder / "end.json").write_text('{"status": 2}')
     assert "rex has not begun, so it cannot go on" in does.went_on("rex", "")[1]
 
 
@@ -66,7 +66,7 @@ def test_changes_are_accepted_when_a_run_goes_on_and_only_then(page, sleeping):
         does.went_on(
             name, *(given[each.name] if ticked or each.name == "max_train_steps" else False for each in fields)
         )
-        kept = read_yaml(page.jobs.latest(name, "train").folder / "settings.yaml")
+        kept = read_yaml(page.jobs.current(name, "train").folder / "settings.yaml")
         assert kept.get("accept_changes", False) is ticked
 
 
