@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.state import AcceleratorState
 
 from benchmarks.measure import Records, table
 from eval.pick_checkpoint import adapters_of
@@ -73,7 +72,6 @@ def measure(args: Any, subject: Subject, rate: float) -> dict[str, Any]:
     Scores of pictures are in the order of prompts and, within each, seeds: `dino` and `clip_t` of every step (`steps`)
     and of the base model (`base`). `photos` has the photos' own: one `dino`, and a `clip_t` for each picture's prompt.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)
     with tempfile.TemporaryDirectory() as folder:
         photos, held_out, run = (Path(folder, name) for name in ("photos", "held_out", "run"))
         *trained, last = subject.photos()

@@ -23,7 +23,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 
 from benchmarks.measure import Records, table
@@ -77,7 +76,6 @@ def main() -> None:
 
 def measure(args: Any, subject: Subject, seed: int, prior: str) -> dict[str, Any]:
     """Train one adapter and score it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
             str(subject.folder),
@@ -122,9 +120,9 @@ def watched() -> Iterator[Watched]:
     backward, update, class_images = TrainingStep.backward, TrainingStep.update, subjects_module.ensure_class_images
     began = [0.0]
 
-    def first(step: TrainingStep, batch: Any) -> Any:
+    def first(step: TrainingStep, *arguments: Any) -> Any:
         began[0] = time.process_time()
-        return backward(step, batch)
+        return backward(step, *arguments)
 
     def last(step: TrainingStep, *arguments: Any) -> None:
         update(step, *arguments)

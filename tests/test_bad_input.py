@@ -17,7 +17,6 @@ import icc_profiles
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
@@ -54,9 +53,7 @@ def place(base, photos, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos" / "notes.txt").unlink()
     Path("base").symlink_to(base)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield tmp_path
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path
 
 
 def command(*options: str) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from training_runs import few_steps
 
 from benchmarks.keeping import DECAYS, PRIORS, report, watched
@@ -19,10 +18,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "keep
 
 
 def test_a_run_is_watched(base, photos, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     with watched() as seen:
         adapter = train(few_steps(base, photos, tmp_path / "run")).adapter
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert len(seen.steps) == 3
     assert list(seen.averages) == list(DECAYS)
     last = read_adapter(adapter).tensors

@@ -15,7 +15,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import PIXELS
 from tiny_families import WRITERS, diffusers_guidance, write_flux
 from tiny_models import randomise
@@ -200,13 +199,6 @@ def outcome(step: Callable[[], None]) -> str:
     except UserError as error:
         return str(error)
     return "pass"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import PIXELS
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from tiny_families import WRITERS, prediction_and_gradients
@@ -119,7 +118,6 @@ def test_layers_of_the_published_models():
 
 
 def test_what_is_trained_on_it_is_an_ordinary_adapter(folder, photos, tmp_path, bitsandbytes):
-    AcceleratorState._reset_state(reset_partial_state=True)
     config = TrainingConfig(
         str(photos),
         class_word="dog",
@@ -138,7 +136,6 @@ def test_what_is_trained_on_it_is_an_ordinary_adapter(folder, photos, tmp_path, 
         report_to="none",
     )
     path = train(config).adapter
-    AcceleratorState._reset_state(reset_partial_state=True)
     model = load_model(str(folder))
     adapter, file = load_adapter(path, model.denoiser, model.text_encoders)
     assert file.training["quantize_base"] == "nf4"
