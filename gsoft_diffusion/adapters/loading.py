@@ -21,7 +21,7 @@ from gsoft_diffusion.foundation.errors import UserError, printable, user_errors
 from gsoft_diffusion.foundation.model_names import local_model
 from gsoft_diffusion.foundation.run_folder import SETTINGS, run_folder
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.models.loading import family_of, load_model
 
 
 def load_adapter(
@@ -85,16 +85,8 @@ def load_base(
     An adapter has the model's name only, the settings of its run also know where it is: where they are beside it, they
     are asked first. Prints whose word was taken. Raises UserError if the model is not found, or as `load_model`.
     """
-    settings, source = _settings_beside(file)
-    name = moved_to or settings["pretrained_model_name_or_path"]
-    names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
-    versions: dict[str, Any] = {key: settings[key] for key in names if isinstance(settings.get(key), str)}
+    name, versions, source = _place_of_base(file, moved_to)
     if not moved_to:
-        if local_model(name) is None and (Path(name).is_absolute() or "/" not in name):
-            raise UserError(
-                f"{file.path}: its base model is {name}, as {source} says, which is not there; give its place with "
-                "--pretrained_model_name_or_path"
-            )
         print(printable(f"base model: {name}, as {source} says"))
     return load_model(
         name,
@@ -104,6 +96,33 @@ def load_base(
         cpu_offload=cpu_offload,
         offload_layers=offload_layers,
     )
+
+
+def family_of_base(file: AdapterFile, moved_to: str | None = None) -> type[BaseModel]:
+    """The family of the model that `load_base` would load; no weights are read.
+
+    file, moved_to: as there. Raises UserError if the model is not found, or is of no family.
+    """
+    name, versions, _ = _place_of_base(file, moved_to)
+    versions.pop("variant", None)  # which is of its weights
+    return family_of(name, **versions)
+
+
+def _place_of_base(file: AdapterFile, moved_to: str | None) -> tuple[str, dict[str, Any], Path]:
+    """The base model's name or place, the arguments of `load_model` that say which version, and the file that says so.
+
+    UserError if it is not there.
+    """
+    settings, source = _settings_beside(file)
+    name = moved_to or settings["pretrained_model_name_or_path"]
+    names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
+    versions = {key: settings[key] for key in names if isinstance(settings.get(key), str)}
+    if not moved_to and local_model(name) is None and (Path(name).is_absolute() or "/" not in name):
+        raise UserError(
+            f"{file.path}: its base model is {name}, as {source} says, which is not there; give its place with "
+            "--pretrained_model_name_or_path"
+        )
+    return name, versions, source
 
 
 def _settings_beside(file: AdapterFile) -> tuple[Mapping[str, Any], Path]:

@@ -174,6 +174,18 @@ def check_offloading(device: torch.device | str, quantize_base: str | None) -> N
         )
 
 
+def family_of(name: str, *, revision: str | None = None, base_config: str | None = None) -> type[BaseModel]:
+    """The family of a model, for which no more than its index is read, or fetched from the hub.
+
+    For a single file that is the index of its configuration.
+
+    name, revision, base_config: as in `load_model`. Raises UserError as there.
+    """
+    if is_single_file(name):
+        return _find_config(name, base_config)[1]
+    return _read_index(name, _local(name, revision) or _fetch(name, revision, [INDEX]))[0]
+
+
 def fetch_model(name: str) -> None:
     """Have all files that `load_model` reads of a model on this machine, and load none. Raises UserError as there."""
     if is_single_file(name):
@@ -208,19 +220,11 @@ def _find(
 
     weights: whether to fetch them, too.
     """
-    for folder in places(name):
-        if folder.is_dir():
-            if revision:
-                raise UserError(
-                    f"revision {revision}: {name} is a folder here, and folders have no revisions; leave --revision "
-                    "out, or start where there is no such folder"
-                )
-            family, index_values = _read_index(name, folder)
-            if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
-                raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")
-            return folder, family, index_values
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(f"there is no model folder {name}, and it is not the name of a model on the hub")
+    if folder := _local(name, revision):
+        family, index_values = _read_index(name, folder)
+        if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
+            raise UserError(f"model folder {name} has no {', '.join(missing)}: it must be a whole diffusers model")
+        return folder, family, index_values
     family, index_values = _read_index(name, _fetch(name, revision, [INDEX]))
     wanted = [INDEX]
     for part in family.parts():
@@ -231,6 +235,20 @@ def _find(
     if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
         raise UserError(f"model {name} on the hub has no {', '.join(missing)}: it must be a whole diffusers model")
     return folder, family, index_values
+
+
+def _local(name: str, revision: str | None) -> Path | None:
+    """A model's folder on this machine, None if it may be on the hub. UserError if it can be in neither place."""
+    if folder := next((path for path in places(name) if path.is_dir()), None):
+        if revision:
+            raise UserError(
+                f"revision {revision}: {name} is a folder here, and folders have no revisions; leave --revision "
+                "out, or start where there is no such folder"
+            )
+        return folder
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"there is no model folder {name}, and it is not the name of a model on the hub")
+    return None
 
 
 def _weight_patterns(variant: str | None) -> list[str]:

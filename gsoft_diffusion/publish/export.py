@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from gsoft_diffusion.adapters.file import AdapterFile, read_adapters
 from gsoft_diffusion.adapters.identity import public_identity_of
-from gsoft_diffusion.adapters.loading import load_base
+from gsoft_diffusion.adapters.loading import family_of_base, load_base
 from gsoft_diffusion.adapters.stack import AdapterStack
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.config.export import DEFAULT_RANK, default_output
@@ -55,6 +55,7 @@ def export(config: ExportConfig) -> Path:
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
+        family_of_base(files[0], config.pretrained_model_name_or_path).check_format(config.format)
         model = load_base(files[0], config.pretrained_model_name_or_path, dtype=None)
         if not config.is_change:  # then each layer is made in float32, by itself
             with_room_for(model, getattr(torch, config.precision))

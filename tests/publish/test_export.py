@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from pretended import pretended_gpu
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_families import write_sd3, write_sdxl
+from tiny_families import write_flux, write_sd3, write_sdxl
 from tiny_models import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -49,7 +49,7 @@ def write_adapter(base: Path, path: Path, **changes: object) -> Path:
     model = load_model(str(base))
     identity = identity_of(model)
     config = AdapterConfig(**({"nblocks": 4} | changes))
-    adapter = inject(config, model.unet, [model.text_encoder])
+    adapter = inject(config, model.denoiser, model.text_encoders)
     randomise(adapter, size=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(path, adapter, base_model=identity, training={}, prompts={"instance_prompt": "a sks dog"})
@@ -306,6 +306,22 @@ def test_a_projection_that_a_single_file_cannot_hold_is_refused(tmp_path):
     model.text_encoder.text_projection.weight[0, 1] = 0.1
     with pytest.raises(UserError, match=r"text_projection is not the identity.*--format diffusers"):
         model.original_layout()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("checkpoint", "--format checkpoint: no single-file layout is known for FLUX.1; use --format diffusers"),
+        ("kohya_lora", "--format kohya_lora: not known for Stable Diffusion 3 and 3.5; use --format diffusers_lora"),
+    ],
+)
+def test_a_format_that_the_family_cannot_have_is_refused_before_weights_are_read(tmp_path, kind, message):
+    base = (write_flux if kind == "checkpoint" else write_sd3)(tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter.safetensors")
+    for weights in base.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(UserError, match=re.escape(message)):
+        export(ExportConfig((str(adapter),), kind))
 
 
 def test_what_has_no_place_in_the_original_layout_is_named(base):

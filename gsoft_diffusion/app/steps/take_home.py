@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import gradio as gr
 
+from gsoft_diffusion.adapters.file import read_adapter
+from gsoft_diffusion.adapters.loading import family_of_base
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.files import download_address
 from gsoft_diffusion.app.jobs import Job
@@ -42,9 +46,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     """Lay out the step. page, demo: as in the photos' step. tab: the step's. run: the choice of a run in step 3."""
     known = page.adapters()
     adapter = gr.Dropdown(known, value=known[0][1] if known else None, label="What was learned", elem_id="take-adapter")
-    kind = gr.Radio(
-        [(text, name) for name, text in FORMATS.items()], value="kohya_lora", label="Make it into", elem_id="format"
-    )
+    kind = gr.Radio(_choices(FORMATS), value="kohya_lora", label="Make it into", elem_id="format")
     with gr.Row():
         rank = gr.Slider(
             4,
@@ -66,6 +68,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     does = Handlers(page)
     gr.on([demo.load, tab.select], does.opened, [run, adapter], adapter, **QUIET)
     run.change(does.followed, run, adapter, **QUIET)
+    gr.on([demo.load, adapter.change], does.offered, [adapter, kind], kind, **QUIET)
     make.click(does.asked, [adapter, kind, rank, precision], said, **LOUD)
     stop.click(does.stopped, adapter, None, **LOUD)
     ticks = gr.Timer(EVERY)
@@ -87,6 +90,11 @@ class Handlers:
         """Another run is chosen in step 3. name: of the run."""
         there = self.page.adapters()
         return choose(there, latest_of(there, name))
+
+    def offered(self, chosen: str | None, kind: str) -> Any:
+        """An adapter is chosen. chosen: its name. kind: the format. Offers those that its base model can have."""
+        formats = _formats(self.page, chosen) if chosen else list(FORMATS)
+        return gr.update(choices=_choices(formats), value=kind if kind in formats else formats[0])
 
     def asked(self, chosen: str | None, kind: str, rank: int, precision: str) -> str:
         """*Make it* is pressed. chosen: the adapter's name. kind: the format. rank: a LoRA's. precision: of numbers."""
@@ -118,6 +126,24 @@ class Handlers:
     def watched(self, chosen: str | None, shown: list[Any]) -> list[Any]:
         """Time has passed, or another adapter is chosen. chosen: its name. shown: as `updates` returned it."""
         return updates(shown, _live(self.page, chosen))
+
+
+def _choices(formats: Iterable[str]) -> list[tuple[str, str]]:
+    return [(FORMATS[name], name) for name in formats]
+
+
+def _formats(page: Page, chosen: str) -> list[str]:
+    """The formats that an adapter can be exported in; all if its base model is not to be found."""
+    try:
+        family = family_of_base(read_adapter(page.adapter(chosen)))
+    except UserError:  # the export will say what is wrong
+        return list(FORMATS)
+    found = []
+    for name in FORMATS:
+        with suppress(UserError):
+            family.check_format(name)
+            found.append(name)
+    return found
 
 
 def _live(page: Page, chosen: str | None) -> list[Any]:

@@ -173,9 +173,9 @@ class BaseModel(ABC):
     def original_layout(self) -> dict[str, Tensor]:
         """All weights by their names in the family's original checkpoints, whole models in one file.
 
-        Raises UserError if no such layout is known, or a weight has no place in it.
+        For families that have such a layout: see `check_format`. Raises UserError if a weight has no place in it.
         """
-        raise UserError(f"--format checkpoint: no single-file layout is known for {self.title}; use --format diffusers")
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -185,9 +185,9 @@ class BaseModel(ABC):
     def kohya_metadata(self) -> dict[str, str]:
         """What web UIs read to tell which base model a LoRA in kohya's format is for.
 
-        Raises UserError if the format is not known for the family.
+        For families that have that format: see `check_format`.
         """
-        raise UserError(f"--format kohya_lora: not known for {self.title}; use --format diffusers_lora or diff")
+        raise NotImplementedError
 
     def kohya_place(self, module: str) -> tuple[str, int]:
         """What kohya's LoRAs call a module of the diffusers pipeline, such as `unet.mid_block.….to_q`.
@@ -196,6 +196,14 @@ class BaseModel(ABC):
         below all that an adapter may be on.
         """
         raise NotImplementedError
+
+    @classmethod
+    def check_format(cls, name: str) -> None:
+        """Raise UserError if what is trained on the family cannot be exported in a format, one of `ExportConfig`'s."""
+        if name == "checkpoint" and cls.original_layout is BaseModel.original_layout:
+            raise UserError(f"--format {name}: no single-file layout is known for {cls.title}; use --format diffusers")
+        if name == "kohya_lora" and cls.kohya_metadata is BaseModel.kohya_metadata:
+            raise UserError(f"--format {name}: not known for {cls.title}; use --format diffusers_lora or diff")
 
     def encode_negative(self, prompt: str) -> Conditioning:
         """The conditioning of one negative prompt: that of any prompt, unless the family overrides this."""

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 from page_folders import write_run
+from tiny_families import write_flux, write_sd3
 
+from gsoft_diffusion.adapters.file import save_adapter
+from gsoft_diffusion.adapters.identity import identity_of
+from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.app.steps.take_home import FORMATS, Handlers
+from gsoft_diffusion.config import AdapterConfig
 from gsoft_diffusion.config.settings import read_yaml
+from gsoft_diffusion.models.loading import load_model
 
 ADAPTER = "dog/checkpoint-8/adapter.safetensors"
 
@@ -52,6 +58,26 @@ def test_a_name_says_what_was_made_of_which_step(page, does, folder, sleeping, k
     assert len(page.jobs.all()) == 1
     _, files, *_ = does.watched(ADAPTER, [])
     assert f'href="/files/take/dog/{name}' in files
+
+
+def test_only_formats_are_offered_that_the_base_model_can_have(does, folder, tmp_path, base):
+    bases = {"sd": base, "sd3": write_sd3(tmp_path / "sd3"), "flux": write_flux(tmp_path / "flux")}
+    offered = {}
+    for name, place in bases.items():
+        model = load_model(str(place))
+        identity = identity_of(model)
+        adapter = inject(AdapterConfig(nblocks=4), model.denoiser, model.text_encoders)
+        path = folder / "checkpoint-8" / "adapter.safetensors"
+        save_adapter(path, adapter, base_model=identity, training={}, prompts={})
+        update = does.offered(ADAPTER, "kohya_lora")
+        offered[name] = [kind for _, kind in update["choices"]]
+        assert update["value"] == ("checkpoint" if name == "sd3" else "kohya_lora")
+    assert offered["sd"] == list(FORMATS)
+    assert offered["sd3"] == [kind for kind in FORMATS if kind != "kohya_lora"]
+    assert offered["flux"] == [kind for kind in FORMATS if kind != "checkpoint"]
+    shutil.rmtree(bases["flux"])
+    assert len(does.offered(ADAPTER, "diff")["choices"]) == len(FORMATS)  # the export will say that it is not there
+    assert does.offered(None, "diff")["value"] == "diff"
 
 
 def test_every_format_says_where_it_goes(does, folder):
