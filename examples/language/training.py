@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from examples.language.methods import METHODS, Adapted
 from examples.language.tasks import TASKS, Task, Texts, score
-from gsoft_diffusion.config.settings import NOT_NEGATIVE, POSITIVE, Settings, check_rules
+from gsoft_diffusion.config.settings import BELOW_2_TO_32, NOT_NEGATIVE, POSITIVE, Settings, check_rules
 from gsoft_diffusion.foundation.errors import UserError, first_line, user_errors
 from gsoft_diffusion.foundation.hub_access import why_unreachable
 
@@ -70,7 +70,7 @@ class Run(Settings):
     evaluations: Annotated[int, POSITIVE] = 20
     batch_size: Annotated[int, POSITIVE] = 32
     max_length: Annotated[int, POSITIVE] = 128
-    seed: Annotated[int, NOT_NEGATIVE] = 0
+    seed: Annotated[int, NOT_NEGATIVE, BELOW_2_TO_32] = 0  # NumPy takes no larger one
     bf16: bool = False
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ class Rule(NamedTuple):
 
 POSITIVE = Rule(positive, "more than 0")
 NOT_NEGATIVE = Rule(not_negative, "0 or more")
+BELOW_2_TO_32 = Rule(lambda seed: seed < 2**32, "less than 2³²")
 BELOW_2_TO_63 = Rule(lambda seed: seed < 2**63, "less than 2⁶³")
 
 

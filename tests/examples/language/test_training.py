@@ -36,6 +36,12 @@ def trained(run: Run) -> Trained:
     return train(run, read_task(run.task, run.data_dir), progress=False)
 
 
+def test_a_seed_that_is_too_large_is_refused(run):
+    replace(run, seed=2**32 - 1)
+    with pytest.raises(UserError, match="--seed 4294967296: must be less than 2³²"):
+        replace(run, seed=2**32)
+
+
 def logits_of(result: Trained, run: Run, part: str) -> np.ndarray:
     """The logits `(N, C)` that the model gives now, computed here."""
     task = TASKS[run.task]
