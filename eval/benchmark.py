@@ -31,7 +31,7 @@ from eval.report.rates import choose_learning_rates
 from eval.report.spread import spread_of_differences
 from eval.report.write import write_report
 from eval.results import PAGE_NAME, SETTINGS, Results, all_results, collect_results
-from eval.run_cell import NOISE
+from eval.run_cell import NOISE, photos_hash
 from eval.subject_sheets import write_subject_sheet
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.config.settings import read_yaml
@@ -44,6 +44,7 @@ from gsoft_diffusion.scoring.encoders import load_encoders
 FREE_TO_CHANGE = {  # they decide which cells there are and what is shown of them, not what is in one
     *("seeds", "subjects", "methods", "budgets", "medium_only", "learning_rates", "sweep_subjects", "sweep_budget"),
     *("learning_rates_small", "learning_rates_large"),
+    "subjects_dir",  # the photos are compared themselves
     *("seconds_per_step", "seconds_per_picture", "difference_sd", "sheets"),
 }
 BYTES_A_PIXEL = 1.6  # of generated pictures as PNG
@@ -100,8 +101,8 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     """The experiment with paths that hold in any folder, its subjects by name, and encoders that the folder has.
 
     experiment: as it was given. out: the folder for its results, which need not be there. Raises UserError if a subject
-    has fewer than two photos, or if the folder holds cells of other settings, or a report of more than would come out
-    now.
+    has fewer than two photos, or if the folder holds cells of other settings or photos, or a report of more than would
+    come out now.
     """
     subjects = experiment.chosen_subjects()
     for subject in subjects:
@@ -121,6 +122,13 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     if changed := [name for name in now if now[name] != then[name] and name not in FREE_TO_CHANGE]:
         names = ", ".join(f"{name} is {now[name]} and was {then[name]}" for name in changed)
         raise UserError(f"--out {out}: holds results of other settings ({names}); choose another folder")
+    photos = {subject.name: photos_hash(subject) for subject in subjects}
+    learned = {result["cell"]["subject"]: result["photos_hash"] for result in all_results(out).values()}
+    if others := [name for name, known in learned.items() if photos.get(name, known) != known]:
+        raise UserError(
+            f"--out {out}: holds cells of other photos of {', '.join(others)} than {experiment.subjects_dir} has; put "
+            "them back, or choose another folder"
+        )
     if (out / PAGE_NAME).exists() and (lost := left_out(before, experiment)):
         raise UserError(
             f"--out {out}: its report has {', '.join(lost)} as well, which these settings leave out; put them back, "

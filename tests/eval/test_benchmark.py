@@ -131,6 +131,18 @@ def test_other_settings_need_another_folder(world, finished, tmp_path):
         run_benchmark(experiment(world, methods=list(METHODS), curve_every=1, max_train_steps=3), out)
 
 
+def test_photos_may_move_but_not_change(world, finished, tmp_path, in_process):
+    out = shutil.copytree(finished, tmp_path / "out")
+    moved = shutil.copytree(world / "subjects", tmp_path / "moved")
+    settings = experiment(world, methods=list(METHODS), curve_every=1, subjects_dir=str(moved))
+    run_benchmark(settings, out)
+    assert read_yaml(out / "experiment.yaml")["subjects_dir"] == str(moved)
+    next((moved / "cup").glob("*.png")).unlink()
+    with pytest.raises(UserError, match=r"holds cells of other photos of cup than .*/moved has; put them back"):
+        run_benchmark(settings, out)
+    assert in_process == []
+
+
 def test_a_cell_that_finished_before_its_run_was_killed_does_not_run_again(world, tmp_path, in_process):
     settings = experiment(world, subjects=["rex"])
     run_cell(settings, Cell("lora", "medium", 1e-3, "rex", 0), tmp_path)
