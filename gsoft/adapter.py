@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gsoft.cache import RotationCache
 from gsoft.config import RotationConfig
 from gsoft.costs import KEPT_WEIGHT_BYTES
+from gsoft.errors import GSOFTError
 from gsoft.fused import RotatedSlices
 from gsoft.linear import RotatedLayer, RotatedLinear, put_on, take_off
 from gsoft.linear_slice import AnyLinear, LinearSlice, whole_of
@@ -48,13 +49,18 @@ class Adapter(nn.Module):
             rotation = Rotation(config, linear.in_features, linear.out_features, layer=name, device=device)
             add_submodule(self, name, rotation)
             self._rotated[name] = RotatedLayer(rotation)
-        self._attached = False
+        self._attached = self._unloaded = False
         self._required_grad: list[nn.Parameter] = []
         self._preparing: list[RemovableHandle] = []  # hooks
 
     def attach(self) -> None:
-        """Freeze the models and rotate their layers; until something is learned, outputs stay bit-equal."""
-        self._attached = True
+        """Freeze the models and rotate their layers; until something is learned, outputs stay bit-equal.
+
+        Raises GSOFTError if it is attached already.
+        """
+        if self._attached:
+            raise GSOFTError("attach(): the adapter is on its models already")
+        self._attached, self._unloaded = True, False
         self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
         for model in self._models:
             model.requires_grad_(False)
@@ -125,9 +131,11 @@ class Adapter(nn.Module):
             for _, _, rotated in self.layers():
                 rotated.forget()
             self.detach()
+            self._unloaded = True
 
     def detach(self) -> None:
         """Leave the models with the weights that are in them: what `remove` and `merge_and_unload` end with."""
+        self.refresh()  # or what was made of the learned numbers would take up memory
         for hook in self._preparing:
             hook.remove()
         self._preparing.clear()
@@ -155,8 +163,11 @@ class Adapter(nn.Module):
     def merge(self) -> None:
         """Write the rotated weights into the models, which then cost exactly what the base models cost.
 
-        `unmerge` afterwards if the adapter is to be trained or loaded again: merged weights do not follow it.
+        `unmerge` afterwards if the adapter is to be trained or loaded again: merged weights do not follow it. Raises
+        GSOFTError if the adapter is not attached, and as `RotatedLayer.check` does.
         """
+        if not self._attached:
+            raise GSOFTError("merge(): the adapter is not on its models; attach() puts it on")
         for _, linear, rotated in self.layers():
             rotated.merge(linear)
 
@@ -167,7 +178,12 @@ class Adapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch the adapter off: the models are the untouched base models, merged or not."""
+        """Switch the adapter off: the models are the untouched base models, merged or not.
+
+        Raises GSOFTError after `merge_and_unload`: the base models are no more.
+        """
+        if self._unloaded:
+            raise GSOFTError("disabled(): merge_and_unload() has left no base model to come back to")
         was_merged = self.merged
         were_enabled = {rotated: rotated.enabled for rotated in self._rotated.values()}
         self.unmerge()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -190,14 +191,15 @@ class _Kept(torch.autograd.Function):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda saved: saved):
             ctx.leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
             ctx.made = make(*ctx.leaves)
-        ctx.cache, ctx.count = cache, count
+        ctx.cache, ctx.count = weakref.ref(cache), count  # which keeps the results, and they this
         ctx.set_materialize_grads(False)
         return tuple(None if tensor is None else tensor.detach() for tensor in ctx.made)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.cache.differentiated()
+        if (cache := ctx.cache()) is not None:
+            cache.differentiated()
         made, given = zip(*((m, g) for m, g in zip(ctx.made, grads, strict=True) if g is not None), strict=True)
         used = {index % ctx.count for index, grad in enumerate(grads) if grad is not None}
         wanted = {i: leaf for i, leaf in enumerate(ctx.leaves) if leaf is not None and i % ctx.count in used}

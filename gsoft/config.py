@@ -81,6 +81,9 @@ class Config(RotationConfig):
         super().__post_init__()
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
+            if value is None and name != "target_modules":  # PEFT's default
+                value = ()
+                object.__setattr__(self, name, value)
             if isinstance(value, str) and value.lower() == ALL_LINEAR:
                 object.__setattr__(self, name, ALL_LINEAR)  # PEFT takes it in any case
             if isinstance(value, list | set | frozenset):
@@ -116,5 +119,5 @@ def _is_count(value: Any, least: int) -> bool:
 def _check_pattern(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError((name,), f" {pattern!r}: not a regular expression ({error})") from error

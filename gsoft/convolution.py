@@ -238,6 +238,8 @@ class GSConv2d(GroupAndShuffle2d):
         """
         layout = Layout(in_channels, out_channels, stride, groups, paired_shuffle)
         name = f"{type(self).__name__}({in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride})"
+        if not all(isinstance(number, int) for number in (kernel_size, stride)):
+            raise GSOFTError(f"{name}: kernel_size and stride must be one number each, the same for both sides")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise GSOFTError(f"{name}: kernel_size must be odd, or the kernel has no middle")
         if padding not in ("same", kernel_size // 2):
@@ -290,7 +292,7 @@ class GSConv2d(GroupAndShuffle2d):
         layer = copy.deepcopy(self).cpu().double().eval()
         layer.bias = None
         patch = self.layout.in_channels, self.layout.stride, self.layout.stride
-        outputs = layer(torch.eye(self.layout.unfolded, dtype=torch.float64).unflatten(1, patch))
+        outputs = layer(torch.eye(self.layout.unfolded, dtype=torch.float64, device="cpu").unflatten(1, patch))
         return outputs.flatten(1).mT.unflatten(1, patch).contiguous().to(self.spatial.free)
 
     def extra_repr(self) -> str:

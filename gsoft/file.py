@@ -26,6 +26,7 @@ from gsoft.fingerprint import BaseModelIdentity, is_fingerprint
 from gsoft.rotation import parameter_shapes
 from gsoft.whole_file import whole_file
 
+FINITE_CHECKED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 MAX_HEADER = 4 * 2**20  # bytes; a tensor takes 100 to 150, and the largest models have some thousands
 
 
@@ -132,6 +133,8 @@ class OpenFile:
         """All tensors, in memory of their own. Raises FileError if a value is not finite."""
         tensors = {name: self._file.get_tensor(name).clone() for name in self.shapes}  # else views of the open file
         for name, tensor in tensors.items():
+            if self.dtypes[name] not in FINITE_CHECKED:
+                refuse(self.path, f"{name} is {self.dtypes[name]}; known are {', '.join(FINITE_CHECKED)}")
             if not tensor.isfinite().all():
                 refuse(self.path, f"{name} has values that are not finite")
         return tensors

@@ -54,7 +54,9 @@ def _sketch(weight: Tensor, wave: int = 0) -> float:
 
     wave: which of several `u` and `v`, unrelated to each other.
     """
-    u, v = ((torch.arange(1, side + 1).float() * (1 + wave)).cos() * math.sqrt(2) for side in weight.shape)
+    u, v = (
+        (torch.arange(1, side + 1, device="cpu").float() * (1 + wave)).cos() * math.sqrt(2) for side in weight.shape
+    )
     weight = weight.detach().cpu().float()
     return (u @ weight @ v / weight.norm().clamp(min=1e-12)).item()
 
@@ -119,4 +121,4 @@ def check_base(
 def name_of(model: nn.Module) -> str:
     """What people call the model: its name on the hub or its folder, as far as it knows it, else its class."""
     config = getattr(model, "config", None)
-    return getattr(config, "_name_or_path", "") or type(model).__name__
+    return one_line(str(getattr(config, "_name_or_path", "") or type(model).__name__))

@@ -149,7 +149,8 @@ class _FusedProduct(torch.autograd.Function):
             _flat(part).mT @ _flat(next(columns)) if wanted else None
             for part, wanted in zip(rows, ctx.learned, strict=True)
         ]
-        return by_x, None, None, None, *by_pieces
+        by_bias = _flat(grad).sum(0) if ctx.needs_input_grad[1] else None
+        return by_x, by_bias, None, None, *by_pieces
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -79,9 +79,10 @@ class RotatedLayer:
         give.
 
         Without gradients the rotated weight is used, which is kept: sampling costs what the base model costs. In
-        training the weight or the activations are rotated, whichever is cheaper for these shapes.
+        training the weight or the activations are rotated, whichever is cheaper for these shapes. Where there is no
+        room for another weight (see `share`), the activations always are, so a large model is merged for sampling.
 
-        Raises GSOFTError if another adapter sits on the layer or the layer is on another device.
+        Raises GSOFTError as `check` does.
         """
         if not self.active:
             return linear(x)
@@ -105,11 +106,7 @@ class RotatedLayer:
         return self.enabled and not self.merged
 
     def check(self, linear: AnyLinear) -> None:
-        """Raise GSOFTError unless this can compute with the layer: a plain one on the rotation's device."""
-        if not isinstance(linear, AnyLinear):
-            raise GSOFTError(
-                f"{self.rotation.layer}: another adapter sits on this layer; merge the GSOFT adapter before adding it"
-            )
+        """Raise GSOFTError unless this can compute with the layer: a whole one on the rotation's device."""
         if hasattr(linear.weight, "device_mesh"):  # a DTensor
             raise GSOFTError(
                 f"{self.rotation.layer}: its weight is spread over devices (FSDP2) by a fully_shard of this layer or "
@@ -126,10 +123,10 @@ class RotatedLayer:
         """Whether `__call__` rotates x instead of the weight.
 
         linear: the frozen layer. x: `(…, in_features)`. autocast decides by itself what is computed in which precision;
-        it is left to do so in one plain product.
+        it is left to do so in one plain product, where there is room for another weight.
         """
         if not self._keeps_weight:
-            return not torch.is_autocast_enabled(x.device.type)
+            return True
         rotation = self.rotation
         if not (torch.is_grad_enabled() and rotation.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
             return False
@@ -204,11 +201,17 @@ def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear]
 
 
 def _with_rotated_activations(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear], x: Tensor) -> list[Tensor]:
-    """By rotating x and the results."""
+    """By rotating x and the results, in autocast in its precision."""
     cache = layers[0].cache
-    blocks = [cache.blocks(layer.index, x.dtype) for layer in layers]
     plain = [(linear.weight, linear.bias) for linear in linears]
-    return list(rotate_activations(x, plain, blocks, cache.all_identity))
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        plain = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in plain]
+    with torch.autocast(device, enabled=False):
+        blocks = [cache.blocks(layer.index, x.dtype) for layer in layers]
+        return list(rotate_activations(x, plain, blocks, cache.all_identity))
 
 
 class Computing(Protocol):

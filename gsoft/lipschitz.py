@@ -60,7 +60,8 @@ def lipschitz_bound(model: nn.Module) -> float:
 
     model: a layer or an `nn.Sequential` of them, nested at will. Known are orthogonal layers of this library, `MaxMin`,
     `nn.Linear` (by its largest singular value), `nn.Dropout`, layers that only move or leave out entries, and modules
-    that have a method `lipschitz_bound()` themselves. Raises GSOFTError that names the module of another kind, such as
+    that have a method `lipschitz_bound()` themselves; a `plain_copy` has the bound that its model has in evaluation
+    mode, and is not known by itself. Raises GSOFTError that names the module of another kind, such as
     a subclass with a `forward` of its own, or a layer with an adapter that is not merged.
 
     The bound is of float32 or float64 arithmetic. Half precision, autocast, and TF32, which PyTorch lets convolutions

@@ -118,6 +118,13 @@ class OrthogonalLinear(nn.Module):
         y = y if self.bias is None else y + self.bias.to(x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    @torch.no_grad()
+    def lipschitz_bound(self) -> float:
+        """The largest singular value of `Q` as it is computed: 1, but for rounding."""
+        (blocks,) = orthogonal_blocks([self.free], self.block_size, self.parametrization)
+        identity = torch.eye(max(self.in_features, self.out_features), dtype=torch.float64, device=blocks.device)
+        return float(torch.linalg.matrix_norm(rotate(blocks.double(), identity), ord=2))
+
     def extra_repr(self) -> str:
         nfactors, nblocks, _ = self.free.shape
         return (

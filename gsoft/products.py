@@ -142,7 +142,9 @@ class _RotatedActivations(torch.autograd.Function):
         grad = _products([weight.mT for weight in weights], grad)  # (N, in, T)
         by_q_in, grad = rotate_gradients(q_in, x.expand(count, -1, -1), grad)
         by_x = back_to_input_rows(q_in, grad).reshape(ctx.shape) if ctx.needs_input_grad[2] else None
-        return None, None, by_x, *[None] * (2 * count), *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
+        wanted = ctx.needs_input_grad[3 + count : 3 + 2 * count]  # an adapter freezes biases; people may thaw them
+        by_biases = [g.flatten(0, -2).sum(0) if want else None for g, want in zip(grads, wanted, strict=True)]
+        return None, None, by_x, *[None] * count, *by_biases, *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 
 class _TF32:

@@ -15,12 +15,15 @@ class SavedModules(nn.Module):
     """Holds a model's own modules under their paths, so that their numbers are the adapter's, and their old values.
 
     They are trained in their place in the model. Their parameters keep the dtype of the model.
+
+    set_aside: whether they have the old values at present, inside of `as_before`.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         """modules: by their paths in the model. Changes nothing in them."""
         super().__init__()
         self._originals: dict[str, Tensor] = {}
+        self.set_aside = False
         for path, module in modules.items():
             add_submodule(self, path, module)
 
@@ -55,10 +58,12 @@ class SavedModules(nn.Module):
         What is trained is not written to, so that a backward pass may go through it after the block.
         """
         trained: list[tuple[nn.Module, str, Tensor]] = []
+        modules = dict(self.named_modules(remove_duplicate=False))
+        self.set_aside = bool(self._originals)
         try:
             for name, value in self._originals.items():
                 path, _, attribute = name.rpartition(".")
-                owner = self.get_submodule(path)
+                owner = modules[path]
                 present = getattr(owner, attribute)
                 old = value.to(present, copy=True)  # the model may have been moved or cast
                 trained.append((owner, attribute, present))
@@ -67,3 +72,4 @@ class SavedModules(nn.Module):
         finally:
             for owner, attribute, present in trained:
                 setattr(owner, attribute, present)
+            self.set_aside = False

@@ -16,7 +16,7 @@ from gsoft.errors import ConfigError, FileError, GSOFTError
 from gsoft.file import Format, check_rotation_shapes, compare_shapes, refuse
 from gsoft.fingerprint import BaseModelIdentity, check_base
 from gsoft.model_adapter import ROOT, ModelAdapter
-from gsoft.rotation import at_strength
+from gsoft.rotation import at_strength, parameter_shapes
 
 FORMAT = Format("gsoft_adapter", "1", ("config", "base_model", "notes"), "gsoft")
 
@@ -42,8 +42,13 @@ def save(adapter: ModelAdapter, path: str | Path, notes: Mapping[str, Any] | Non
     adapter: merged or not. path: where to; a file of that name is replaced. notes: JSON values, kept for `read`.
 
     Layers that have learned nothing while others have are a UserWarning. Raises FileError if a value is not finite or
-    the file cannot be written.
+    the file cannot be written, and GSOFTError inside of `adapter.disabled()` with modules to save, and where FSDP has
+    spread the learned numbers over processes. What `fully_shard` has spread is gathered: then all processes must call.
     """
+    if adapter.modules_to_save.set_aside:
+        raise GSOFTError("save: inside of disabled() the modules to save have the base model's values; save after it")
+    tensors = {name: _gathered(tensor) for name, tensor in adapter.state_dict().items()}
+    _check_whole(adapter, tensors)
     unchanged = adapter.unchanged()
     if 0 < len(unchanged) < len(adapter.targets.layers):
         warnings.warn(
@@ -52,7 +57,25 @@ def save(adapter: ModelAdapter, path: str | Path, notes: Mapping[str, Any] | Non
             stacklevel=2,
         )
     sections = {"config": adapter.config.to_dict(), "base_model": asdict(adapter.base_model), "notes": notes or {}}
-    FORMAT.write(path, adapter.state_dict(), sections)
+    FORMAT.write(path, tensors, sections)
+
+
+def _gathered(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor's
+    return whole
+
+
+def _check_whole(adapter: ModelAdapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raise GSOFTError unless this process has all numbers of all rotations."""
+    for path, layer in adapter.targets.layers.items():
+        shapes = parameter_shapes(adapter.config, layer.in_features, layer.out_features, path)
+        for parameter, shape in shapes.items():
+            found = tensors[f"{ROOT}.{path}.{parameter}"]
+            if tuple(found.shape) != shape:
+                raise GSOFTError(
+                    f"save: {path}.{parameter} is spread over processes (FSDP); gather the adapter on all of them: "
+                    "with FSDP.summon_full_params(module): gsoft.save(…)"
+                )
 
 
 def read(path: str | Path) -> AdapterFile:
@@ -83,6 +106,7 @@ def load(path: str | Path, model: nn.Module, *, strength: float = 1.0, accept_ot
 
     path: what `save` wrote. model: the base model. strength: from 0, the base model, to 1, what was trained; see
     `gsoft.rotation.at_strength`. accept_other_base: see `adapter_for`. Modules to save are taken as they were trained.
+    If the model is on the meta device, the adapter is on the CPU, and waits for the model's weights.
     Returns the adapter, attached. For several adapters on one model see `AdapterStack`.
 
     Raises GSOFTError, with the model unchanged, if the file is not valid, belongs to another base model, or does not
@@ -90,8 +114,11 @@ def load(path: str | Path, model: nn.Module, *, strength: float = 1.0, accept_ot
     """
     file = read(path)
     adapter = adapter_for(file, model, accept_other_base=accept_other_base)
+    on_meta = [name for name, tensor in adapter.state_dict().items() if tensor.is_meta]
+    if saved := next(filter(_is_saved, on_meta), None):
+        raise GSOFTError(f"{saved} is on the meta device, and is trained as a whole: give the model its weights first")
     adapter.attach()
-    adapter.load_state_dict(at(file, strength))
+    adapter.load_state_dict(at(file, strength), assign=bool(on_meta))  # a copy to the meta device would be lost
     return adapter
 
 
@@ -118,6 +145,10 @@ def adapter_for(file: AdapterFile, model: nn.Module, *, accept_other_base: bool 
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     compare_shapes(file.path, shapes, expected, "its base model")
+    for name, tensor in adapter.modules_to_save.state_dict(prefix="modules_to_save.").items():
+        given = file.tensors[name].dtype
+        if given != tensor.dtype and not (given.is_floating_point and tensor.is_floating_point()):
+            raise FileError(f"{file.path}: {name} is {given}, but its base model has {tensor.dtype} there")
     return adapter
 
 

@@ -63,7 +63,7 @@ def norm_bound(kernel: Tensor) -> Tensor:
             if index < SQUARINGS:
                 power = torch.bmm(power, power)
         largest = power.diagonal(dim1=1, dim2=2).argmax(1)
-        left = power[torch.arange(len(power)), :, largest].unsqueeze(2)
+        left = power[torch.arange(len(power), device=power.device), :, largest].unsqueeze(2)
         left = torch.bmm(power, torch.bmm(power, left))  # nearly a multiple of the first left singular vector
         left = torch.nn.functional.normalize(left, dim=1)
         bound = math.isqrt(kernel.shape[2]) * log_bound.exp()

@@ -12,7 +12,8 @@ def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """
     *parents, leaf = path.split(".")
     for name in parents:
-        if name not in dict(root.named_children()):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    root.add_module(leaf, module)
+        children = dict(root.named_children())
+        if name not in children:
+            setattr(root, name, nn.Module())
+        root = dict(root.named_children())[name]
+    setattr(root, leaf, module)  # add_module refuses what is called like a method, such as `start` or `type`

@@ -176,16 +176,23 @@ def _parent(model: nn.Module, path: str) -> nn.Module:
 
 def _tied_weights(paths: Mapping[nn.Module, Sequence[str]]) -> dict[nn.Module, str]:
     """Modules whose `weight` is a parameter of another module as well, or twice of their own, with that one's name."""
-    holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+    holders: dict[object, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module, places in paths.items():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders[parameter].append((module, f"{places[0]}.{name}".lstrip(".")))
+            holders[_place_in_memory(parameter)].append((module, f"{places[0]}.{name}".lstrip(".")))
     tied = {}
     for found in holders.values():
         for module, name in found:
             if name.rpartition(".")[2] == "weight" and (others := [other for _, other in found if other != name]):
                 tied[module] = others[0]
     return tied
+
+
+def _place_in_memory(parameter: nn.Parameter) -> object:
+    """The same for parameters that share their numbers; the parameter itself where there is no memory to look at."""
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
+        return parameter
+    return parameter.data_ptr(), parameter.device
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:

@@ -112,8 +112,15 @@ class Visit:
         self.page.get_by_role("tab", name=name).click()
 
     def fill(self, field: str, text: str) -> None:
-        """Write into a field by its id."""
-        self.page.locator(f"#{field} input, #{field} textarea").first.fill(text)
+        """Write into a field by its id, again if the page was still showing what an earlier press has changed."""
+        place = self.page.locator(f"#{field} input, #{field} textarea").first
+
+        def written() -> bool:
+            place.fill(text)
+            self.page.wait_for_timeout(500)
+            return bool(place.input_value() == text)
+
+        self.wait(written, f"{text!r} in {field}")
 
     def text(self, field: str) -> str:
         """What an element shows, "" where it is empty."""

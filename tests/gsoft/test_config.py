@@ -60,6 +60,10 @@ def test_what_cannot_be(settings, names, message):
     assert error.value.names == names
 
 
+def test_pefts_default_is_no_name():
+    assert Config(block_size=3, exclude_modules=None, modules_to_save=None) == Config(block_size=3)
+
+
 def test_all_linear_in_any_case():
     assert Config(block_size=4, target_modules="All-Linear") == Config(block_size=4)
 

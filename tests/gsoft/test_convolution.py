@@ -222,6 +222,7 @@ def test_what_it_is_made_of():
         ((16, 7, 3), {"groups": (4, 2)}, "7 outputs cannot be taken evenly from 2 groups"),
         ((16, 24, 3), {"groups": (4, 5)}, "24 channels cannot be dealt out in pairs to 5 groups"),
         ((16, 16, 3), {"groups": (0, None)}, "channels, stride and groups must be 1 or more"),
+        ((16, 16, (3, 3)), {}, "kernel_size and stride must be one number each"),
         ((16, 16, 4), {}, "kernel_size must be odd"),
         ((16, 16, 3), {"padding": 0}, "padding is 0; valid: 'same', which is 1"),
         ((16, 16, 3), {"radius": 4.0}, "radius is 4.0; valid: above 0, up to π"),

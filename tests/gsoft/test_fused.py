@@ -190,6 +190,17 @@ def test_autocast():
         torch.testing.assert_close(found[name], gradient, atol=0.02, rtol=0.1)
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_bias_that_is_thawed_learns(room, tokens):
+    block, adapter, *_ = both()
+    block.inward.bias.requires_grad_(True)
+    output = block.inward(torch.randn(tokens, 16))
+    output.square().sum().backward()
+    expected = 2 * output.detach().sum(0)
+    torch.testing.assert_close(block.inward.bias.grad, expected, rtol=1e-4, atol=1e-3)
+    assert all(parameter.grad is not None for name, parameter in adapter.named_parameters() if "attention" not in name)
+
+
 def test_of_the_matrix_that_is_put_together_nothing_is_kept_for_the_backward_pass():
     block = Block()
     adapted(block)

@@ -260,20 +260,3 @@ class TestRotatedLinear:
         randomise(rotated.rotation, seed=1)
         assert torch.equal(copied(x), expected)
         assert not torch.equal(linear(x), expected)
-
-
-def test_an_adapter_put_on_top_is_refused_rather_than_ignored():
-    class OtherAdapter(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-
-        def forward(self, x):
-            return self.base(x) + 1
-
-    linear, rotated = layer_and_rotated()
-    with pytest.raises(GSOFTError, match="merge the GSOFT adapter"):
-        rotated(OtherAdapter(linear), torch.randn(1, 24))
-    rotated.merge(linear)
-    x = torch.randn(1, 24)
-    assert torch.equal(rotated(OtherAdapter(linear), x), linear(x) + 1)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from plain_models import randomise
 from torch import nn
 
 from gsoft import (
@@ -11,6 +12,7 @@ from gsoft import (
     GSConv2d,
     GSOFTError,
     MaxMin,
+    OrthogonalLinear,
     SOCConv2d,
     certified_radius,
     inject,
@@ -73,6 +75,12 @@ class TestLipschitzBound:
             jacobian = torch.autograd.functional.jacobian(network, x).reshape(32, 48)
             largest = torch.linalg.svdvals(jacobian)[0]
             assert 0.85 < largest <= lipschitz_bound(network) + 1e-6
+
+    def test_an_orthogonal_linear_layer_has_one(self):
+        for widths in ((12, 12), (8, 12), (12, 8)):
+            layer = OrthogonalLinear(*widths, block_size=3)
+            randomise(layer, size=1)
+            assert lipschitz_bound(nn.Sequential(layer, MaxMin(dim=-1))) == pytest.approx(1, abs=1e-5)
 
     def test_a_layer_that_comes_twice_counts_twice(self):
         linear = nn.Linear(4, 4)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -242,6 +244,74 @@ def test_merged_for_good_the_model_is_an_ordinary_one(case):
     gsoft.inject(model, CONFIGS["double"])  # the next one
 
 
+def test_a_merge_without_a_model_is_refused():
+    model = mlp()
+    adapter = gsoft.ModelAdapter(CONFIGS["double"], model)
+    with pytest.raises(GSOFTError, match=r"merge\(\): the adapter is not on its models"):
+        adapter.merge()
+    adapter.attach()
+    with pytest.raises(GSOFTError, match="is on its models already"):
+        adapter.attach()
+    randomise(adapter)
+    adapter.remove()
+    with pytest.raises(GSOFTError, match="is not on its models"):
+        adapter.merge()
+    assert torch.equal(model(inputs(5, 12)), mlp()(inputs(5, 12)))
+    adapter.attach()
+    adapter.merge_and_unload()
+    merged = model(inputs(5, 12))
+    with pytest.raises(GSOFTError, match="is not on its models"):
+        adapter.merge()
+    with pytest.raises(GSOFTError, match="left no base model"), adapter.disabled():
+        pass
+    assert torch.equal(model(inputs(5, 12)), merged)
+
+
+@pytest.mark.parametrize("how", ["remove", "merge_and_unload"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_nothing_outlives_a_model_and_its_adapter(how, trains):
+    model = mlp()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    output = model(inputs(5, 12)).sum()
+    if trains:
+        output.backward()
+    made = weakref.ref(next(rotated for _, _, rotated in adapter.layers()).cache), weakref.ref(model[0])
+    del output
+    getattr(adapter, how)()
+    del adapter, model
+    gc.collect()
+    assert [each() for each in made] == [None, None]
+
+
+@pytest.mark.parametrize("room", [2**30, 0])
+def test_a_bias_that_is_thawed_learns_on_either_side(room, monkeypatch):
+    monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
+    model, plain = mlp(), mlp()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    model[0].bias.requires_grad_(True)
+    model[4].bias.requires_grad_(True)
+    model(inputs(2, 5, 12)).square().sum().backward()
+    plain(inputs(2, 5, 12)).square().sum().backward()
+    for ours, reference in zip((model[0], model[4]), (plain[0], plain[4]), strict=True):
+        torch.testing.assert_close(ours.bias.grad, reference.bias.grad, rtol=1e-4, atol=1e-3)
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_modules_that_are_called_like_methods():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.start, model.type = nn.Linear(12, 2), nn.Linear(12, 12)
+    model.forward = lambda x: model._modules["start"](model._modules["type"](x))
+    adapter = gsoft.inject(model, Config(target_modules=["type"], block_size=12, modules_to_save=["start"]))
+    randomise(adapter)
+    assert {name.rpartition(".")[0] for name in adapter.state_dict()} == {"model.type", "modules_to_save.start"}
+    trained = model._modules["start"].bias
+    with adapter.disabled():
+        assert model._modules["start"].bias is not trained
+    assert model._modules["start"].bias is trained
+
+
 def test_numbers_that_are_written_behind_pytorchs_back():
     model, x = mlp(), inputs(5, 12)
     adapter = gsoft.inject(model, CONFIGS["double"])
@@ -471,6 +541,30 @@ def test_large_layers_go_without_a_kept_weight_where_there_is_room_for_the_small
     for _, values in found[1:]:
         for ours, reference in zip(values, found[0][1], strict=True):
             torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_without_room_keeps_no_weight(monkeypatch, grad):
+    found = []
+    for room in (2**30, 0):
+        monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
+        model = mlp()
+        adapter = gsoft.inject(model, Config(block_size=3, nfactors="dense"))
+        plain = mlp()
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+            assert torch.equal(model(inputs(5, 12)), plain(inputs(5, 12)))
+            randomise(adapter)
+            y = model(inputs(5, 12))
+        assert y.dtype == torch.bfloat16
+        kept = {id(rotated.cache): len(rotated.cache._weights) for _, _, rotated in adapter.layers()}
+        gradients = []
+        if grad:
+            y.float().square().sum().backward()
+            gradients = [parameter.grad for parameter in adapter.parameters()]
+        found.append((sum(kept.values()), [y.detach(), *gradients]))
+    assert [count for count, _ in found] == [3, 0]
+    for ours, reference in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0.1, atol=0.05 * float(reference.abs().max()))
 
 
 def test_a_compiled_model_of_any_kind_is_one_graph(case):

@@ -6,6 +6,7 @@ import copy
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gsoft
-from gsoft import Config, FileError
+from gsoft import Config, FileError, GSOFTError
 
 CONFIG = Config(target_modules=["0", "2"], block_size=3, nfactors="dense", parametrization="exp")
 WITH_HEAD = Config(target_modules=["0", "2"], block_size=6, modules_to_save=["4"])
@@ -136,6 +137,11 @@ HOSTILE = {
     "setting of a wrong type": ({"metadata": config_json(block_size="3")}, r"bad adapter settings .*block_size"),
     "truth for a number": ({"metadata": config_json(nfactors=True)}, r"bad adapter settings .*nfactors"),
     "targets of a wrong type": ({"metadata": config_json(target_modules=[3])}, r"bad adapter settings .*target_modul"),
+    "too deep a pattern": ({"metadata": config_json(target_modules="(" * 2000)}, r"bad adapter settings"),
+    "too large a number in a pattern": (
+        {"metadata": config_json(target_modules="a{99999999999999999999}")},
+        r"bad adapter settings",
+    ),
     "no pattern": ({"metadata": config_json(target_modules="(")}, r"not a regular expression"),
     "list for object": ({"metadata": {"notes": "[1]"}}, "notes is not a JSON object"),
     "no notes": ({"metadata": {"notes": None}}, "metadata has no notes"),
@@ -191,6 +197,75 @@ def test_a_file_of_modules_to_save_that_does_not_fit_is_refused(path):
         FileError, match=r"modules_to_save\.4\.bias has shape \(4,\), but its base model asks for \(3,\)"
     ):
         gsoft.load(path, mlp())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.float8_e4m3fn, r"modules_to_save\.4\.bias is F8_E4M3; known are"),
+        (torch.complex64, "modules_to_save.4.bias is C64; known are"),
+        (torch.int64, r"modules_to_save\.4\.bias is torch\.int64, but its base model has torch\.float32 there"),
+    ],
+)
+def test_a_module_to_save_of_another_kind_of_numbers_is_refused(path, dtype, message):
+    written(path, WITH_HEAD)
+    rewrite(path, {"modules_to_save.4.bias": torch.zeros(3).to(dtype)})
+    with pytest.raises(FileError, match=message):
+        gsoft.load(path, mlp())
+
+
+def test_a_model_that_gets_its_weights_later(path):
+    model, _ = written(path)
+    with torch.device("meta"):
+        later = mlp()
+    loaded = gsoft.load(path, later)
+    later.load_state_dict(mlp().state_dict(), assign=True)
+    assert torch.equal(later(inputs(5, 12)), model(inputs(5, 12)))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    written(path, WITH_HEAD)
+    with torch.device("meta"):
+        later = mlp()
+    with pytest.raises(GSOFTError, match=r"modules_to_save\.4\.weight is on the meta device"):
+        gsoft.load(path, later)
+    assert type(later[0]) is nn.Linear
+
+
+def test_what_is_switched_off_is_not_saved(path):
+    _, adapter = written(path, WITH_HEAD)
+    before = path.read_bytes()
+    with adapter.disabled(), pytest.raises(GSOFTError, match="the base model's values; save after it"):
+        gsoft.save(adapter, path)
+    assert path.read_bytes() == before
+    gsoft.save(adapter, path, NOTES)
+    trained = gsoft.read(path).tensors["modules_to_save.4.bias"]
+    assert torch.equal(trained, adapter.state_dict()["modules_to_save.4.bias"])
+
+
+def test_what_fsdp_has_spread_is_not_saved(path):
+    """As FSDP1 leaves a process that has none of a parameter's numbers."""
+    _, adapter = written(path)
+    before = path.read_bytes()
+    next(adapter.parameters()).data = torch.zeros(0)
+    with pytest.raises(GSOFTError, match=r"save: 0\.q_in is spread over processes \(FSDP\); gather the adapter"):
+        gsoft.save(adapter, path)
+    assert path.read_bytes() == before
+
+
+def test_a_model_whose_name_is_a_path(path):
+    model = mlp()
+    model.config = SimpleNamespace(_name_or_path=Path("/models/a\x1b[2J"))
+    gsoft.save(gsoft.inject(model, CONFIG), path)
+    assert gsoft.read(path).base_model.name == "/models/a\N{REPLACEMENT CHARACTER}[2J"
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_the_default_device_does_not_matter(path, device):
+    _, adapter = written(path)
+    model = mlp()
+    with torch.device(device):
+        loaded = gsoft.load(path, model)
+    assert loaded.base_model == adapter.base_model
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
 
 
 def test_what_cannot_be_written(path):

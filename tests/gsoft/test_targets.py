@@ -156,6 +156,12 @@ def tied() -> tuple[nn.Module, str]:
     return TiedModel(), "head"
 
 
+def tied_by_data() -> tuple[nn.Module, str]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight.data = model[0].weight.data
+    return model, "2"
+
+
 def without_shape() -> tuple[nn.Module, str]:
     return nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), "1"
 
@@ -176,6 +182,7 @@ CANNOT = {
     with_another_forward: r"2 is a Linear of torch whose forward is not nn\.Linear's",
     attention: r"self_attn\.out_proj belongs to an nn\.MultiheadAttention, which uses its weight without calling it",
     tied: r"head shares its weight with embed\.weight: merging would change both; leave it out \(exclude_modules\)",
+    tied_by_data: r"2 shares its weight with 0\.weight: merging would change both",
     without_shape: r"1 has no shape yet: run the model once before",
     gpt2: r"1\.transformer\.h\.0\.attn\.c_attn is a Conv1D of transformers, which stores its weight transposed",
 }

@@ -14,6 +14,7 @@ from PIL import Image
 from gsoft_diffusion.app.fields import fields_of
 from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.runs import RunView
+from gsoft_diffusion.app.steps import train as train_step
 from gsoft_diffusion.app.steps.train import ELSEWHERE, Handlers, training_settings
 from gsoft_diffusion.app.subjects import new_subject
 from gsoft_diffusion.config import TrainingConfig
@@ -68,6 +69,20 @@ def test_changes_are_accepted_when_a_run_goes_on_and_only_then(page, sleeping):
         )
         kept = read_yaml(page.jobs.current(name, "train").folder / "settings.yaml")
         assert kept.get("accept_changes", False) is ticked
+
+
+def test_fitting_changes_what_it_must_and_nothing_that_is_typed_meanwhile(page, monkeypatch):
+    names = ("max_train_steps", "train_batch_size")
+    fields = [each for each in fields_of(TrainingConfig, ELSEWHERE) if each.name in names]
+    dog = new_subject(page.workspace, "dog", "dog", "sks")
+    Image.new("RGB", (64, 64)).save(dog.photos / "0.png")
+    monkeypatch.setattr(train_step, "fitting_changes", lambda config, memory: {"train_batch_size": 1})
+    given = {"max_train_steps": "9", "train_batch_size": "4"}
+    _, said, *held = Handlers(page, fields).fitted("dog", "8", *(given[each.name] for each in fields))
+    assert "Changed in step 3: train_batch_size 1." in said
+    found = dict(zip([each.name for each in fields], held, strict=True))
+    assert found["max_train_steps"] == gr.skip()
+    assert found["train_batch_size"] != gr.skip()
 
 
 def test_a_second_press_of_stop_ends_a_training_only_if_it_is_stuck(page, does, sleeping, monkeypatch):
