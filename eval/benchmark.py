@@ -25,14 +25,15 @@ from eval.experiment import Experiment
 from eval.methods import TITLES, adapts_text_encoder, count_parameters, describe, matched
 from eval.prompts import prompts_for
 from eval.report.grid import held_out_lines, read_grid
-from eval.report.intervals import POWER, detectable_difference
+from eval.report.intervals import POWER, detectable_by, detectable_difference, half_width_of_more
 from eval.report.lines import Line, table_lines
-from eval.report.rates import choose_learning_rates
-from eval.report.spread import spread_of_differences
+from eval.report.rates import check_comparable, choose_learning_rates
+from eval.report.spread import reach_of_intervals, spread_of_differences
 from eval.report.write import write_report
 from eval.results import PAGE_NAME, SETTINGS, Results, all_results, collect_results
 from eval.run_cell import NOISE, photos_hash
 from eval.subject_sheets import write_subject_sheet
+from eval.subjects import Subject
 from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
@@ -79,7 +80,8 @@ def run_benchmark(
             run_cells(experiment, missing, out, Workers(workers, cores or cores_each(workers)))
         return collect_results(out)
 
-    run_missing("base model and photos", base_cells(experiment))
+    # A base model of other weights is noticed here, where there are new seeds or subjects, and not after days.
+    check_comparable(list(run_missing("base model and photos", base_cells(experiment)).values()))
     if experiment.grid:
         results = run_missing("grid", grid_cells(experiment))
         lines = held_out_lines(experiment, results, read_grid(experiment, results))
@@ -129,12 +131,29 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
             f"--out {out}: holds cells of other photos of {', '.join(others)} than {experiment.subjects_dir} has; put "
             "them back, or choose another folder"
         )
+    if others := [subject.name for subject in subjects if _other_prompts(experiment, subject, out)]:
+        raise UserError(
+            f"--out {out}: holds cells of other prompts of {', '.join(others)} than {experiment.prompts} has; put them "
+            "back, or choose another folder"
+        )
     if (out / PAGE_NAME).exists() and (lost := left_out(before, experiment)):
         raise UserError(
             f"--out {out}: its report has {', '.join(lost)} as well, which these settings leave out; put them back, "
             "or choose another folder (with a copy of results.jsonl and sheets, these need not run again)"
         )
     return experiment
+
+
+def _other_prompts(experiment: Experiment, subject: Subject, out: Path) -> bool:
+    """Whether a subject has cells of tuned models that were asked for something else than it would be now."""
+    found = {
+        (each["kind"], each["prompt"])
+        for cell, result in all_results(out).items()
+        if cell.subject == subject.name and cell.method != "base"
+        for each in result.get("pictures", [])
+    }
+    prompts = prompts_for(subject, experiment.unique_token, experiment.prompts, experiment.max_prompts)
+    return bool(found) and found != {(prompt.kind, prompt.text) for prompt in prompts}
 
 
 def with_encoders(experiment: Experiment, out: Path) -> Experiment:
@@ -281,6 +300,10 @@ def _detectable(experiment: Experiment, subjects: int, earlier: Path | None) -> 
     if least is None:
         return "detectable difference: none, since one subject or one seed says nothing of how scores spread"
     source = f"as in {earlier}" if earlier else "as difference_sd says"
+    if earlier and experiment.grid and (reach := reach_of_intervals(earlier)):
+        half, before = reach
+        least = detectable_by(half_width_of_more(half, before, subjects), subjects)
+        source += f"; by its intervals, which reach {half:.3f} to either side with {before} subjects"
     return (
         f"detectable difference in {'lead' if experiment.grid else 'balance'}: {least:.3f} ({POWER:.0%} power at 5 %, "
         f"two-sided, {subjects} subjects, {experiment.seeds} seeds; standard deviation of differences over subjects "

@@ -110,14 +110,16 @@ def score(
     photos: Embedded,
     encoders: Encoders,
     untouched: Embedded | None,
+    prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
     """Score pictures of one subject. Returns `pictures`, the scores of each, and `scores`, their means by kind.
 
     experiment: says whether captions keep the unique token. pictures: of all kinds. photos: the subject's, embedded.
     encoders: those that embedded them. untouched: the base model's pictures for the unrelated prompts, in the same
-    order; without them there is no drift.
+    order; without them there is no drift. prompts: the subject's, by which captions are the same for tuned models and
+    the base model.
     """
-    captions = [p.prompt.text if experiment.token_in_caption else p.prompt.plain for p in pictures]
+    captions = [caption_of(experiment, prompts[picture.index]) for picture in pictures]
     embedded = embed(encoders, (picture.image for picture in pictures))
     texts = dict(zip(dict.fromkeys(captions), encoders.clip.embed_texts(list(dict.fromkeys(captions))), strict=True))
     each = picture_scores(embedded, photos, torch.stack([texts[caption] for caption in captions]))
@@ -150,6 +152,11 @@ def score(
         for picture, caption, row in zip(pictures, captions, each, strict=True)
     ]
     return {"scores": scores, "pictures": rows}
+
+
+def caption_of(experiment: Experiment, prompt: Prompt) -> str:
+    """The text with which pictures of a prompt, and the photos, are compared."""
+    return prompt.text if experiment.token_in_caption else prompt.plain
 
 
 def save(pictures: Sequence[Picture], folder: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from eval.baselines import BaselineAdapter, BaselineConfig, adapted_layers, baseline_maker, load_baseline
-from eval.cell_pictures import draw, save, score, untouched_pictures
+from eval.cell_pictures import caption_of, draw, save, score, untouched_pictures
 from eval.cells import Cell
 from eval.experiment import Experiment
 from eval.methods import AnyConfig, adapts_text_encoder, count_parameters, describe, matched
@@ -100,12 +100,12 @@ def _base(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict[
     seconds = time.perf_counter() - started
     save(pictures, scratch / "cell")
     photos = embed(encoders, (open_image(path) for path in subject.photos()))
-    captions = list(dict.fromkeys(prompt.plain for prompt in prompts if prompt.kind == "context"))
+    captions = list(dict.fromkeys(caption_of(experiment, prompt) for prompt in prompts if prompt.kind == "context"))
     texts = encoders.clip.embed_texts(captions)
     by_caption = metrics.cosines(photos.clip, texts).mean(dim=0).tolist()
     return _facts(experiment, cell, subject, models, encoders) | {
         "photos": reference_scores(photos, texts) | {"clip_t_by_caption": dict(zip(captions, by_caption, strict=True))},
-        **score(experiment, pictures, photos, encoders, None),
+        **score(experiment, pictures, photos, encoders, None, prompts),
         "pictures_seconds": seconds,
     }
 
@@ -150,7 +150,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
         adapter = load_tuned(method, checkpoint / trained.adapter.name, models)
         adapter.merge()
         pictures = draw(experiment, models, prompts, cell)
-        curve.append(_point(step, score(experiment, pictures, photos, encoders, untouched)))
+        curve.append(_point(step, score(experiment, pictures, photos, encoders, untouched, prompts)))
         if experiment.grid:  # any step may be shown, or scored again by other encoders
             save(pictures, step_folder(scratch / "cell", step))
         adapter.remove()
@@ -161,7 +161,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
     started = time.perf_counter()
     pictures = draw(experiment, models, prompts, cell)
     facts["pictures_seconds"] = time.perf_counter() - started
-    scored = score(experiment, pictures, photos, encoders, untouched)
+    scored = score(experiment, pictures, photos, encoders, untouched, prompts)
     if experiment.recorded_every(cell.seed):
         facts["curve"] = [*curve, {"step": trained.steps} | scored["scores"]]
     save(pictures, scratch / "cell")

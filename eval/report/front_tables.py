@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from eval.methods import TITLES
 from eval.report.fronts import SHARES, Pair, front, front_with_base, levels
 from eval.report.grid import LEAST_WAY, PRIMARY, Fronts, Grid, MethodFront
-from eval.report.intervals import LEVEL, POWER, Array, Estimate, Interval, detectable_difference, verdict
+from eval.report.intervals import LEVEL, POWER, Array, Estimate, Interval, detectable_by, detectable_difference, verdict
 from eval.report.lines import OURS, Line, differences
 from eval.report.tables import text_of
 
@@ -189,7 +189,7 @@ def verdict_text(fronts: Fronts, lines: Sequence[Line], grid: Grid, assumed: flo
     """Whether our method is ahead, in words: first what decides, then every size; and what could have been seen.
 
     fronts: what is compared. lines: held out. grid: how many subjects and seeds there are. assumed: the standard
-    deviation over subjects that was stated before the run.
+    deviation over subjects that the settings state.
     """
     compared = [each for each in fronts.methods if each.lead]
     if not compared:
@@ -233,14 +233,14 @@ class _Said:
 
 
 def _decided(deciding: Sequence[_Said]) -> list[str]:
-    """Who wins, by what was named before the run; nothing unless all of that was compared."""
+    """Who wins, by what decides; nothing unless all of that was compared."""
     if len(deciding) < len(PRIMARY):
         return []
     found = {said.verdict for said in deciding}
     result = "wins" if found == {"ahead"} else "loses" if found == {"behind"} else "does not win"
     return [
-        f"What decides was named before the run: the leads over {' and '.join(TITLES[name] for name in PRIMARY)} at "
-        f"the size medium. {TITLES[OURS]} wins if it is ahead of all of them. By lead it is {_verdicts(deciding)}. So "
+        f"What decides: the leads over {' and '.join(TITLES[name] for name in PRIMARY)} at the size medium. "
+        f"{TITLES[OURS]} wins if it is ahead of all of them. By lead it is {_verdicts(deciding)}. So "
         f"it {result}. Everything below is exploratory: of twenty intervals one misses the truth by chance."
     ]
 
@@ -294,11 +294,13 @@ def _verdicts(said: Sequence[_Said]) -> str:
 def _resolution(compared: Sequence[MethodFront], grid: Grid, assumed: float) -> str:
     """Which differences the comparison could see."""
     widths = [width for each in compared if each.lead and (width := each.lead.half_width) is not None]
-    least = detectable_difference(assumed, len(grid.subjects), grid.seeds)
-    assert least is not None
+    middle = sorted(widths)[len(widths) // 2]
+    found = detectable_by(middle, len(grid.subjects))
+    assumed_least = detectable_difference(assumed, len(grid.subjects), grid.seeds)
+    assert assumed_least is not None
     return (
-        f"Before the run, a lead of {least:.3f} was held to be detectable ({POWER:.0%} power at 5 %, "
-        f"{len(grid.subjects)} subjects, {grid.seeds} seeds, standard deviation over subjects {assumed:g}). The "
-        f"{LEVEL:.0%} intervals of the {len(widths)} leads reach {min(widths):.3f} to {max(widths):.3f} to either "
-        f"side, with a median of {sorted(widths)[len(widths) // 2]:.3f}."
+        f"The {LEVEL:.0%} intervals of the {len(widths)} leads reach {min(widths):.3f} to {max(widths):.3f} to either "
+        f"side, with a median of {middle:.3f}. By that, a lead of {found:.3f} would be found with {POWER:.0%} power. "
+        f"By the standard deviation over {len(grid.subjects)} subjects that the settings assume, {assumed:g}, it would "
+        f"be {assumed_least:.3f}."
     )

@@ -151,6 +151,25 @@ def detectable_difference(deviation: float, subjects: int, seeds: int, power: fl
     return float(np.quantile(_factor(subjects) * np.sqrt(variance) - means.mean(axis=1), power))
 
 
+def detectable_by(half_width: float, subjects: int, power: float = POWER) -> float:
+    """The smallest true difference whose interval is above 0 with this probability, by how long intervals are.
+
+    Unlike `detectable_difference` this has all that makes the difference scatter, prompts included.
+
+    half_width: half of an interval's length. subjects: how many, two or more. power: the probability.
+    """
+    return half_width * float(1 + student.ppf(power, subjects - 1) / student.ppf((1 + LEVEL) / 2, subjects - 1))
+
+
+def half_width_of_more(half_width: float, subjects: int, more: int) -> float:
+    """Half of an interval's length with another number of subjects, two or more, that scatter alike.
+
+    half_width: of `subjects`. more: the other number.
+    """
+    each = half_width / _factor(subjects) * math.sqrt(subjects)
+    return each * _factor(more) / math.sqrt(more)
+
+
 def pooled_deviation(differences: Sequence[Sequence[float]]) -> float:
     """The standard deviation over subjects of paired differences, pooled over several pairs of methods.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from eval.cells import budgets_of
 from eval.experiment import Experiment
 from eval.report.lines import Line
 
+MIXED = "Cells ran on several machines or with several versions, so minutes and peak memory do not compare."
 MINIATURE = (
     "Scored with the bundled miniature encoders: these numbers compare with each other only, "
     "not with any that the field's CLIP or DINO gives."
@@ -24,7 +26,7 @@ def introduction(
     scored them, as each result says under `encoders`.
     """
     subjects = sorted({result["cell"]["subject"] for result in results})
-    versions = ", ".join(f"{name} {value}" for name, value in results[0]["versions"].items())
+    machines = Counter(_machine(result) for result in results)
     described = [
         f"{e['kind']} {e['name']}, weights {e['weights']}, {e['preprocessing']['size']} px, by {e['library']}"
         for e in encoders.values()
@@ -49,9 +51,20 @@ def introduction(
             "similarity with the base model's picture for unrelated prompts.",
             f"Encoders: {'; '.join(described)}.",
             *([f"Training diverged, so there is no score: {', '.join(diverged)}."] if diverged else []),
-            f"{results[0]['device']}, {results[0]['threads']} threads a cell; {versions}.",
+            *(f"{_cells(count, len(machines))}{machine}." for machine, count in machines.most_common()),
+            *([f"**{MIXED}**"] if len(machines) > 1 else []),
         ]
     )
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    """Where a cell ran, and with which versions."""
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    return f"{result['device']}, {result['threads']} threads a cell; {versions}"
+
+
+def _cells(count: int, kinds: int) -> str:
+    return "" if kinds == 1 else f"{count} cells: "
 
 
 def _choices(experiment: Experiment) -> str:
@@ -64,8 +77,16 @@ def _choices(experiment: Experiment) -> str:
             f"every method at every size has {' or '.join(map(str, counts))} learning rates on all subjects and seeds, "
             f"each scored after {steps} steps."
         )
-    swept = any(len(getattr(experiment.learning_rates, method)) > 1 for method in experiment.methods)
-    return "every method's learning rate is the best of its sweep." if swept else "learning rates as given."
+    tried = [len(getattr(experiment.learning_rates, method)) for method in experiment.methods]
+    if max(tried) == 1:
+        return "learning rates as given."
+    swept = experiment.subject_names()[: experiment.sweep_subjects]
+    numbers = " or ".join(map(str, sorted(set(tried))))
+    return (
+        f"every method's learning rate is the best of {numbers}, by the balance at the size {experiment.sweep_budget} "
+        f"on {', '.join(swept)} with seed 0, for all sizes. These cells are part of the averages as well, so scores of "
+        "methods with more rates are a little too high."
+    )
 
 
 def _intervals(experiment: Experiment, subjects: Sequence[str]) -> str:

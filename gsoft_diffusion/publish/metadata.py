@@ -36,12 +36,15 @@ def kohya_metadata(model: BaseModel, rank: int) -> dict[str, str]:
     return {"ss_network_module": "networks.lora"} | sizes | model.kohya_metadata()
 
 
-def modelspec(model: BaseModel, files: Sequence[AdapterFile], title: str, *, change: bool) -> dict[str, str]:
+def modelspec(
+    model: BaseModel, files: Sequence[AdapterFile], title: str, *, change: bool, of_diffusers: bool
+) -> dict[str, str]:
     """Metadata by the ModelSpec standard (https://github.com/Stability-AI/ModelSpec), from which programs tell what a
     file is for and show the words that call the subject.
 
     model: the base model. files: the adapters in the file. title: what people call it. change: whether it
-    holds a change of weights, which programs load as a LoRA, and no whole model. Returns texts by name.
+    holds a change of weights, which programs load as a LoRA, and no whole model. of_diffusers: whether weights have
+    diffusers' names, and not those of the family's original code. Returns texts by name.
     """
     velocity = predicts_velocity(model.scheduler)
     prediction = {"modelspec.prediction_type": "v" if velocity else "epsilon"} if hasattr(model, "unet") else {}
@@ -52,7 +55,7 @@ def modelspec(model: BaseModel, files: Sequence[AdapterFile], title: str, *, cha
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": model.architecture + ("/lora" if change else ""),
-        "modelspec.implementation": "diffusers",
+        "modelspec.implementation": "diffusers" if of_diffusers else model.original_code,
         "modelspec.title": title,
         "modelspec.resolution": f"{model.resolution}x{model.resolution}",
         **triggers,

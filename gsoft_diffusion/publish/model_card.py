@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
@@ -16,7 +17,14 @@ from gsoft.fingerprint import BaseModelIdentity, difference, how_far
 from gsoft_diffusion.adapters.file import LAST_STEP, AdapterFile
 from gsoft_diffusion.config import AdapterConfig, SamplerConfig
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
-from gsoft_diffusion.models.families import BaseModel
+from gsoft_diffusion.models.families import (
+    BaseModel,
+    Flux,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    ZImage,
+)
 
 Kind = Literal["adapter", "diffusers", "checkpoint", "diffusers_lora", "kohya_lora", "diff"]
 OTHER_BASE = "other_base"  # in what a file says of its training: that a run went on with another base model
@@ -46,7 +54,7 @@ adapter, file = load_adapter("{file}", {denoiser}, [{text_encoders}])
 adapter.merge()  # from here on the pipeline is an ordinary one
 ```
 
-In ComfyUI and Forge among the LoRAs, as it is, with the node pack in its folder `comfyui`. Its `export.py` makes whole
+In {programs} among the LoRAs, as it is, with the node pack in its folder `comfyui`. Its `export.py` makes whole
 models and LoRAs for other tools. `--accept_other_base` with
 `--pretrained_model_name_or_path <model>` uses the adapter on another base model of the same architecture, such as a
 fine-tune, and says how far its weights are from those trained on.""",
@@ -55,12 +63,13 @@ from diffusers import DiffusionPipeline
 
 image = DiffusionPipeline.from_pretrained("{file}")("{prompt}").images[0]
 ```""",
-    "checkpoint": """In ComfyUI, A1111 or Forge among the checkpoints, or with diffusers:
+    "checkpoint": """In {programs} among the checkpoints, or with diffusers:
 
 ```python
 from diffusers import {pipeline}
 
-image = {pipeline}.from_single_file("{file}", config="{base}")("{prompt}").images[0]
+{from_single_file}
+image = pipeline("{prompt}").images[0]
 ```""",
     "diffusers_lora": """```python
 from diffusers import DiffusionPipeline
@@ -70,10 +79,19 @@ pipeline.load_lora_weights(".", weight_name="{file}")
 image = pipeline("{prompt}").images[0]
 ```""",
 }
-LOADING["diff"] = """In ComfyUI, Forge or A1111 among the LoRAs: `{file}`, at strength 1, with the prompt "{prompt}".
+LOADING["diff"] = """In {programs} among the LoRAs: `{file}`, at strength 1, with the prompt "{prompt}".
 
 It is added to the weights. At other strengths the weights are no longer rotated ones."""
-LOADING["kohya_lora"] = "In ComfyUI, A1111 or Forge among the LoRAs, or with diffusers:\n\n" + LOADING["diffusers_lora"]
+LOADING["kohya_lora"] = "In {programs} among the LoRAs, or with diffusers:\n\n" + LOADING["diffusers_lora"]
+FROM_SINGLE_FILE = 'pipeline = {pipeline}.from_single_file("{file}", config="{base}")'
+# diffusers reads no more than the transformer of this one, and leaves T5 of the other in training mode.
+FROM_SINGLE_FILE_OF = {
+    ZImage: """whole = {pipeline}.from_pretrained("{base}")
+pipeline = {pipeline}.from_single_file(
+    "{file}", config="{base}", text_encoder=whole.text_encoder, vae=whole.vae
+)""",
+    StableDiffusion3: FROM_SINGLE_FILE + "\npipeline.text_encoder_3.eval()",
+}
 
 
 def model_card(
@@ -118,7 +136,7 @@ def model_card(
         parts.append(f"Trained on the prompts: {', '.join(f'`{_in_code(prompt)}`' for prompt in prompts)}")
     if picture:
         parts.append(
-            f"![A contact sheet]({picture})\n\n*Prompts, and what the adapter drew for them as it was trained.*"
+            f"![A contact sheet]({quote(picture)})\n\n*Prompts, and what the adapter drew for them as it was trained.*"
         )
     places = {id(getattr(model, part)): f"pipeline.{part}" for part in model.parts()}
     code = {
@@ -128,7 +146,9 @@ def model_card(
         "prompt": _in_code(*prompts[:1] or [""]),
         "denoiser": places[id(model.denoiser)],
         "text_encoders": ", ".join(places[id(encoder)] for encoder in model.text_encoders),
+        "programs": _programs(kind, model),
     }
+    code["from_single_file"] = FROM_SINGLE_FILE_OF.get(type(model), FROM_SINGLE_FILE).format(**code)
     parts += ["## How to load", LOADING[kind].format(**code), "## How it was made"]
     for file, strength in zip(files, strengths, strict=True):
         parts.append(_table(_settings(file) | ({"strength": f"{strength:g}"} if strength != 1 else {})))
@@ -140,6 +160,15 @@ def model_card(
         MARK,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _programs(kind: Kind, model: BaseModel) -> str:
+    """Which programs with a page read a result; see docs/export.md and comfyui/README.md."""
+    if isinstance(model, ZImage) and kind == "kohya_lora":
+        return "musubi-tuner, whose conversion makes it ComfyUI's,"
+    if isinstance(model, StableDiffusion | StableDiffusionXL):
+        return "ComfyUI and Forge" if kind == "adapter" else "ComfyUI, Forge or A1111"
+    return "ComfyUI and Forge" if isinstance(model, Flux) else "ComfyUI"
 
 
 def _other_bases(files: Sequence[AdapterFile], base: BaseModelIdentity) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from gsoft_diffusion.scoring.open_clip_layout import CONFIG, is_original_clip, r
 
 FIELD_CLIP, FIELD_DINO = "ViT-B-32-quickgelu/openai", "facebook/dino-vits16"
 MINI_CLIP, MINI_DINO = "data/mini_clip", "data/mini_dino"
+# DINO's own evaluation takes the middle 224 pixels of a picture whose shorter side is 256, and so does the field's
+# (https://github.com/google/dreambooth/issues/3). The configurations in transformers' layout say something else.
+FIRST_DINOS = ("dino-vits16", "dino-vits8", "dino-vitb16", "dino-vitb8")
 DINO_MODELS = ("vit", "dinov2", "dinov3_vit")
 BATCH = 64
 
@@ -261,7 +264,8 @@ def _open_clip(name: str, folder: Path | None, device: torch.device | str) -> Cl
 def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
     """Load a vision transformer whose embedding is the class token after the last layer norm, in float32.
 
-    name: a folder in transformers' layout, or a name on the hub; safetensors only.
+    name: a folder in transformers' layout, or a name on the hub; safetensors only. Pictures are resized and cropped as
+    its configuration says, but for `FIRST_DINOS`, by the name of hub or folder.
     device: where it will be.
 
     Raises UserError if it cannot be had.
@@ -275,6 +279,8 @@ def load_dino(name: str, device: torch.device | str = "cpu") -> ImageEncoder:
         options: dict[str, Any] = {"add_pooling_layer": False} if family == "vit" else {}
         model = AutoModel.from_pretrained(folder or name, dtype=torch.float32, use_safetensors=True, **options)
         preprocessing = _read_preprocessing(folder) if folder else _fetch_preprocessing(name)
+        if Path(name).name in FIRST_DINOS:
+            preprocessing = replace(preprocessing, resize=256, size=224)
     except UserError:
         raise
     except Exception as error:  # no such name, no network, damaged files

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_eval import experiment, grid
 
 from eval import benchmark
@@ -141,6 +143,50 @@ def test_photos_may_move_but_not_change(world, finished, tmp_path, in_process):
     with pytest.raises(UserError, match=r"holds cells of other photos of cup than .*/moved has; put them back"):
         run_benchmark(settings, out)
     assert in_process == []
+
+
+def test_changed_prompts_are_noticed_before_any_cell_runs(world, finished, tmp_path, in_process):
+    out = shutil.copytree(finished, tmp_path / "out")
+    prompts = tmp_path / "prompts.txt"
+    shutil.copy(world / "prompts.txt", prompts)
+    settings = (out / "experiment.yaml").read_text().replace(str(world / "prompts.txt"), str(prompts))
+    (out / "experiment.yaml").write_text(settings)
+    moved = experiment(world, methods=list(METHODS), curve_every=1, seeds=2, prompts=str(prompts))
+    prompts.write_text("a {0} {1} on the beach\na blue {0} {1}\n")
+    with pytest.raises(UserError, match=r"holds cells of other prompts of (rex, cup|cup, rex) than .*prompts\.txt has; put them"):
+        run_benchmark(moved, out)
+    assert in_process == []
+
+
+def test_a_changed_base_is_noticed_by_the_base_models_own_cells(world, finished, tmp_path, in_process):
+    out = shutil.copytree(finished, tmp_path / "out")
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    settings = (out / "experiment.yaml").read_text().replace(str(world / "base"), str(base))
+    (out / "experiment.yaml").write_text(settings)
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in tensors.items()}, weights)
+    other = experiment(world, methods=list(METHODS), curve_every=1, seeds=2, pretrained_model_name_or_path=str(base))
+    with pytest.raises(UserError, match=r"base--(rex|cup)--seed1.*made with other base model than the rest"):
+        run_benchmark(other, out)
+    assert sorted(in_process) == ["base--cup--seed1", "base--rex--seed1"]
+
+
+def test_captions_are_the_same_for_the_base_model_the_photos_and_what_is_tuned(world, tmp_path, in_process):
+    run_benchmark(experiment(world, subjects=["rex"], methods=["lora"], token_in_caption=True), tmp_path)
+    results = read_results(tmp_path)
+    captions = {
+        cell.method: {(each["kind"], each["caption"]) for each in result["pictures"]}
+        for cell, result in results.items()
+    }
+    assert captions["base"] == captions["lora"]
+    assert ("context", "a sks dog on the beach") in captions["base"]
+    base = next(result for cell, result in results.items() if cell.method == "base")
+    assert "a sks dog on the beach" in base["photos"]["clip_t_by_caption"]
+    assert {each["prompt"] for each in base["pictures"] if each["kind"] == "context"} == {
+        "a dog on the beach",
+        "a red dog",
+    }
 
 
 def test_a_cell_that_finished_before_its_run_was_killed_does_not_run_again(world, tmp_path, in_process):

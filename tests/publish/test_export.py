@@ -436,7 +436,7 @@ def test_kohya_names_and_metadata(base, adapter, tmp_path):
     assert {name: text for name, text in metadata.items() if name.startswith("modelspec.")} == {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.implementation": "sgm",
         "modelspec.title": "dog",
         "modelspec.resolution": "32x32",
         "modelspec.prediction_type": "v",

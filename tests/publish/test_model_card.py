@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import write_base
 from huggingface_hub import ModelCard
+from tiny_families import write_flux, write_flux2_klein, write_sd3, write_z_image
 
 from gsoft.fingerprint import BaseModelIdentity
 from gsoft_diffusion.adapters.file import AdapterFile
 from gsoft_diffusion.config import AdapterConfig, TrainingConfig
 from gsoft_diffusion.foundation.run_folder import latest_sheet, sheet_of
+from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.model_card import LOADING, MARK, may_write, public_base
 from gsoft_diffusion.publish.model_card import model_card as model_card_of
 
@@ -69,6 +72,27 @@ def test_every_kind_says_how_to_load_it(kind):
     assert ("StableDiffusionXLPipeline.from_single_file" in text) == (kind == "checkpoint")
     all_parts = "pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2])"
     assert (all_parts in text) == (kind == "adapter")
+
+
+@pytest.mark.parametrize(
+    ("write", "programs"),
+    [
+        (write_base, {"adapter": "ComfyUI and Forge", "checkpoint": "ComfyUI, Forge or A1111"}),
+        (write_sd3, {"adapter": "ComfyUI", "checkpoint": "ComfyUI", "diff": "ComfyUI"}),
+        (write_flux, {"adapter": "ComfyUI and Forge", "kohya_lora": "ComfyUI and Forge", "diff": "ComfyUI and Forge"}),
+        (write_flux2_klein, {"adapter": "ComfyUI", "kohya_lora": "ComfyUI"}),
+        (write_z_image, {"adapter": "ComfyUI", "kohya_lora": "musubi-tuner, whose conversion makes it ComfyUI's,"}),
+    ],
+)
+def test_only_programs_are_named_that_know_the_family(tmp_path, write, programs):
+    model = load_model(str(write(tmp_path / "base")))
+    for kind, names in programs.items():
+        assert f"In {names} among the" in model_card_of(kind, "result", [adapter_file()], model=model)
+
+
+def test_a_picture_with_a_space_in_its_name_is_shown():
+    card = model_card("diff", "my dog.safetensors", [adapter_file()], picture="my dog (2).png")
+    assert "![A contact sheet](my%20dog%20%282%29.png)" in card
 
 
 def test_settings_are_listed():

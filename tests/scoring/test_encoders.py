@@ -162,6 +162,15 @@ def test_preprocessing_takes_the_middle_and_normalises():
     assert (found == found[..., :1, :1]).all()
 
 
+def test_the_first_dino_sees_what_the_field_shows_it(tmp_path, dino):
+    """Its configuration asks for a square of 224, without a crop."""
+    folder = shutil.copytree(dino[0], tmp_path / "dino-vits16")
+    values = json.loads((folder / "preprocessor_config.json").read_text()) | {"size": 224, "do_center_crop": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    found = load_dino(str(folder)).identity.preprocessing
+    assert found == Preprocessing(size=224, resize=256, mean=tuple(MEAN), std=tuple(STD))
+
+
 @pytest.mark.parametrize(
     ("changes", "resize", "size"),
     [

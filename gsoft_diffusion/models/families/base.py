@@ -48,6 +48,7 @@ class BaseModel(ABC):
 
     title: ClassVar[str]  # the family's name for people
     pipeline: ClassVar[str]  # diffusers' class for it
+    original_code: ClassVar[str]  # whose names single files and kohya's LoRAs have, as the ModelSpec standard calls it
     index: ClassVar[dict[str, Any]] = {}  # what the index of a merged folder says beside parts and index_values
 
     @classmethod

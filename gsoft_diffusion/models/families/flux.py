@@ -34,6 +34,7 @@ class Flux(FluxModel):
 
     title: ClassVar[str] = "FLUX.1"
     pipeline: ClassVar[str] = "FluxPipeline"
+    original_code: ClassVar[str] = "https://github.com/black-forest-labs/flux"
 
     @property
     def text_encoders(self) -> list[PreTrainedModel]:

@@ -29,6 +29,7 @@ class Flux2Dev(Flux2Model):
 
     title: ClassVar[str] = "FLUX.2 dev"
     pipeline: ClassVar[str] = "Flux2Pipeline"
+    original_code: ClassVar[str] = "https://github.com/black-forest-labs/flux2"
     text_layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
     is_told_guidance: ClassVar[bool] = True
 

@@ -25,6 +25,7 @@ class Flux2Klein(Flux2Model):
 
     title: ClassVar[str] = "FLUX.2 klein"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    original_code: ClassVar[str] = "https://github.com/black-forest-labs/flux2"
     text_layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
     is_told_guidance: ClassVar[bool] = False
 

@@ -26,6 +26,7 @@ class StableDiffusion(BaseModel):
 
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
+    original_code: ClassVar[str] = "sgm"
     index: ClassVar[dict[str, Any]] = {
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

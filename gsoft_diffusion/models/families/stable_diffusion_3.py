@@ -38,6 +38,7 @@ class StableDiffusion3(FlowModel):
 
     title: ClassVar[str] = "Stable Diffusion 3 and 3.5"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    original_code: ClassVar[str] = "sgm"
 
     @property
     def text_encoders(self) -> list[PreTrainedModel]:

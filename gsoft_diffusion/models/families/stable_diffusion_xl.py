@@ -29,6 +29,7 @@ class StableDiffusionXL(StableDiffusion):
 
     title: ClassVar[str] = "Stable Diffusion XL"
     pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
+    original_code: ClassVar[str] = "sgm"
     index: ClassVar[dict[str, Any]] = {}
 
     @property

@@ -44,6 +44,7 @@ class ZImage(FlowModel):
 
     title: ClassVar[str] = "Z-Image"
     pipeline: ClassVar[str] = "ZImagePipeline"
+    original_code: ClassVar[str] = "https://github.com/Tongyi-MAI/Z-Image"
 
     @property
     def text_encoders(self) -> list[PreTrainedModel]:

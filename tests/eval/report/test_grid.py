@@ -23,7 +23,7 @@ from eval.report.grid import (
     read_grid,
     seed_averages,
 )
-from eval.report.intervals import detectable_difference
+from eval.report.intervals import detectable_by, detectable_difference
 from eval.report.lines import references
 from eval.report.plots import front_plot
 from eval.results import read_results, result_at
@@ -181,7 +181,9 @@ def test_a_method_that_is_better_for_all_is_ahead():
     assert "By area it is ahead of LoRA (+0.220 [" in text
     assert "By balance" not in text  # without held-out lines
     least = detectable_difference(0.1, 4, 2)
-    assert f"a lead of {least:.3f} was held to be detectable (80% power at 5 %, 4 subjects, 2 seeds" in text
+    assert f"over 4 subjects that the settings assume, 0.1, it would be {least:.3f}." in text
+    found = detectable_by(lora.lead.half_width, 4)
+    assert f"By that, a lead of {found:.3f} would be found with 80% power." in text
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_method_that_is_better_for_all_is_ahead():
         ([(0.4, 0.95)], "not decided against LoRA (+0.208 [+0.208, +0.208]), BOFT"),  # over less than half of the way
     ],
 )
-def test_who_wins_was_named_before_the_run(ours, result):
+def test_who_wins_is_decided_by_two_leads(ours, result):
     grid = by_hand(ours, [(0.2, 0.7), (0.6, 0.3)], methods=("lora", "boft"))
     text = verdict_text(compare_fronts(grid), [], grid, 0.1)
     assert "the leads over LoRA and BOFT at the size medium. Double GSOFT wins if it is ahead of all of them." in text

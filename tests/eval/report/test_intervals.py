@@ -11,8 +11,10 @@ from eval.report.intervals import (
     RESAMPLES,
     Estimate,
     Interval,
+    detectable_by,
     detectable_difference,
     estimate,
+    half_width_of_more,
     interval_of_mean,
     pooled_deviation,
     resampled_weights,
@@ -117,6 +119,28 @@ def test_a_difference_of_the_stated_size_is_found_as_often_as_stated():
         scores = least + rng.normal(0, part, (8, 1, 1)) + rng.normal(0, part * math.sqrt(3), (8, 3, 1))
         found += estimated(scores, seed=trial).interval.low > 0
     assert found / 300 == pytest.approx(0.8, abs=0.07)
+
+
+def test_by_its_intervals_a_comparison_knows_what_it_finds():
+    """Of scores that scatter over subjects, seeds and prompts."""
+    rng = np.random.default_rng(4)
+
+    def drawn(difference: float) -> np.ndarray:
+        parts = [rng.normal(0, 0.1, shape) for shape in ((8, 1, 1), (8, 2, 1), (1, 1, 6), (8, 2, 6))]
+        return difference + sum(parts, np.zeros((8, 2, 6)))
+
+    half = float(np.median([estimated(drawn(0), seed=trial).half_width for trial in range(100)]))
+    least = detectable_by(half, 8)
+    found = sum(estimated(drawn(least), seed=trial).interval.low > 0 for trial in range(300))
+    assert found / 300 == pytest.approx(0.8, abs=0.12)
+    assert found / 300 > sum(estimated(drawn(half), seed=trial).interval.low > 0 for trial in range(300)) / 300 + 0.15
+
+
+def test_more_subjects_have_shorter_intervals():
+    assert half_width_of_more(0.1, 10, 10) == pytest.approx(0.1)
+    students = {10: 2.2622, 20: 2.0930}
+    expected = 0.1 * (students[20] / math.sqrt(19)) / (students[10] / math.sqrt(9))
+    assert half_width_of_more(0.1, 10, 20) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_paired_difference_is_surer_than_the_methods_themselves():

@@ -9,8 +9,8 @@ import pytest
 from tiny_eval import experiment, grid
 
 from eval.benchmark import plan
-from eval.report.intervals import detectable_difference
-from eval.report.spread import spread_of_differences
+from eval.report.intervals import detectable_by
+from eval.report.spread import reach_of_intervals, spread_of_differences
 from eval.results import read_results
 from gsoft_diffusion import UserError
 
@@ -43,9 +43,13 @@ def test_it_is_the_deviation_of_leads(world, finished_grid, tmp_path):
     with pytest.raises(UserError, match="is a grid, so its spread is not that of this comparison"):
         spread_of_differences(out, grid=False)
     text = plan(grid(world), tmp_path / "none", workers=1, earlier=out)
-    least = detectable_difference(lead / 2**0.5, 2, 2)
+    half, subjects = reach_of_intervals(out)
+    assert subjects == 2
+    least = detectable_by(half, 2)
+    assert least > half
     assert f"detectable difference in lead: {least:.3f} (80% power at 5 %, two-sided, 2 subjects, 2 seeds" in text
-    assert f"over subjects {lead / 2**0.5:.3f}, as in {out})" in text
+    words = f"over subjects {lead / 2**0.5:.3f}, as in {out}; by its intervals, which reach {half:.3f} to either side"
+    assert words in text
 
 
 def test_without_earlier_results_the_settings_say(world, tmp_path):
@@ -59,3 +63,5 @@ def test_without_earlier_results_the_settings_say(world, tmp_path):
 def test_a_folder_that_says_nothing_of_differences_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no experiment\.yaml of a comparison; give a folder"):
         spread_of_differences(tmp_path, grid=True)
+    with pytest.raises(UserError, match=r"holds no experiment\.yaml of a comparison; give a folder"):
+        reach_of_intervals(tmp_path)
