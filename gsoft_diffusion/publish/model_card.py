@@ -38,6 +38,7 @@ WHAT = {
     "kohya_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
     "diff": "The change of the weights that an adapter of rotations (GSOFT) makes to {base}.",
 }
+BASE_PLACE = "<path of the base model>"  # of one that is not on the hub
 LOADING = {
     "adapter": """With gsoft-diffusion:
 
@@ -140,7 +141,7 @@ def model_card(
         )
     places = {id(getattr(model, part)): f"pipeline.{part}" for part in model.parts()}
     code = {
-        "base": _in_code(base_name),
+        "base": _in_code(hub_base or BASE_PLACE),
         "file": result,
         "pipeline": model.pipeline,
         "prompt": _in_code(*prompts[:1] or [""]),

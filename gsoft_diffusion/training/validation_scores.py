@@ -69,10 +69,16 @@ class ValidationScores:
         folder: the run's.
 
         Raises UserError for a subject that no prompt names, or with fewer than two photos, which have nothing to be
-        compared with.
+        compared with; and if the best step is to be kept, and no encoders are here that can judge.
         """
         self.config, self.folder = config, folder
-        encoders = encoders_for(model.resolution < MINIATURE_BELOW)
+        miniature = model.resolution < MINIATURE_BELOW
+        encoders = encoders_for(miniature)
+        if encoders.miniature and not miniature and config.keep == "best":
+            raise UserError(
+                '--keep best: the bundled miniature encoders cannot judge photos; pip install "gsoft-diffusion[eval]", '
+                "and let the field's encoders be fetched from the hub (see the note above), or leave it out"
+            )
         tokens = [concept.unique_token for concept in instance if concept.unique_token]
         self._judges = {
             concept.name: _SubjectJudge(config, encoders, concept, photos, jobs, tokens)

@@ -153,7 +153,9 @@ def test_changed_prompts_are_noticed_before_any_cell_runs(world, finished, tmp_p
     (out / "experiment.yaml").write_text(settings)
     moved = experiment(world, methods=list(METHODS), curve_every=1, seeds=2, prompts=str(prompts))
     prompts.write_text("a {0} {1} on the beach\na blue {0} {1}\n")
-    with pytest.raises(UserError, match=r"holds cells of other prompts of (rex, cup|cup, rex) than .*prompts\.txt has; put them"):
+    with pytest.raises(
+        UserError, match=r"holds cells of other prompts of (rex, cup|cup, rex) than .*prompts\.txt has; put them"
+    ):
         run_benchmark(moved, out)
     assert in_process == []
 

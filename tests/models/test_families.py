@@ -41,6 +41,7 @@ from gsoft_diffusion.models.families import (
 from gsoft_diffusion.models.families import base as families_base
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.export import export
+from gsoft_diffusion.publish.model_card import BASE_PLACE
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.training.progress import read_progress
 from gsoft_diffusion.training.train import train
@@ -172,9 +173,9 @@ class Life:
         """By the code on the model card, but for the places of file and base."""
         target = export(ExportConfig((str(self.adapter_path),), "checkpoint", precision="float32"))
         code = target.with_suffix(".md").read_text().partition("```python\n")[2].partition("image = ")[0]
-        for place in (target, self.base):
-            assert f'"{place.name}"' in code
-            code = code.replace(f'"{place.name}"', repr(str(place)))
+        for name, place in ((target.name, target), (BASE_PLACE, self.base)):
+            assert f'"{name}"' in code
+            code = code.replace(f'"{name}"', repr(str(place)))
         names: dict[str, Any] = {}
         exec(code, names)
         pipeline = names["pipeline"]

@@ -86,6 +86,16 @@ def test_pictures_are_scored_on_the_cpu(scored, monkeypatch):
     assert {encoder.device.type for each in loaded for encoder in (each.clip, each.dino)} == {"cpu"}
 
 
+def test_the_miniature_encoders_do_not_choose_a_large_models_best_step(scored, monkeypatch):
+    monkeypatch.setattr(scores_module, "MINIATURE_BELOW", 16)  # the tiny base counts as a large one
+    monkeypatch.setattr(scores_module, "encoders_for", lambda miniature: encoders_for(True))  # as without a network
+    with pytest.raises(
+        UserError, match=r'--keep best: the bundled miniature encoders cannot judge photos; pip install "'
+    ):
+        train(replace(scored, keep="best"))
+    assert train(replace(scored, output_dir=f"{scored.output_dir}_last")).adapter.is_file()
+
+
 def test_without_the_setting_there_are_sheets_only(scored):
     folder = train(replace(scored, score_validation=False)).adapter.parent
     assert sorted(path.name for path in (folder / "validation").iterdir()) == ["step-000002.png", "step-000004.png"]

@@ -188,7 +188,8 @@ def _files(view: RunView, adapter: str) -> str:
             f'<tr><td><a href="{escape(download_address(view.name, name))}" download>{escape(shown)}</a></td>'
             f"<td>{size / 1e6:,.1f} MB</td><td>{escape(goes)}</td></tr>"
         )
-    return f'<table class="take">{"".join(rows)}</table>'
+    known = fragments.hint("Not every program reads every kind of model: the model card says which.")
+    return f'<table class="take">{"".join(rows)}</table>{known if len(rows) > 1 else ""}'
 
 
 def _card(view: RunView) -> str:
