@@ -3,8 +3,9 @@
 Scores are an array `(S, K, P)`: a subject, a seed and a prompt each.
 
 **Resamples.** A hierarchical bootstrap: of a resample, `S` subjects are drawn with replacement, for each of them `K` of
-its seeds, and `P` prompts, the same for all subjects, since a prompt that is hard is hard for all. Everything is
-computed anew from the resample. All methods have the same draws, so their differences are paired.
+its seeds, and `P` prompts, the same for all subjects, since a prompt that is hard is hard for all. (Of DreamBooth's two
+lists, those at one place are drawn together. Unrelated ones scatter as much that way.) Everything is computed anew from
+the resample. All methods have the same draws, so their differences are paired.
 
 **Intervals.** The bounds are `value ± t·√(S/(S−1))·sd`, with `sd` the standard deviation over the resamples and `t`
 Student's quantile at `S − 1` degrees of freedom (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, ch. 12).
