@@ -60,7 +60,8 @@ def introduction(
 def _machine(result: Mapping[str, Any]) -> str:
     """Where a cell ran, and with which versions."""
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    return f"{result['device']}, {result['threads']} threads a cell; {versions}"
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    return f"{result['device']}, {threads} a cell; {versions}"
 
 
 def _cells(count: int, kinds: int) -> str:

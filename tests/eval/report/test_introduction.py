@@ -17,9 +17,11 @@ def said(finished, changes, **settings):
 
 def test_every_machine_and_version_is_named(world, finished):
     alone, _ = said(finished, {}, experiment=experiment(world))
-    assert " threads a cell; python " in alone
+    assert " a cell; python " in alone
     assert "cells: " not in alone
     assert MIXED not in alone
+    assert "2 threads a cell" in said(finished, {"threads": 2}, experiment=experiment(world))[0]
+    assert "1 thread a cell" in said(finished, {"threads": 1}, experiment=experiment(world))[0]
     versions = {"python": "3.99", "torch": "9.9"}
     mixed, count = said(finished, {"device": "H200", "versions": versions}, experiment=experiment(world))
     assert f"\n\n{count - 2} cells: " in mixed
