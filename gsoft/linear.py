@@ -202,16 +202,24 @@ def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear]
 
 def _with_rotated_activations(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear], x: Tensor) -> list[Tensor]:
     """By rotating x and the results, in autocast in its precision."""
-    cache = layers[0].cache
-    plain = [(linear.weight, linear.bias) for linear in linears]
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+    plain, device = [(linear.weight, linear.bias) for linear in linears], x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _around_products(layers, plain, x)
+    if x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         plain = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in plain]
     with torch.autocast(device, enabled=False):
-        blocks = [cache.blocks(layer.index, x.dtype) for layer in layers]
-        return list(rotate_activations(x, plain, blocks, cache.all_identity))
+        return _around_products(layers, plain, x)
+
+
+def _around_products(
+    layers: Sequence[RotatedLayer], plain: Sequence[tuple[Tensor, Tensor | None]], x: Tensor
+) -> list[Tensor]:
+    """As `_with_rotated_activations`, with weight and bias of each layer in the precision of x."""
+    cache = layers[0].cache
+    blocks = [cache.blocks(layer.index, x.dtype) for layer in layers]
+    return list(rotate_activations(x, plain, blocks, cache.all_identity))
 
 
 class Computing(Protocol):

@@ -143,7 +143,7 @@ class _RotatedActivations(torch.autograd.Function):
         by_q_in, grad = rotate_gradients(q_in, x.expand(count, -1, -1), grad)
         by_x = back_to_input_rows(q_in, grad).reshape(ctx.shape) if ctx.needs_input_grad[2] else None
         wanted = ctx.needs_input_grad[3 + count : 3 + 2 * count]  # an adapter freezes biases; people may thaw them
-        by_biases = [g.flatten(0, -2).sum(0) if want else None for g, want in zip(grads, wanted, strict=True)]
+        by_biases = [g.reshape(-1, g.shape[-1]).sum(0) if want else None for g, want in zip(grads, wanted, strict=True)]
         return None, None, by_x, *[None] * count, *by_biases, *_rotation_gradients(by_q_in, by_scaled_q_out, *rotations)
 
 

@@ -14,6 +14,7 @@ def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     for name in parents:
         children = dict(root.named_children())
         if name not in children:
-            setattr(root, name, nn.Module())
-        root = dict(root.named_children())[name]
+            children[name] = nn.Module()
+            setattr(root, name, children[name])
+        root = children[name]
     setattr(root, leaf, module)  # add_module refuses what is called like a method, such as `start` or `type`

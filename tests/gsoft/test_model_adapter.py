@@ -284,15 +284,16 @@ def test_nothing_outlives_a_model_and_its_adapter(how, trains):
     assert [each() for each in made] == [None, None]
 
 
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 5, 12)])
 @pytest.mark.parametrize("room", [2**30, 0])
-def test_a_bias_that_is_thawed_learns_on_either_side(room, monkeypatch):
+def test_a_bias_that_is_thawed_learns_on_either_side(room, shape, monkeypatch):
     monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
     model, plain = mlp(), mlp()
     adapter = gsoft.inject(model, CONFIGS["double"])
     model[0].bias.requires_grad_(True)
     model[4].bias.requires_grad_(True)
-    model(inputs(2, 5, 12)).square().sum().backward()
-    plain(inputs(2, 5, 12)).square().sum().backward()
+    model(inputs(*shape)).square().sum().backward()
+    plain(inputs(*shape)).square().sum().backward()
     for ours, reference in zip((model[0], model[4]), (plain[0], plain[4]), strict=True):
         torch.testing.assert_close(ours.bias.grad, reference.bias.grad, rtol=1e-4, atol=1e-3)
     assert all(parameter.grad is not None for parameter in adapter.parameters())
