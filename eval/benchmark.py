@@ -125,13 +125,14 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
         names = ", ".join(f"{name} is {now[name]} and was {then[name]}" for name in changed)
         raise UserError(f"--out {out}: holds results of other settings ({names}); choose another folder")
     photos = {subject.name: photos_hash(subject) for subject in subjects}
-    learned = {result["cell"]["subject"]: result["photos_hash"] for result in all_results(out).values()}
+    done = all_results(out)
+    learned = {cell.subject: result["photos_hash"] for cell, result in done.items()}
     if others := [name for name, known in learned.items() if photos.get(name, known) != known]:
         raise UserError(
             f"--out {out}: holds cells of other photos of {', '.join(others)} than {experiment.subjects_dir} has; put "
             "them back, or choose another folder"
         )
-    if others := [subject.name for subject in subjects if _other_prompts(experiment, subject, out)]:
+    if others := [subject.name for subject in subjects if _other_prompts(experiment, subject, done)]:
         raise UserError(
             f"--out {out}: holds cells of other prompts of {', '.join(others)} than {experiment.prompts} has; put them "
             "back, or choose another folder"
@@ -144,11 +145,11 @@ def settled(experiment: Experiment, out: Path) -> Experiment:
     return experiment
 
 
-def _other_prompts(experiment: Experiment, subject: Subject, out: Path) -> bool:
+def _other_prompts(experiment: Experiment, subject: Subject, done: Results) -> bool:
     """Whether a subject has cells of tuned models that were asked for something else than it would be now."""
     found = {
         (each["kind"], each["prompt"])
-        for cell, result in all_results(out).items()
+        for cell, result in done.items()
         if cell.subject == subject.name and cell.method != "base"
         for each in result.get("pictures", [])
     }

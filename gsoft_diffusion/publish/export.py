@@ -64,8 +64,8 @@ def export(config: ExportConfig) -> Path:
             stack.load(adapter, adapter, accept_other_base=config.accept_other_base)
         base = public_identity_of(model) if config.accept_other_base else files[0].base_model
         metadata = provenance(files, config.strengths, base)
-        kohyas = config.format == "diff" and isinstance(model.denoiser, UNet2DConditionModel)
-        of_diffusers = config.format.startswith("diffusers") or (config.format == "diff" and not kohyas)
+        of_transformer = not isinstance(model.denoiser, UNet2DConditionModel)
+        of_diffusers = config.format in ("diffusers", "diffusers_lora") or (config.format == "diff" and of_transformer)
         metadata |= modelspec(model, files, target.stem, change=config.is_change, of_diffusers=of_diffusers)
         if config.is_change:
             said = _export_change(config, rank, model, stack, metadata, place, places[".csv"])

@@ -146,9 +146,8 @@ class Handlers:
             return ["", fragments.failure(str(error)), *[gr.skip() for _ in self.fields]]
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "nothing: it fits as it is"
         held = zip(self.fields, held_by(self.fields, settings | changes), strict=True)
-        fields = [
-            value if field.name in changes else gr.skip() for field, value in held
-        ]  # others may be typed into now
+        # The others may be typed into at this moment.
+        fields = [value if field.name in changes else gr.skip() for field, value in held]
         return ["", fragments.hint(f"Changed in step 3: {words}."), *fields]
 
     @says_why
