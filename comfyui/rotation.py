@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 PARAMETRIZATIONS = {f"parametrization.{name}": name for name in ("cayley", "exp", "scaled_cayley", "scaled_exp")}
 ROW = 64  # learned numbers in a row at which scaling changes nothing
+MAX_FACTORS = 32  # more than any layer needs: with blocks of 2 they fill a rotation of side 2³²
 # From this side on, PyTorch's batched LU is wrong on CPUs with several threads (PyTorch issues 141358 and 142815).
 BATCHED_LU_SIDE = 128
 
@@ -73,6 +74,7 @@ def find_layer(module: str, tensors: Mapping[str, Tensor]) -> tuple[Layer, set[s
     module: as for `layer_name`. tensors: all of the file.
 
     Raises ValueError if the file does not say how blocks are made: it is of an early version, whose metadata said it.
+    Also if the layer's numbers are not finite, or have shapes that fit no layer.
     """
     name = layer_name(module)
     if f"{name}.q_in" not in tensors:
@@ -91,7 +93,46 @@ def find_layer(module: str, tensors: Mapping[str, Tensor]) -> tuple[Layer, set[s
         PARAMETRIZATIONS[marks[0]],
         SHARED.search(name) is not None,
     )
+    _check_numbers(name, parts)
     return layer, {*marks, *(f"{name}.{part}" for part in parts)}
+
+
+def _check_numbers(name: str, parts: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the numbers of a layer are finite, and in shapes that a layer can have."""
+    damaged = f"this adapter of gsoft-diffusion is damaged: {name}"
+    for part, numbers in parts.items():
+        shape = tuple(numbers.shape)
+        if part == "output_scale":
+            possible = len(shape) == 1
+        else:
+            possible = len(shape) == 3 and shape[0] <= MAX_FACTORS and math.comb(_side(shape[2]), 2) == shape[2]
+        if not possible or numbers.numel() == 0:  # blocks of side 1 have no numbers
+            raise ValueError(f"{damaged}.{part} has the impossible shape {shape}")
+        if not numbers.float().isfinite().all():
+            raise ValueError(f"{damaged}.{part} has values that are not finite")
+    if parts.keys() >= {"q_out", "output_scale"} and _width(parts["q_out"]) != len(parts["output_scale"]):
+        raise ValueError(f"{damaged} has a q_out and an output_scale of different widths")
+
+
+def check_shape(layer: Layer, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a layer of the file is for a weight of this shape."""
+    inputs = _width(layer.q_in)
+    outputs = None if layer.q_out is None else _width(layer.q_out)
+    if layer.output_scale is not None:
+        outputs = len(layer.output_scale)
+    wide = shape[-1] == inputs or (layer.first_columns and shape[-1] > inputs)
+    if len(shape) != 2 or outputs not in (None, shape[0]) or not wide:
+        raise ValueError(f"its shape is {tuple(shape)}, the adapter's ({outputs or 'any'}, {inputs})")
+
+
+def _side(count: int) -> int:
+    """The side of a skew-symmetric block with so many numbers above its diagonal."""
+    return (1 + math.isqrt(1 + 8 * count)) // 2
+
+
+def _width(free: Tensor) -> int:
+    """The side of the rotation with learned numbers `(m, r, b(b−1)/2)`."""
+    return free.shape[1] * _side(free.shape[2])
 
 
 # Mathematics
@@ -103,9 +144,10 @@ def rotated_weight(weight: Tensor, layer: Layer, strength: float) -> Tensor:
     weight: `W (out, in)`, of any dtype, on any device, also a view. layer: on any device. strength: 0 leaves W, 1 is
     what was trained. Raises ValueError if the layer is for another shape.
     """
+    check_shape(layer, weight.shape)
     blocks = layer_blocks(layer, strength, weight.device)
     if layer.first_columns:
-        own, others = weight.float().tensor_split([_width(blocks.q_in)], dim=1)
+        own, others = weight.float().tensor_split([_width(layer.q_in)], dim=1)
         return torch.cat([_rotated(own, blocks), others], dim=1)
     return _rotated(weight, blocks)
 
@@ -119,7 +161,7 @@ def rotated_outputs(
     `Layer`: the other columns' inputs are not rotated. Returns `(…, out)` in the dtype that the layer gives.
     """
     if first_columns:
-        width = _width(blocks.q_in)
+        width = blocks.q_in.shape[1:3].numel()
         own, others = x.tensor_split([width], dim=-1)
         made = rotated_outputs(lambda part: forward(F.pad(part, (0, others.shape[-1]))), own, blocks)
         return made + forward(F.pad(others, (width, 0))) - forward(torch.zeros_like(x))
@@ -157,7 +199,7 @@ def orthogonal_blocks(free: Tensor, parametrization: str, sides: int) -> Tensor:
     free: the numbers above the diagonals of K, row by row, `(m, r, b(b−1)/2)`, float32. parametrization: of
     `PARAMETRIZATIONS`. sides: on how many sides of the weight there is a rotation.
     """
-    size = (1 + math.isqrt(1 + 8 * free.shape[-1])) // 2
+    size = _side(free.shape[-1])
     exponential = parametrization.endswith("exp")
     if parametrization.startswith("scaled_"):
         free = free * (ROW / (sides * free.shape[0] * (size - 1)) * (2 if exponential else 1))
@@ -203,18 +245,7 @@ def rotate_back(blocks: Tensor, x: Tensor) -> Tensor:
 
 def _rotated(weight: Tensor, blocks: Blocks) -> Tensor:
     """`diag(s) · Q_out W Q_in`, float32."""
-    inputs = _width(blocks.q_in)
-    outputs = None if blocks.q_out is None else _width(blocks.q_out)
-    if blocks.output_scale is not None:
-        outputs = len(blocks.output_scale)
-    if weight.ndim != 2 or weight.shape[1] != inputs or outputs not in (None, weight.shape[0]):
-        raise ValueError(f"its shape is {tuple(weight.shape)}, the adapter's ({outputs or 'any'}, {inputs})")
     return _rotated_rows(blocks, rotate_back(blocks.q_in, weight.float().mT).mT)
-
-
-def _width(blocks: Tensor) -> int:
-    """The side of the rotation with blocks `(m, r, b, b)`."""
-    return blocks.shape[1] * blocks.shape[2]
 
 
 def _rotated_rows(blocks: Blocks, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
-from .rotation import Blocks, Layer, find_layer, layer_blocks, rotated_outputs, rotated_weight
+from .rotation import Blocks, Layer, check_shape, find_layer, layer_blocks, rotated_outputs, rotated_weight
 
 
 class GSOFTAdapter(WeightAdapterBase):
@@ -81,14 +81,23 @@ class GSOFTAdapter(WeightAdapterBase):
     def bypass_forward(self, org_forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer with the turned weight makes of x, where ComfyUI leaves the weight alone (2026 and later).
 
-        Its strength is in `self.multiplier`.
+        Its strength is in `self.multiplier`. A layer that does not fit stays as it is, which is logged once.
         """
+
+        def forward(rows: Tensor) -> Tensor:
+            return org_forward(rows, *args, **kwargs)
+
         state = (self.multiplier, x.device)
         if self._blocks is None or self._blocks[0] != state:
+            outputs = forward(x.new_zeros(1, x.shape[-1])).shape[-1]
+            try:
+                check_shape(self._layer, (outputs, x.shape[-1]))
+            except ValueError as error:
+                (layer,) = (key.removesuffix(".q_in") for key in self.loaded_keys if key.endswith(".q_in"))
+                _say_once(f"{layer} stays as it is: {error}")
+                return forward(x)
             self._blocks = state, layer_blocks(self._layer, *state)
-        return rotated_outputs(
-            lambda rows: org_forward(rows, *args, **kwargs), x, self._blocks[1], self._layer.first_columns
-        )
+        return rotated_outputs(forward, x, self._blocks[1], self._layer.first_columns)
 
 
 def register() -> None:

@@ -44,7 +44,7 @@ def load_lora(lora: Mapping[str, Tensor], to_load: Mapping[str, Any]) -> tuple[d
         for module, target in to_load.items():
             if found := rotation.find_layer(module, lora):
                 layer, keys = found
-                patches[target] = (NAME, layer)
+                patches[target] = (NAME, (module, layer))
                 used |= keys
     except ValueError as error:
         print(f"[LORA] {error}")
@@ -54,12 +54,17 @@ def load_lora(lora: Mapping[str, Tensor], to_load: Mapping[str, Any]) -> tuple[d
     return patches, {name: tensor for name, tensor in lora.items() if name not in used}
 
 
-def calculate_weight(weight: Tensor, strength: float, layer: Any) -> Tensor:
-    """Turn the weight, in place: it may be a part of a fused matrix.
+def calculate_weight(weight: Tensor, strength: float, patch: tuple[str, Any]) -> Tensor:
+    """Turn the weight, in place: it may be a part of a fused matrix. Where it does not fit it stays, which is printed.
 
-    weight: `(out, in)`. strength: 1 is what was trained. layer: as `find_layer` gave it. Errors are Forge's to report.
+    weight: `(out, in)`. strength: 1 is what was trained. patch: what Forge calls the layer, and `find_layer`'s `Layer`.
     """
-    return weight.copy_(rotation.rotated_weight(weight, layer, strength))
+    module, layer = patch
+    try:
+        return weight.copy_(rotation.rotated_weight(weight, layer, strength))
+    except ValueError as error:  # Forge tries once more after others, with more memory free
+        print(f"[LORA] {module} stays as it is: {error}")
+        return weight
 
 
 if NAME not in forge.extra_weight_calculators:  # Forge loads scripts again when its page is reloaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from itertools import product
 from typing import get_args
@@ -22,6 +23,11 @@ STRENGTHS = (-0.5, 0.0, 0.5, 1.0, 1.7)
 def layer_of(rotation, config: RotationConfig, numbers: dict[str, Tensor]):
     parts = (numbers.get(name) for name in ("q_in", "q_out", "output_scale"))
     return rotation.Layer(*parts, config.parametrization)
+
+
+def file_of_a_layer() -> dict[str, Tensor]:
+    numbers = {f"unet.a.to_q.{part}": tensor for part, tensor in learned(RotationConfig(nblocks=4)).items()}
+    return {"parametrization.scaled_cayley": torch.empty(0), **numbers}
 
 
 CONFIGS = [
@@ -144,6 +150,46 @@ def test_a_file_that_does_not_say_its_parametrization_is_not_used(rotation, mark
     assert rotation.find_layer("unet.b.to_q", tensors) is None
     with pytest.raises(ValueError, match="does not say its parametrization in its keys"):
         rotation.find_layer("unet.a.to_q", tensors)
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [
+        ("q_in", (1_000_000_000, 24, 0)),  # blocks of side 1: no data
+        ("q_in", (33, 4, 15)),
+        ("q_in", (0, 4, 15)),
+        ("q_in", (2, 0, 15)),
+        ("q_in", (2, 4, 14)),
+        ("q_out", (2, 60)),
+        ("output_scale", (40, 1)),
+        ("output_scale", (0,)),
+    ],
+)
+def test_numbers_in_impossible_shapes_are_refused(rotation, part, shape):
+    message = rf"is damaged: unet\.a\.to_q\.{part} has the impossible shape {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        rotation.find_layer("unet.a.to_q", file_of_a_layer() | {f"unet.a.to_q.{part}": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("part", ["q_in", "q_out", "output_scale"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_numbers_that_are_not_finite_are_refused(rotation, part, value):
+    file = file_of_a_layer()
+    file[f"unet.a.to_q.{part}"].flatten()[-1] = value
+    with pytest.raises(ValueError, match=rf"unet\.a\.to_q\.{part} has values that are not finite"):
+        rotation.find_layer("unet.a.to_q", file)
+
+
+def test_a_scale_of_another_width_is_refused(rotation):
+    with pytest.raises(ValueError, match=r"unet\.a\.to_q has a q_out and an output_scale of different widths"):
+        rotation.find_layer("unet.a.to_q", file_of_a_layer() | {"unet.a.to_q.output_scale": torch.ones(1)})
+
+
+def test_a_layer_of_another_shape_is_refused_before_blocks_are_made(rotation, monkeypatch):
+    monkeypatch.setattr(rotation, "layer_blocks", lambda *_: pytest.fail("made blocks"))
+    layer, _ = rotation.find_layer("unet.a.to_q", file_of_a_layer())
+    with pytest.raises(ValueError, match="its shape is"):
+        rotation.rotated_weight(torch.zeros(40, 25), layer, 1.0)
 
 
 @pytest.mark.parametrize("shape", [(40, 25), (41, 24), (24, 40), (40, 24, 1)])

@@ -143,3 +143,24 @@ def test_the_bypass_loader_leaves_the_weight_alone(adapter, bias):
         wanted = F.linear(x, own_weight(CONFIG, learned(CONFIG), linear.weight, adapter.multiplier), linear.bias)
         torch.testing.assert_close(adapter.bypass_forward(linear.forward, x), wanted, atol=1e-5, rtol=0)
     assert torch.equal(linear.weight, before)
+
+
+@pytest.mark.parametrize("widths", [(25, 40), (24, 41), (24, 1)])
+def test_the_bypass_loader_leaves_a_layer_that_does_not_fit_as_it_is(pack, comfy, caplog, widths):
+    numbers = learned(RotationConfig(nblocks=4, double=False))
+    adapter = comfy.adapters[0].load(MODULE, adapter_file(numbers), None, None, set())
+    linear, x = torch.nn.Linear(*widths), torch.randn(2, 3, widths[0])
+    with caplog.at_level(logging.ERROR):
+        for _ in range(2):
+            assert torch.equal(adapter.bypass_forward(linear.forward, x), linear(x))
+    assert caplog.messages == [f"gsoft: {LAYER} stays as it is: its shape is {widths[::-1]}, the adapter's (40, 24)"]
+
+
+def test_a_layer_with_damaged_numbers_is_not_used_and_that_is_said(pack, comfy, caplog):
+    file = adapter_file(learned(CONFIG))
+    file[f"{LAYER}.q_in"][0, 0, 0] = torch.nan
+    with caplog.at_level(logging.ERROR):
+        assert comfy.adapters[0].load(MODULE, file, None, None, set()) is None
+    assert caplog.messages == [
+        f"gsoft: this adapter of gsoft-diffusion is damaged: {LAYER}.q_in has values that are not finite"
+    ]

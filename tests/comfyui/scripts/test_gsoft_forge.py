@@ -76,6 +76,23 @@ def test_a_part_of_a_fused_matrix_is_turned_in_place(forge, strength):
     assert torch.equal(fused[:40], weight)
 
 
+def test_a_weight_that_does_not_fit_stays_as_it_is_and_that_is_said(forge, capsys):
+    """Forge has nothing around the call that would go on with its picture."""
+    patches, _ = forge.get_function("load_lora")(file(), {UNET: "unet.weight"})
+    kind, patch = patches["unet.weight"]
+    weight = torch.ones(40, 32)
+    assert forge.extra_weight_calculators[kind](weight, 1.0, patch) is weight
+    assert (weight == 1).all()
+    said = f"[LORA] {UNET} stays as it is: its shape is (40, 32), the adapter's (40, 24)\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_damaged_file_is_not_used_and_that_is_said(forge, capsys):
+    damaged = file() | {"unet.mid_block.to_q.q_in": torch.zeros(1_000_000_000, 24, 0)}
+    assert forge.get_function("load_lora")(damaged, {UNET: "unet.weight"}) == ({}, damaged)
+    assert "unet.mid_block.to_q.q_in has the impossible shape (1000000000, 24, 0)" in capsys.readouterr().out
+
+
 def test_a_file_of_an_early_version_is_not_used_and_that_is_said(forge, capsys):
     old = {name: tensor for name, tensor in file().items() if not name.startswith("parametrization.")}
     assert forge.get_function("load_lora")(old, {UNET: "unet.weight"}) == ({}, old)
