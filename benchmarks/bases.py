@@ -86,9 +86,8 @@ KLEIN_9B: dict[str, Any] = KLEIN_4B | {
     "joint_attention_dim": 12288,
 }
 FLUX2_DEV: dict[str, Any] = {}
-# text_encoder/config.json, where transformers' defaults do not say the same: OpenAI's CLIP, and two of OpenCLIP.
 Z_IMAGE: dict[str, Any] = {}  # diffusers' defaults
-
+# text_encoder/config.json, where transformers' defaults do not say the same: OpenAI's CLIP, and two of OpenCLIP.
 CLIP_L: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,

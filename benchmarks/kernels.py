@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.bases import DTYPES, SD15, SDXL
+from benchmarks.bases import DTYPES, KLEIN_4B, SD15, SDXL
 from benchmarks.measure import Records, table
 from benchmarks.pretended_gpu import GPU, PretendedGPU, bytes_in_use
 from eval.baselines import adapted_layers, inject_baseline
@@ -72,13 +72,7 @@ def flux1() -> FluxTransformer2DModel:
 
 def flux2() -> Flux2Transformer2DModel:
     """FLUX.2 klein 4B's configuration, but 2 of 5 and 8 of 20 blocks."""
-    return Flux2Transformer2DModel(
-        num_layers=2,
-        num_single_layers=8,
-        num_attention_heads=24,
-        joint_attention_dim=7680,
-        guidance_embeds=False,
-    )
+    return Flux2Transformer2DModel(**KLEIN_4B | {"num_layers": 2, "num_single_layers": 8})
 
 
 def unet_inputs(text_width: int, pooled: int | None = None) -> Callable[[int, int], dict[str, Tensor]]:

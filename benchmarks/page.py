@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.measure import machine, median
 from gsoft_diffusion.training.progress import read_progress
@@ -85,13 +85,11 @@ def cost(folder: Path, steps: int, turns: int) -> dict[str, Any]:
     settings |= {"max_train_steps": 100_000, "num_validation_images": 0, "checkpointing_steps": 0}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     script = Path(__file__).parents[1] / "train_dreambooth_gsoft.py"
-    with page(folder) as (process, _), browser() as opened:
+    with page(folder) as (process, _), browser() as opened, tempfile.TemporaryFile("w+") as said:
         visit = opened.new_page()
-        run = subprocess.Popen(
-            [sys.executable, str(script), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        run = subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.DEVNULL, stderr=said)
         found: dict[str, list[float]] = {"halted": [], "watched": []}
-        reach(folder / "watched", steps)  # past what is only slow at the beginning
+        reach(folder / "watched", steps, run, said)  # past what is only slow at the beginning
         for turn in range(2 * turns):
             kind = ("halted", "watched")[turn % 2]
             if kind == "watched":
@@ -102,7 +100,7 @@ def cost(folder: Path, steps: int, turns: int) -> dict[str, Any]:
                 visit.goto("about:blank")
                 process.send_signal(signal.SIGSTOP)
             first = len(read_progress(folder / "watched")) + 2
-            reach(folder / "watched", first + steps - 4)
+            reach(folder / "watched", first + steps - 4, run, said)
             times = [each.time for each in read_progress(folder / "watched")[first:]]
             found[kind] += [after - before for before, after in pairwise(times)]
         run.terminate()
@@ -117,8 +115,15 @@ def cost(folder: Path, steps: int, turns: int) -> dict[str, Any]:
     }
 
 
-def reach(folder: Path, step: int) -> None:
+def reach(folder: Path, step: int, run: subprocess.Popen[Any], said: IO[str]) -> None:
+    """Wait until the run in the folder has done so many steps.
+
+    run: its process. said: what that writes to stderr. Raises SystemExit with the last of it if the process ends.
+    """
     while len(read_progress(folder)) < step:
+        if run.poll() is not None:
+            said.seek(0)
+            raise SystemExit(f"the run ended with status {run.returncode}: {said.read()[-2000:]}")
         time.sleep(0.2)
 
 

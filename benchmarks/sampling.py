@@ -91,7 +91,8 @@ class Bench:
             with torch.no_grad():
                 text = text_encoder(torch.zeros(1, length, dtype=torch.long, device=args.device))[0]
         generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(count, 4, args.latents, args.latents, generator=generator)
+        shape = (count, self.unet.config.in_channels, args.latents, args.latents)
+        latents = torch.randn(shape, generator=generator)
         self.inputs = (latents.to(args.device, dtype), torch.tensor(500, device=args.device))
         self.conditions = {"encoder_hidden_states": text.repeat(count, 1, 1), **added_conditions(self.unet, count)}
 
@@ -143,11 +144,13 @@ class Bench:
 
 
 def report(records: list[dict[str, Any]]) -> str:
+    """The table: medians over repetitions; ratios only where the base model was measured as well."""
+    with_base = all("base" in record["seconds"] for record in records)
     rows = [
         [
             title,
             f"{median(record['seconds'][state] for record in records):.3f}",
-            f"{median(record['seconds'][state] / record['seconds']['base'] for record in records):.3f}",
+            f"{median(r['seconds'][state] / r['seconds']['base'] for r in records):.3f}" if with_base else "",
         ]
         for state, title in STATES.items()
         if all(state in record["seconds"] for record in records)

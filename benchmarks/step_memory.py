@@ -53,7 +53,7 @@ def measure(base: str, dtype: str, latents: int, batch: int, gradient_checkpoint
     """Bytes as estimated and as measured, and the seconds of the processor that the estimate took."""
     model: Any = load_model("data/mini_base")
     model.unet, model.text_encoder, _ = load_base(base, DTYPES[dtype])
-    shape = (4, latents, latents)
+    shape = (model.unet.config.in_channels, latents, latents)
 
     def loss(denoiser: Predictor) -> Tensor:
         zeros = torch.zeros(batch, dtype=torch.long)

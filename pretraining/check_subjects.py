@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -28,7 +27,7 @@ from torch import Tensor
 from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
-from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.config.command_line import expanded_path, run
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY, SETTINGS
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.sampling.drawing import draw
@@ -44,8 +43,31 @@ PLACES = ("snow", "beach", "city", "mountain", "space", "grass")
 PICTURES = 2  # of each place
 
 
-def train_on(subject: Subject, base: Path, settings: dict[str, Any], folder: Path) -> Path:
-    """Train on the subject as a user would, but for `settings`; returns the adapter's file. What is there stays.
+def read_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Settings by name from texts `NAME=VALUE`: a value is JSON, such as 2e-3 or true, and else a text."""
+    settings: dict[str, Any] = {}
+    for name, _, value in (item.partition("=") for item in given):
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def training_config(subject: Subject, base: Path, settings: Mapping[str, Any], folder: Path) -> TrainingConfig:
+    """How a user would train on the subject, but for `settings`. Raises UserError for settings that cannot be."""
+    quiet = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 0}
+    values = {
+        "instance_data_dir": str(subject.folder),
+        "class_word": subject.class_word,
+        "pretrained_model_name_or_path": str(base),
+        "output_dir": str(folder),
+    }
+    return TrainingConfig.from_dict(quiet | values | dict(settings), "--set")
+
+
+def train_on(subject: Subject, base: Path, settings: Mapping[str, Any], folder: Path) -> Path:
+    """Train by `training_config`; returns the adapter's file. What is there stays.
 
     Raises SystemExit if the folder has something else in it than a run, such as photos.
     """
@@ -55,14 +77,7 @@ def train_on(subject: Subject, base: Path, settings: dict[str, Any], folder: Pat
     if not (folder / SETTINGS).exists() and any(not path.name.startswith(".") for path in folder.glob("*")):
         raise SystemExit(f"{folder}: has something else in it than a run; choose another --out")
     shutil.rmtree(folder, ignore_errors=True)  # the rest of a run that was stopped
-    quiet = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 0}
-    values = {
-        "instance_data_dir": str(subject.folder),
-        "class_word": subject.class_word,
-        "pretrained_model_name_or_path": str(base),
-        "output_dir": str(folder),
-    }
-    return train(TrainingConfig.from_dict(quiet | values | settings)).adapter
+    return train(training_config(subject, base, settings, folder)).adapter
 
 
 def draw_places(adapter: Path, base: Path, guidance: float | None, folder: Path, compare: bool = False) -> None:
@@ -195,16 +210,17 @@ def runs_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main() -> int:
     parser = runs_parser(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
     parser.add_argument("--guidance_scale", type=float, help="of the pictures; by default as in training")
     args = parser.parse_args()
     path = args.out / "subjects.json"
-    settings = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in args.set)}
+    settings, subjects = read_settings(args.set), read_subjects(args.subjects)
+    for subject in subjects:
+        training_config(subject, args.base, settings, args.out / subject.name)  # what is wrong is said at once
     report = measurements(path, args.base, settings | {"guidance_scale": args.guidance_scale})
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
-    subjects = read_subjects(args.subjects)
     albums = read_albums(subjects, dino, judge)
     rows: list[dict[str, Any]] = report["rows"]
     done = {row["subject"] for row in rows}
@@ -222,7 +238,8 @@ def main() -> None:
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(json.dumps(rows[-1]))
     print("mean", json.dumps(report["mean"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -208,18 +210,30 @@ def run_round(number: int, cases: int) -> tuple[Counter[str], int]:
     return outcomes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+def round_in_a_process(number: int, cases: int) -> tuple[Counter[str], int]:
+    """`run_round` in a process of its own. Raises SystemExit if a file crashes the reader, or hangs it."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        try:
+            return pool.submit(run_round, number, cases).result()
+        except BrokenProcessPool:
+            raise SystemExit(
+                f"seed {number}: one of {cases} files crashed the reader, or hung it for {HANG} seconds; "
+                f"run_round({number}, {cases}) in tests/fuzz_adapter.py repeats this"
+            ) from None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=100_000)
     cases = parser.parse_args().cases
     started, outcomes, growth = time.time(), Counter[str](), 0
     rounds = [(number, min(ROUND, cases - start)) for number, start in enumerate(range(0, cases, ROUND))]
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for number, result in enumerate(pool.imap(_run_round, rounds), start=1):
-            outcomes += result[0]
-            growth = max(growth, result[1])
-            print(f"round {number} of {len(rounds)}: {sum(outcomes.values())} cases", file=sys.stderr, flush=True)
-    print(f"cases: {sum(outcomes.values())}; crashes, hangs and files taken that should not have been: 0")
+    for number, count in rounds:
+        found, grown = round_in_a_process(number, count)
+        outcomes += found
+        growth = max(growth, grown)
+        print(f"round {number + 1} of {len(rounds)}: {sum(outcomes.values())} cases", file=sys.stderr, flush=True)
+    print(f"cases: {sum(outcomes.values())}, each read or refused; the first crash, hang or wrong answer ends this")
     print(
         f"seconds: {time.time() - started:.0f}; largest growth of a process of {ROUND} cases: {growth / 2**20:.0f} MiB"
     )
@@ -227,10 +241,6 @@ def main() -> int:
     for reason, count in outcomes.most_common(40):
         print(f"{count:7} {reason.removeprefix('refused: ')}")
     return 0
-
-
-def _run_round(arguments: tuple[int, int]) -> tuple[Counter[str], int]:
-    return run_round(*arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import defaultdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,38 @@ def test_readme_is_read_in_three_minutes():
 PAGES = [
     path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*/README.md"), *sorted((ROOT / "docs").glob("*.md")))
 ]
+
+
+def flags_of_programs() -> dict[str, set[str]]:
+    """The flags of every `python -m <one of the programs>`, in shell blocks and in `code`."""
+    found = defaultdict(set)
+    for page in ("README.md", *PAGES):
+        text = (ROOT / page).read_text().replace("\\\n", " ")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+        lines = [line for block in blocks for line in block.splitlines()] + [" ".join(span.split()) for span in spans]
+        for line in lines:
+            if match := re.search(r"python -m ((?:benchmarks|eval|examples|pretraining)\.[\w.]+)(.*)", line):
+                found[match[1]] |= set(re.findall(r"--[\w-]+", match[2].partition(" # ")[0]))
+    return found
+
+
+PROGRAMS = flags_of_programs()
+
+
+@pytest.mark.parametrize("module", sorted(PROGRAMS))
+def test_programs_have_the_flags_that_pages_give_them(module, monkeypatch, capsys):
+    is_package = find_spec(module).submodule_search_locations is not None
+    program = import_module(f"{module}.__main__" if is_package else module)
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert PROGRAMS[module] - set(re.findall(r"--[\w-]+", capsys.readouterr().out)) == set()
+
+
+def test_there_are_programs_to_check():
+    assert {"benchmarks.step", "eval.report", "examples.language.train", "pretraining.render"} <= PROGRAMS.keys()
+    assert "--latents" in PROGRAMS["benchmarks.step"]  # in `code` that goes over two lines
 
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES])

@@ -3,8 +3,8 @@
     python -m examples.lipconvnet.compare --folder work --out results/lipconvnet
 
 Trains every kind of network from every seed, which also deals the things out to the parts, and measures their steps by
-turns. Writes `results.json`, and `report.md` and `accuracy.png` from it. Killed at any point, the same command goes on
-where it stopped.
+turns. Writes `settings.json`, `step_seconds.json` and a file a run into `runs`, and `report.md` and `accuracy.png` from
+them. Killed at any point, the same command goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fuzz_adapter
@@ -23,11 +26,21 @@ def test_the_file_that_is_changed_is_valid(tmp_path):
 @pytest.mark.slow
 def test_hostile_files_are_read_or_refused():
     command = [sys.executable, fuzz_adapter.__file__, "--cases", "1000"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    cases, read = (int(done.stdout.partition(word)[2].split()[0].strip(";")) for word in ("cases:", "valid:"))
+    cases, read = (int(done.stdout.partition(word)[2].split()[0].strip(",;")) for word in ("cases:", "valid:"))
     assert cases >= 1000
     assert 0 < read < cases / 2  # both happen
+
+
+@pytest.mark.parametrize(
+    "reader", [lambda *_: os.kill(os.getpid(), signal.SIGKILL), lambda *_: time.sleep(600)], ids=["crash", "hang"]
+)
+def test_a_file_that_crashes_or_hangs_the_reader_ends_the_fuzzer(monkeypatch, reader):
+    monkeypatch.setattr(fuzz_adapter, "HANG", 1)
+    monkeypatch.setattr(fuzz_adapter, "check", reader)
+    with pytest.raises(SystemExit, match=r"seed 7: one of 5 files crashed the reader, or hung it for 1 seconds"):
+        fuzz_adapter.round_in_a_process(7, 5)
 
 
 @pytest.mark.slow

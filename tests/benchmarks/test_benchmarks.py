@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
-from benchmarks import sampling, trainer
+from benchmarks import sampling, step_memory, trainer
 from benchmarks.bases import SDXL
 from benchmarks.measure import Records, bytes_in_use
 from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
@@ -103,6 +103,21 @@ def test_sampling_is_measured_in_every_state(monkeypatch, tmp_path):
     assert "as published" in sampling.report(records.records)
     assert dict(unet.named_modules()) == modules
     assert torch.equal(run(unet), before)
+
+
+def test_sampling_is_reported_without_the_base_model():
+    report = sampling.report([{"repetition": 0, "seconds": {"unmerged": 0.2, "merged": 0.1}}])
+    assert "| merged | 0.100 |  |" in report
+
+
+@pytest.mark.slow
+def test_the_bundled_base_is_measured():
+    """Its latents have eight channels."""
+    options = {"gradient_checkpointing": False, "text_encoder": False}
+    args = settings(base="mini", batch=1, **options)
+    assert Bench(args).measure("floor", steps=1)["parameters"] > 0
+    assert set(sampling.Bench(args).measured(["base"])["seconds"]) == {"base"}
+    assert step_memory.measure("mini", "float32", 8, 1, False)["estimated_bytes"] > 0
 
 
 def tiny_sdxl() -> UNet2DConditionModel:

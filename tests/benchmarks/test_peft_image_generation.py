@@ -11,17 +11,10 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file
 from tiny_families import write_flux2_klein
 
+from benchmarks.bases import KLEIN_4B
 from benchmarks.peft_image_generation import __main__ as command
 from benchmarks.peft_image_generation.method import CONFIG_NAME, WEIGHTS_NAME, GSOFTConfig, get_gsoft_model
 from gsoft_diffusion import UserError
-
-KLEIN_4B = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 7680,
-    "guidance_embeds": False,
-}
 
 
 @pytest.fixture

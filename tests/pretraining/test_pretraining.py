@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tiny_world import write_things
 
 from eval.subjects import Subject
+from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.sampling.pictures import save_png
-from pretraining import render, unused_name
+from pretraining import check_subjects, render, unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
 from pretraining.check_new_photos import new_photos
 from pretraining.check_subjects import closeness, drawn, measure, measurements, read_albums, recognised, train_on
@@ -337,6 +338,35 @@ def test_photos_are_not_taken_for_the_rest_of_a_run(tmp_path):
     with pytest.raises(SystemExit, match="has something else in it than a run"):
         train_on(Subject("dog", "dog", True, tmp_path), tmp_path, {}, tmp_path)
     assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("learning_rate=2e-3", 2e-3), ("max_train_steps=400", 400), ("lr_scheduler=cosine", "cosine"), ("seed", "")],
+)
+def test_settings_of_the_training_are_read(text, value):
+    assert check_subjects.read_settings([text]) == {text.partition("=")[0]: value}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("learning_rate=fast", "learning_rate: 'fast' is not a number or none"),
+        ("rate=1", "--set: unknown setting rate"),
+    ],
+)
+def test_wrong_settings_of_the_training_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, given, message):
+    flags = {
+        "--work": tmp_path,
+        "--base": tmp_path,
+        "--subjects": "data/subjects",
+        "--out": tmp_path / "out",
+        "--set": given,
+    }
+    monkeypatch.setattr("sys.argv", ["check_subjects", *(str(word) for pair in flags.items() for word in pair)])
+    with pytest.raises(UserError, match=message):
+        check_subjects.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_are_embedded_once_and_minus_one_is_the_empty_one():

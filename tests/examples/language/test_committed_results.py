@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
-import re
 import shutil
-import sys
 from pathlib import Path
-
-import pytest
 
 from examples.language.compare import RATES
 from examples.language.methods import METHODS
@@ -41,18 +35,3 @@ def test_every_cell_was_run():
         for task in FETCHED:
             seeds = [one["seed"] for one in trained if (one["method"], one["task"]) == (method, task)]
             assert {0, 1, 2} == set(seeds)
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    found = re.findall(r"^python -m examples\.language\.(\w+)(.*)$", PAGE.replace("\\\n", " "), re.M)
-    return [(name, re.findall(r"--\w+", rest)) for name, rest in found]
-
-
-@pytest.mark.parametrize(("name", "flags"), commands(), ids=lambda value: value if isinstance(value, str) else "")
-def test_the_commands_on_the_page_have_these_flags(name, flags, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with contextlib.suppress(SystemExit):
-        importlib.import_module(f"examples.language.{name}").main()
-    shown = capsys.readouterr().out
-    assert [flag for flag in flags if flag not in shown] == []
-    assert "--help" in shown
