@@ -352,6 +352,7 @@ ERRORS = [
     Case("not enough memory for a training step"),
     Case("an output folder with a finished run", another_run("settings.yaml", "adapter.safetensors")),
     Case("an output folder with an unfinished run", another_run("settings.yaml", "checkpoint-5/state.pt")),
+    Case("an output folder with settings of your own", another_run("settings.yaml")),
     Case("the photos' folder as output folder", options=("--output_dir", "photos")),
     Case("an output folder of a user that there is not", options=("--output_dir", "~nobody-here/out")),
     Case(

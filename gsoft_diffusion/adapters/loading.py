@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from gsoft_diffusion.foundation.errors import UserError, printable, user_errors
 from gsoft_diffusion.foundation.model_names import local_model
 from gsoft_diffusion.foundation.run_folder import SETTINGS, run_folder
 from gsoft_diffusion.models.families import BaseModel
-from gsoft_diffusion.models.loading import family_of, load_model
+from gsoft_diffusion.models.loading import family_of, has_variant, load_model
+from gsoft_diffusion.models.single_file import is_single_file
 
 
 def load_adapter(
@@ -71,6 +73,8 @@ def load_base(
     file: AdapterFile,
     moved_to: str | None = None,
     *,
+    variant: str | None = None,
+    base_config: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     cpu_offload: bool = False,
@@ -80,17 +84,23 @@ def load_base(
 
     file: the adapter.
     moved_to: name, folder or file of the model to load instead; None for the one that the adapter was trained on.
+    variant, base_config: as in `load_model`, instead of what the adapter's run was told; None for that, where it is to
+    be found.
     dtype, device, cpu_offload, offload_layers: as in `load_model`.
 
     An adapter has the model's name only, the settings of its run also know where it is: where they are beside it, they
-    are asked first. Prints whose word was taken. Raises UserError if the model is not found, or as `load_model`.
+    are asked first. Prints whose word was taken, and if a configuration is not there that they name. Raises UserError
+    if the model is not found, for a version that it cannot have, or as `load_model`.
     """
-    name, versions, source = _place_of_base(file, moved_to)
+    base = _base_of(file, moved_to, variant=variant, base_config=base_config)
     if not moved_to:
-        print(printable(f"base model: {name}, as {source} says"))
+        print(printable(f"base model: {base.name}, as {base.source} says"))
+    if base.lost:
+        named = f"{base.lost}, which {base.source} names"
+        print(printable(f"note: the configuration {named}, is not there, so the usual one is taken"))
     return load_model(
-        name,
-        **versions,
+        base.name,
+        **base.versions,
         dtype=dtype,
         device=device,
         cpu_offload=cpu_offload,
@@ -98,31 +108,65 @@ def load_base(
     )
 
 
-def family_of_base(file: AdapterFile, moved_to: str | None = None) -> type[BaseModel]:
+def family_of_base(
+    file: AdapterFile, moved_to: str | None = None, *, base_config: str | None = None
+) -> type[BaseModel]:
     """The family of the model that `load_base` would load; no weights are read.
 
-    file, moved_to: as there. Raises UserError if the model is not found, or is of no family.
+    file, moved_to, base_config: as there. Raises UserError if the model is not found, or is of no family.
     """
-    name, versions, _ = _place_of_base(file, moved_to)
-    versions.pop("variant", None)  # which is of its weights
-    return family_of(name, **versions)
+    base = _base_of(file, moved_to, base_config=base_config)
+    versions = {key: value for key, value in base.versions.items() if key != "variant"}  # which is of its weights
+    return family_of(base.name, **versions)
 
 
-def _place_of_base(file: AdapterFile, moved_to: str | None) -> tuple[str, dict[str, Any], Path]:
-    """The base model's name or place, the arguments of `load_model` that say which version, and the file that says so.
+@dataclass(frozen=True)
+class _Base:
+    """Where an adapter's base model is.
 
-    UserError if it is not there.
+    name: its name or place. versions: the arguments of `load_model` that say which version. source: the file that says
+    so. lost: a configuration that the file names, and that is not there.
+    """
+
+    name: str
+    versions: dict[str, Any]
+    source: Path
+    lost: str | None
+
+
+def _base_of(file: AdapterFile, moved_to: str | None, **given: str | None) -> _Base:
+    """Where the base model is. given: `variant` and `base_config`, None where the run's are to be taken.
+
+    UserError if it is not there, or for a version that it cannot have.
     """
     settings, source = _settings_beside(file)
     name = moved_to or settings["pretrained_model_name_or_path"]
-    names = ("base_config",) if moved_to else ("base_config", "revision", "variant")
-    versions = {key: settings[key] for key in names if isinstance(settings.get(key), str)}
-    if not moved_to and local_model(name) is None and (Path(name).is_absolute() or "/" not in name):
+    if not moved_to and _is_nowhere(name):
         raise UserError(
             f"{file.path}: its base model is {name}, as {source} says, which is not there; give its place with "
             "--pretrained_model_name_or_path"
         )
-    return name, versions, source
+    chosen = {key: value for key, value in given.items() if value}
+    single = is_single_file(name)
+    if "base_config" in chosen and not single:
+        raise UserError(f"--base_config would have no effect: {name} is no single .safetensors file; leave it out")
+    if "variant" in chosen and single:
+        raise UserError(f"--variant would have no effect: {name} is a single file; leave it out")
+    keys = ("base_config", "revision", "variant")
+    told = {key: settings[key] for key in keys if key not in chosen and isinstance(settings.get(key), str)}
+    if moved_to:  # where the model may be kept otherwise
+        told.pop("revision", None)
+        if "variant" in told and not has_variant(name, told["variant"]):
+            del told["variant"]
+    lost = None
+    if single and "base_config" in told and _is_nowhere(told["base_config"]):
+        lost = told.pop("base_config")
+    return _Base(name, told | chosen, source, lost)
+
+
+def _is_nowhere(name: str) -> bool:
+    """Whether a model's name is none of a folder or file on this disk, and cannot be one on the hub."""
+    return local_model(name) is None and (Path(name).is_absolute() or "/" not in name)
 
 
 def _settings_beside(file: AdapterFile) -> tuple[Mapping[str, Any], Path]:

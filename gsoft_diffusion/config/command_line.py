@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from gsoft_diffusion.config import AppConfig, ExportConfig, GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.launcher import check_launched, launched_settings, process_count
+from gsoft_diffusion.config.overrides import kept_from_another_base, left_to_flags
 from gsoft_diffusion.config.settings import described, field_help, overlay, read_list, read_yaml
 from gsoft_diffusion.foundation.bundled import CHECKOUT
 from gsoft_diffusion.foundation.errors import UserError
@@ -34,9 +35,11 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
     description: text above them in `--help`.
     arguments: the command line without the program's name; by default this process's.
 
-    A setting in neither takes the value of accelerate's launcher, if there is one. Raises UserError for a setting that
-    is unknown, of a wrong type, not valid, or otherwise than the launcher's, and if several processes were launched for
-    what runs in one. What argparse itself refuses ends the program with status 2.
+    What a file of training settings derives from others in it follows the flags, see `overrides`; a line says what it
+    keeps that was for another base model. A setting in neither takes the value of accelerate's launcher, if there is
+    one. Raises UserError for a setting that is unknown, of a wrong type, not valid, or otherwise than the launcher's,
+    and if several processes were launched for what runs in one. What argparse itself refuses ends the program with
+    status 2.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -49,6 +52,13 @@ def parse(config_class: type[AnyConfig], description: str, arguments: Sequence[s
     flags = vars(parser.parse_args(arguments))
     path = flags.pop("config")
     values = read_yaml(path) if path else {}
+    if path and flags and config_class is TrainingConfig:
+        if kept := kept_from_another_base(values, flags):
+            print(
+                f"note: {path} says {', '.join(kept)}, for another base model; to have the new one decide, give "
+                + " ".join(f"--{name} none" for name in kept)
+            )
+        values = left_to_flags(values, flags)
     groups: dict[str, dict[str, Any]] = {}
     for name, value in flags.items():
         group, _, field = name.rpartition(".")

@@ -37,6 +37,10 @@ class ExportConfig(Settings):
     rank: rank of a LoRA, 64 by default; a higher rank is nearer to the adapter.
     precision: type of the numbers written.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    variant: variant of the base model's weight files, such as fp16; by default as in training, where there are such
+      files.
+    base_config: for a base model in a .safetensors file, the diffusers folder or model on the hub that has its
+      configuration; by default as in training, or the usual one of its kind.
     accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
       says how far away they are.
     """
@@ -48,6 +52,8 @@ class ExportConfig(Settings):
     rank: Annotated[int | None, POSITIVE] = None
     precision: Literal["float16", "float32"] = "float16"
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+    variant: str | None = None
+    base_config: Annotated[str | None, Mark.PATH] = None
     accept_other_base: bool = False
 
     def __post_init__(self) -> None:

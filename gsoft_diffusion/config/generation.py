@@ -48,6 +48,10 @@ class GenerationConfig(Settings):
     side_by_side: draw with each of several adapters by itself, such as a run's checkpoints, instead of with all
       together.
     pretrained_model_name_or_path: where the base model is now, if it has moved since training.
+    variant: variant of the base model's weight files, such as fp16; by default as in training, where there are such
+      files.
+    base_config: for a base model in a .safetensors file, the diffusers folder or model on the hub that has its
+      configuration; by default as in training, or the usual one of its kind.
     accept_other_base: take a base model with other weights than the adapter was trained on, such as a fine-tune of it;
       says how far away they are.
     mixed_precision: type of weights and activations; by default as in the adapter's training.
@@ -76,6 +80,8 @@ class GenerationConfig(Settings):
     compare: bool = False
     side_by_side: bool = False
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
+    variant: str | None = None
+    base_config: Annotated[str | None, Mark.PATH] = None
     accept_other_base: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False

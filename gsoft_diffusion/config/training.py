@@ -439,6 +439,11 @@ _NOTED = (
         "the run is not longer; pictures are drawn only at its end",
     ),
     OnlyWith(
+        ("keep",),
+        lambda settings: settings.validation_steps < settings.max_train_steps,
+        "the run is not longer than --validation_steps, so only its last step can be chosen; give fewer",
+    ),
+    OnlyWith(
         ("checkpointing_steps",),
         lambda settings: settings.checkpointing_steps <= settings.max_train_steps,
         "the run is shorter; it writes a checkpoint only if it is stopped",

@@ -242,8 +242,8 @@ def _local(name: str, revision: str | None) -> Path | None:
     if folder := next((path for path in places(name) if path.is_dir()), None):
         if revision:
             raise UserError(
-                f"revision {revision}: {name} is a folder here, and folders have no revisions; leave --revision "
-                "out, or start where there is no such folder"
+                f"revision {revision}: {name} is a folder here, and folders have no revisions; leave the "
+                "revision out, or start where there is no such folder"
             )
         return folder
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -265,6 +265,14 @@ def _weight_patterns(variant: str | None) -> list[str]:
 def _weight_files(part: Path, variant: str | None) -> list[Path]:
     """The weight files in a part's folder that will be loaded."""
     return [path for pattern in _weight_patterns(variant) for path in part.glob(pattern)]
+
+
+def has_variant(name: str, variant: str) -> bool:
+    """Whether a model's folder on this machine has weights of the variant.
+
+    name, variant: as in `load_model`.
+    """
+    return any(_weight_files(place / part, variant) for place in places(name) for part in DENOISERS)
 
 
 def _stored_dtype(files: Sequence[Path]) -> torch.dtype:

@@ -55,8 +55,9 @@ def export(config: ExportConfig) -> Path:
     paths = {end: target.with_suffix(end) for end in ends}
     with new_places("--output", target, *paths.values()) as (place, *others):
         places = dict(zip(paths, others, strict=True))
-        family_of_base(files[0], config.pretrained_model_name_or_path).check_format(config.format)
-        model = load_base(files[0], config.pretrained_model_name_or_path, dtype=None)
+        moved_to, base_config = config.pretrained_model_name_or_path, config.base_config
+        family_of_base(files[0], moved_to, base_config=base_config).check_format(config.format)
+        model = load_base(files[0], moved_to, variant=config.variant, base_config=base_config, dtype=None)
         if not config.is_change:  # then each layer is made in float32, by itself
             with_room_for(model, getattr(torch, config.precision))
         stack = AdapterStack(model.denoiser, model.text_encoders)

@@ -28,7 +28,7 @@ from gsoft_diffusion.models.compilation import compile_networks
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import DTYPES, best_device, known_device
 from gsoft_diffusion.sampling.generation import Sample, generate, sheet_rows
-from gsoft_diffusion.sampling.pictures import contact_sheets, next_number, save_png, slug
+from gsoft_diffusion.sampling.pictures import PictureFile, contact_sheets, next_number, save_png, slug
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
 
 BASE = "base"  # the base model's column
@@ -58,16 +58,19 @@ def draw(config: GenerationConfig) -> list[Path]:
     model = load_base(
         files[0],
         config.pretrained_model_name_or_path,
+        variant=config.variant,
+        base_config=config.base_config,
         dtype=DTYPES[_precision(config, files[0])],
         device=known_device(config.device or best_device()),
         cpu_offload=config.cpu_offload,
         offload_layers=config.offload_layers,
     )
+    resolution = resolution or model.resolution
+    width, height = config.width or resolution, config.height or resolution
+    model.check_sides(resolution=resolution, width=width, height=height)
     stack, base_model = _stack(config, model, files[0])
     if config.compile:
         compile_networks([model.denoiser], model.device)
-    resolution = resolution or model.resolution
-    width, height = config.width or resolution, config.height or resolution
     sampler = with_model_sampler(model, sampler)
 
     jobs = list(product(prompts, range(config.seed, config.seed + config.num_images)))
@@ -108,13 +111,22 @@ def _stack(config: GenerationConfig, model: BaseModel, file: AdapterFile) -> tup
 
 def _saved(
     samples: Iterable[Sample], column: Column, folder: Path, first: int, settings: Mapping[str, Any]
-) -> Iterator[Sample]:
+) -> Iterator[SavedSample]:
     """The samples, each of which has been written into the folder, numbered from `first`, with its settings inside."""
     for number, sample in enumerate(samples, start=first):
         facts = {"prompt": sample.prompt, "seed": sample.seed, "model": column.model, "adapters": column.adapters}
         name = f"{{}}_seed{sample.seed}{column.mark}_{slug(sample.prompt)}.png"
-        save_png(sample.image, folder, name, number, {**facts, **settings})
-        yield sample
+        path = save_png(sample.image, folder, name, number, {**facts, **settings})
+        yield SavedSample(sample.prompt, sample.seed, PictureFile(path, sample.image.size))
+
+
+@dataclass(frozen=True)
+class SavedSample:
+    """A sample whose picture has been written, and is no longer in memory."""
+
+    prompt: str
+    seed: int
+    image: PictureFile
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -14,8 +15,10 @@ from torch import Tensor
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.config.sampler import guides
 from gsoft_diffusion.models.families import BaseModel, Conditioning, joined, whole_view
-from gsoft_diffusion.sampling.pictures import Row
+from gsoft_diffusion.sampling.pictures import PictureFile, Row
 from gsoft_diffusion.sampling.schedulers import denoise, make_scheduler, with_model_sampler
+
+logger = logging.getLogger(__name__)
 
 PICTURES_A_ROW = 8  # on contact sheets
 
@@ -43,7 +46,7 @@ def generate(
     """Draw one picture for each job, in order.
 
     All noise of a picture comes from its own generator on the CPU, so a picture depends on the batch size and the
-    device by rounding only. Pixels that are not finite make a black picture.
+    device by rounding only. Pixels that are not finite make a black picture, and the first such a warning.
 
     model: the base model, with whatever adapter is in it.
     jobs: a prompt and a seed each.
@@ -66,6 +69,7 @@ def generate(
     with model.on_device(*model.all_text_encoders()):  # once for all prompts
         embeddings = {prompt: model.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
         away = model.encode_negative(sampler.negative_prompt) if guided else None
+    told = False
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
@@ -73,7 +77,14 @@ def generate(
         negative = away and joined([away] * len(batch))
         # A copy, for a scheduler remembers the steps that it has taken.
         latents = _denoise(model, positive, negative, generators, deepcopy(scheduler), guidance, width, height)
-        for (prompt, seed), image in zip(batch, _to_images(model.decode(latents)), strict=True):
+        pixels = model.decode(latents)
+        finite = pixels.isfinite().flatten(1).all(dim=1)
+        if not (told or finite.all()):
+            told = True
+            advice = "; try --mixed_precision no" if model.dtype != torch.float32 else ""
+            logger.warning("pixels are not finite: such pictures come out black%s", advice)
+        pixels = pixels.where(finite[:, None, None, None], -1.0)
+        for (prompt, seed), image in zip(batch, _to_images(pixels), strict=True):
             yield Sample(prompt, seed, image)
 
 
@@ -105,13 +116,24 @@ def _denoise(
 
 
 def _to_images(pixels: Tensor) -> list[Image.Image]:
-    finite = pixels.isfinite().flatten(1).all(dim=1)
-    pixels = pixels.where(finite[:, None, None, None], -1.0)
     array = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 
 
-def sheet_rows(columns: Mapping[str, Sequence[Sample]], images_each: int) -> list[Row]:
+class Shown(Protocol):
+    """What contact sheets show: a `Sample`, or one whose picture is in a file."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def image(self) -> Image.Image | PictureFile: ...
+
+
+def sheet_rows(columns: Mapping[str, Sequence[Shown]], images_each: int) -> list[Row]:
     """Rows of a contact sheet from the pictures of one or more models, the same prompts and seeds side by side.
 
     columns: each model's pictures by its name, in the same order of prompts and seeds.

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
-from gsoft_diffusion.photos.image_files import opened
+from gsoft_diffusion.photos.image_files import open_image, opened
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,13 @@ LINE = FONT_SIZE + 6
 PAPER, INK, FAINT = "white", "black", "dimgray"
 
 
-def slug(text: str, length: int = 60) -> str:
-    """`text` as ASCII letters, digits and single dashes, at most `length` of them: safe in any file's name."""
+def slug(text: str, length: int = 60, default: str = "picture") -> str:
+    """`text` as ASCII letters, digits and single dashes, at most `length` of them: safe in any file's name.
+
+    default: for a text of which nothing is left.
+    """
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")[:length].strip("-") or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")[:length].strip("-") or default
 
 
 def save_png(image: Image.Image, folder: Path, name: str, number: int, metadata: Mapping[str, Any]) -> Path:
@@ -94,24 +97,39 @@ def next_number(folder: Path) -> int:
 
 
 @dataclass(frozen=True)
+class PictureFile:
+    """A picture of known size in a file, which is read where it is asked for, as many do not fit into memory."""
+
+    path: Path
+    size: tuple[int, int]
+
+    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        """The picture in another size, as Pillow makes it. Raises UserError if the file cannot be read."""
+        return open_image(self.path).resize(size, resample)
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of a contact sheet: a label above, pictures in line, a caption under each."""
 
     label: str
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image | PictureFile]
     captions: Sequence[str]
 
 
-def contact_sheets(rows: Sequence[Row], title: str = "") -> list[Image.Image]:
+def contact_sheets(rows: Sequence[Row], title: str = "") -> Iterator[Image.Image]:
     """The rows on white paper, on as many sheets as it takes to keep each below `SHEET_PIXELS`.
 
     Small pictures are enlarged to at least 192 pixels, large ones shrunk to at most 1024.
 
     rows: at least one, with at least one picture.
     title: above the rows of every sheet; none if empty.
+
+    Yields each sheet once it is drawn.
     """
     layout = _Layout.of(rows, title)
-    return [_draw_sheet(part, layout) for part in layout.parts(rows)]
+    for part in layout.parts(rows):
+        yield _draw_sheet(part, layout)
 
 
 @dataclass(frozen=True)
@@ -170,9 +188,9 @@ def _draw_sheet(rows: Sequence[Row], layout: _Layout) -> Image.Image:
             top += LINE
         for column, (image, caption) in enumerate(zip(row.images, row.captions, strict=True)):
             x = MARGIN + column * (cell_width + MARGIN)
-            size = (max(1, round(image.width * layout.factor)), max(1, round(image.height * layout.factor)))
+            width, height = (max(1, round(side * layout.factor)) for side in image.size)
             kind = Image.Resampling.NEAREST if layout.factor >= 1 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize(size, kind), (x, top))
+            sheet.paste(image.resize((width, height), kind), (x, top))
             text, font = text_lines(caption, cell_width)[0]
             draw.text((x, top + cell_height + 2), text, fill=FAINT, font=font)
         top += cell_height + LINE + MARGIN

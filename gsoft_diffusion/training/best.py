@@ -37,12 +37,22 @@ class Best:
         return cls(**values)
 
 
-def no_longer_improves(config: TrainingConfig, best: Best | None, judged: int) -> bool:
+def failed_validations(state: Mapping[str, Any], config: TrainingConfig) -> int:
+    """How many validations a checkpoint's run has had since its best step.
+
+    state: the checkpoint's; one of an earlier version has no count, and it is taken from the steps between. config: the
+    settings of the run that goes on.
+    """
+    best = state.get("best")
+    if "failed" in state or not best or not config.validation_steps:
+        return state.get("failed", 0)
+    return max(0, state.get("judged", 0) - best["step"]) // config.validation_steps
+
+
+def no_longer_improves(config: TrainingConfig, best: Best | None, failed: int) -> bool:
     """Whether as many validations as `patience` says have brought nothing better, so that the run is over.
 
-    config: the run's settings. best: the best step so far; None if no step had a balance above 0. judged: the last step
-    whose pictures were scored.
+    config: the run's settings. best: the best step so far; None if no step had a balance above 0. failed: how many
+    validations there were since then.
     """
-    if config.keep != "best" or config.patience == 0 or best is None:
-        return False
-    return judged - best.step >= config.patience * config.validation_steps
+    return config.keep == "best" and 0 < config.patience <= failed and best is not None

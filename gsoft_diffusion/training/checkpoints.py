@@ -38,6 +38,7 @@ from gsoft_diffusion.training.circumstances import BASE_WEIGHTS
 
 STATE, SUMS = "state.pt", "SHA256SUMS"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")  # on which a run's numbers depend
+MARK = b"# python "  # which settings that a run has written begin with
 STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do not depend on how long the run is
 
 
@@ -141,6 +142,11 @@ def _check_no_run(folder: Path) -> None:
         raise UserError(
             f"--output_dir {folder}: holds another run, which ended before its first checkpoint; delete the folder, "
             "or choose another"
+        )
+    if (folder / SETTINGS).exists() and not (folder / SETTINGS).read_bytes().startswith(MARK):
+        raise UserError(
+            f"--output_dir {folder}: has a {SETTINGS} of your own, which the run's would replace; move it, or choose "
+            "another folder"
         )
 
 
@@ -385,7 +391,7 @@ def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
     try:
         with whole_file(path) as file:
             used = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-            file.write(f"# python {platform.python_version()}, {used}; processes: {processes}\n".encode())
+            file.write(MARK + f"{platform.python_version()}, {used}; processes: {processes}\n".encode())
             file.write(recorded(config).to_yaml().encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

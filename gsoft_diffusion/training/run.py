@@ -42,7 +42,7 @@ from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.subjects import class_photos, held_out_photos
 from gsoft_diffusion.training.tracking import Tracking
 from gsoft_diffusion.training.trainable import MakeAdapter
-from gsoft_diffusion.training.validation import Validation
+from gsoft_diffusion.training.validation import Validation, validation_scores
 from gsoft_diffusion.training.validation_loss import ValidationLoss
 
 SMOOTHING = 50  # steps over which the progress bar averages the loss
@@ -80,7 +80,8 @@ class Run:
         instance: each subject's photos.
         make_adapter: puts what is trained into the model.
 
-        Raises UserError for what does not fit: the step into memory, the settings to the model, the class images.
+        Raises UserError for what does not fit: the step into memory, the settings to the model, held-out photos, what
+        pictures are scored by, class images.
         """
         self.config, self.accelerator, self.model = config, accelerator, model
         assert config.max_train_steps is not None, "with_model_defaults sets it"
@@ -95,10 +96,11 @@ class Run:
         set_up_networks(config, model)
         optimizer = make_optimizer(config, adapter)
         photos = list(chain(*instance.values()))
+        held_out = held_out_photos(config, instance, accelerator.print) if config.validation_loss else []
+        scores = validation_scores(config, accelerator, model, instance)
         prior = class_photos(config, accelerator, model, adapter, identity, instance)
         self.dataset = make_dataset(config, model, photos, prior, accelerator.print)
         self.circumstances = circumstances(config, self.dataset, identity, accelerator.num_processes)
-        held_out = held_out_photos(config, instance, accelerator.print) if config.validation_loss else []
         prompts = dict.fromkeys([*self.dataset.prompts, *(photo.prompt for photo in held_out)])
         predictor = Predictor(model, adapter, list(prompts)).train()
         # Before accelerate remembers the optimizer's `step`, which PyTorch's schedules put a counter around.
@@ -113,7 +115,7 @@ class Run:
             if held_out and accelerator.is_main_process
             else None
         )
-        self.validation = Validation(config, accelerator, model, self.state, self.tracking, instance)
+        self.validation = Validation(config, accelerator, model, self.state, self.tracking, scores)
         counts = adapter.parameter_counts()
         accelerator.print(
             f"training {counts.pop('total'):,} parameters: "

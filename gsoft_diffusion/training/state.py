@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gsoft_diffusion.adapters.injection import Adapter
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
-from gsoft_diffusion.training.best import Best
+from gsoft_diffusion.training.best import Best, failed_validations
 from gsoft_diffusion.training.trainable import TrainableAdapter
 
 HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "warmup_steps")  # the optimizer's that are settings
@@ -26,7 +26,7 @@ class TrainingState:
     counts optimizer steps, however many processes take them together. scaler: fp16's, or None.
     step: optimizer steps done. skipped: those that the scaler left out, since a gradient had overflowed.
     best: with `--keep best`, the best step so far; None if none is known. judged: the last step of which validation
-    pictures were drawn when they were due.
+    pictures were drawn when they were due. failed: how many such validations there were since the best step.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TrainingState:
         """
         self.adapter, self.predictor = adapter, predictor
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
-        self.step = self.skipped = self.judged = 0
+        self.step = self.skipped = self.judged = self.failed = 0
         self.best: Best | None = None
         self.optimizer.train()  # schedule-free optimizers start in evaluation mode; to others it means nothing
 
@@ -57,6 +57,7 @@ class TrainingState:
             "skipped": self.skipped,
             "best": self.best and self.best.to_dict(),
             "judged": self.judged,
+            "failed": self.failed,
         }
 
     def load(self, checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
@@ -85,6 +86,7 @@ class TrainingState:
         self.step, self.skipped, self.judged = state["step"], state["skipped"], state.get("judged", 0)
         best = state.get("best") if config.keep == "best" else None
         self.best = best and Best.from_dict(best)
+        self.failed = failed_validations(state, config)
 
     def _set_hyperparameters(self, fresh: Sequence[Mapping[str, Any]]) -> None:
         """Let the settings decide again, where the optimizer's loaded state had brought back the checkpoint's."""
@@ -108,7 +110,13 @@ class TrainingState:
             return
         with self.evaluated():
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
-        self.best = Best(self.step, balance, judged_by, tensors)
+        self.best, self.failed = Best(self.step, balance, judged_by, tensors), 0
+
+    def was_judged(self) -> None:
+        """Remember that this step's validation pictures were drawn, and whether they brought nothing better."""
+        self.judged = self.step
+        if not (self.best and self.best.step == self.step):
+            self.failed += 1
 
     @contextmanager
     def evaluated(self, best: Best | None = None) -> Iterator[None]:

@@ -17,7 +17,7 @@ from gsoft_diffusion.models.loading import DTYPES, load_model
 from gsoft_diffusion.publish.hub import HubRepository
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.accelerator import make_accelerator
-from gsoft_diffusion.training.best import Best, no_longer_improves
+from gsoft_diffusion.training.best import Best, failed_validations, no_longer_improves
 from gsoft_diffusion.training.preparation import with_model_defaults
 from gsoft_diffusion.training.run import Run, TrainingResult
 from gsoft_diffusion.training.signals import no_drawing_yet, quiet_writers
@@ -72,7 +72,7 @@ def train(config: TrainingConfig, make_adapter: MakeAdapter = inject) -> Trainin
             settings = (checkpoints.recorded(before).to_dict(), now.to_dict())
             checkpoints.check_unchanged(config, checkpoint, *settings, accelerator.print)
             best = state.get("best")
-            over = no_longer_improves(config, best and Best.from_dict(best), state.get("judged", 0))
+            over = no_longer_improves(config, best and Best.from_dict(best), failed_validations(state, config))
             checkpoints.check_goes_further(config, state["step"], over)
         try:
             run = Run(config, accelerator, model, instance, make_adapter)

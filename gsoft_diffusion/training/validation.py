@@ -24,7 +24,31 @@ from gsoft_diffusion.training.curve import write_curve
 from gsoft_diffusion.training.signals import StopRequest
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.tracking import Tracking
-from gsoft_diffusion.training.validation_scores import ValidationScores
+from gsoft_diffusion.training.validation_scores import ValidationScores, read_scores
+
+
+def validation_scores(
+    config: TrainingConfig, accelerator: Accelerator, model: BaseModel, instance: Mapping[Concept, Sequence[Photo]]
+) -> ValidationScores | None:
+    """What scores a run's validation pictures; None if that is not asked for, or is another process's.
+
+    config: the run's settings.
+    accelerator: says which process scores.
+    model: the base model.
+    instance: each subject's photos, which pictures are compared with.
+
+    Raises UserError if scores cannot be made of these photos.
+    """
+    jobs = _jobs(config)
+    if not (config.scores_validation and accelerator.is_main_process and jobs):
+        return None
+    return ValidationScores(config, model, instance, jobs, Path(config.output_dir or "."))
+
+
+def _jobs(config: TrainingConfig) -> list[tuple[str, int]]:
+    """Prompt and seed of each of a step's pictures."""
+    seeds = range(config.seed, config.seed + config.num_validation_images)
+    return list(product(config.validation_prompts or (), seeds))
 
 
 class Validation:
@@ -41,27 +65,19 @@ class Validation:
         model: BaseModel,
         state: TrainingState,
         tracking: Tracking,
-        instance: Mapping[Concept, Sequence[Photo]],
+        scores: ValidationScores | None,
     ) -> None:
         """config: names the prompts, how many pictures of each, and the sampler.
         accelerator: says which process draws.
         model: the base model, which the adapter is in.
         state: the run's; pictures are drawn with its adapter as in inference.
         tracking: is given the sheets.
-        instance: each subject's photos, which pictures are compared with.
-
-        Raises UserError if scores are asked for and cannot be made of these photos.
+        scores: scores the pictures, as `validation_scores` gave it.
         """
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.state, self.tracking = state, tracking
+        self.state, self.tracking, self.scores = state, tracking, scores
         self.folder = Path(config.output_dir or ".")
-        seeds = range(config.seed, config.seed + config.num_validation_images)
-        self.jobs = list(product(config.validation_prompts or (), seeds))
-        self.scores = (
-            ValidationScores(config, model, instance, self.jobs, self.folder)
-            if config.scores_validation and accelerator.is_main_process and self.jobs
-            else None
-        )
+        self.jobs = _jobs(config)
 
     def resumed_from(self, checkpoint: Path) -> None:
         """Raise UserError if the best step of the run so far was judged otherwise than those to come would be.
@@ -95,7 +111,7 @@ class Validation:
         """
         drawn = self._any_process(self.accelerator.is_main_process and self.draw_here(stop))
         if drawn:
-            self.state.judged = self.state.step
+            self.state.was_judged()
         return drawn
 
     def draw_here(self, stop: StopRequest) -> bool:
@@ -106,18 +122,22 @@ class Validation:
         return drawn
 
     def is_owed(self) -> bool:
-        """Whether this step's pictures are due and, as the run was stopped or killed before, have not been drawn.
+        """Whether this step's pictures are due and, as the run was stopped or killed before, have not been drawn; all
+        processes must ask, and agree.
 
-        They may be in the folder: what counts is whether the state knows how good they are.
+        Those of the last step come after the result is saved. With `--keep best` they may be in the folder: what counts
+        is whether the state knows how good they are.
         """
         config, state = self.config, self.state
-        due = config.keep == "best" and state.step > 0 and state.step % config.validation_steps == 0
-        return due and state.judged != state.step
+        every = config.validation_steps if self.jobs and state.step != config.max_train_steps else 0
+        if not (every and state.step and state.step % every == 0):
+            return False
+        return state.judged != state.step if config.keep == "best" else not self.is_drawn()
 
     def is_over(self) -> bool:
         """Whether the run ends here, as its subject improves no longer; all processes must ask, and agree."""
         state = self.state
-        here = self.accelerator.is_main_process and no_longer_improves(self.config, state.best, state.judged)
+        here = self.accelerator.is_main_process and no_longer_improves(self.config, state.best, state.failed)
         return self._any_process(here)
 
     def _any_process(self, here: bool) -> bool:
@@ -153,8 +173,10 @@ class Validation:
             self.state.keep_if_best(scores["balance"], judge.judged_by)
 
     def is_drawn(self) -> bool:
-        """Whether the main process has drawn the sheet of this step; all must ask, and agree."""
-        here = self.accelerator.is_main_process and sheet_of(self.folder, self.state.step).exists()
+        """Whether the main process has drawn this step's sheet, and scored it if asked to; all must ask, and agree."""
+        step = self.state.step
+        scored = self.scores is None or read_scores(self.folder, step) is not None
+        here = self.accelerator.is_main_process and scored and sheet_of(self.folder, step).exists()
         return self._any_process(here)
 
     def _write(self, sheet: Image.Image, number: int, step: int) -> None:

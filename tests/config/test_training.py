@@ -387,6 +387,8 @@ def test_guidance_that_is_off_and_a_negative_prompt():
         ({"num_validation_images": 0, "validation_prompts": ("a dog",)}, ["--validation_prompts"]),
         ({"num_validation_images": 0, "sample_batch_size": 2}, []),  # pick_checkpoint takes it
         ({"checkpointing_steps": 0, "checkpoints_total_limit": 2}, ["--checkpoints_total_limit"]),
+        ({"keep": "best"}, []),
+        ({"keep": "best", "max_train_steps": 250}, ["--keep"]),
         ({"dataloader_num_workers": 2}, ["--dataloader_num_workers"]),
         ({"dataloader_num_workers": 2, "cache_latents": False}, []),
         ({"with_prior_preservation": True, "prior_loss_weight": 0.0}, ["--with_prior_preservation"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,9 +26,10 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.sampling import drawing, pictures
 from gsoft_diffusion.sampling.drawing import _precision, _sampler, draw
 from gsoft_diffusion.sampling.generation import generate
-from gsoft_diffusion.sampling.pictures import read_facts
+from gsoft_diffusion.sampling.pictures import read_facts, save_png
 
 FEW_STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
 
@@ -130,16 +132,40 @@ def test_its_user_may():
     assert _sampler(config, SimpleNamespace(training={"resolution": 64}))[1] == 8192
 
 
-def test_draw_in_the_shape_that_is_asked_for(adapter_file):
+def test_draw_in_the_shape_that_is_asked_for(adapter_file, monkeypatch):
     """Sides that are left out are the adapter's."""
     draw(GenerationConfig((str(adapter_file),), prompts=("a",), num_images=1, width=64))
     ((picture, metadata),) = pictures_in(adapter_file.parent / "images").values()
     assert picture.shape == (36, 64, 3)
     assert (metadata["width"], metadata["height"]) == (64, 36)
-    with pytest.raises(UserError, match="--width 34: must be a multiple of 4"):
-        draw(GenerationConfig((str(adapter_file),), prompts=("a",), width=34))
+    monkeypatch.setattr(AdapterStack, "load", lambda *_, **__: pytest.fail("loaded in vain"))
+    for flag in ("width", "resolution"):
+        with pytest.raises(UserError, match=f"--{flag} 34: must be a multiple of 4"):
+            draw(GenerationConfig((str(adapter_file),), prompts=("a",), **{flag: 34}))
     with pytest.raises(UserError, match="--height 0: must be more than 0"):
         GenerationConfig((str(adapter_file),), height=0)
+
+
+def test_draw_keeps_no_picture_in_memory(adapter_file, monkeypatch):
+    """Contact sheets are made of the files, one after the other."""
+    drawn, sheets = [], []
+
+    def watched(*arguments, **options):
+        for sample in generate(*arguments, **options):
+            drawn.append(weakref.ref(sample.image))
+            yield sample
+
+    def saved(image, folder, name, *rest):
+        if name.startswith("contact_sheet"):
+            assert not any(reference() for reference in drawn + sheets)
+            sheets.append(weakref.ref(image))
+        return save_png(image, folder, name, *rest)
+
+    monkeypatch.setattr(drawing, "generate", watched)
+    monkeypatch.setattr(drawing, "save_png", saved)
+    monkeypatch.setattr(pictures, "SHEET_PIXELS", 1)
+    draw(GenerationConfig((str(adapter_file),), prompts=("a", "b"), num_images=2, compare=True))
+    assert (len(drawn), len(sheets)) == (8, 2)
 
 
 def test_draw_never_writes_over(adapter_file, tmp_path):

@@ -164,7 +164,7 @@ def test_sheets_stay_below_what_is_opened_again(monkeypatch, rows, columns, size
 
     monkeypatch.setattr(pictures, "_draw_sheet", only_measured)
     given = [Row(str(number), [picture] * columns, ["caption"] * columns) for number in range(rows)]
-    parts = contact_sheets(given, "title")
+    parts = list(contact_sheets(given, "title"))
     assert [row for part in parts for row in part] == given
     assert len(parts) == sheets
     assert all(width * height <= pictures.SHEET_PIXELS and width <= pictures.SHEET_WIDTH for width, height in sizes)

@@ -16,7 +16,7 @@ from gsoft_diffusion.config.command_line import parse
 from gsoft_diffusion.config.training import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.training import validation as validation_module
-from gsoft_diffusion.training.best import Best, no_longer_improves
+from gsoft_diffusion.training.best import Best, failed_validations, no_longer_improves
 from gsoft_diffusion.training.checkpoints import read_state
 from gsoft_diffusion.training.run import Run
 from gsoft_diffusion.training.step import TrainingStep
@@ -192,8 +192,10 @@ def test_a_result_is_not_replaced_by_one_of_a_shorter_run(keeping, balances):
         train(replace(keeping, resume_from_checkpoint="latest", max_train_steps=6))
 
 
-def test_a_sheet_that_is_asked_for_ends_no_run(keeping, balances, monkeypatch):
-    """It may be the best one, but patience counts validations."""
+@pytest.mark.parametrize(("patience", "end", "best"), [(4, 8, 7), (3, 6, 1)])
+def test_a_sheet_that_is_asked_for_may_be_the_best_but_patience_counts_validations(
+    keeping, balances, monkeypatch, patience, end, best
+):
     balances({1: 0.7, 2: 0.1, 3: 0.2, 4: 0.3, 5: 0.2, 6: 0.4, 7: 0.8, 8: 0.4})
     train_loop = Run.batches
 
@@ -203,19 +205,37 @@ def test_a_sheet_that_is_asked_for_ends_no_run(keeping, balances, monkeypatch):
             yield batch
 
     monkeypatch.setattr(Run, "batches", asking)
-    result = train(replace(keeping, patience=3))
-    assert (result.steps, read_adapter(result.adapter).step) == (8, 7)
+    result = train(replace(keeping, patience=patience))
+    assert (result.steps, read_adapter(result.adapter).step) == (end, best)
+
+
+def test_patience_counts_validations_whatever_their_distance(keeping, balances, monkeypatch):
+    """The run goes on with twice as many of them."""
+    balances({2: 0.1, 4: 0.6, 5: 0.2, 6: 0.2, 7: 0.2, 8: 0.9})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        train(keeping)
+    again = replace(keeping, validation_steps=1, patience=2, resume_from_checkpoint="latest")
+    assert train(again).steps == 7
 
 
 @pytest.mark.parametrize(
-    ("patience", "judged", "over"), [(2, 300, False), (2, 400, True), (2, 450, True), (0, 900, False), (1, 300, True)]
+    ("patience", "failed", "over"), [(2, 1, False), (2, 2, True), (2, 3, True), (0, 7, False), (1, 1, True)]
 )
-def test_patience_counts_validations(patience, judged, over):
+def test_patience_counts_validations(patience, failed, over):
     config = TrainingConfig("photos", class_word="dog", keep="best", patience=patience, validation_steps=100)
     best = Best(200, 0.5, {}, {})
-    assert no_longer_improves(config, best, judged) == over
-    assert not no_longer_improves(config, None, judged)
-    assert not no_longer_improves(replace(config, keep="last", patience=3), best, judged)
+    assert no_longer_improves(config, best, failed) == over
+    assert not no_longer_improves(config, None, failed)
+    assert not no_longer_improves(replace(config, keep="last", patience=3), best, failed)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_count_of_validations():
+    config = TrainingConfig("photos", class_word="dog", keep="best", validation_steps=100)
+    state = {"best": Best(200, 0.5, {}, {}).to_dict(), "judged": 450}
+    assert failed_validations(state, config) == 2
+    assert failed_validations(state | {"failed": 3}, config) == 3
+    assert failed_validations({"best": None}, config) == 0
 
 
 def test_help_explains_it(capsys):

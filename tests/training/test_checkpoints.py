@@ -297,7 +297,7 @@ def test_a_new_run_in_a_new_folder(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
     assert checkpoint_to_resume(config) is None
-    (tmp_path / "run" / SETTINGS).touch()  # of a run whose first step did not fit into memory
+    write_settings(config)  # as a run whose first step did not fit into memory
     assert checkpoint_to_resume(config) is None
 
 
@@ -441,3 +441,11 @@ def test_changed_circumstances_are_named(config):
             {"number of processes": 1, "a.png": "1", "b.png": "2"},
             {"number of processes": 2, "a.png": "1", "d.png": "2"},
         )
+
+
+def test_settings_that_the_user_has_written_are_not_replaced(config):
+    path = Path(config.output_dir or "") / SETTINGS
+    path.parent.mkdir()
+    path.write_text("class_word: dog  # mine\n")
+    with pytest.raises(UserError, match=rf"--output_dir .*run: has a {SETTINGS} of your own, .*; move it, or choose"):
+        checkpoint_to_resume(config)

@@ -19,6 +19,7 @@ from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_model
+from gsoft_diffusion.training import run as run_module
 from gsoft_diffusion.training import validation
 from gsoft_diffusion.training.train import train
 
@@ -167,3 +168,21 @@ def test_a_sheet_that_fails_loses_no_step(config, monkeypatch, capfd):
     train(replace(config, resume_from_checkpoint="latest"))
     resumed = read_adapter(Path(config.output_dir or "") / "adapter.safetensors").tensors
     assert_same(resumed, weights(config, "whole"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_validation": True, "num_validation_images": 1}, "--score_validation: needs at least two photos"),
+        ({"validation_loss": True, "validation_data_dir": "photos"}, "which is trained on; name other photos"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_class_images_are_drawn(config, monkeypatch, changes, message):
+    monkeypatch.setattr(run_module, "class_photos", lambda *_: pytest.fail("drawn in vain"))
+    photos = Path(config.instance_data_dir)
+    for name in ("1.png", "2.png", "3.png"):
+        (photos / name).unlink()
+    monkeypatch.chdir(photos.parent)
+    with pytest.raises(UserError, match=message):
+        train(replace(config, with_prior_preservation=True, **changes))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gsoft_diffusion.foundation.run_folder import scored_steps
 from gsoft_diffusion.training import validation as validation_module
 from gsoft_diffusion.training.train import train
 
@@ -58,3 +59,25 @@ def test_validation_shows_what_inference_draws(config):
     validated = np.asarray(Image.open(adapter.parent / "validation" / "step-000004.png").convert("RGB"), dtype=int)
     assert drawn.shape == validated.shape
     assert np.abs(drawn[40:] - validated[40:]).max() <= 2  # below the titles; enlarging may double a difference of 1
+
+
+@pytest.mark.parametrize("score_validation", [False, True])
+def test_a_validation_that_was_cut_short_is_drawn_when_the_run_goes_on(config, monkeypatch, score_validation):
+    changes = {"num_validation_images": 1, "validation_steps": 2, "checkpointing_steps": 2}
+    config = replace(config, score_validation=score_validation, **changes)
+    original = validation_module.generate
+
+    def generate(*arguments, **options):
+        if len(list(Path(config.output_dir or "").glob("checkpoint-*"))) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation_module, "generate", generate)
+        assert train(config).steps == 2
+    folder = train(replace(config, resume_from_checkpoint="latest")).adapter.parent
+    steps = [0, 2, 4] if score_validation else [2, 4]
+    assert sorted(path.name for path in folder.glob("validation/*.png") if path.name != "curve.png") == [
+        f"step-{step:06d}.png" for step in steps
+    ]
+    assert scored_steps(folder) == (steps if score_validation else [])

@@ -24,6 +24,8 @@ ELSEWHERE = (
     "output_dir",
     "side_by_side",
     "pretrained_model_name_or_path",
+    "variant",
+    "base_config",
 )
 EVERY = 3.0  # seconds between looks at what is drawn
 
