@@ -53,7 +53,7 @@ def shoot(visit: Visit, out: Path, steps: int, new: bool) -> None:
     page.wait_for_selector("#remove-photo")
     take(visit, out / "photos.png")
     visit.step("2 Base")
-    page.click("#look-at-base")
+    page.click("#use-base")
     page.wait_for_selector("#base-about table")
     take(visit, out / "base.png")
     visit.step("3 Train")

@@ -87,9 +87,10 @@ def headline(view: RunView) -> str:
         left = view.seconds_left
         starting = "is getting ready: it loads the base model and looks at the photos"
         said = f"{at}{f', {duration(left)} left' if left else ''}" if view.trains else starting
+        said = f"{at}, is stopping" if job.stopping else said
     else:
         said = f"{WORDS[job.state]}, {at}"
-    bar = f'<progress max="{last}" value="{view.step}">{escape(at)}</progress>' if last else ""
+    bar = f'<progress max="{last}" value="{view.step}" aria-label="steps">{escape(at)}</progress>' if last else ""
     trouble = ""
     if view.silence is not None and job is not None:
         tail = "\n".join(job.lines()[-5:])
@@ -181,15 +182,23 @@ def _yes(value: bool) -> str:
 
 
 def gallery(view: RunView, most: int = 60) -> str:
-    """What was drawn with a run's adapters, the latest first, each with how it was made."""
-    figures = []
-    for picture in view.drawn[:most]:
-        figures.append(
-            f"<figure>{_linked(view.name, picture)}"
-            f"<figcaption>{escape(picture.prompt)}<small>{escape(how_made(picture))}</small>"
-            f'<button type="button" data-pick="{escape(picture.name)}">Draw again with…</button></figcaption></figure>'
-        )
-    return f'<div class="gallery">{"".join(figures)}</div>' if figures else hint("Nothing was drawn with it yet.")
+    """What was drawn with a run's adapters, the latest first, each with how it was made.
+
+    view: the run. most: so many groups of pictures are shown; the others are in the run's folder.
+    """
+    drawn = view.drawn
+    groups = [[_figure(view.name, picture) for picture in group] for group in drawn[:most]]
+    shown = "".join(f'<div class="together">{"".join(figures)}</div>' for figures in groups)
+    rest = hint(f"{len(drawn) - most} more are in {view.name}/images.") if len(drawn) > most else ""
+    return f'<div class="gallery">{shown}</div>{rest}' if drawn else hint("Nothing was drawn with it yet.")
+
+
+def _figure(run: str, picture: Picture) -> str:
+    return (
+        f"<figure>{_linked(run, picture)}"
+        f"<figcaption>{escape(picture.prompt)}<small>{escape(how_made(picture))}</small>"
+        f'<button type="button" data-pick="{escape(picture.name)}">Draw again with…</button></figcaption></figure>'
+    )
 
 
 def how_made(picture: Picture) -> str:
@@ -210,13 +219,14 @@ def how_made(picture: Picture) -> str:
     return ", ".join([*made, f"seed {facts.get('seed')}", *steps])
 
 
+def notes(job: Job | None) -> str:
+    """What a job has noted, as a list."""
+    found = [line.removeprefix("note: ") for line in (job.lines() if job else []) if line.startswith("note: ")]
+    said = "".join(f"<li>{escape(note)}</li>" for note in found)
+    return f'<ul class="notes">{said}</ul>' if said else ""
+
+
 def log_tail(job: Job | None) -> str:
-    """The last lines of a job's log, folded away, and the notes in it."""
-    if job is None or not (lines := job.lines()):
-        return ""
-    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
-    said = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    tail = escape("\n".join(lines[-30:]))
-    return (
-        f'<ul class="notes">{said}</ul>' if said else ""
-    ) + f"<details><summary>its log</summary><pre>{tail}</pre></details>"
+    """The last lines of a job's log."""
+    lines = job.lines() if job else []
+    return f"<pre>{escape(chr(10).join(lines[-30:]))}</pre>" if lines else hint("Nothing yet.")

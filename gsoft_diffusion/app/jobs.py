@@ -23,6 +23,7 @@ import yaml
 
 from gsoft_diffusion.app.job import END, JOB, LOG, PROCESS, SETTINGS
 from gsoft_diffusion.app.workspace import Workspace, read_json, write_json
+from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError, first_line
 
 Kind = Literal["train", "draw", "export"]
@@ -32,6 +33,7 @@ WITHDRAWN = "withdrawn"
 STOP = "stop.json"  # in a job's folder, once it was asked to stop
 HEAD, TAIL = 10_000, 20_000  # bytes of a log's beginning and end that are looked at
 EVERY = 0.5  # seconds between looks at the queue
+GRACE = 10.0  # seconds that a job has to end when it must not go on
 PROCESS_FOLDER = Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +43,7 @@ class Job:
 
     run: the name of the run that it is about. state: `lost` is a process that ended without a word, as when it was
     killed or the machine was switched off. place: how many jobs it waits for; 0 unless it waits. started: when its
-    process was, in seconds since 1970; None unless it runs.
+    process was, in seconds since 1970; None unless it runs. stopping: whether it runs and was asked to end.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Job:
     pid: int | None = None
     place: int = 0
     started: float | None = None
+    stopping: bool = False
 
     @property
     def number(self) -> str:
@@ -61,6 +64,10 @@ class Job:
     def ended(self) -> bool:
         """Whether nothing more will come of it."""
         return self.state not in ("waiting", "running")
+
+    def settings(self) -> dict[str, Any]:
+        """What it was told. Raises UserError if its file cannot be read."""
+        return read_yaml(self.folder / SETTINGS)
 
     def lines(self) -> list[str]:
         """The first and the last lines of what it printed, each as a terminal would show it in the end."""
@@ -157,25 +164,30 @@ class Jobs:
             raise UserError(f"there is no job {number}")
         return found
 
+    def about(self, run: str, kind: Kind) -> list[Job]:
+        """All jobs of a kind about a run, in the order in which they were asked for."""
+        return [job for job in self.all() if job.run == run and job.kind == kind]
+
     def current(self, run: str, kind: Kind) -> Job | None:
         """The job of a kind about a run that is under way or the next, else the last one; None if there was none."""
-        found = [job for job in self.all() if job.run == run and job.kind == kind]
+        found = self.about(run, kind)
         return next((job for job in found if not job.ended), found[-1] if found else None)
 
     def stop(self, job: Job, at_once: bool = False) -> bool:
         """Have a job end: one that runs saves what it has, one that waits leaves the queue.
 
-        at_once: of one that was asked to stop before, and did not: it ends without saving. Returns False if it was
-        asked before, and is left to end by itself.
+        at_once: it may not save first, and is killed if it has not ended after `GRACE`. Returns False if it was asked
+        before, and is left to end by itself.
         """
         with self._lock:
             job = self.job(job.number)
             if job.state == "waiting":
                 write_json(job.folder / END, {"status": WITHDRAWN, "time": time.time()})
             elif job.state == "running":
-                if (job.folder / STOP).is_file() and not at_once:
+                if job.stopping and not at_once:
                     return False  # a training takes a second signal for a wish to end without saving
-                write_json(job.folder / STOP, {"time": time.time()})
+                if not read_json(job.folder / STOP).get("at_once"):  # another press gives it no more time
+                    write_json(job.folder / STOP, {"time": time.time(), "at_once": at_once})
                 self._send(job, signal.SIGTERM)
             return True
 
@@ -193,6 +205,9 @@ class Jobs:
             for child in self._children.values():
                 child.poll()  # so that none that has ended stays a zombie
             jobs = self.all()
+            for job in jobs:
+                if job.stopping:
+                    self._kill_late(job)
             for turn in dict.fromkeys(TURNS.values()):
                 open_jobs = [job for job in jobs if not job.ended and TURNS[job.kind] == turn]
                 if open_jobs and all(job.state == "waiting" for job in open_jobs):
@@ -224,8 +239,9 @@ class Jobs:
         if not process:
             return Job(folder, kind, run, "waiting", place=before[TURNS[kind]])
         if alive:
-            return Job(folder, kind, run, "running", process["pid"], started=process.get("started"))
-        return Job(folder, kind, run, "lost")
+            stopping = (folder / STOP).is_file()
+            return Job(folder, kind, run, "running", process["pid"], 0, process.get("started"), stopping)
+        return Job(folder, kind, run, "stopped" if (folder / STOP).is_file() else "lost")
 
     def _start(self, job: Job) -> None:
         environment = os.environ | {
@@ -252,6 +268,13 @@ class Jobs:
             child.wait()
             raise
         self._children[job.number] = child
+
+    def _kill_late(self, job: Job) -> None:
+        """Kill a job, with the processes that it has started, which may not save and has not ended in time."""
+        asked, process = read_json(job.folder / STOP), read_json(job.folder / PROCESS)
+        if asked.get("at_once") and time.time() - asked.get("time", 0) > GRACE and _alive(process):
+            with suppress(ProcessLookupError):
+                os.killpg(process["pid"], signal.SIGKILL)
 
     def _send(self, job: Job, number: signal.Signals) -> None:
         process = read_json(job.folder / PROCESS)

@@ -145,8 +145,8 @@ class RunView:
         return dict(sorted(found.items()))
 
     @property
-    def drawn(self) -> list[Picture]:
-        """What was drawn with its adapters, the latest first; those of one prompt and seed after each other."""
+    def drawn(self) -> list[tuple[Picture, ...]]:
+        """What was drawn with its adapters, in groups of one prompt and seed; the latest first."""
         places = [self.folder / "images", *sorted((self.folder / "images").glob("checkpoint-*"))]
         groups: dict[tuple[Path, str], list[tuple[int, Picture]]] = {}
         for place in places:
@@ -154,7 +154,7 @@ class RunView:
                 path = self.folder / picture.name
                 groups.setdefault((place, path.name.partition("_")[0]), []).append((path.stat().st_mtime_ns, picture))
         ordered = sorted(groups.values(), key=lambda group: max(time for time, _ in group), reverse=True)
-        return [picture for group in ordered for _, picture in sorted(group, key=lambda each: each[0])]
+        return [tuple(picture for _, picture in sorted(group, key=lambda each: each[0])) for group in ordered]
 
     @property
     def exports(self) -> list[str]:

@@ -30,6 +30,7 @@ from gsoft_diffusion.sampling.pictures import slug
 MOST_BYTES = 50_000_000  # of a photo
 MOST_PIXELS = 120_000_000  # more than phones have; Pillow's own limit is half as much again
 MOST_PHOTOS = 100
+LONGEST_NAME = 60  # letters of what a subject is called
 FACTS = "subject.json"
 
 
@@ -53,6 +54,11 @@ class Subject:
     def name(self) -> str:
         """The name of its folder."""
         return self.folder.name
+
+    @property
+    def called(self) -> str:
+        """What its owner calls it, which may have any letters."""
+        return str(self.facts.get("called") or self.name)
 
     @property
     def class_word(self) -> str:
@@ -86,27 +92,27 @@ class Subject:
         return Concept(str(self.photos), self.class_word, self.token).resolved()
 
     def keep(self, facts: Mapping[str, Any]) -> None:
-        """Keep facts by name: class_word, token, base, resolution, settings. Raises UserError if it cannot.
+        """Keep facts by name: called, class_word, token, base, resolution, settings. Raises UserError if it cannot.
 
-        Captions and prompts that were written with another token follow it.
+        Prompts that were written with another token get the new one. Captions get `{0}`, which stands for either: runs
+        with the former token are trained with it to their end.
         """
         changed = self.facts | dict(facts)
         if changed.get("class_word"):
             Concept(str(self.photos), changed["class_word"], changed.get("token") or None).resolved()
         before, now = self.token, str(changed.get("token", ""))
         if before and now and before != now:
-            old = re.compile(rf"(?<!\w){re.escape(before)}(?!\w)")
-            self._rewrite_captions(old, now)
-            changed["settings"] = _with_token(changed.get("settings", {}), old, now)
+            self._unname_captions(before)
+            changed["settings"] = with_token(changed.get("settings", {}), before, now)
         write_json(self.folder / FACTS, changed)
         self.facts = changed
 
-    def _rewrite_captions(self, old: re.Pattern[str], now: str) -> None:
+    def _unname_captions(self, token: str) -> None:
         for path in self.photos.glob("*.txt"):
             try:
                 text = path.read_bytes().decode(errors="surrogateescape")
                 with whole_file(path) as file:
-                    file.write(old.sub(lambda _: now, text).encode(errors="surrogateescape"))
+                    file.write(with_token(text, token, "{0}").encode(errors="surrogateescape"))
             except OSError as error:
                 raise UserError(f"{path.name}: the caption cannot be written ({error.strerror})") from error
 
@@ -117,7 +123,7 @@ class Subject:
             state = tuple((path, *_state(path)) for path in (*listing.images, *listing.others))
         except OSError as error:
             raise UserError(f"{self.photos}: cannot be read as a folder ({error.strerror})") from error
-        return _seen(self.photos, state, self.concept.instance_prompt or "", self.resolution) if listing.images else ()
+        return _seen(self.photos, state, self.concept, self.resolution) if listing.images else ()
 
     def photo(self, name: str) -> Photo:
         """One of its photos by the name of its file. Raises UserError if there is none, and as `seen`."""
@@ -174,12 +180,14 @@ class Subject:
     def set_caption(self, name: str, text: str) -> None:
         """Give a photo a caption; an empty one, or the prompt that it has without, takes it away.
 
-        name: of its file. Raises UserError if there is no such photo, or the caption cannot be written.
+        name: of its file. Raises UserError if there is no such photo, if the caption has the place of a name that is
+        not known, or if it cannot be written.
         """
         path = self._path(name).with_suffix(".txt")
         words = " ".join(unicodedata.normalize("NFC", text).split())
+        read = self.concept.named(words)
         try:
-            if words and words != self.concept.instance_prompt:
+            if words and read != self.concept.instance_prompt:
                 with whole_file(path) as file:
                     file.write(words.encode())
             else:
@@ -200,6 +208,8 @@ class Subject:
         try:
             if mask is None:
                 path.unlink(missing_ok=True)
+                if (opacity := read_picture(photo).opacity) and not trouble(opacity):
+                    raise UserError(f"{name}: its mask is its own transparency; drop the photo without it instead")
             else:
                 fitted = _fitted(mask, name, read_picture(photo).image.size)
                 with whole_file(path) as file:
@@ -215,13 +225,18 @@ class Subject:
                 each.unlink(missing_ok=True)
 
 
-def _with_token(value: Any, old: re.Pattern[str], now: str) -> Any:
-    """Settings whose texts have the new token for the old one."""
+def with_token(value: Any, old: str, now: str) -> Any:
+    """A text, or settings with texts in them, that have the new token for the old one.
+
+    value: a text, a number or None, or lists and mappings of such. old, now: the tokens; if one is "", nothing changes.
+    """
+    if not old or not now or old == now:
+        return value
     if isinstance(value, str):
-        return old.sub(lambda _: now, value)
+        return re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _: now, value)
     if isinstance(value, list):
-        return [_with_token(each, old, now) for each in value]
-    return {key: _with_token(each, old, now) for key, each in value.items()} if isinstance(value, dict) else value
+        return [with_token(each, old, now) for each in value]
+    return {key: with_token(each, old, now) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -231,9 +246,9 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=32)
-def _seen(photos: Path, state: object, prompt: str, resolution: int) -> tuple[Seen, ...]:
+def _seen(photos: Path, state: object, concept: Concept, resolution: int) -> tuple[Seen, ...]:
     """The photos in a folder with what is to be said of them. state: is another one when its files are others."""
-    found = read_folder(photos, "photos", prompt).photos
+    found = read_folder(photos, "photos", concept.instance_prompt or "", concept.named).photos
     said: dict[Path, list[str]] = {photo.path: list(photo.notes) for photo in found}
     for first, copy in copies(found):
         said[copy.path].append(f"the same picture as {first.path.name}")
@@ -272,15 +287,16 @@ def _fitted(mask: Image.Image, name: str, size: Size) -> Image.Image:
     return fitted
 
 
-def subjects(workspace: Workspace) -> list[str]:
-    """The names of the subjects, the latest first."""
+def subjects(workspace: Workspace) -> list[tuple[str, str]]:
+    """What each subject is called, and its name; the latest first."""
     found = [path for path in workspace.subjects.iterdir() if path.is_dir() and not path.is_symlink()]
-    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+    latest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [(Subject(path).called, path.name) for path in latest]
 
 
 def subject_of(workspace: Workspace, name: str) -> Subject:
     """The subject of that name. Raises UserError if there is none."""
-    if not NAME.fullmatch(name or "") or name not in subjects(workspace):
+    if not NAME.fullmatch(name or "") or name not in (known for _, known in subjects(workspace)):
         raise UserError(f"there is no subject {name}")
     return Subject(workspace.subjects / name)
 
@@ -294,14 +310,25 @@ def new_subject(workspace: Workspace, name: str, class_word: str, token: str) ->
     """
     if not plain_noun(class_word).strip():
         raise UserError("--class_word: say in a word or two what it is: dog, mug, toy car")
-    folder = workspace.subjects / slug(name.strip() or class_word, 40)
-    if folder.exists():
-        raise UserError(f"--name: there is a subject {folder.name} already; choose it above, or give another name")
+    called = " ".join(unicodedata.normalize("NFC", name.strip() or class_word).split())[:LONGEST_NAME]
+    for known, _ in subjects(workspace):
+        if called == known or slug(called, default="") == slug(known, default="") != "":
+            raise UserError(f"--name: there is a subject {known} already; choose it above, or give another name")
+    folder = _place(workspace, called, class_word)
     Concept(str(folder), class_word, token).resolved()
     try:
         (folder / "photos").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--name: {folder} cannot be made ({error.strerror})") from error
     subject = Subject(folder)
-    subject.keep({"class_word": plain_noun(class_word), "token": token})
+    subject.keep({"called": called, "class_word": plain_noun(class_word), "token": token})
     return subject
+
+
+def _place(workspace: Workspace, *words: str) -> Path:
+    """A folder that is not there, named by the first of the words that has letters or digits for it."""
+    stem = next((found for text in words if (found := slug(text, 40, default=""))), "subject")
+    number = 1
+    while (place := workspace.subjects / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return place

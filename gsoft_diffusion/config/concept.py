@@ -89,6 +89,13 @@ class Concept(Settings):
         class_prompt = class_prompt or self.usual_class_prompt
         return replace(self, class_word=word, unique_token=token, instance_prompt=prompt, class_prompt=class_prompt)
 
+    def named(self, caption: str) -> str:
+        """A caption in which `{0} {1}` is filled in with the subject's name. Raises UserError as `with_names`.
+
+        caption: of one of the subject's photos.
+        """
+        return with_names(caption, [self.resolved().to_dict()])
+
     @property
     def asks_for_class_images(self) -> bool:
         """Whether something was given that is about class images only."""

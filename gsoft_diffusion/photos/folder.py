@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,12 +103,21 @@ class Folder:
         return "; ".join(said)
 
 
-def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None = None, masks: bool = True) -> Folder:
+def read_folder(
+    folder: str | Path,
+    flag: str,
+    prompt: str,
+    fill: Callable[[str], str] = str,
+    *,
+    limit: int | None = None,
+    masks: bool = True,
+) -> Folder:
     """The photos in a folder with their captions and masks.
 
     folder: its path.
     flag: the option that named the folder, for error messages.
     prompt: of photos that have no caption.
+    fill: puts the subject's name into a caption, and raises UserError if it cannot.
     limit: use only so many pictures; None for all.
     masks: whether these are photos of a subject, which may have masks and should be good; class images are not.
 
@@ -136,7 +145,8 @@ def read_folder(folder: str | Path, flag: str, prompt: str, *, limit: int | None
             mask, note = _checked_mask(path, picture, mask_files.get(path))
             notes += [note] if note else []
         seen = look(picture.image) if masks else None
-        photos.append(Photo(path, captions.get(path, prompt), size, tuple(notes), mask, seen))
+        caption = _filled(captions[path], path, fill) if path in captions else prompt
+        photos.append(Photo(path, caption, size, tuple(notes), mask, seen))
     used = {*caption_files, *mask_files.values()}
     base = on_disk(Path(folder))
     unknown = [path.relative_to(base).as_posix() for path in listing.others if path not in used]
@@ -234,6 +244,13 @@ def is_blank(image: Image.Image) -> bool:
     """Whether the picture is black or of any other single colour, as numbers that are not finite leave it."""
     pixels = np.asarray(image)
     return bool((pixels == pixels[0, 0]).all())
+
+
+def _filled(caption: str, path: Path, fill: Callable[[str], str]) -> str:
+    try:
+        return fill(caption)
+    except UserError as error:
+        raise UserError(f"{path}: its caption: {error}") from error
 
 
 def _notes(picture: Picture) -> list[str]:

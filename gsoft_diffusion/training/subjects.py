@@ -32,7 +32,8 @@ def instance_photos(config: TrainingConfig, say: Callable[[str], None]) -> dict[
     found: dict[Concept, list[Photo]] = {}
     owners: dict[Path, Concept] = {}
     for concept in config.concepts:
-        folder = read_folder(concept.instance_data_dir, "--instance_data_dir", concept.instance_prompt or "")
+        prompt = concept.instance_prompt or ""
+        folder = read_folder(concept.instance_data_dir, "--instance_data_dir", prompt, concept.named)
         say(f"subject{'' if len(config.concepts) == 1 else ' ' + concept.name}: {folder}")
         if len(folder.photos) == 1:
             say(f"note: {concept.instance_data_dir} holds a single photo, which the model may copy; 3 to 5 are better")
@@ -141,7 +142,7 @@ def held_out_photos(
     if not config.validation_data_dir:
         return trained
     prompt = config.instance_prompt or ""
-    folder = read_folder(config.validation_data_dir, "--validation_data_dir", prompt)
+    folder = read_folder(config.validation_data_dir, "--validation_data_dir", prompt, config.concepts[0].named)
     say(f"held out: {folder}")
     known = set(map(id, trained))
     for first, copy in copies((*trained, *folder.photos)):

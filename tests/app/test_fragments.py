@@ -56,6 +56,7 @@ def test_the_headline_of_each_state(folder, job):
     }
     for state, words in said.items():
         assert words in fragments.headline(RunView(folder, replace(job, state=state)))
+    assert "step 10 of 40, is stopping" in fragments.headline(RunView(folder, replace(job, stopping=True)))
     assert "waits in the queue, 2 before it" in fragments.headline(
         RunView(folder, replace(job, state="waiting", place=2))
     )
@@ -116,6 +117,26 @@ def test_texts_of_others_stay_texts(workspace, folder, job, tmp_path):
     only_text(html)
 
 
+def test_the_gallery_says_how_many_pictures_it_does_not_show(folder):
+    for number in range(3):
+        save_png(Image.new("RGB", (8, 8)), folder / "images", "{}_seed0_x.png", number, {"prompt": "a dog"})
+    html = fragments.gallery(RunView(folder), most=2)
+    assert html.count("<figure>") == 2
+    assert "1 more are in dog/images." in html
+    assert "more are in" not in fragments.gallery(RunView(folder), most=3)
+
+
+def test_notes_stand_apart_from_the_log(job):
+    (job.folder / "log.txt").write_text(f"loading\nnote: {EVIL}\n")
+    assert "loading" not in fragments.notes(job)
+    assert "alert(" in fragments.notes(job)
+    assert "loading" in fragments.log_tail(job)
+    for html in (fragments.notes(job), fragments.log_tail(job)):
+        only_text(html)
+    assert fragments.notes(None) == ""
+    assert "Nothing yet" in fragments.log_tail(None)
+
+
 @pytest.mark.parametrize(
     "facts", [{}, {"adapters": 5, "sampler": []}, {"adapters": [1, {}], "model": 3, "prompt": None}]
 )
@@ -161,4 +182,4 @@ def test_every_file_to_take_home_says_where_it_goes(folder):
         strict=True,
     ):
         assert words in row
-    assert "1.0 MB" in rows[0]
+    assert "1.0\N{NO-BREAK SPACE}MB" in rows[0]

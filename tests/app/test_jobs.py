@@ -78,6 +78,34 @@ def test_a_process_that_was_killed_is_lost_and_the_next_begins(jobs, sleeping):
     assert jobs.job(second.number).state == "running"
 
 
+def test_a_job_that_cannot_listen_is_killed_after_a_while_and_counts_as_stopped(jobs, monkeypatch):
+    """Stuck in native code, no handler of Python's runs."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('asleep', flush=True);"
+    code += "time.sleep(60)"
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        jobs_module.subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", code], **options)
+    )
+    job = jobs.add("train", "dog", {})
+    assert not running(jobs, job.number).stopping
+    jobs.stop(job)
+    jobs.advance()
+    assert jobs.job(job.number).stopping
+    jobs.stop(job, at_once=True)
+    jobs.advance()
+    assert jobs.job(job.number).state == "running"  # it has a while to end by itself
+    monkeypatch.setattr(jobs_module, "GRACE", 0.0)
+    jobs.stop(job, at_once=True)
+    assert ended(jobs, job).state == "stopped"
+
+
+def test_a_job_that_was_stopped_before_it_listened_was_not_lost(jobs, sleeping):
+    job = jobs.add("train", "dog", {})
+    jobs.stop(job)
+    os.kill(jobs.job(job.number).pid, signal.SIGKILL)
+    assert ended(jobs, job).state == "stopped"
+
+
 def test_a_process_number_that_went_to_another_is_not_taken_for_the_job(workspace, jobs):
     folder = workspace.jobs / "0001"
     folder.mkdir()

@@ -171,13 +171,13 @@ def test_a_wrong_base_is_said_beside_the_field(visit):
     visit.step("2 Base")
     visit.page.get_by_label("another").check()
     visit.fill("base-name", "./no/such/folder")
-    visit.page.click("#look-at-base")
+    visit.page.click("#use-base")
     visit.wait(lambda: "there is no model folder ./no/such/folder" in visit.text("base-said"), "complaint")
 
 
 def test_the_base_is_described_and_fits(visit):
     visit.page.get_by_label("the bundled miniature").check()
-    visit.page.click("#look-at-base")
+    visit.page.click("#use-base")
     visit.wait(lambda: "pictures of 64 pixels" in visit.text("base-about"), "description")
     assert "a GPU of 8 GB\tfits" in visit.text("base-about")
     assert visit.text("base-said") == ""
@@ -239,8 +239,11 @@ def test_sheets_appear_with_the_base_beside_and_the_run_ends(visits, browser, se
     visit = reopened(visits, browser, server)
     visit.step("3 Train")
     choose_run(visit, "my-ted")
+    visit.page.get_by_role("button", name="Its log").click()
+    log = visit.page.locator("#log pre")
     heads = visit.page.locator("#sheets thead th")
     visit.wait(lambda: heads.count() >= 2, "sheet beside the base model's")
+    assert log.is_visible()  # though it has got new lines since
     assert "base model" in heads.first.inner_text()
     assert "likeness" in heads.first.inner_text()
     visit.wait(lambda: "done, step 20 of 20" in visit.text("headline"), "end of the run")
@@ -250,6 +253,15 @@ def test_sheets_appear_with_the_base_beside_and_the_run_ends(visits, browser, se
         "a sks bear on the beach",
     ]
     assert visit.page.locator("#curve svg").count() == 1
+
+
+def test_a_page_that_is_loaded_anew_shows_what_was_chosen(visit):
+    """Gradio does this by itself when the connection was lost. The other run is the later one."""
+    visit.page.reload()
+    visit.page.wait_for_selector("#subject")
+    visit.step("3 Train")
+    visit.wait(lambda: "my-ted done" in visit.text("headline"), "run that was chosen before")
+    assert visit.page.locator("#run input").first.input_value() == "my-ted"
 
 
 def test_a_run_is_stopped_and_goes_on(visit, server):

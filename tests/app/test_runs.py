@@ -101,12 +101,10 @@ def test_what_was_drawn_the_latest_first_pairs_together(folder):
     for age, path in enumerate([*drawn, base]):
         os.utime(path, (age, age))
     (images / "link_seed0_x.png").symlink_to(drawn[0])
-    names = [each.name for each in RunView(folder).drawn]
-    assert names == [
-        "images/0000_seed0_x.png",
-        "images/0000_seed0_base_x.png",
-        "images/checkpoint-5/0000_seed0_x.png",
-        "images/0001_seed0_x.png",
+    assert [[each.name for each in group] for group in RunView(folder).drawn] == [
+        ["images/0000_seed0_x.png", "images/0000_seed0_base_x.png"],
+        ["images/checkpoint-5/0000_seed0_x.png"],
+        ["images/0001_seed0_x.png"],
     ]
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from gsoft_diffusion.app import subjects as module
 from gsoft_diffusion.app.subjects import MOST_BYTES, new_subject, subject_of, subjects
+from gsoft_diffusion.config.concept import Concept
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos import folder as folder_module
 from gsoft_diffusion.photos.folder import read_folder
@@ -28,7 +29,7 @@ def upload(tmp_path):
 
 
 def test_a_subject_is_found_again(workspace, dog):
-    assert subjects(workspace) == ["my-dog"]
+    assert subjects(workspace) == [("My Dog!", "my-dog")]
     again = subject_of(workspace, "my-dog")
     assert (again.class_word, again.token, again.concept.name) == ("dog", "sks", "a sks dog")
     again.keep({"base": "a/b", "resolution": 512, "settings": {"max_train_steps": 7}})
@@ -70,12 +71,50 @@ def test_photos_of_one_name_stay_apart(dog, upload):
     assert names == ["a.png", "a-2.jpg", "a-3.png"]
 
 
-def test_captions_and_prompts_follow_the_token(dog):
+def test_captions_and_prompts_follow_the_token(dog, upload):
+    dog.add_photo(upload, "a.png")
     (dog.photos / "a.txt").write_text("a photo of a sks dog with risks, sks!")
     dog.keep({"settings": {"validation_prompts": ["a sks dog in the snow"], "max_train_steps": 5}})
     dog.keep({"token": "ohwx", "base": "x"})
-    assert (dog.photos / "a.txt").read_text() == "a photo of a ohwx dog with risks, ohwx!"
+    assert dog.seen()[0].photo.prompt == "a photo of a ohwx dog with risks, ohwx!"
     assert dog.settings == {"validation_prompts": ["a ohwx dog in the snow"], "max_train_steps": 5}
+
+
+def test_a_run_with_the_former_token_keeps_its_captions(dog, upload):
+    """One that waits in the queue, or goes on later."""
+    dog.add_photo(upload, "a.png")
+    dog.set_caption("a.png", "a sks dog on a sofa")
+    run = Concept(str(dog.photos), "dog", "sks")
+    dog.keep({"token": "ohwx"})
+    photos = read_folder(run.instance_data_dir, "--instance_data_dir", "", run.named).photos
+    assert [photo.prompt for photo in photos] == ["a sks dog on a sofa"]
+
+
+def test_a_caption_with_a_name_that_is_not_known_is_refused(dog, upload):
+    dog.add_photo(upload, "a.png")
+    with pytest.raises(UserError, match=r"\{2\} stands for subject 2, but there are 1"):
+        dog.set_caption("a.png", "a {0} {1} with a {2} {3}")
+    dog.set_caption("a.png", "a {0} {1} asleep")
+    assert dog.seen()[0].photo.prompt == "a sks dog asleep"
+
+
+def test_names_of_any_letters_are_kept(workspace):
+    made = [
+        new_subject(workspace, name, word, "sks") for name, word in (("Рекс", "dog"), ("小明", "dog"), ("Мурка", "кот"))
+    ]
+    assert [subject.name for subject in made] == ["dog", "dog-2", "subject"]
+    assert sorted(subjects(workspace)) == [("Мурка", "subject"), ("Рекс", "dog"), ("小明", "dog-2")]
+    with pytest.raises(UserError, match="there is a subject Рекс already"):
+        new_subject(workspace, "Рекс", "dog", "sks")
+
+
+def test_a_mask_that_is_the_photos_transparency_cannot_be_taken_away(dog, tmp_path):
+    picture = Image.new("RGBA", (70, 70), (9, 9, 9, 0))
+    picture.paste((200, 30, 30, 255), (0, 0, 30, 70))
+    picture.save(tmp_path / "upload.png")
+    dog.add_photo(tmp_path / "upload.png", "a.png")
+    with pytest.raises(UserError, match="its mask is its own transparency"):
+        dog.set_mask("a.png", None)
 
 
 @pytest.mark.parametrize("called", ["x.svg", "x.html", "x", "x.png.exe", "x.gif", ""])

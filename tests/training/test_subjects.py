@@ -30,7 +30,7 @@ def test_a_crop_of_photos_that_need_none_is_said(config, tmp_path, capfd):
 
 
 def test_captions_become_prompts(config, monkeypatch, capfd):
-    (Path(config.instance_data_dir) / "1.txt").write_text("sks in the snow")
+    (Path(config.instance_data_dir) / "1.txt").write_text("{0} in the snow")
     run, seen = batches(replace(config, with_prior_preservation=True, num_class_images=2), monkeypatch)
     assert run.dataset.prompts == ["a photo of a sks dog", "sks in the snow", "a photo of a dog"]
     drawn = torch.cat([batch["prompts"][batch["prompt_of"]] for batch in seen])
@@ -69,6 +69,12 @@ def test_captions_that_do_not_name_the_subject_are_said(config, capfd):
     assert (
         'note: the class word "dog" is not in the captions of 2.png; these captions do not name the subject' in printed
     )
+
+
+def test_a_caption_with_the_place_of_a_name_that_is_not_known_is_refused(config):
+    (Path(config.instance_data_dir) / "1.txt").write_text("a {0} {1} and a {2} {3}")
+    with pytest.raises(UserError, match=r"1\.png: its caption: .* \{2\} stands for subject 2, but there are 1"):
+        train(config)
 
 
 def test_several_subjects_in_one_run(config, monkeypatch, tmp_path, capfd):

@@ -10,7 +10,7 @@ import gradio as gr
 
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page
-from gsoft_diffusion.app.subjects import Subject, subjects
+from gsoft_diffusion.app.subjects import Subject
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
@@ -28,11 +28,15 @@ class BaseStep:
     said: Any  # where it is said what was changed
     kind: Any  # bundled or another
     name: Any  # the other's
+    used: Any  # the event after which the subject has another base model, and perhaps another name
 
 
 def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
     """Lay out the step. page, demo: as in the photos' step. subject: the choice of a subject there."""
-    gr.Markdown("The model that learns your subject.")
+    gr.Markdown(
+        "The model that learns your subject. Its choice decides how large pictures are, and by which rare word prompts "
+        "call your subject."
+    )
     kind = gr.Radio(
         [("the bundled miniature: 64 pixels, to try things out", "bundled"), ("another", "other")],
         value="bundled",
@@ -46,7 +50,7 @@ def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
         visible=False,
         elem_id="base-name",
     )
-    look = gr.Button("Look at it", elem_id="look-at-base")
+    use = gr.Button("Use this model", variant="primary", elem_id="use-base")
     said = gr.HTML(elem_id="base-said")
     about = gr.HTML(elem_id="base-about")
     with gr.Row(visible=False) as fitting:
@@ -56,14 +60,20 @@ def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
             label="Fit it into",
             elem_id="memory",
         )
-        fit = gr.Button("Set the switches that make it fit", variant="primary", elem_id="fit")
+        fit = gr.Button("Set the switches that make it fit", elem_id="fit")
+
+    nothing = ("", "", gr.update(visible=False))  # to be said of a model that is not used yet
 
     def opened(known: str) -> tuple[Any, ...]:
-        base = page.subject(known).base if known in subjects(page.workspace) else BUNDLED_BASE
+        subject = page.known(known)
+        base = subject.base if subject else BUNDLED_BASE
         other = base != BUNDLED_BASE
-        return "other" if other else "bundled", gr.update(value=base if other else "", visible=other), "", ""
+        return "other" if other else "bundled", gr.update(value=base if other else "", visible=other), *nothing
 
-    def looked(known: str, kind: str, name: str) -> tuple[Any, ...]:
+    def chose(kind: str) -> tuple[Any, ...]:
+        return gr.update(visible=kind == "other"), *nothing
+
+    def settle(known: str, kind: str, name: str) -> tuple[Any, ...]:
         try:
             estimate = settled(page.subject(known), kind, name)
             try:
@@ -74,10 +84,11 @@ def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
             return fragments.failure(str(error)), "", gr.update(visible=False)
         return "", text, gr.update(visible=True)
 
-    kind.change(lambda chosen: gr.update(visible=chosen == "other"), kind, name, **QUIET)
-    gr.on([demo.load, subject.change], opened, subject, [kind, name, said, about], **QUIET)
-    gr.on([look.click, name.submit], looked, [subject, kind, name], [said, about, fitting], **LOUD)
-    return BaseStep(fit, memory, said, kind, name)
+    of_model = [said, about, fitting]
+    kind.input(chose, kind, [name, *of_model], **QUIET)
+    gr.on([demo.load, subject.change], opened, subject, [kind, name, *of_model], **QUIET)
+    used = gr.on([use.click, name.submit], settle, [subject, kind, name], of_model, **LOUD)
+    return BaseStep(fit, memory, said, kind, name, used)
 
 
 def settled(subject: Subject, kind: str, name: str) -> Any:

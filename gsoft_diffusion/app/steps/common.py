@@ -12,7 +12,7 @@ import gradio as gr
 
 from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.runs import RunView
-from gsoft_diffusion.app.subjects import Subject, subject_of
+from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
 from gsoft_diffusion.app.workspace import Workspace
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -37,6 +37,11 @@ class Page:
         if not name:
             raise UserError("first make a subject in step 1")
         return subject_of(self.workspace, name)
+
+    def known(self, name: str | None) -> Subject | None:
+        """The subject of that name, None if there is none."""
+        there = [each for _, each in subjects(self.workspace)]
+        return subject_of(self.workspace, name) if name in there else None
 
     def view(self, run: str) -> RunView:
         """A run as it is now. Raises UserError if there is none of that name, in the folder or in the queue."""
@@ -88,6 +93,19 @@ def says_why(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(str(error), print_exception=False) from error
 
     return handled
+
+
+def remembered(part: str) -> Any:
+    """What a browser keeps while the page is loaded anew: the name of what was chosen last, "" at first.
+
+    part: of the page. It stands outside of the steps, which a browser does not have until they are opened.
+    """
+    return gr.BrowserState("", storage_key=f"gsoft-{part}", secret="the name of a folder is none")
+
+
+def remember(choice: Any, kept: Any) -> None:
+    """Have the browser keep what is chosen. choice: its component. kept: as `remembered` made it."""
+    choice.change(lambda name: name or gr.skip(), choice, kept, **QUIET)
 
 
 def choose(choices: list[Any], value: Any) -> Any:

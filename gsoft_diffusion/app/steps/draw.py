@@ -32,11 +32,10 @@ EVERY = 3.0  # seconds between looks at what is drawn
 
 def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     """Lay out the step. page, demo: as in the photos' step. tab: the step's. run: the choice of a run in step 3."""
-    known = page.adapters()
     gr.Markdown("Write the subject's name as in training, or `a {0} {1}`, which stands for it.")
     adapters = gr.Dropdown(
-        known,
-        value=[known[0][1]] if known else [],
+        page.adapters(),
+        value=[],
         multiselect=True,
         max_choices=MOST,
         label="What was learned",
@@ -81,7 +80,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     ticks = gr.Timer(EVERY)
     gr.on([ticks.tick, adapters.change], does.watched, [adapters, before], [state, pictures, stop, before], **QUIET)
     stop.click(does.stopped, adapters, None, **LOUD)
-    pictures.click(does.again, adapters, [adapters, *strengths, prompts, *components], **QUIET)
+    pictures.click(does.again, adapters, [adapters, *strengths, mode, prompts, *components], **QUIET)
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Handlers:
         """*Stop drawing* is pressed. chosen: the adapters' names."""
         job = self.page.jobs.current(chosen[0].partition("/")[0], "draw") if chosen else None
         if job:
-            self.page.jobs.stop(job)
+            self.page.jobs.stop(job, at_once=True)  # every picture is saved when it is drawn
 
     @says_why
     def again(self, chosen: list[str], event: gr.EventData) -> list[Any]:
@@ -162,13 +161,13 @@ class Handlers:
         chosen: the adapters' names. event: its `pick` is the picture's name.
         """
         drawn = self.page.view(chosen[0].partition("/")[0]).drawn if chosen else []
-        picture = next((each for each in drawn if each.name == str(event.pick)), None)
+        picture = next((each for group in drawn for each in group if each.name == str(event.pick)), None)
         if picture is None:
             raise UserError("that picture is not there any more")
-        facts, names = picture.facts, [each for _, each in self.page.adapters()]
+        facts, known = picture.facts, [each for _, each in self.page.adapters()]
         listed = facts.get("adapters")
         made = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-        there = [each for each in made if each.get("name") in names][:MOST]
+        there = [each for each in made if each.get("name") in known][:MOST]
         settings = {"seed": facts.get("seed"), "num_images": 1}
         sampler = facts.get("sampler")
         if isinstance(sampler, dict):
@@ -176,10 +175,12 @@ class Handlers:
         settings |= {name: facts.get(name) for name in ("width", "height")}
         held = held_by(
             self.fields,
-            {name: value for name, value in settings.items() if isinstance(value, str | int | float) and value},
+            {name: value for name, value in settings.items() if isinstance(value, str | int | float)},
         )
         sliders = [float(there[at].get("strength", 1)) if at < len(there) else 1 for at in range(MOST)]
-        return [[each["name"] for each in there] or gr.skip(), *sliders, picture.prompt, *held]
+        names = [each["name"] for each in there]
+        mode = "together" if len(names) > 1 else gr.skip()  # one by itself has one adapter in its file
+        return [names or gr.skip(), *sliders, mode, picture.prompt, *held]
 
 
 def _live(page: Page, chosen: list[str]) -> list[Any]:
@@ -192,9 +193,10 @@ def _live(page: Page, chosen: list[str]) -> list[Any]:
         state = ""
         if job and not job.ended:
             last = (job.lines() or ["it loads the base model"])[-1]
-            state = fragments.hint(f"waits in the queue, {job.place} before it" if job.state == "waiting" else last)
+            waits = f"waits in the queue, {job.place} before it"
+            state = fragments.hint(waits if job.state == "waiting" else "is stopping" if job.stopping else last)
         elif job:
-            state = fragments.failure(job.error())
+            state = fragments.hint("stopped") if job.state == "stopped" else fragments.failure(job.error())
         return [state, fragments.gallery(view), job is not None and not job.ended]
     except UserError as error:
         return [fragments.failure(str(error)), "", False]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ import gradio as gr
 from PIL import Image
 
 from gsoft_diffusion.app import fragments
-from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose, says_why
-from gsoft_diffusion.app.subjects import Subject, check_size, new_subject, subjects
+from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose, remember, says_why
+from gsoft_diffusion.app.subjects import Subject, check_size, new_subject, subjects, with_token
 from gsoft_diffusion.config.concept import UNIQUE_TOKEN
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos.image_files import open_image
@@ -24,16 +24,26 @@ EDITED = 1024  # pixels of the longer side of a photo on which a mask is painted
 
 @dataclass(frozen=True)
 class PhotosStep:
-    """What other steps look at: whose photos these are."""
+    """What other steps look at.
+
+    subject: the choice of a subject, whose photos these are. follow: has the page show the subject anew after events
+    that may give it another base model and another name. It takes the events, and what else may have the name in it.
+    """
 
     subject: Any
+    follow: Callable[[Sequence[Any], Sequence[Any]], None]
 
 
-def build(page: Page, demo: gr.Blocks) -> PhotosStep:
-    """Lay out the step. page: what it works on. demo: the page, which fills it when it is opened."""
+def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
+    """Lay out the step.
+
+    page: what it works on. demo: the page, which fills it when it is opened. before: the subject that was chosen last.
+    """
     there = subjects(page.workspace)
     gr.Markdown("Three to five photos are enough: the same subject, from different sides, in different places.")
-    subject = gr.Dropdown(there, value=next(iter(there), None), label="Subject", elem_id="subject")
+    subject = gr.Dropdown(there, value=None, label="Subject", elem_id="subject")
+    remember(subject, before)
+    named = gr.State("")  # the subject's token, with which the page's texts are written
     with gr.Accordion("A new subject", open=not there, elem_id="new-subject") as new:
         with gr.Row():
             name = gr.Textbox(label="What you call it", placeholder="Rex", elem_id="subject-name")
@@ -79,8 +89,8 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
         edit_said = gr.HTML(elem_id="edit-said")
 
     does = Handlers(page)
-    demo.load(does.opened, subject, [subject, called, cards, with_subject], **QUIET)
-    subject.change(does.changed, subject, [called, cards, with_subject, edit, chosen, upload_said], **QUIET)
+    demo.load(does.opened, before, [subject, called, cards, with_subject, named], **QUIET)
+    subject.change(does.changed, subject, [called, cards, with_subject, named, edit, chosen, upload_said], **QUIET)
     gr.on([create.click, word.submit], does.made, [name, word], [subject, said, name, word, new], **LOUD)
     upload.upload(does.added, [subject, upload], [upload, upload_said, cards], **LOUD)
     cards.click(does.picked, subject, [chosen, edit, title, caption, editor, mask_file, cards, edit_said], **QUIET)
@@ -88,7 +98,13 @@ def build(page: Page, demo: gr.Blocks) -> PhotosStep:
     save_mask.click(does.masked, [subject, chosen, editor, mask_file], [edit_said, cards, mask_file], **LOUD)
     drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
     remove.click(does.removed, [subject, chosen], [edit_said, cards, edit], **LOUD)
-    return PhotosStep(subject)
+
+    def follow(events: Sequence[Any], texts: Sequence[Any]) -> None:
+        texts = [caption, *texts]
+        for event in events:
+            event.then(does.renamed, [subject, chosen, named, *texts], [called, cards, named, *texts], **QUIET)
+
+    return PhotosStep(subject, follow)
 
 
 @dataclass(frozen=True)
@@ -105,18 +121,35 @@ class Handlers:
             known = self.page.subject(name)
         except UserError as error:
             return fragments.failure(str(error)), ""
-        text = f"In prompts it is called “{known.concept.name}”; the base model does not know the word {known.token}."
+        text = f"In prompts it is called “{known.concept.name}”: its base model does not know the word {known.token}."
         return fragments.hint(text), _cards(known, pick)
 
     def opened(self, name: str) -> tuple[Any, ...]:
-        """The page is opened. name: the subject that was chosen."""
-        there = subjects(self.page.workspace)
-        name = name if name in there else next(iter(there), "")
-        return choose(there, name), *self.shown(name), gr.update(visible=bool(name))
+        """The page is opened. name: the subject that was chosen last."""
+        chosen = choose(subjects(self.page.workspace), name)
+        known = self.page.known(chosen["value"])
+        name, token = (known.name, known.token) if known else ("", "")
+        return chosen, *self.shown(name), gr.update(visible=bool(name)), token
 
     def changed(self, name: str) -> tuple[Any, ...]:
         """Another subject is chosen. name: of the subject."""
-        return *self.shown(name), gr.update(visible=bool(name)), gr.update(visible=False), "", ""
+        known = self.page.known(name)
+        token = known.token if known else ""
+        return *self.shown(name), gr.update(visible=bool(name)), token, gr.update(visible=False), "", ""
+
+    def renamed(self, name: str, pick: str, token: str, *texts: str) -> tuple[Any, ...]:
+        """The subject may have another base model, and another token.
+
+        name: of the subject. pick: the photo that is edited. token: the one that texts are written with. texts: of the
+        page; those with the former token get the new one.
+        """
+        known = self.page.known(name)
+        if known is None:
+            return tuple(gr.skip() for _ in (name, pick, token, *texts))
+        new = [with_token(text, token, known.token) for text in texts]
+        # The others may be typed into at this moment.
+        changed = [gr.skip() if text == old else text for text, old in zip(new, texts, strict=True)]
+        return *self.shown(name, pick), known.token, *changed
 
     def made(self, name: str, word: str) -> tuple[Any, ...]:
         """*Make it* is pressed. name: what its owner calls it. word: what it is."""

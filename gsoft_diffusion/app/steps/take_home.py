@@ -44,8 +44,7 @@ FOLDER_GOES = "to DiffusionPipeline.from_pretrained in diffusers, or ComfyUI/mod
 
 def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     """Lay out the step. page, demo: as in the photos' step. tab: the step's. run: the choice of a run in step 3."""
-    known = page.adapters()
-    adapter = gr.Dropdown(known, value=known[0][1] if known else None, label="What was learned", elem_id="take-adapter")
+    adapter = gr.Dropdown(page.adapters(), value=None, label="What was learned", elem_id="take-adapter")
     kind = gr.Radio(_choices(FORMATS), value="kohya_lora", label="Make it into", elem_id="format")
     with gr.Row():
         rank = gr.Slider(
@@ -107,6 +106,9 @@ class Handlers:
             target = default_output(path, kind, int(rank), made_of)
             if target.exists():
                 return fragments.hint(f"{target.name} is there already, below.")
+            under_way = [job.settings().get("output") for job in self.page.jobs.about(run, "export") if not job.ended]
+            if str(target) in under_way:
+                return fragments.hint(f"{target.name} is being made already.")
             settings: dict[str, Any] = {"adapter": [str(path)], "format": kind, "precision": precision}
             settings["output"] = str(target)
             if kind.endswith("_lora"):
@@ -121,7 +123,7 @@ class Handlers:
         """*Stop making it* is pressed. chosen: the adapter's name."""
         job = self.page.jobs.current(chosen.partition("/")[0], "export") if chosen else None
         if job:
-            self.page.jobs.stop(job)
+            self.page.jobs.stop(job, at_once=True)  # a file is there completely or not at all
 
     def watched(self, chosen: str | None, shown: list[Any]) -> list[Any]:
         """Time has passed, or another adapter is chosen. chosen: its name. shown: as `updates` returned it."""
@@ -152,22 +154,29 @@ def _live(page: Page, chosen: str | None) -> list[Any]:
         return ["", "", "", False]
     run = chosen.partition("/")[0]
     try:
-        view, job = page.view(run), page.jobs.current(run, "export")
-        stops = job is not None and not job.ended
-        return [_state(job, view.folder), _files(view, chosen.partition("/")[2]), _card(view), stops]
+        view, jobs = page.view(run), page.jobs.about(run, "export")
+        latest = {_name(job): job for job in jobs if job.state != "withdrawn"}
+        state = "".join(_state(job, view.folder) for job in latest.values())
+        return [state, _files(view, chosen.partition("/")[2]), _card(view), any(not job.ended for job in jobs)]
     except UserError as error:
         return [fragments.failure(str(error)), "", "", False]
 
 
-def _state(job: Job | None, folder: Path) -> str:
-    if job is None:
-        return ""
+def _state(job: Job, folder: Path) -> str:
+    """What an export says: how far it is, or once it has ended what came of it."""
     if not job.ended:
-        last = (job.lines() or ["it loads the base model"])[-1]
-        return fragments.hint(f"waits in the queue, {job.place} before it" if job.state == "waiting" else last)
+        last = "is stopping" if job.stopping else (job.lines() or ["it loads the base model"])[-1]
+        waits = f"waits in the queue, {job.place} before it"
+        return fragments.hint(f"{_name(job)}: {waits if job.state == 'waiting' else last}")
     place = f"{folder}/"  # a line of what was written there begins with it
     said = [line.removeprefix(place) for line in job.lines() if line.startswith(("note: ", place))]
-    return fragments.failure(job.error()) + ("".join(map(fragments.hint, said)) if job.state == "done" else "")
+    wrong = fragments.failure(f"{_name(job)}: {why}") if (why := job.error()) else ""
+    return wrong + ("".join(map(fragments.hint, said)) if job.state == "done" else "")
+
+
+def _name(job: Job) -> str:
+    """Of the file or folder that an export makes."""
+    return Path(str(job.settings().get("output"))).name
 
 
 def _files(view: RunView, adapter: str) -> str:
@@ -186,12 +195,12 @@ def _files(view: RunView, adapter: str) -> str:
         shown = f"{name.rstrip('/')}.zip" if name.endswith("/") else name
         rows.append(
             f'<tr><td><a href="{escape(download_address(view.name, name))}" download>{escape(shown)}</a></td>'
-            f"<td>{size / 1e6:,.1f} MB</td><td>{escape(goes)}</td></tr>"
+            f"<td>{size / 1e6:,.1f}\N{NO-BREAK SPACE}MB</td><td>{escape(goes)}</td></tr>"
         )
     known = fragments.hint("Not every program reads every kind of model: the model card says which.")
     return f'<table class="take">{"".join(rows)}</table>{known if len(rows) > 1 else ""}'
 
 
 def _card(view: RunView) -> str:
-    """The card without its pictures, whose places mean nothing here."""
-    return re.sub(r"!\[[^\]]*\]\([^)]*\)", "", view.card)
+    """The card without its pictures, whose places mean nothing here, and what is said of them."""
+    return re.sub(r"!\[[^\]]*\]\([^)]*\)\n\n\*[^*\n]*\*", "", view.card)

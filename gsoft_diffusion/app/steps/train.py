@@ -11,8 +11,8 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
 from gsoft_diffusion.app.steps.base import BaseStep, fitting_changes, settled
-from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, says_why, updates
-from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
+from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, remember, says_why, updates
+from gsoft_diffusion.app.subjects import Subject, with_token
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
@@ -20,6 +20,7 @@ from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
 from gsoft_diffusion.foundation.run_folder import SETTINGS
 
 EVERY = 2.0  # seconds between looks at the run's folder, while the page is open
+PROMPTS = ("instance_prompt", "validation_prompts")  # in which the subject's name may stand
 CONTINUED = ("max_train_steps", "accept_changes")  # what counts of the fields when a run goes on
 FIRST = ("max_train_steps", "validation_steps", "validation_prompts", "num_validation_images")  # not folded away
 # What other steps decide, or a button does; `score_validation` is on wherever it can be.
@@ -39,16 +40,22 @@ ELSEWHERE = (
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What other steps look at. run: the choice of a run."""
+    """What other steps look at.
+
+    run: the choice of a run. prompts: fields that may have the subject's name in them. started: the event after which
+    the subject may have another base model, as it was named in step 2 and not used yet.
+    """
 
     run: Any
+    prompts: Sequence[Any]
+    started: Any
 
 
-def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep, queue: Any) -> TrainStep:
+def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep, queue: Any, before: Any) -> TrainStep:
     """Lay out the step.
 
     page, demo: as in the photos' step. tab: the step's. subject: the choice of a subject. base: what its step says.
-    queue: where the page shows what runs and what waits.
+    queue: where the page shows what runs and what waits. before: the run that was chosen last.
     """
     fields = fields_of(TrainingConfig, ELSEWHERE)
     first = sorted((each for each in fields if each.name in FIRST), key=lambda each: FIRST.index(each.name))
@@ -61,29 +68,32 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep
     with gr.Row():
         start = gr.Button("Start training", variant="primary", elem_id="start")
     said = gr.HTML(elem_id="start-said")
-    runs = page.runs()
-    run = gr.Dropdown(runs, value=next(iter(runs), None), label="Run", elem_id="run")
+    run = gr.Dropdown(page.runs(), value=None, label="Run", elem_id="run")
+    remember(run, before)
     with gr.Row():
         stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
         go_on = gr.Button("Go on", interactive=False, elem_id="go-on")
         draw_now = gr.Button("Draw now", interactive=False, elem_id="draw-now")
-    run_said = gr.HTML(elem_id="run-said")
-    headline, curve, sheets, log = (gr.HTML(elem_id=name) for name in ("headline", "curve", "sheets", "log"))
-    before = gr.State([])  # what is shown, so that only what changes is sent
-    live = [queue, headline, curve, sheets, log, stop, go_on, draw_now]
+    headline, curve, sheets, notes = (gr.HTML(elem_id=name) for name in ("headline", "curve", "sheets", "notes"))
+    with gr.Accordion("Its log", open=False, elem_id="log"):
+        log = gr.HTML()
+    shown = gr.State([])  # so that only what changes is sent
+    live = [queue, headline, curve, sheets, notes, log, stop, go_on, draw_now]
 
     does = Handlers(page, fields)
     outcome = [run, said, advanced, *components]
-    gr.on([demo.load, subject.change], does.opened, [subject, run], [run, *components], **QUIET)
+    demo.load(does.opened, before, run, **QUIET)
+    subject.change(does.changed, subject, components, **QUIET)
     tab.select(lambda name: choose(page.runs(), name), run, run, **QUIET)
     ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, run.change], does.watched, [run, before], [*live, before], concurrency_limit=None, **QUIET)
-    start.click(does.started, [subject, base.kind, base.name, *components], outcome, **LOUD)
+    gr.on([ticks.tick, run.change], does.watched, [run, shown], [*live, shown], concurrency_limit=None, **QUIET)
+    started = start.click(does.started, [subject, base.kind, base.name, *components], outcome, **LOUD)
     base.fit.click(does.fitted, [subject, base.memory, *components], [said, base.said, *components], **LOUD)
-    stop.click(does.stopped, run, run_said, **LOUD)
+    stop.click(does.stopped, run, None, **LOUD)
     go_on.click(does.went_on, [run, *components], outcome, **LOUD)
-    draw_now.click(does.drawn, run, run_said, **LOUD)
-    return TrainStep(run)
+    draw_now.click(does.drawn, run, None, **LOUD)
+    prompts = [held for field, held in zip(fields, components, strict=True) if field.name in PROMPTS]
+    return TrainStep(run, prompts, started)
 
 
 @dataclass(frozen=True)
@@ -100,15 +110,19 @@ class Handlers:
         """Time has passed, or another run is chosen. name: of the run. shown: as `updates` returned it."""
         return updates(shown, _live(self.page, name))
 
-    def opened(self, chosen: str, name: str) -> list[Any]:
-        """The page is opened, or another subject is chosen. chosen: the subject. name: of the run."""
-        known = subject_of(self.page.workspace, chosen) if chosen in subjects(self.page.workspace) else None
+    def opened(self, name: str) -> Any:
+        """The page is opened. name: of the run that was chosen last."""
+        return choose(self.page.runs(), name)
+
+    def changed(self, chosen: str) -> list[Any]:
+        """Another subject is chosen: its settings. chosen: the subject."""
+        known = self.page.known(chosen)
         held = dict(
             zip([each.name for each in self.fields], held_by(self.fields, known.settings if known else {}), strict=True)
         )
         scenes = "\n".join(known.concept.scenes()) if known else ""
         held["validation_prompts"] = gr.update(value=held["validation_prompts"], placeholder=scenes)
-        return [choose(self.page.runs(), name), *held.values()]
+        return list(held.values())
 
     def started(self, chosen: str, kind: str, base_name: str, *given: Any) -> list[Any]:
         """*Start training* is pressed.
@@ -117,9 +131,10 @@ class Handlers:
         """
         try:
             known = self.page.subject(chosen)
+            token = known.token
             if known.base != (BUNDLED_BASE if kind == "bundled" else base_name.strip()):
-                settled(known, kind, base_name)  # it was named, and nobody has looked at it
-            chosen_settings = settings_from(self.fields, given)
+                settled(known, kind, base_name)  # it was named, and is not used yet
+            chosen_settings = with_token(settings_from(self.fields, given), token, known.token)
             chosen_settings.pop("accept_changes", None)  # it is for *Go on*
             settings = training_settings(known, chosen_settings)
             folder = self.page.workspace.new_run(known.name)
@@ -151,16 +166,22 @@ class Handlers:
         return ["", fragments.hint(f"Changed in step 3: {words}."), *fields]
 
     @says_why
-    def stopped(self, name: str) -> str:
+    def stopped(self, name: str) -> None:
         """*Stop* is pressed. name: of the run."""
         view = self.page.view(name)
         if view.job is None or view.job.ended:
-            return ""
-        if self.page.jobs.stop(view.job, at_once=view.silence is not None):
-            return fragments.hint("It stops after this step, and saves what it has learned.")
-        return fragments.hint(
-            "It is stopping already. If it says nothing for some minutes, press once more: then it ends without saving."
-        )
+            return
+        stuck = view.silence is not None
+        if not self.page.jobs.stop(view.job, at_once=stuck):
+            gr.Info("It is stopping already. If it says nothing for minutes, press once more: it then ends unsaved.")
+        elif view.job.state == "waiting":
+            gr.Info("It is taken out of the queue.")
+        elif stuck:
+            gr.Info("It ends without saving; its last checkpoint stays.")
+        elif view.trains:
+            gr.Info("It stops after this step, and saves what it has learned.")
+        else:
+            gr.Info("It ends before its next step.")
 
     def went_on(self, name: str, *given: Any) -> list[Any]:
         """*Go on* is pressed. name: of the run. given: what the fields hold, of which `CONTINUED` count."""
@@ -183,13 +204,13 @@ class Handlers:
         return [gr.skip(), "", gr.skip(), *marks(self.fields, None)[0]]
 
     @says_why
-    def drawn(self, name: str) -> str:
+    def drawn(self, name: str) -> None:
         """*Draw now* is pressed. name: of the run."""
         view = self.page.view(name)
         if view.job is None or not view.trains:
-            return fragments.hint("It has not done a step since it was started; ask again once it has.")
+            raise UserError("it has not done a step since it was started; ask again once it has")
         self.page.jobs.draw_now(view.job)
-        return fragments.hint("It draws after this step.")
+        gr.Info("It draws after this step.")
 
 
 def training_settings(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +244,7 @@ def _live(page: Page, name: str) -> list[Any]:
     """What is shown of the queue and a run: HTML, and for each button whether it does something."""
     strip = fragments.queue(page.jobs.all())
     if not name:
-        return [strip, "", "", "", "", False, False, False]
+        return [strip, "", "", "", "", "", False, False, False]
     try:
         view = page.view(name)
         job = view.job
@@ -232,10 +253,11 @@ def _live(page: Page, name: str) -> list[Any]:
             fragments.headline(view),
             fragments.loss_curve(view.numbers),
             fragments.sheets(view),
+            fragments.notes(job),
             fragments.log_tail(job),
             job is not None and not job.ended,
-            job is not None and job.ended,
+            (job is None or job.ended) and (view.folder / SETTINGS).is_file(),
             view.trains,
         ]
     except UserError as error:
-        return [strip, fragments.failure(str(error)), "", "", "", False, False, False]
+        return [strip, fragments.failure(str(error)), "", "", "", "", False, False, False]

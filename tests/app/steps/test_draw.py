@@ -69,7 +69,17 @@ def test_a_picture_is_drawn_again_with_what_is_still_there(page, does, adapters)
     facts = {"prompt": "a dog", "seed": 3, "adapters": made}
     save_png(Image.new("RGB", (8, 8)), place, "{}_seed3_x.png", 0, facts)
     event = gr.EventData(None, {"pick": "images/0000_seed3_x.png"})
-    assert does.again([adapters[-1]], event) == [[adapters[0]], 0.5, 1, 1, 1, "a dog", "3"]
+    assert does.again([adapters[-1]], event) == [[adapters[0]], 0.5, 1, 1, 1, gr.skip(), "a dog", "3"]
     event = gr.EventData(None, {"pick": "images/none.png"})
     with pytest.raises(gr.Error, match="not there any more"):
         does.again([adapters[-1]], event)
+
+
+def test_a_picture_of_several_adapters_is_drawn_again_with_all_of_them_together_and_its_guidance(page, adapters):
+    fields = [each for each in fields_of(GenerationConfig, ELSEWHERE) if each.flag == "guidance_scale"]
+    made = [{"name": name, "strength": 1} for name in adapters[:2]]
+    facts = {"prompt": "a dog", "seed": 0, "adapters": made, "sampler": {"guidance_scale": 0.0}}
+    save_png(Image.new("RGB", (8, 8)), page.workspace.root / "dog" / "images", "{}_seed0_x.png", 0, facts)
+    event = gr.EventData(None, {"pick": "images/0000_seed0_x.png"})
+    *_, mode, _, guidance = Handlers(page, fields).again([adapters[-1]], event)
+    assert (mode, guidance) == ("together", "0.0")

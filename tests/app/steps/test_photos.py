@@ -132,6 +132,24 @@ def test_nothing_that_is_painted_is_no_mask(does, dog, photo, painted):
     assert [path.name for path in dog.photos.iterdir()] == ["a.png"]
 
 
+def test_the_page_follows_a_new_name(page, does, dog, photo):
+    does.captioned("dog", photo, "a sks dog on a sofa")
+    dog.keep({"token": "ohwx", "base": "a/b", "resolution": 512})
+    called, cards, named, caption, prompts = does.renamed("dog", photo, "sks", "a sks dog asleep", "a {0} {1}")
+    assert "an ohwx dog" in called
+    assert "a ohwx dog on a sofa" in cards
+    assert "enlarged to 512×512" in cards
+    assert (named, caption, prompts) == ("ohwx", "a ohwx dog asleep", gr.skip())
+    assert does.renamed("none", "", "sks", "x") == (gr.skip(),) * 4
+
+
+def test_the_subject_that_was_chosen_last_is_shown(page, does, dog):
+    new_subject(page.workspace, "cat", "cat", "sks")
+    assert does.opened("dog")[0]["value"] == "dog"
+    assert does.opened("")[0]["value"] == "cat"  # the latest
+    assert does.opened("gone")[-1] == "sks"
+
+
 def test_a_press_shows_the_photo_with_its_caption(does, photo):
     assert "Kept" in does.captioned("dog", photo, "a sks dog on a sofa")[0]
     name, _, _, caption, editor, mask_file, cards, _ = does.picked("dog", gr.EventData(None, {"pick": photo}))

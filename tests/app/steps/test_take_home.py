@@ -49,6 +49,7 @@ def test_a_name_says_what_was_made_of_which_step(page, does, folder, sleeping, k
     assert does.asked(ADAPTER, kind, 16, precision) == ""
     job = page.jobs.current("dog", "export")
     assert read_yaml(job.folder / "settings.yaml")["output"] == str(folder / name)
+    assert f"{name} is being made already" in does.asked(ADAPTER, kind, 16, precision)
     if kind == "diffusers":
         (folder / name).mkdir()
         (folder / name / "model_index.json").write_text("{}")
@@ -110,6 +111,17 @@ def test_what_an_export_loses_is_said_when_it_is_done(page, does, folder, sleepi
     assert "note: for others" in state
     assert "loading" not in state
     assert str(folder) not in state
+    does.asked(ADAPTER, "diff", 16, "float16")
+    state, *_ = does.watched(ADAPTER, [])
+    assert "kohya.safetensors: it loses 84%" in state  # also while another is made
+    assert "diff_step-8.safetensors: " in state
+
+
+def test_the_card_says_nothing_of_pictures_that_are_not_shown(does, folder):
+    (folder / "README.md").write_text(
+        "# A dog\n\n![A sheet](a%20b.png)\n\n*Prompts, and what was drawn.*\n\nIt is *a* dog.\n"
+    )
+    assert does.watched(ADAPTER, [])[2] == "# A dog\n\n\n\nIt is *a* dog.\n"
 
 
 def test_the_export_that_is_made_is_stopped_though_another_waits(page, does, folder, sleeping):

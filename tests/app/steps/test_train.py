@@ -16,7 +16,7 @@ from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.runs import RunView
 from gsoft_diffusion.app.steps import train as train_step
 from gsoft_diffusion.app.steps.train import ELSEWHERE, Handlers, training_settings
-from gsoft_diffusion.app.subjects import new_subject
+from gsoft_diffusion.app.subjects import new_subject, subject_of
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import Mark, marked, read_yaml
 
@@ -85,16 +85,49 @@ def test_fitting_changes_what_it_must_and_nothing_that_is_typed_meanwhile(page, 
     assert found["train_batch_size"] != gr.skip()
 
 
-def test_a_second_press_of_stop_ends_a_training_only_if_it_is_stuck(page, does, sleeping, monkeypatch):
+def test_a_second_press_of_stop_ends_a_training_only_if_it_is_stuck(page, does, sleeping, monkeypatch, capsys):
     sent = []
     monkeypatch.setattr(Jobs, "_send", lambda jobs, job, number: sent.append(number))
     page.jobs.add("train", "rex", {})
-    assert "saves what it has learned" in does.stopped("rex")
-    assert "stopping already" in does.stopped("rex")
+    does.stopped("rex")
+    assert "before its next step" in capsys.readouterr().out
+    does.stopped("rex")
+    assert "stopping already" in capsys.readouterr().out
     assert sent == [signal.SIGTERM]
     monkeypatch.setattr(RunView, "silence", 600.0)
     does.stopped("rex")
+    assert "ends without saving" in capsys.readouterr().out
     assert sent == [signal.SIGTERM] * 2
+
+
+def test_what_stop_does_is_said_as_it_is(page, does, sleeping, monkeypatch, capsys):
+    for name in ("rex", "tom"):
+        page.jobs.add("train", name, {})
+    does.stopped("tom")
+    assert "taken out of the queue" in capsys.readouterr().out
+    monkeypatch.setattr(RunView, "trains", True)
+    does.stopped("rex")
+    assert "saves what it has learned" in capsys.readouterr().out
+
+
+def test_a_run_of_the_command_line_can_go_on(page, does):
+    write_run(page.workspace.root / "rex", settings="instance_data_dir: x\nclass_word: dog\nmax_train_steps: 4\n")
+    stop, go_on, draw_now = does.watched("rex", [])[-4:-1]
+    assert [each["interactive"] for each in (stop, go_on, draw_now)] == [False, True, False]
+
+
+def test_prompts_have_the_name_that_the_base_model_gives_the_subject(page, sleeping, monkeypatch):
+    """The base model was named in step 2 and not used yet."""
+    fields = [each for each in fields_of(TrainingConfig, ELSEWHERE) if each.name == "validation_prompts"]
+    dog = new_subject(page.workspace, "rex", "dog", "sks")
+    Image.new("RGB", (64, 64)).save(dog.photos / "0.png")
+    monkeypatch.setattr(
+        train_step, "settled", lambda known, kind, name: known.keep({"base": name, "token": "ohwx", "resolution": 512})
+    )
+    assert Handlers(page, fields).started("rex", "other", "a/b", "a sks dog on a beach")[1] == ""
+    settings = read_yaml(page.jobs.current("rex", "train").folder / "settings.yaml")
+    assert (settings["unique_token"], settings["validation_prompts"]) == ("ohwx", ["a ohwx dog on a beach"])
+    assert subject_of(page.workspace, "rex").settings["validation_prompts"] == ["a ohwx dog on a beach"]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +146,16 @@ def test_every_sheet_has_a_checkpoint(page, given, every):
     assert TrainingConfig.from_dict(settings | {"output_dir": "x"}, "settings").checkpointing_steps == every
 
 
-def test_a_run_is_asked_to_draw_only_once_it_listens(page, does, sleeping, monkeypatch):
+def test_a_run_is_asked_to_draw_only_once_it_listens(page, does, sleeping, monkeypatch, capsys):
     """Before its first step the wish would end it, or be lost."""
     asked = []
     monkeypatch.setattr(Jobs, "draw_now", lambda jobs, job: asked.append(job.run))
     page.jobs.add("train", "rex", {})
-    assert "It has not done a step since it was started" in does.drawn("rex")
+    with pytest.raises(gr.Error, match="it has not done a step since it was started"):
+        does.drawn("rex")
     assert asked == []
     step = {"step": 1, "loss": 1.0, "lr": 0.1, "time": time.time() + 60}
     write_run(page.workspace.root / "rex", json.dumps(step) + "\n")
-    assert "It draws after this step" in does.drawn("rex")
+    does.drawn("rex")
+    assert "It draws after this step" in capsys.readouterr().out
     assert asked == ["rex"]
