@@ -1,4 +1,4 @@
-"""What a training step of each method costs: seconds, and the memory that is kept for the backward pass."""
+"""What a training step of each method costs: seconds, and the memory that its forward pass keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def measure(run: Run) -> dict[str, Any]:
     """Take a few training steps on one batch of full-length texts.
 
     run: the settings; nothing of the task but its kind of head matters. Returns `seconds` of each step, of the
-    processor on a CPU, and `kept_bytes`, None where the system does not say.
+    processor on a CPU, and `kept_bytes`: what the forward pass keeps for the backward pass, with the rotated weights
+    that GSOFT makes for it. None where the system does not say.
     """
     gc.collect()
     torch.manual_seed(run.seed)
@@ -54,6 +55,8 @@ def measure(run: Run) -> dict[str, Any]:
         return clock() - started
 
     step()
+    if adapted.adapter is not None:
+        adapted.adapter.refresh()  # else it still holds the rotated weights of the step before
     before = _in_use(device)
     held = loss()
     kept = None if before is None else (_in_use(device) or 0) - before
