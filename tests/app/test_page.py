@@ -20,9 +20,9 @@ from gsoft_diffusion.app.runs import RunView
 from gsoft_diffusion.app.workspace import read_json
 
 PHOTOS = sorted((ROOT / "data" / "subjects" / "teddy_bear").glob("*.png"))
-# What the browser says of requests and streams that break off, where the page is killed or a visit ends; what the page
-# itself refuses is in `missing`.
-PAGE_IS_GONE = ("Failed to fetch", "Connection errored out", "network error")
+# What the browser says of requests and streams that break off, where the page is killed or loaded anew, or a visit
+# ends; what the page itself refuses is in `missing`.
+PAGE_IS_GONE = ("Failed to fetch", "Connection errored out", "network error", "signal is aborted")
 pytestmark = pytest.mark.slow
 
 

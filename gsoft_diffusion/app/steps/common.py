@@ -17,6 +17,9 @@ from gsoft_diffusion.app.workspace import Workspace
 from gsoft_diffusion.foundation.errors import UserError
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of events that only show what is so
+# Of the looks at what goes on. One does not wait for the one before it: should its answer get lost, as when the network
+# breaks off, the page would stand still for good.
+LIVE: dict[str, Any] = QUIET | {"trigger_mode": "multiple", "concurrency_limit": None}
 LOUD: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}  # of events that take a moment
 # A press of a button that stands for something, by its name in `data-pick`; the keyboard presses it as well.
 PICK = """element.addEventListener('click', event => {

@@ -10,7 +10,7 @@ import gradio as gr
 
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
-from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, latest_of, says_why, updates
+from gsoft_diffusion.app.steps.common import LIVE, LOUD, PICK, QUIET, Page, latest_of, says_why, updates
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -78,7 +78,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
         [draw.click], does.asked, [adapters, mode, prompts, *strengths, *components], [said, more, *components], **LOUD
     )
     ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, adapters.change], does.watched, [adapters, before], [state, pictures, stop, before], **QUIET)
+    gr.on([ticks.tick, adapters.change], does.watched, [adapters, before], [state, pictures, stop, before], **LIVE)
     stop.click(does.stopped, adapters, None, **LOUD)
     pictures.click(does.again, adapters, [adapters, *strengths, mode, prompts, *components], **QUIET)
 

@@ -18,7 +18,7 @@ from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.files import download_address
 from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.app.runs import RunView
-from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, latest_of, updates
+from gsoft_diffusion.app.steps.common import LIVE, LOUD, QUIET, Page, choose, latest_of, updates
 from gsoft_diffusion.config import ExportConfig
 from gsoft_diffusion.config.export import DEFAULT_RANK, default_output
 from gsoft_diffusion.foundation.errors import UserError
@@ -71,7 +71,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     make.click(does.asked, [adapter, kind, rank, precision], said, **LOUD)
     stop.click(does.stopped, adapter, None, **LOUD)
     ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, adapter.change], does.watched, [adapter, before], [state, files, words, stop, before], **QUIET)
+    gr.on([ticks.tick, adapter.change], does.watched, [adapter, before], [state, files, words, stop, before], **LIVE)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
 from gsoft_diffusion.app.steps.base import BaseStep, fitting_changes, settled
-from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page, choose, remember, says_why, updates
+from gsoft_diffusion.app.steps.common import LIVE, LOUD, QUIET, Page, choose, remember, says_why, updates
 from gsoft_diffusion.app.subjects import Subject, with_token
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
@@ -84,9 +84,10 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep
     outcome = [run, said, advanced, *components]
     demo.load(does.opened, before, run, **QUIET)
     subject.change(does.changed, subject, components, **QUIET)
-    tab.select(lambda name: choose(page.runs(), name), run, run, **QUIET)
+    # The step may be opened before what was chosen last is shown.
+    tab.select(lambda name, last: does.opened(name or last), [run, before], run, **QUIET)
     ticks = gr.Timer(EVERY)
-    gr.on([ticks.tick, run.change], does.watched, [run, shown], [*live, shown], concurrency_limit=None, **QUIET)
+    gr.on([ticks.tick, run.change], does.watched, [run, shown], [*live, shown], **LIVE)
     started = start.click(does.started, [subject, base.kind, base.name, *components], outcome, **LOUD)
     base.fit.click(does.fitted, [subject, base.memory, *components], [said, base.said, *components], **LOUD)
     stop.click(does.stopped, run, None, **LOUD)
@@ -111,7 +112,7 @@ class Handlers:
         return updates(shown, _live(self.page, name))
 
     def opened(self, name: str) -> Any:
-        """The page is opened. name: of the run that was chosen last."""
+        """The page or the step is opened. name: of the run that was chosen last."""
         return choose(self.page.runs(), name)
 
     def changed(self, chosen: str) -> list[Any]:
