@@ -1,4 +1,4 @@
-"""The screenshots of docs/app.md: a run of the bundled bear, and every step of the page with it.
+"""The screenshots of docs/app.md: a run of the bundled car, and every step of the page with it.
 
 make screenshots           # into docs/images/app, in light; about ten minutes on two cores
 python tests/page_screenshots.py --out elsewhere --dark --width 390
@@ -14,7 +14,7 @@ from pathlib import Path
 from page_browser import ROOT, Server, Visit, opened_browser
 from PIL import Image
 
-PHOTOS = sorted((ROOT / "data" / "subjects" / "teddy_bear").glob("*.png"))
+PHOTOS = sorted((ROOT / "data" / "subjects" / "blue_car").glob("*.png"))
 COLOURS = 128  # of a picture in the repository
 
 
@@ -33,7 +33,7 @@ def main() -> None:
         try:
             scheme = "dark" if args.dark else "light"
             visit = Visit(browser, server.address, viewport={"width": args.width, "height": 900}, color_scheme=scheme)
-            shoot(visit, args.out, args.steps, new=not (server.folder / "app" / "subjects" / "teddy").exists())
+            shoot(visit, args.out, args.steps, new=not (server.folder / "app" / "subjects" / "my-car").exists())
         finally:
             server.end()
 
@@ -42,11 +42,11 @@ def shoot(visit: Visit, out: Path, steps: int, new: bool) -> None:
     """Go through the page's steps and take a picture of each. new: nothing has been done in the folder yet."""
     page = visit.page
     if new:
-        visit.fill("subject-name", "Teddy")
-        visit.fill("class-word", "bear")
+        visit.fill("subject-name", "My car")
+        visit.fill("class-word", "car")
         page.click("#create-subject")
         page.wait_for_selector("#upload input[type=file]", state="attached")
-        visit.wait(lambda: "a sks bear" in visit.text("called"), "name in prompts")
+        visit.wait(lambda: "a sks car" in visit.text("called"), "name in prompts")
         page.set_input_files("#upload input[type=file]", [str(path) for path in PHOTOS])
     page.wait_for_selector("#cards .card >> nth=4")
     page.locator("#cards .card").nth(2).click()
@@ -69,7 +69,7 @@ def shoot(visit: Visit, out: Path, steps: int, new: bool) -> None:
     take(visit, out / "train.png")
     wait_long(visit, lambda: "done" in visit.text("headline"))
     visit.step("4 Draw")
-    visit.wait(lambda: "teddy" in visit.text("adapters"), "chosen adapter")
+    visit.wait(lambda: "my-car" in visit.text("adapters"), "chosen adapter")
     visit.fill("prompts", "a {0} {1} on the beach\na {0} {1} in space")
     visit.fill("field-num_images", "2")
     page.locator("#field-compare input").check()

@@ -195,7 +195,7 @@ def _files(view: RunView, adapter: str) -> str:
         shown = f"{name.rstrip('/')}.zip" if name.endswith("/") else name
         rows.append(
             f'<tr><td><a href="{escape(download_address(view.name, name))}" download>{escape(shown)}</a></td>'
-            f"<td>{size / 1e6:,.1f}\N{NO-BREAK SPACE}MB</td><td>{escape(goes)}</td></tr>"
+            f"<td>{size / 1e6:,.1f} MB</td><td>{escape(goes)}</td></tr>"
         )
     known = fragments.hint("Not every program reads every kind of model: the model card says which.")
     return f'<table class="take">{"".join(rows)}</table>{known if len(rows) > 1 else ""}'
