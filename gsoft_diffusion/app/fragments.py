@@ -74,6 +74,13 @@ def queue(jobs: Sequence[Job]) -> str:
     return f'<ul class="queue" aria-label="queue">{"".join(items)}</ul>'
 
 
+def under_way(job: Job) -> str:
+    """How far a drawing or an export is that has not ended, in a few words."""
+    if job.state == "waiting":
+        return f"waits in the queue, {job.place} before it"
+    return "is stopping" if job.stopping else (job.lines() or ["it loads the base model"])[-1]
+
+
 def headline(view: RunView) -> str:
     """How far the run is, in a sentence, and a bar."""
     job, last = view.job, view.last_step

@@ -12,7 +12,7 @@ import gradio as gr
 
 from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.runs import RunView
-from gsoft_diffusion.app.subjects import Subject, subject_of, subjects
+from gsoft_diffusion.app.subjects import Subject, subject_of
 from gsoft_diffusion.app.workspace import Workspace
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -43,8 +43,10 @@ class Page:
 
     def known(self, name: str | None) -> Subject | None:
         """The subject of that name, None if there is none."""
-        there = [each for _, each in subjects(self.workspace)]
-        return subject_of(self.workspace, name) if name in there else None
+        try:
+            return self.subject(name or "")
+        except UserError:
+            return None
 
     def view(self, run: str) -> RunView:
         """A run as it is now. Raises UserError if there is none of that name, in the folder or in the queue."""

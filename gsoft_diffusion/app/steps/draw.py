@@ -192,9 +192,7 @@ def _live(page: Page, chosen: list[str]) -> list[Any]:
         job, view = page.jobs.current(run, "draw"), page.view(run)
         state = ""
         if job and not job.ended:
-            last = (job.lines() or ["it loads the base model"])[-1]
-            waits = f"waits in the queue, {job.place} before it"
-            state = fragments.hint(waits if job.state == "waiting" else "is stopping" if job.stopping else last)
+            state = fragments.hint(fragments.under_way(job))
         elif job:
             state = fragments.hint("stopped") if job.state == "stopped" else fragments.failure(job.error())
         return [state, fragments.gallery(view), job is not None and not job.ended]

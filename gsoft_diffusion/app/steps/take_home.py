@@ -165,9 +165,7 @@ def _live(page: Page, chosen: str | None) -> list[Any]:
 def _state(job: Job, folder: Path) -> str:
     """What an export says: how far it is, or once it has ended what came of it."""
     if not job.ended:
-        last = "is stopping" if job.stopping else (job.lines() or ["it loads the base model"])[-1]
-        waits = f"waits in the queue, {job.place} before it"
-        return fragments.hint(f"{_name(job)}: {waits if job.state == 'waiting' else last}")
+        return fragments.hint(f"{_name(job)}: {fragments.under_way(job)}")
     place = f"{folder}/"  # a line of what was written there begins with it
     said = [line.removeprefix(place) for line in job.lines() if line.startswith(("note: ", place))]
     wrong = fragments.failure(f"{_name(job)}: {why}") if (why := job.error()) else ""
