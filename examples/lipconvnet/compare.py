@@ -23,7 +23,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.demo import processor
-from examples.lipconvnet.flags import add_picture_flags, add_training_flags, at_least, read_pictures
+from examples.lipconvnet.flags import (
+    add_picture_flags,
+    add_training_flags,
+    at_least,
+    read_pictures,
+    refuse_without_effect,
+)
 from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet, check_fits
 from examples.lipconvnet.pictures import Pictures
 from examples.lipconvnet.report import RUNS, SETTINGS, STEPS, write_report
@@ -54,6 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=expanded_path, required=True, help="folder of the results")
     args = parser.parse_args()
+    refuse_without_effect(args, parser)
     compare(args)
     return 0
 
@@ -174,7 +181,7 @@ def settle(args: argparse.Namespace) -> None:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} has no settings of this program; give another --out") from error
     if other:
-        raise UserError(f"{args.out} has results of another --{', --'.join(other)}; give another --out")
+        raise UserError(f"{args.out} has results of other settings (--{', --'.join(other)}); give another --out")
 
 
 def write_json(path: Path, content: Any) -> None:

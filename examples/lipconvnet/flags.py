@@ -8,7 +8,20 @@ from collections.abc import Callable
 
 from examples.lipconvnet.pictures import Pictures, cifar_pictures, world_pictures
 from gsoft_diffusion.config.command_line import expanded_path
+from gsoft_diffusion.config.settings import OnlyWith
 from gsoft_diffusion.foundation.errors import UserError
+
+ONLY_WITH = (
+    OnlyWith(
+        ("training", "held_out"), lambda args: args.data == "world", "CIFAR-100 has its own numbers; leave it out"
+    ),
+    OnlyWith(("attack_steps",), lambda args: args.attacked, "--attacked 0 attacks nothing; leave out one of them"),
+    OnlyWith(
+        ("not_paired",),
+        lambda args: args.groups is not None,
+        "--groups soc shuffles no channels; leave out one of them",
+    ),
+)
 
 
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +48,17 @@ def add_training_flags(parser: argparse.ArgumentParser, epochs: int) -> None:
     parser.add_argument("--attack_steps", type=at_least(1), default=50, help="of projected gradient descent")
 
 
+def refuse_without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise UserError for the first flag that does nothing beside the others. What has its default was not asked for.
+
+    args: what the flags say. parser: knows the defaults.
+    """
+    for rule in ONLY_WITH:
+        for name in rule.names:
+            if getattr(args, name, None) != parser.get_default(name) and not rule.test(args):
+                raise UserError(f"--{name} would have no effect: {rule.why}")
+
+
 def read_pictures(args: argparse.Namespace, seed: int) -> Pictures:
     """The pictures that the flags name, dealt out by the seed. Raises UserError if there are none, or too few."""
     if args.data == "cifar100":
@@ -59,7 +83,10 @@ def groups(text: str) -> tuple[int, int | None] | None:
 
 def positive(text: str) -> float:
     """The type of an option that is a number above 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number

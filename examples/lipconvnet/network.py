@@ -18,11 +18,16 @@ PICTURE_SIZE = 2**STAGES  # px
 class Convolutions:
     """Which convolutions a network is made of.
 
-    groups: `(a, b)` of `gsoft.GSConv2d`, None for SOC. paired: whether shuffles keep pairs of channels together.
+    groups: `(a, b)` of `gsoft.GSConv2d`, None for SOC. paired: whether shuffles keep pairs of channels together; always
+      True for SOC, which shuffles nothing.
     """
 
     groups: tuple[int, int | None] | None = None
     paired: bool = True
+
+    def __post_init__(self) -> None:
+        if self.groups is None:
+            object.__setattr__(self, "paired", True)
 
     @property
     def name(self) -> str:
@@ -63,12 +68,15 @@ class Normalized(nn.Module):
 
 
 class LipConvnet(nn.Sequential):
-    """Pictures `(B, 3, 32, 32)` in [0, 1] to logits `(B, classes)`; no layer moves two inputs apart.
+    """Pictures `(B, 3, 32, 32)` in [0, 1] to logits `(B, classes)`.
+
+    Only the first layer, `Normalized`, moves two inputs further apart, by the factor `1/scale`: a certificate divides
+    by it.
 
     Five stages of `depth/5` convolutions with `MaxMin`; the last convolution of a stage has stride 2 and doubles the
     width. It has a 1×1 kernel in the last stage, the others 3×3. A last 1×1 skew orthogonal convolution gives the
     logits. As in the paper's counts, second convolutions of the pair `(a, b)` follow 3×3 kernels only. The very first
-    layer is skew orthogonal in every network: three colours cannot be dealt out to four groups.
+    convolution is skew orthogonal in every network: three colours cannot be dealt out to four groups.
     """
 
     def __init__(

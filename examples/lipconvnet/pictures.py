@@ -128,7 +128,7 @@ def cifar_pictures(folder: Path, seed: int) -> Pictures:
     try:
         training, test = (CIFAR100(folder, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--data cifar100: cannot be had in {folder}: {error}") from None
+        raise UserError(f"--data cifar100: is not available in {folder}: {error}") from None
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(training.data)))
     whole, tested = (
         Part(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))

@@ -83,22 +83,24 @@ def read_results(out: Path) -> Record:
 def report(results: Record) -> str:
     """The tables as Markdown; results: as `read_results` gives them."""
     names = list(dict.fromkeys(record["name"] for record in results["runs"]))
-    attacked = [record["scores"]["test"] for record in results["runs"]]
     settings = results["settings"]
-    return "\n\n".join(
-        [
-            f"LipConvnet-{settings['depth']}, width {settings['width']}, {settings['epochs']} epochs, "
-            f"{len({record['seed'] for record in results['runs']})} seeds. Percent: mean over the seeds, in brackets "
-            "the difference from SOC with the same seed and its 95 % interval (Student's t). Accuracies are of the "
-            "epoch that was best on the validation part.",
-            main_table(results, [name for name in names if "not paired" not in name]),
-            paired_table(results, [name for name in names if name != "SOC"]),
+    parts = [
+        f"LipConvnet-{settings['depth']}, width {settings['width']}, {settings['epochs']} epochs, "
+        f"{len({record['seed'] for record in results['runs']})} seeds. Percent: mean over the seeds, in brackets "
+        "the difference from SOC with the same seed and its 95 % interval (Student's t). Accuracies are of the "
+        "epoch that was best on the validation part.",
+        main_table(results, [name for name in names if "not paired" not in name]),
+        paired_table(results, [name for name in names if name != "SOC"]),
+    ]
+    attacked = [record["scores"]["test"] for record in results["runs"]]
+    if attacked[0]["attacked"]:
+        parts.append(
             f"Attack: projected gradient descent within 36/255, {settings['attack_steps']} steps, on "
             f"{attacked[0]['attacked']} test pictures of each network. Certified pictures that it had named otherwise: "
             f"{sum(scores['beaten'] for scores in attacked)} of "
-            f"{sum(round(scores['attacked_certified'] * scores['attacked']) for scores in attacked)}.",
-        ]
-    )
+            f"{sum(round(scores['attacked_certified'] * scores['attacked']) for scores in attacked)}."
+        )
+    return "\n\n".join(parts)
 
 
 def main_table(results: Record, names: Sequence[str]) -> str:
@@ -155,7 +157,7 @@ def accuracy_plot(results: Record) -> Figure:
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for panel, part in zip(panels, parts, strict=True):
         for score, color in (("accuracy", "C0"), ("attacked_accuracy", "C1"), ("certified", "C2")):
-            if (part, score) not in [(its_part, its_score) for its_part, its_score, _ in SCORES]:
+            if (part, score) not in [(its_part, its_score) for its_part, its_score, _ in _scores(results)]:
                 continue
             means = [100 * statistics.mean(_values(results, name, part, score)) for name in names]
             panel.plot(means, range(len(names)), "|", color=color, markersize=14, label=score.replace("_", " "))
@@ -179,8 +181,13 @@ def _values(results: Record, name: str, part: str, score: str) -> list[float]:
 
 
 def _scores(results: Record) -> list[tuple[str, str, str]]:
-    """The scores that these results have: CIFAR-100 has no part of familiar things."""
-    return [score for score in SCORES if score[0] in results["runs"][0]["scores"]]
+    """The scores that these results have: CIFAR-100 has no part of familiar things, and `--attacked 0` no attack."""
+    found = results["runs"][0]["scores"]
+    return [
+        (part, score, title)
+        for part, score, title in SCORES
+        if part in found and (score != "attacked_accuracy" or found[part]["attacked"])
+    ]
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ class Scores:
 
     accuracy: rightly named. certified: so, and nothing within `EPSILON` is named otherwise, by the certificate.
     attacked_accuracy: rightly named before and after the attack, of the attacked pictures. attacked_certified: the
-    certified share of these, which cannot be larger; both 0 if none were attacked. attacked: how many were attacked.
+    certified share of these, which cannot be larger; both None if none were attacked. attacked: how many were attacked.
     beaten: how many certified pictures the attack had named otherwise, which has to be 0.
     """
 
     accuracy: float
     certified: float
-    attacked_accuracy: float
-    attacked_certified: float
+    attacked_accuracy: float | None
+    attacked_certified: float | None
     attacked: int
     beaten: int
 
@@ -57,8 +57,8 @@ def score(network: LipConvnet, part: Part, attacked: int, steps: int) -> Scores:
     return Scores(
         accuracy=_share(right),
         certified=_share(certified),
-        attacked_accuracy=_share(withstood),
-        attacked_certified=_share(certified[:attacked]),
+        attacked_accuracy=_share(withstood) if len(few) else None,
+        attacked_certified=_share(certified[:attacked]) if len(few) else None,
         attacked=len(few),
         beaten=int((certified[:attacked] & ~withstood).sum()),
     )

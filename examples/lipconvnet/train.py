@@ -18,7 +18,14 @@ import torch
 from tqdm import tqdm
 
 import gsoft
-from examples.lipconvnet.flags import add_picture_flags, add_training_flags, at_least, groups, read_pictures
+from examples.lipconvnet.flags import (
+    add_picture_flags,
+    add_training_flags,
+    at_least,
+    groups,
+    read_pictures,
+    refuse_without_effect,
+)
 from examples.lipconvnet.network import PICTURE_SIZE, Convolutions, LipConvnet, check_fits
 from examples.lipconvnet.scores import check_attack, score
 from examples.lipconvnet.training import Run, Settings, train
@@ -40,6 +47,7 @@ def main() -> int:
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--out", type=expanded_path, required=True, help="folder of the checkpoint and the results")
     args = parser.parse_args()
+    refuse_without_effect(args, parser)
     check_writable(args.out, "--out")
     check_attack(args.attacked)
     convolutions = Convolutions(args.groups, not args.not_paired)
@@ -61,10 +69,10 @@ def main() -> int:
     with whole_file(args.out / "scores.json") as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
     export(network, args.out / "network.pt2")
+    attacked = f", under attack {scores.attacked_accuracy:.1%} of {scores.attacked}" if scores.attacked else ""
     print(
-        f"{convolutions.name}: accuracy {scores.accuracy:.1%}, certified {scores.certified:.1%}, "
-        f"under attack {scores.attacked_accuracy:.1%} of {scores.attacked}; epoch {trained.best_epoch + 1}; "
-        f"{args.out / 'network.pt2'}"
+        f"{convolutions.name}: accuracy {scores.accuracy:.1%}, certified {scores.certified:.1%}{attacked}; "
+        f"epoch {trained.best_epoch + 1}; {args.out / 'network.pt2'}"
     )
     return 0
 

@@ -89,17 +89,18 @@ class Run:
         """Go on from a checkpoint. Raises UserError if it cannot be read, or belongs to other settings."""
         try:
             content = torch.load(path, weights_only=True)
-            theirs, network, optimizer = content["settings"], content["network"], content["optimizer"]
-            history, best = content["history"], content["best"]
-        except Exception as error:
+            ours, theirs = self._record(), content["settings"]
+            other = [name for name in ours if theirs.get(name) != ours[name]]
+            if not other:
+                self.history, self.best = list(content["history"]), content["best"]
+                if self.history:
+                    self.network.load_state_dict(self.best)  # whether it fits
+                self.network.load_state_dict(content["network"])
+                self.optimizer.load_state_dict(content["optimizer"])
+        except Exception as error:  # of many kinds: whatever the file holds
             raise UserError(f"{path} is no checkpoint of this program; give another --out") from error
-        ours = self._record()
-        other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
-            raise UserError(f"{path} was trained with another {', '.join(other)}; give another --out")
-        self.network.load_state_dict(network)
-        self.optimizer.load_state_dict(optimizer)
-        self.history, self.best = history, best
+            raise UserError(f"{path} was trained with other settings ({', '.join(other)}); give another --out")
 
 
 def new_run(settings: Settings, pictures: Pictures) -> Run:

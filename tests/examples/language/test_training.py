@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_language import WIDTH, texts
-from transformers import TrainerControl, TrainerState
+from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState, set_seed
 
 from examples.language import training
 from examples.language.methods import METHODS
@@ -62,6 +63,20 @@ def test_every_kind_of_task(run, task):
     np.testing.assert_allclose(found, result.scores["answers"], atol=2e-4)
     expected = score(TASKS[task].metric, result.scores["answers"], result.scores["truth"])
     assert result.scores["test"] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("evaluations", "steps"), [(5, [3, 5, 8, 10, 12]), (8, [2, 3, 5, 6, 8, 9, 11, 12])])
+def test_the_validation_part_is_answered_as_often_as_asked_for(run, evaluations, steps):
+    assert [step for step, _ in trained(replace(run, evaluations=evaluations)).scores["curve"]] == steps
+
+
+def test_of_several_gpus_one_is_used(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, count in (("cuda", 1), ("cpu", 0)):
+        monkeypatch.setattr(training, "training_device", lambda device=device: torch.device(device))
+        arguments = training._arguments(run, str(tmp_path), progress=False)
+        assert arguments.n_gpu == count
+        assert (arguments.train_batch_size, arguments.eval_batch_size) == (8, 16)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,6 +155,42 @@ def test_the_head_knows_the_names_of_the_classes(encoder):
     assert rating.classifier.weight.shape == (1, WIDTH)
 
 
+def states(name: str, task: str, seed: int) -> tuple[dict, dict]:
+    """What a model is loaded with for a task: of its encoder, and of its head."""
+    set_seed(seed)
+    model, _ = load_model(name, TASKS[task])
+    assert not model.training
+    state = model.state_dict()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    head = {key: state.pop(key) for key in list(state) if not key.startswith("bert.")}
+    return state, head
+
+
+def test_the_head_is_new_where_the_checkpoint_has_one(encoder, tmp_path):
+    """Of as many classes or of others; and as before where it has none."""
+    set_seed(5)
+    tuned = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    tuned.save_pretrained(tmp_path)
+    shutil.copy(encoder / "tokenizer.json", tmp_path)
+    shutil.copy(encoder / "tokenizer_config.json", tmp_path)
+    for task in ("sentiment", "topic", "rating"):
+        state, head = states(str(tmp_path), task, seed=0)
+        assert all(torch.equal(state[key], tensor) for key, tensor in states(str(encoder), task, seed=0)[0].items())
+        assert head["classifier.weight"].shape == (len(TASKS[task].labels) or 1, WIDTH)
+        assert head["classifier.weight"].std() > 0.1
+        assert not torch.equal(head["classifier.weight"][:1], tuned.classifier.weight[:1])
+        assert torch.equal(head["classifier.weight"], states(str(tmp_path), task, seed=0)[1]["classifier.weight"])
+        assert not torch.equal(head["classifier.weight"], states(str(tmp_path), task, seed=1)[1]["classifier.weight"])
+
+
+def test_weights_that_are_not_of_the_config_are_refused(encoder, tmp_path):
+    shutil.copytree(encoder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 20}))
+    with pytest.raises(UserError, match=r"model: bert\.encoder\..* has another shape than its config\.json says"):
+        load_model(str(tmp_path / "model"), TASKS["sentiment"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -162,14 +213,14 @@ def test_a_model_that_is_not_there(run, tmp_path, monkeypatch):
         return "the hub does not answer"
 
     monkeypatch.setattr(training, "why_unreachable", unreachable)
-    with pytest.raises(UserError, match=r"cannot be had \(.*does not answer.*examples\.language\.fetch"):
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*does not answer.*examples\.language\.fetch"):
         trained(replace(run, model="nobody/nothing"))
-    with pytest.raises(UserError, match=r"cannot be had.*examples\.language\.fetch"):
+    with pytest.raises(UserError, match=r"cannot be loaded.*examples\.language\.fetch"):
         trained(replace(run, model=str(tmp_path)))
 
 
 def test_a_damaged_model(run, encoder, tmp_path):
     shutil.copytree(encoder, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(UserError, match=r"--model .* cannot be had"):
+    with pytest.raises(UserError, match=r"--model .* cannot be loaded"):
         trained(replace(run, model=str(tmp_path / "model")))

@@ -12,7 +12,7 @@ from examples.lipconvnet.training import Run
 from gsoft_diffusion.foundation.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-QUICK = "--depth 5 --width 8 --batch_size 16 --epochs 1 --attack_steps 2 --attacked 0 --seeds 0 --step_repetitions 2"
+QUICK = "--depth 5 --width 8 --batch_size 16 --epochs 1 --attacked 0 --seeds 0 --step_repetitions 2"
 
 
 def run(monkeypatch, out, *options: str) -> int:
@@ -54,10 +54,11 @@ def test_a_comparison_that_was_stopped_does_only_what_is_missing(few_rows, tmp_p
     assert not (out / "work" / "0").exists()
     printed = capsys.readouterr().out
     assert printed.strip() == (out / "report.md").read_text().strip()
+    assert "attack" not in printed.lower()
     assert (out / "accuracy.png").stat().st_size > 5000
     assert run(monkeypatch, out) == 0
     assert len(trained) == 4
-    with pytest.raises(UserError, match=r"out has results of another --width; give another --out"):
+    with pytest.raises(UserError, match=r"out has results of other settings \(--width\); give another --out"):
         run(monkeypatch, out, "--width", "16")
 
 
@@ -126,6 +127,33 @@ def test_tables_have_means_paired_differences_and_their_intervals(folder):
         in text
     )
     assert "| (4,–) | +20.0, +20.0 to +20.0 | +20.0, -4.8 to +44.8 |" in text
+
+
+def test_without_an_attack_nothing_is_shown_of_one(folder):
+    def shown() -> tuple[str, list[str]]:
+        results = report.read_results(folder)
+        (legend,) = report.accuracy_plot(results).legends
+        return report.report(results), [text.get_text() for text in legend.get_texts()]
+
+    text, series = shown()
+    assert "certified | attacked |" in text
+    assert series == ["accuracy", "attacked accuracy", "certified"]
+    for path in (folder / "runs").iterdir():
+        content = json.loads(path.read_text())
+        content["scores"]["test"] |= {"attacked": 0, "attacked_accuracy": None, "attacked_certified": None}
+        path.write_text(json.dumps(content))
+    text, series = shown()
+    assert "attack" not in text.lower()
+    assert "| SOC | 1,000 | 2,000 | 1 | 60.0 | 20.0 |\n" in text
+    assert series == ["accuracy", "certified"]
+
+
+def test_flags_without_effect_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^--attack_steps would have no effect: --attacked 0 attacks nothing"):
+        run(monkeypatch, tmp_path / "out", "--attack_steps", "2")
+    with pytest.raises(UserError, match=r"^--held_out would have no effect: CIFAR-100 has its own numbers"):
+        run(monkeypatch, tmp_path / "out", "--data", "cifar100", "--held_out", "7")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_is_written_again_from_its_results(folder, monkeypatch, capsys):

@@ -70,6 +70,10 @@ def test_names():
     ]
 
 
+def test_soc_has_no_shuffles_to_pair():
+    assert Convolutions(None, paired=False) == Convolutions()
+
+
 @pytest.mark.parametrize(
     ("depth", "width", "message"),
     [

@@ -105,7 +105,7 @@ class TestCifar:
             raise OSError("no route to host")
 
         monkeypatch.setattr(CIFAR100, "download", no_network)
-        with pytest.raises(UserError, match=f"^--data cifar100: cannot be had in {tmp_path}: no route to host"):
+        with pytest.raises(UserError, match=f"^--data cifar100: is not available in {tmp_path}: no route to host"):
             cifar_pictures(tmp_path, 0)
 
 

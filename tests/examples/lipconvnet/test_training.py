@@ -75,13 +75,26 @@ def test_a_checkpoint_of_other_settings_or_of_no_run(pictures, tmp_path):
     path = tmp_path / "run.pt"
     run = new_run(SETTINGS, pictures)
     run.save(path)
-    with pytest.raises(UserError, match=r"run\.pt was trained with another width, epochs; give another --out"):
+    with pytest.raises(
+        UserError, match=r"run\.pt was trained with other settings \(width, epochs\); give another --out"
+    ):
         train(replace(SETTINGS, width=16, epochs=4), pictures, path)
-    with pytest.raises(UserError, match="trained with another convolutions"):
+    with pytest.raises(UserError, match=r"other settings \(convolutions\)"):
         train(replace(SETTINGS, convolutions=Convolutions((4, 1), paired=False)), pictures, path)
     other = replace(pictures, training=replace(pictures.training, labels=pictures.training.labels.flip(0)))
-    with pytest.raises(UserError, match="trained with another pictures"):
+    with pytest.raises(UserError, match=r"other settings \(pictures\)"):
         train(SETTINGS, other, path)
+    content = torch.load(path)
+    for change in (
+        {"settings": None},
+        {"network": {}},
+        {"optimizer": {}},
+        {"history": None},
+        {"history": [{"validation_accuracy": 0.5}], "best": {"1.free": torch.zeros(1)}},
+    ):
+        torch.save(content | change, path)
+        with pytest.raises(UserError, match=r"run\.pt is no checkpoint of this program"):
+            train(SETTINGS, pictures, path)
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"run\.pt is no checkpoint of this program"):
         train(SETTINGS, pictures, path)
