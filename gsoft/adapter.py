@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from gsoft.linear import RotatedLayer, RotatedLinear, put_on, take_off
 from gsoft.linear_slice import AnyLinear, LinearSlice, whole_of
 from gsoft.rotation import Rotation, parameter_count
 from gsoft.submodules import add_submodule
+
+_ADAPTERS: WeakSet[Adapter] = WeakSet()  # all that there are, so that no two are on one model
 
 
 class Adapter(nn.Module):
@@ -52,16 +55,24 @@ class Adapter(nn.Module):
         self._attached = self._unloaded = False
         self._required_grad: list[nn.Parameter] = []
         self._preparing: list[RemovableHandle] = []  # hooks
+        _ADAPTERS.add(self)
 
     def attach(self) -> None:
         """Freeze the models and rotate their layers; until something is learned, outputs stay bit-equal.
 
-        Raises GSOFTError if it is attached already.
+        Raises GSOFTError if it is attached already, or another adapter is on a model: either would freeze and thaw what
+        is the other's.
         """
         if self._attached:
             raise GSOFTError("attach(): the adapter is on its models already")
+        own = set(self._base_parameters())
+        if any(not own.isdisjoint(other._base_parameters()) for other in _ADAPTERS if other._attached):
+            raise GSOFTError(
+                "attach(): the model carries a GSOFT adapter already: remove it first (adapter.remove()), or merge it "
+                "for good (adapter.merge_and_unload())"
+            )
         self._attached, self._unloaded = True, False
-        self._required_grad = [p for model in self._models for p in model.parameters() if p.requires_grad]
+        self._required_grad = [parameter for parameter in self._base_parameters() if parameter.requires_grad]
         for model in self._models:
             model.requires_grad_(False)
         slices: dict[nn.Linear, list[tuple[LinearSlice, RotatedLayer]]] = defaultdict(list)
@@ -78,6 +89,14 @@ class Adapter(nn.Module):
             modules = set(model.modules())
             names = [name for name, linear in self._linears.items() if whole_of(linear) in modules]
             self._preparing.append(model.register_forward_pre_hook(partial(self._prepare, names)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which is on copies of the models."""
+        super().__setstate__(state)
+        _ADAPTERS.add(self)
+
+    def _base_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for model in self._models for parameter in model.parameters())
 
     @torch.compiler.disable
     def _prepare(self, names: Sequence[str], model: nn.Module, inputs: Any) -> None:
@@ -164,10 +183,13 @@ class Adapter(nn.Module):
         """Write the rotated weights into the models, which then cost exactly what the base models cost.
 
         `unmerge` afterwards if the adapter is to be trained or loaded again: merged weights do not follow it. Raises
-        GSOFTError if the adapter is not attached, and as `RotatedLayer.check` does.
+        GSOFTError if the adapter is not attached, and as `RotatedLayer.check` does, before anything is changed.
         """
         if not self._attached:
             raise GSOFTError("merge(): the adapter is not on its models; attach() puts it on")
+        for _, linear, rotated in self.layers():
+            if not rotated.merged:
+                rotated.check(linear)
         for _, linear, rotated in self.layers():
             rotated.merge(linear)
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gsoft.autocast import without_autocast
 from gsoft.differentiable_once import differentiable_once
 
 # Measured on a CPU: docs/performance.md.
@@ -65,6 +66,8 @@ def skew_symmetric(free: Tensor, size: int, factor: float = 1.0) -> Tensor:
     free: the entries, row by row, `(…, b(b−1)/2)`. size: the side `b`. factor: by what they are multiplied. Returns
     `(…, b, b)` of the same dtype.
     """
+    if size == 1:  # of which there is only 0, and no entry to select
+        return free.new_zeros(*free.shape[:-1], 1, 1)
     place, sign = _remembered(_origins, free, size, factor)
     rows = free.reshape(-1, free.shape[-1])  # PyTorch selects from a matrix much faster than with more dimensions
     return (rows.index_select(1, place) * sign.to(free.dtype)).reshape(*free.shape[:-1], size, size)
@@ -82,12 +85,17 @@ def _remembered(make: Callable[..., tuple[Tensor, Tensor]], tensor: Tensor, *num
 
     Not for tensors of other classes: such stand-ins belong to what is being looked at with them.
     """
-    key = make, tensor.device, *numbers
     if type(tensor.detach()) is not Tensor:
         return make(tensor.device, *numbers)
+    return _kept(make, tensor.device, *numbers)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the tensors, and does not see how they are kept
+def _kept(make: Callable[..., tuple[Tensor, Tensor]], device: torch.device, *numbers: float) -> tuple[Tensor, Tensor]:
+    key = make, device, *numbers
     if key not in _REMEMBERED:
         with torch.inference_mode(False):  # for use in training later
-            _REMEMBERED[key] = make(tensor.device, *numbers)
+            _REMEMBERED[key] = make(device, *numbers)
     return _REMEMBERED[key]
 
 
@@ -272,6 +280,6 @@ def orthogonal_blocks(
     """
     make, _ = _map_of(parametrization)
     factor = skew_factor(parametrization, size, free[0].shape[0], double)
-    with torch.autocast(free[0].device.type, enabled=False):
+    with without_autocast(free[0].device):
         full = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in free]
         return make(full, size, dtype or full[0].dtype, factor)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gsoft.autocast import without_autocast
 from gsoft.errors import GSOFTError
 from gsoft.exponential import check_series, coefficients, exponential_conv2d, exponential_kernel, truncation_error
 from gsoft.shuffles import channel_shuffle
@@ -65,7 +66,7 @@ class ExponentialConv2d(nn.Module):
 
     def kernel(self) -> Tensor:
         """`L`, `(channels, channels/groups, k, k)`, in at least float32."""
-        with torch.autocast(self.free.device.type, enabled=False):
+        with without_autocast(self.free.device):
             free = self.free.to(torch.promote_types(self.free.dtype, torch.float32))
             skew = skew_kernel(free, self.channels // self.groups, self.kernel_size)
             bound = norm_bound(skew).clamp(min=SMALLEST_NORM)
@@ -77,7 +78,7 @@ class ExponentialConv2d(nn.Module):
         kernel, series = self.kernel(), coefficients(self.radius, self.terms)
         pixels = x.numel() // self.channels
         if self.kernel_size == 1 and self.channels // self.groups < pixels:  # this takes less arithmetic
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 kernel = exponential_kernel(kernel, self.groups, series)
             return F.conv2d(x, kernel.to(x.dtype), groups=self.groups)
         return exponential_conv2d(x, kernel.to(x.dtype), self.groups, series)
@@ -144,10 +145,10 @@ class Layout:
         first, second = self.groups
         return first if second is None else second
 
-    def check(self, name: str) -> None:
-        """Raise GSOFTError unless shuffles can deal channels out, and each group keeps its part of them.
+    def check(self, name: str, kernel_size: int) -> None:
+        """Raise GSOFTError unless shuffles can deal channels out, and each group keeps its part of them and can learn.
 
-        name: of the layer, for the message.
+        name: of the layer, for the message. kernel_size: of the first exponential; a second has 1×1 kernels.
         """
         first, second = self.groups
         if min(self.in_channels, self.out_channels, self.stride, first, self.last_groups) < 1:
@@ -162,6 +163,9 @@ class Layout:
         groups = first if self.out_channels > self.unfolded else self.last_groups
         if self.out_channels % groups:
             raise GSOFTError(f"{name}: {self.out_channels} outputs cannot be taken evenly from {groups} groups")
+        pointwise = [second] if kernel_size > 1 else [first, second]
+        if self.channels in pointwise:
+            raise GSOFTError(f"{name}: a 1×1 kernel has nothing to learn in groups of one channel; take larger groups")
 
 
 class GroupAndShuffle2d(nn.Module):
@@ -236,7 +240,6 @@ class GSConv2d(GroupAndShuffle2d):
 
         Raises GSOFTError if channels cannot be dealt out to the groups, or an argument is not one of these.
         """
-        layout = Layout(in_channels, out_channels, stride, groups, paired_shuffle)
         name = f"{type(self).__name__}({in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride})"
         if not all(isinstance(number, int) for number in (kernel_size, stride)):
             raise GSOFTError(f"{name}: kernel_size and stride must be one number each, the same for both sides")
@@ -244,7 +247,13 @@ class GSConv2d(GroupAndShuffle2d):
             raise GSOFTError(f"{name}: kernel_size must be odd, or the kernel has no middle")
         if padding not in ("same", kernel_size // 2):
             raise GSOFTError(f"{name}: padding is {padding!r}; valid: 'same', which is {kernel_size // 2}")
-        layout.check(name)
+        if not _is_pair(groups):
+            raise GSOFTError(
+                f"{name}: groups is {groups!r}, but must be a pair (a, b) or (a, None); with (4, None) there is one "
+                "convolution, in 4 groups"
+            )
+        layout = Layout(in_channels, out_channels, stride, groups, paired_shuffle)
+        layout.check(name, kernel_size)
 
         def exponential(kernel_size: int, groups: int) -> ExponentialConv2d:
             return ExponentialConv2d(
@@ -352,6 +361,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
             plain[module] = plain.get(module) or module.plain()
             setattr(copied.get_submodule(parent), name, plain[module])
     return copied
+
+
+def _is_pair(groups: object) -> bool:
+    """Whether these are the groups of two convolutions, of which there may not be the second."""
+    if not isinstance(groups, tuple | list) or len(groups) != 2:
+        return False
+    first, second = groups
+    return isinstance(first, int) and (second is None or isinstance(second, int))
 
 
 def _fixed_conv2d(kernel: Tensor, bias: Tensor | None, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:

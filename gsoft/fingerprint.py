@@ -54,11 +54,12 @@ def _sketch(weight: Tensor, wave: int = 0) -> float:
 
     wave: which of several `u` and `v`, unrelated to each other.
     """
-    u, v = (
-        (torch.arange(1, side + 1, device="cpu").float() * (1 + wave)).cos() * math.sqrt(2) for side in weight.shape
+    u, v = (  # made on the CPU, so that they are the same on every device
+        ((torch.arange(1, side + 1, device="cpu").float() * (1 + wave)).cos() * math.sqrt(2)).to(weight.device)
+        for side in weight.shape
     )
-    weight = weight.detach().cpu().float()
-    return (u @ weight @ v / weight.norm().clamp(min=1e-12)).item()
+    weight = weight.detach().float()
+    return ((u[None] @ weight)[0] @ v / weight.norm().clamp(min=1e-12)).item()
 
 
 def is_fingerprint(text: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gsoft.autocast import autocast_is_on
 from gsoft.differentiable_once import differentiable_once
 from gsoft.linear import RotatedLayer, rotate_together
 from gsoft.linear_slice import LinearSlice
@@ -94,7 +95,7 @@ class RotatedSlices:
         weights = [next(made) if rotated is not None and rotated.active else one.weight for one, rotated in self.pieces]
         differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
         # autocast is left to decide what is computed in which precision.
-        if not differentiated or torch.is_autocast_enabled(x.device.type):
+        if not differentiated or autocast_is_on(x.device):
             return F.linear(x, torch.cat(weights, dim=self.dim), linear.bias)
         learned = tuple(rotated is not None and rotated.active for _, rotated in self.pieces)
         return _FusedProduct.apply(x, linear.bias, self.dim, learned, *weights)
@@ -135,7 +136,7 @@ class _FusedProduct(torch.autograd.Function):
             columns = x.split([piece.shape[1] for piece in pieces], dim=-1)
             inputs = [part.contiguous() for part, wanted in zip(columns, learned, strict=True) if wanted]
         ctx.save_for_backward(*inputs, *pieces)
-        return F.linear(x, torch.cat(pieces, dim=dim), bias)
+        return F.linear(x, torch.cat(pieces, dim=dim), bias).detach()  # a view might not be changed in place
 
     @staticmethod
     @differentiable_once
@@ -163,7 +164,7 @@ class _SameTo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, computed: Tensor) -> Tensor:
-        return values.view_as(values)
+        return values.detach()  # a view might not be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:

@@ -197,14 +197,17 @@ def fit_blocks(width: int, nblocks: int | None, block_size: int | None, layer: s
     (blocks of side 1 cannot rotate anything).
     """
     name, value = ("nblocks", nblocks) if nblocks is not None else ("block_size", block_size)
-    sizes = [size for size in range(2, width + 1) if width % size == 0]
-    valid = sorted(width // size for size in sizes) if name == "nblocks" else sizes
-    if value not in valid:
+    assert value is not None, "neither is given"
+    other, rest = divmod(width, value) if value else (0, width)
+    fitted = (value, other) if name == "nblocks" else (other, value)
+    if rest or fitted[1] < 2:
+        sizes = [size for size in range(2, width + 1) if width % size == 0]
+        valid = sorted(width // size for size in sizes) if name == "nblocks" else sizes
         choices = ", ".join(map(str, valid)) or "none"
         raise GSOFTError(
             f"{layer} has width {width}, which {name} {value} does not divide into blocks; valid: {choices}"
         )
-    return (value, width // value) if name == "nblocks" else (width // value, value)
+    return fitted
 
 
 def dense_reference(blocks: Tensor) -> Tensor:

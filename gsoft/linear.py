@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gsoft.autocast import autocast_is_on, without_autocast
 from gsoft.cache import RotationCache
 from gsoft.errors import GSOFTError
 from gsoft.group_and_shuffle import rotate, rotate_back
@@ -61,7 +62,7 @@ class RotatedLayer:
         if not self.active:
             return
         self.check(linear)
-        plainly = not torch.is_grad_enabled() or torch.is_autocast_enabled(linear.weight.device.type)
+        plainly = not torch.is_grad_enabled() or autocast_is_on(linear.weight.device)
         if self._keeps_weight and (plainly or self.cache.expects_weight_side(self.index)):
             self.prepared = self.cache.weight(self.index, linear.weight)
         else:
@@ -89,7 +90,7 @@ class RotatedLayer:
         if torch.compiler.is_compiling():
             if isinstance(self.prepared, Tensor):
                 return F.linear(x, self.prepared, linear.bias)
-            if self.prepared is not None and not torch.is_autocast_enabled(x.device.type):
+            if self.prepared is not None and not autocast_is_on(x.device):
                 return rotate_activations(x, [(linear.weight, linear.bias)], [self.prepared], identity=False)[0]
         return self._compute(linear, x)
 
@@ -128,7 +129,7 @@ class RotatedLayer:
         if not self._keeps_weight:
             return True
         rotation = self.rotation
-        if not (torch.is_grad_enabled() and rotation.q_in.requires_grad) or torch.is_autocast_enabled(x.device.type):
+        if not (torch.is_grad_enabled() and rotation.q_in.requires_grad) or autocast_is_on(x.device):
             return False
         return not self.cache.weight_side(self.index, x.numel() // rotation.in_features, linear.weight)
 
@@ -202,14 +203,14 @@ def rotate_together(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear]
 
 def _with_rotated_activations(layers: Sequence[RotatedLayer], linears: Sequence[AnyLinear], x: Tensor) -> list[Tensor]:
     """By rotating x and the results, in autocast in its precision."""
-    plain, device = [(linear.weight, linear.bias) for linear in linears], x.device.type
-    if not torch.is_autocast_enabled(device):
+    plain = [(linear.weight, linear.bias) for linear in linears]
+    if not autocast_is_on(x.device):
         return _around_products(layers, plain, x)
     if x.dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         plain = [(weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in plain]
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x.device):
         return _around_products(layers, plain, x)
 
 

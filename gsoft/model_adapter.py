@@ -28,16 +28,19 @@ def inject(model: nn.Module, config: Config) -> ModelAdapter:
     model: any module with linear layers. config: which of them, and what is learned. Returns the adapter, attached.
 
     Until something is trained, the model's output stays bit-equal. What was adapted and what was skipped, with the
-    reasons, is in `adapter.targets`, and goes to the logger `gsoft` at level INFO. A `Q` that is not dense, and names
-    that no layer has, are a UserWarning.
+    reasons, is in `adapter.targets`, and goes to the logger `gsoft` at level INFO. Names that no layer has, names of
+    which every layer is skipped, a `Q` that is not dense, and modules to save in half precision are a UserWarning.
 
-    Raises GSOFTError, before anything is changed, if no layer is found, a named layer cannot be rotated, or a width
-    does not fit the configuration.
+    Raises GSOFTError, before anything is changed, if no layer is found, a linear layer that is named cannot be rotated,
+    a width does not fit the configuration, or another adapter is on the model.
     """
     adapter = ModelAdapter(config, model)
     log.info("%s", adapter.targets)
     for name in adapter.targets.unused_names:
         warnings.warn(f"target_modules: no layer is called {name}", stacklevel=2)
+    for name, path in adapter.targets.skipped_names.items():
+        reason = adapter.targets.skipped[path]
+        warnings.warn(f"target_modules: nothing called {name} is adapted: {path} {reason}", stacklevel=2)
     if sparse := adapter.not_dense():
         warnings.warn(
             f"Q is not dense in {len(sparse)} of {len(adapter.targets.layers)} layers, so not every entry can act on "
@@ -72,6 +75,7 @@ class ModelAdapter(Adapter):
         self.base_model = BaseModelIdentity(name_of(model), _fingerprint(targets.layers))
         self.modules_to_save = SavedModules(targets.saved)
         self._hooks: list[Any] = []
+        self._without_nested: list[nn.TransformerEncoder] = []
 
     def attach(self) -> None:
         """Freeze the model, but for the modules to save, and have its layers rotated."""
@@ -79,9 +83,17 @@ class ModelAdapter(Adapter):
         self.modules_to_save.start()
         for model in self._models:
             for module in model.modules():
-                if isinstance(module, nn.TransformerEncoderLayer) and any(map(_is_rotated, module.modules())):
+                if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+                    continue
+                if not any(map(_is_rotated, module.modules())):
+                    continue
+                if isinstance(module, nn.TransformerEncoderLayer):
                     # Its fast path reads weights without calling the layers; it is not taken where there is a hook.
                     self._hooks.append(module.register_forward_pre_hook(_nothing))
+                elif getattr(module, "use_nested_tensor", False):
+                    # For that path it makes nested tensors of padded batches, which have gradients on it alone.
+                    module.use_nested_tensor = False
+                    self._without_nested.append(module)
 
     def remove(self) -> None:
         """Give the model back exactly as it was: weights, layers and what required gradients.
@@ -97,7 +109,9 @@ class ModelAdapter(Adapter):
         super().detach()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for encoder in self._without_nested:
+            encoder.use_nested_tensor = True
+        self._hooks, self._without_nested = [], []
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

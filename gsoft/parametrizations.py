@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from gsoft.autocast import without_autocast
 from gsoft.blocks import free_numbers, orthogonal_blocks
 from gsoft.config import Parametrization, RotationConfig
 from gsoft.errors import GSOFTError
@@ -61,7 +62,8 @@ class _Orthogonal(nn.Module):
         """free: `(m, r, b(b−1)/2)`; returns the weight, in the dtype of `W₀`."""
         _, _, size = self._shape
         (blocks,) = orthogonal_blocks([free], size, self._parametrization)
-        rotated = rotate(blocks, self.base.to(blocks.dtype)).to(self.base.dtype)
+        with without_autocast(blocks.device):  # rounded to half precision it is no longer orthogonal
+            rotated = rotate(blocks, self.base.to(blocks.dtype)).to(self.base.dtype)
         return rotated.mT if self._wide else rotated
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -120,10 +122,12 @@ class OrthogonalLinear(nn.Module):
 
     @torch.no_grad()
     def lipschitz_bound(self) -> float:
-        """The largest singular value of `Q` as it is computed: 1, but for rounding."""
+        """An upper bound of the Lipschitz constant: the norms of `Q`'s factors multiplied, which is 1 but for rounding.
+
+        The norm of a factor is the largest of its blocks' norms.
+        """
         (blocks,) = orthogonal_blocks([self.free], self.block_size, self.parametrization)
-        identity = torch.eye(max(self.in_features, self.out_features), dtype=torch.float64, device=blocks.device)
-        return float(torch.linalg.matrix_norm(rotate(blocks.double(), identity), ord=2))
+        return float(torch.linalg.matrix_norm(blocks.double(), ord=2).amax(1).prod())
 
     def extra_repr(self) -> str:
         nfactors, nblocks, _ = self.free.shape

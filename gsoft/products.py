@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gsoft.autocast import without_autocast
 from gsoft.differentiable_once import differentiable_once
 from gsoft.group_and_shuffle import (
     back_to_input,
@@ -82,7 +83,7 @@ class _RotatedWeights(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.in_tf32 = in_tf32
         weights, *rotations = _split(tensors, 4)
-        with torch.autocast(weights[0].device.type, enabled=False), _tf32(in_tf32):
+        with without_autocast(weights[0].device), _tf32(in_tf32):
             stacked = torch.stack(weights)
             q_in, scaled_q_out = _blocks(_computed_in(stacked), *rotations)
             if scaled_q_out is None:
@@ -126,7 +127,8 @@ class _RotatedActivations(torch.autograd.Function):
             outputs = list(h.mT.contiguous() if scaled_q_out is None else rotate(scaled_q_out, h, rows=True))
             outputs = [y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True)]
         ctx.save_for_backward(columns, None if scaled_q_out is None else h, *weights, *chain(*rotations))
-        return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]) for y in outputs)
+        # As `.data` they are no views, which might not be changed in place, nor does one count the others' changes.
+        return tuple(y.reshape(*ctx.shape[:-1], y.shape[-1]).data for y in outputs)
 
     @staticmethod
     @differentiable_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from gsoft.blocks import free_numbers
 from gsoft.config import RotationConfig
+from gsoft.errors import GSOFTError
 from gsoft.group_and_shuffle import dense_factors, fit_blocks
 
 
@@ -63,7 +65,9 @@ class Rotation(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing has been learned: the rotations are identities, the scale is 1."""
+        """Whether nothing has been learned: the rotations are identities, the scale is 1. False on the meta device."""
+        if self.q_in.is_meta:
+            return False
         rotations = (free for free in (self.q_in, self.q_out) if free is not None)
         return not any(free.any() for free in rotations) and (
             self.output_scale is None or bool((self.output_scale == 1).all())
@@ -141,17 +145,24 @@ def rotated_widths(config: RotationConfig, in_features: int, out_features: int) 
     return {"q_in": in_features, "q_out": out_features} if config.double else {"q_in": in_features}
 
 
+def check_strength(strength: float, name: str = "adapter") -> None:
+    """Raise GSOFTError unless a strength is a finite number. name: whose it is, for the message."""
+    if not math.isfinite(strength):
+        raise GSOFTError(f"{name}: its strength {strength} is not a number")
+
+
 def at_strength(parameters: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
     """The parameters of an adapter, moved along the way from the base model (strength 0) to what was trained (1).
 
     parameters: by name, as in `Adapter.state_dict()`. strength: any finite number. Returns new tensors under the same
-    names.
+    names. Raises GSOFTError as `check_strength`.
 
     Skew-symmetric blocks are multiplied, `K → strength·K`, so that every rotation stays a rotation: a plane that turns
     by `2·atan(k)` with Cayley's map turns by `2·atan(strength·k)`, one that turns by `k` with the exponential by
     `strength·k`. Scales go straight, `1 + strength·(s − 1)`, which is defined whatever their sign. At 0 and 1 all is
     exact to the bit. Beyond 1 it goes on; below 0 it turns the other way.
     """
+    check_strength(strength)
     return {
         name: torch.lerp(torch.ones_like(tensor), tensor, strength)
         if name.endswith("output_scale")

@@ -59,7 +59,7 @@ class SavedModules(nn.Module):
         """
         trained: list[tuple[nn.Module, str, Tensor]] = []
         modules = dict(self.named_modules(remove_duplicate=False))
-        self.set_aside = bool(self._originals)
+        before, self.set_aside = self.set_aside, bool(self._originals)  # it may be inside of another block
         try:
             for name, value in self._originals.items():
                 path, _, attribute = name.rpartition(".")
@@ -72,4 +72,4 @@ class SavedModules(nn.Module):
         finally:
             for owner, attribute, present in trained:
                 setattr(owner, attribute, present)
-            self.set_aside = False
+            self.set_aside = before

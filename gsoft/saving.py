@@ -104,21 +104,23 @@ def read(path: str | Path) -> AdapterFile:
 def load(path: str | Path, model: nn.Module, *, strength: float = 1.0, accept_other_base: bool = False) -> ModelAdapter:
     """Read an adapter file and put it on its base model, with the configuration that it was trained with.
 
-    path: what `save` wrote. model: the base model. strength: from 0, the base model, to 1, what was trained; see
-    `gsoft.rotation.at_strength`. accept_other_base: see `adapter_for`. Modules to save are taken as they were trained.
-    If the model is on the meta device, the adapter is on the CPU, and waits for the model's weights.
+    path: what `save` wrote. model: the base model. strength: from 0, the base model, to 1, what was trained, or any
+    finite number; see `gsoft.rotation.at_strength`. accept_other_base: see `adapter_for`. Modules to save are taken as
+    they were trained. If the model is on the meta device, the adapter is on the CPU, and waits for the model's weights.
     Returns the adapter, attached. For several adapters on one model see `AdapterStack`.
 
     Raises GSOFTError, with the model unchanged, if the file is not valid, belongs to another base model, or does not
-    have exactly the parameters that the model asks for.
+    have exactly the parameters that the model asks for, if the strength is not finite, or if another adapter is on the
+    model.
     """
     file = read(path)
     adapter = adapter_for(file, model, accept_other_base=accept_other_base)
     on_meta = [name for name, tensor in adapter.state_dict().items() if tensor.is_meta]
     if saved := next(filter(_is_saved, on_meta), None):
         raise GSOFTError(f"{saved} is on the meta device, and is trained as a whole: give the model its weights first")
+    tensors = at(file, strength)
     adapter.attach()
-    adapter.load_state_dict(at(file, strength), assign=bool(on_meta))  # a copy to the meta device would be lost
+    adapter.load_state_dict(tensors, assign=bool(on_meta))  # a copy to the meta device would be lost
     return adapter
 
 
@@ -170,6 +172,7 @@ def at(file: AdapterFile, strength: float) -> dict[str, Tensor]:
     """The file's tensors, by name, with its rotations at a strength.
 
     file: what `read` gave. strength: see `gsoft.rotation.at_strength`. Modules to save stay as they were trained.
+    Raises GSOFTError if the strength is not finite.
     """
     rotations = {name: tensor for name, tensor in file.tensors.items() if not _is_saved(name)}
     return file.tensors | at_strength(rotations, strength)

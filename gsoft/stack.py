@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from gsoft.adapter import Adapter
 from gsoft.errors import GSOFTError
 from gsoft.kept_weight import KeptWeight
 from gsoft.linear_slice import AnyLinear
-from gsoft.rotation import at_strength
+from gsoft.rotation import at_strength, check_strength
 from gsoft.saving import AdapterFile, adapter_for, read
 
 
@@ -105,14 +104,14 @@ class Stack:
                 raise GSOFTError(
                     f"{name}: no adapter of this name is loaded; there are {', '.join(self._adapters) or 'none'}"
                 )
-            if not math.isfinite(strength):
-                raise GSOFTError(f"{name}: its strength {strength} is not a number")
+            check_strength(strength, name)
 
 
 class AdapterStack(Stack):
     """A stack of adapters of any one model, read from files that `gsoft.save` wrote."""
 
     def __init__(self, model: nn.Module) -> None:
+        """model: a plain one, without an adapter of its own; `use` merges adapters into its weights."""
         super().__init__()
         self._model = model
 

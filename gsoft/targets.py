@@ -23,12 +23,14 @@ class Targets:
     skipped: paths of other layers, with the reason.
     saved: modules that are trained as a whole, by their paths.
     unused_names: names in `target_modules` that no layer has.
+    skipped_names: names in `target_modules` of which every layer was skipped, with the path of the first.
     """
 
     layers: dict[str, nn.Linear]
     skipped: dict[str, str]
     saved: dict[str, nn.Module]
     unused_names: tuple[str, ...]
+    skipped_names: dict[str, str]
 
     def __str__(self) -> str:
         """What is adapted and what is not, a line each."""
@@ -44,8 +46,9 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
 
     model: is looked at, not changed. config: its `target_modules`, `exclude_modules` and `modules_to_save` decide.
 
-    A layer that is named but cannot be rotated is an error; with "all-linear" it is skipped. Raises GSOFTError naming
-    layer and reason, also if nothing is found at all or a module to save is missing.
+    A linear layer that is named but cannot be rotated is an error; with "all-linear" it is skipped. Skipped are also
+    other layers that are named, such as convolutions. Raises GSOFTError naming layer and reason, also if nothing is
+    found at all or a module to save is missing.
     """
     paths = _paths(model)
     saved = _saved_modules(model, paths, config.modules_to_save)
@@ -54,7 +57,7 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
     output = _output_layer(model)
     layers: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
-    used: set[str] = set()
+    found: dict[str, list[str]] = defaultdict(list)  # layers by the name that they go by
     for module, places in paths.items():
         path = places[0]
         names = _matching(config.target_modules, places) if config.target_modules != ALL_LINEAR else {ALL_LINEAR}
@@ -66,7 +69,8 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
                 continue
             if module is output:
                 reason = reason or "the model's output layer; name it in target_modules to adapt it"
-        used |= names
+        for name in names:
+            found[name].append(path)
         if _matching(config.exclude_modules, places):
             skipped[path] = "is in exclude_modules"
         elif any(_is_inside(place, root) for place in places for root in saved):
@@ -78,10 +82,12 @@ def find_targets(model: nn.Module, config: Config) -> Targets:
             skipped[path] = reason
         else:
             raise GSOFTError(f"{path} {reason}")
-    unused = () if isinstance(config.target_modules, str) else tuple(n for n in config.target_modules if n not in used)
     if not layers:
         raise GSOFTError(_nothing_found(model, config, skipped))
-    return Targets(layers, skipped, saved, unused)
+    asked = () if isinstance(config.target_modules, str) else config.target_modules
+    unused = tuple(name for name in asked if name not in found)
+    without = {name: found[name][0] for name in asked if name in found and layers.keys().isdisjoint(found[name])}
+    return Targets(layers, skipped, saved, unused, without)
 
 
 def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     What had the name before stays until then. Raises OSError.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # machines that share a disk have equal process ids
     try:
         with unfinished.open("wb") as file:
             yield file

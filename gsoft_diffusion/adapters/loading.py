@@ -26,6 +26,7 @@ from gsoft_diffusion.models.loading import family_of, has_variant, load_model
 from gsoft_diffusion.models.single_file import is_single_file
 
 
+@user_errors()
 def load_adapter(
     path: str | Path,
     unet: nn.Module,
@@ -40,16 +41,18 @@ def load_adapter(
     unet: the denoiser, a UNet or a transformer.
     text_encoders: those that were given to `fingerprint` in training, in the pipeline's order.
     strength: from 0, the base model, to 1, what was trained; see `gsoft.rotation.at_strength`. For several adapters on
-    one model see `AdapterStack`.
+    one model see `AdapterStack`. Any finite number.
     accept_other_base: see `check_base`.
 
     Returns the adapter, which is attached, and what its file says. Raises UserError, with the models unchanged, if the
-    file is not valid, belongs to another base model, or does not have exactly the parameters that the model asks for.
+    file is not valid, belongs to another base model, or does not have exactly the parameters that the model asks for,
+    or if the strength is not finite.
     """
     file = read_adapter(path)
     check_base(file, unet, text_encoders, accept_other_base=accept_other_base)
+    tensors = at_strength(file.tensors, strength)
     adapter = inject(file.config, unet, text_encoders)
-    adapter.load_state_dict(at_strength(file.tensors, strength))
+    adapter.load_state_dict(tensors)
     return adapter, file
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,7 +64,7 @@ def new_places(flag: str, *targets: Path) -> Iterator[list[Path]]:
     """
     for target in targets:
         refuse_existing(target, flag)  # before the name is asked for, which `.` has not
-    unfinished = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
+    unfinished = [target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp") for target in targets]
     made = [folder for target in targets for folder in target.parents if not folder.exists()]
     try:
         for target, place in zip(targets, unfinished, strict=True):

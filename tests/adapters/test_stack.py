@@ -151,6 +151,13 @@ def test_an_adapter_can_be_loaded_at_a_strength(paths, stack, model):
     torch.testing.assert_close(run(*others), run(*model), rtol=1e-4, atol=1e-5)
 
 
+def test_a_strength_that_is_no_number_leaves_the_models_as_they_were(paths):
+    unet = tiny_unet()
+    with pytest.raises(UserError, match=r"its strength nan is not a number"):
+        load_adapter(paths["dog"], unet, [tiny_text_encoder()], strength=float("nan"))
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+
+
 def test_what_cannot_be_used(stack, paths, model, tmp_path):
     stack.use({"dog": 1.0})
     before = weights(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.foundation.files import locked, new_places, whole_file
+from gsoft_diffusion.foundation.files import locked, new_places, numbered, whole_file
 
 fork = multiprocessing.get_context("fork")
 
@@ -38,6 +38,17 @@ def test_folders_without_a_name_are_not_overwritten(tmp_path, monkeypatch, place
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="exists and is not overwritten"), new_places("--output", Path(place)):
         pass
+
+
+def test_two_machines_that_write_one_place_do_not_share_a_temporary_one(tmp_path):
+    """On a shared disk, and with equal process ids, as containers have them."""
+    target = tmp_path / "file"
+    with pytest.raises(UserError, match="exists and is not overwritten"), new_places("--output", target) as (late,):
+        late.write_bytes(b"late")
+        with new_places("--output", target) as (early,):
+            early.write_bytes(b"early")
+    assert target.read_bytes() == b"early"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def hold(folder: Path, pipe, wait: bool = False) -> None:
@@ -115,3 +126,7 @@ def test_a_child_does_not_inherit_the_lock(holder, tmp_path):
     with locked(folder):
         pass
     os.write(go_on, b"x")
+
+
+def test_names_of_several_files():
+    assert [numbered("sheet.png", number) for number in (1, 2, 10)] == ["sheet.png", "sheet_2.png", "sheet_10.png"]

@@ -30,6 +30,7 @@ LAYERS = {  # inputs, outputs, kernel size, stride; groups, None for SOC
     "pointwise": ((8, 16, 1), (4, None)),
     "pointwise, stride, two factors": ((8, 16, 1, 2), (4, 4)),
     "SOC": ((6, 6, 3), None),
+    "SOC, one channel": ((1, 1, 3), None),
     "SOC, stride": ((3, 6, 3, 2), None),
     "SOC, more outputs": ((3, 7, 3), None),
     "SOC, pointwise, fewer outputs": ((8, 5, 1), None),
@@ -81,6 +82,14 @@ def test_is_orthogonal_within_the_stated_error_fresh_and_trained_in_both_modes(n
             stated = layer.lipschitz_bound() - 1
             assert 0 < stated < most
             assert distance_from_orthogonal(layer) <= stated + 3e-6  # and float32's rounding
+
+
+def test_groups_of_one_channel_learn_their_taps():
+    layer = GSConv2d(4, 4, 3, groups=(4, None), paired_shuffle=False)
+    assert layer.spatial.free.shape == (4, 4)
+    before = layer.spatial.free.detach().clone()
+    assert distance_from_orthogonal(trained(layer).eval()) < 4e-6
+    assert (layer.spatial.free - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -222,6 +231,13 @@ def test_what_it_is_made_of():
         ((16, 7, 3), {"groups": (4, 2)}, "7 outputs cannot be taken evenly from 2 groups"),
         ((16, 24, 3), {"groups": (4, 5)}, "24 channels cannot be dealt out in pairs to 5 groups"),
         ((16, 16, 3), {"groups": (0, None)}, "channels, stride and groups must be 1 or more"),
+        ((16, 16, 3), {"groups": 4}, r"groups is 4, but must be a pair \(a, b\) or \(a, None\); with \(4, None\)"),
+        ((16, 16, 3), {"groups": (4,)}, r"groups is \(4,\), but must be a pair"),
+        ((16, 16, 3), {"groups": (4, "2")}, "but must be a pair"),
+        ((16, 16, 3), {"groups": (None, 2)}, "but must be a pair"),
+        ((4, 4, 1), {"paired_shuffle": False}, "a 1×1 kernel has nothing to learn in groups of one channel"),
+        ((4, 4, 3), {"groups": (2, 4), "paired_shuffle": False}, "has nothing to learn in groups of one channel"),
+        ((1, 1, 1), {"groups": (1, None)}, "has nothing to learn in groups of one channel"),
         ((16, 16, (3, 3)), {}, "kernel_size and stride must be one number each"),
         ((16, 16, 4), {}, "kernel_size must be odd"),
         ((16, 16, 3), {"padding": 0}, "padding is 0; valid: 'same', which is 1"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.pretended_gpu import PretendedGPU
 from gsoft.fingerprint import difference, distance, fingerprint
 
 
@@ -50,6 +51,17 @@ def test_the_same_weights_are_not_apart():
     assert difference(base, rounded) is None
     assert distance(base, rounded) < 0.005
     assert distance(fingerprint("x", []), fingerprint("x", [])) == 0
+
+
+def test_a_gpus_weights_stay_there():
+    weights = matrices(0)[:3]
+    with PretendedGPU() as gpu:
+        there = [weight.to("cuda") for weight in weights]
+        gpu.reset()
+        found = fingerprint("x", there)
+        assert gpu.kernels["linalg_vector_norm"] == 16
+    assert difference(found, fingerprint("x", weights)) is None
+    assert distance(found, fingerprint("x", weights)) < 1e-3
 
 
 def test_a_model_of_one_layer_has_as_many_numbers():

@@ -201,6 +201,24 @@ def test_a_bias_that_is_thawed_learns(room, tokens):
     assert all(parameter.grad is not None for name, parameter in adapter.named_parameters() if "attention" not in name)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
+def test_what_slices_return_may_be_changed_in_place(room, trained, shape):
+    found = []
+    for in_place in (False, True):
+        block, x = Block(), torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        adapter = adapted(block, trained)
+        relu = nn.ReLU(inplace=in_place)
+        y = block.outward(relu(block.inward(x))[..., 48:])
+        if in_place:
+            y += x
+        else:
+            y = y + x
+        found.append([y.detach(), *gradients(adapter, y).values(), x.grad])
+    for ours, reference in zip(*found, strict=True):
+        assert torch.equal(ours, reference)
+
+
 def test_of_the_matrix_that_is_put_together_nothing_is_kept_for_the_backward_pass():
     block = Block()
     adapted(block)

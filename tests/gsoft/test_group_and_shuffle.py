@@ -123,6 +123,7 @@ def test_dense_factors(nblocks, size, expected):
 def test_fit_blocks():
     assert fit_blocks(320, 64, None, "layer") == (64, 5)
     assert fit_blocks(320, None, 32, "layer") == (10, 32)
+    assert fit_blocks(2**60, 2**30, None, "layer") == (2**30, 2**30)  # without going through all numbers
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,10 @@ def test_fit_blocks():
         (12, 5, None, "1, 2, 3, 4, 6"),
         (12, 12, None, "1, 2, 3, 4, 6"),
         (12, None, 5, "2, 3, 4, 6, 12"),
+        (12, None, 24, "2, 3, 4, 6, 12"),
+        (12, None, 1, "2, 3, 4, 6, 12"),
+        (12, 0, None, "1, 2, 3, 4, 6"),
+        (12, -3, None, "1, 2, 3, 4, 6"),
         (1, 1, None, "none"),
     ],
 )

@@ -182,16 +182,35 @@ def test_a_transformers_fast_path_is_not_taken(grad):
     assert not model._forward_pre_hooks
 
 
-def test_a_padded_batch_through_a_whole_encoder():
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_padded_batch_through_a_whole_encoder(grad):
+    """In eval mode an encoder would make a nested tensor of it, which has gradients on the layers' fast path alone."""
     encoder, x = nn.TransformerEncoder(encoder_layer(), 2).eval(), inputs(2, 7, 24)
+    other = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+    model = nn.ModuleList([encoder, other])
     padding = torch.arange(7) >= torch.tensor([[7], [4]])
-    adapter = gsoft.inject(encoder, CONFIGS["double"])
+    adapter = gsoft.inject(model, CONFIGS["double"])
     randomise(adapter)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         ours = encoder(x, src_key_padding_mask=padding)
+    assert ours.requires_grad == grad
+    copied_model, copied_adapter = copy.deepcopy(nn.ModuleList([model, adapter]))
+    with torch.no_grad():
         adapter.merge()
         merged = encoder(x, src_key_padding_mask=padding)
     torch.testing.assert_close(ours[~padding], merged[~padding])
+    assert not encoder.use_nested_tensor
+    adapter.remove()
+    assert (encoder.use_nested_tensor, other.use_nested_tensor) == (True, False)
+    assert not copied_model[0].use_nested_tensor
+    copied_adapter.remove()
+    assert copied_model[0].use_nested_tensor
+
+
+def test_an_encoder_without_adapted_layers_keeps_its_nested_tensors():
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(encoder_layer(), 1), "head": nn.Linear(24, 24)})
+    gsoft.inject(model, Config(target_modules=["head"], block_size=6))
+    assert model["encoder"].use_nested_tensor
 
 
 def test_copies_are_independent(case):
@@ -265,6 +284,60 @@ def test_a_merge_without_a_model_is_refused():
     with pytest.raises(GSOFTError, match="left no base model"), adapter.disabled():
         pass
     assert torch.equal(model(inputs(5, 12)), merged)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    model = mlp()
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    model[4].to("meta")
+    for merge in (adapter.merge, adapter.merge_and_unload):
+        with pytest.raises(GSOFTError, match=r"model\.4: the adapter is on cpu, the model on meta"):
+            merge()
+        assert not adapter.merged
+        assert torch.equal(model[0].weight, mlp()[0].weight)
+    assert isinstance(model[0], RotatedLinear)
+
+
+class TestTwoAdaptersOnAModel:
+    """Each would freeze what the other trains, and thaw what the other has frozen."""
+
+    FIRST, SECOND = (Config(target_modules=[name], block_size=6, modules_to_save=["4"]) for name in "02")
+
+    def test_the_second_is_refused(self):
+        model = mlp()
+        first = gsoft.inject(model, self.FIRST)
+        learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for place in (model, nn.Sequential(model)):
+            with pytest.raises(GSOFTError, match="carries a GSOFT adapter already: remove it first"):
+                gsoft.inject(place, Config(target_modules=["2"], block_size=6))
+            assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == learns
+        first.remove()
+        gsoft.inject(model, self.SECOND).merge_and_unload()
+        gsoft.inject(model, self.FIRST)
+
+    def test_also_on_a_part_of_the_model_and_on_a_copy(self):
+        model = nn.ModuleDict({"body": mlp(), "other": mlp()})
+        adapter = gsoft.inject(model, Config(target_modules=["body.0"], block_size=6))
+        copied, copied_adapter = copy.deepcopy(nn.ModuleList([model, adapter]))
+        for each in (model, copied):
+            with pytest.raises(GSOFTError, match="carries a GSOFT adapter already"):
+                gsoft.inject(each["other"], self.FIRST)
+        adapter.remove()
+        gsoft.inject(model["other"], self.FIRST)
+        with pytest.raises(GSOFTError, match="carries a GSOFT adapter already"):
+            gsoft.inject(copied["other"], self.FIRST)
+        copied_adapter.remove()
+        gsoft.inject(copied["other"], self.FIRST)
+
+    def test_parts_of_a_model_have_their_own(self):
+        model = nn.ModuleDict({"body": mlp(), "other": mlp()})
+        first, second = gsoft.inject(model["body"], self.FIRST), gsoft.inject(model["other"], self.SECOND)
+        first.remove()
+        assert not model["other"][0].weight.requires_grad
+        assert model["other"][4].weight.requires_grad
+        second.remove()
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("how", ["remove", "merge_and_unload"])
@@ -350,6 +423,60 @@ def test_second_derivatives_are_refused_and_not_zero(tokens):
     slopes = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
     with pytest.raises(GSOFTError, match="has no second derivatives"):
         sum(slope.sum() for slope in slopes).backward()
+
+
+class Residual(nn.Module):
+    """Changes what its layers return, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(12, 12), nn.Linear(12, 12, bias=False), nn.Linear(12, 12)
+        self.relu, self.in_place = nn.ReLU(inplace=in_place), in_place
+
+    def forward(self, x):
+        y = self.first(x)
+        if self.in_place:
+            y += x
+        else:
+            y = y + x
+        return self.third(self.relu(self.second(self.relu(y))))
+
+
+@pytest.mark.parametrize("room", [2**30, 0], ids=["weights", "activations"])
+@pytest.mark.parametrize("config", [CONFIGS["double"], CONFIGS["one-sided"]], ids=["double", "one-sided"])
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)])
+def test_what_a_layer_returns_may_be_changed_in_place(room, config, trained, shape, monkeypatch):
+    monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
+    found = []
+    for in_place in (False, True):
+        model, x = Residual(in_place), inputs(*shape).requires_grad_()
+        adapter = gsoft.inject(model, config)
+        if trained:
+            randomise(adapter)
+        y = model(x)
+        y.square().mean().backward()
+        found.append([y.detach(), x.grad, *(parameter.grad for parameter in adapter.parameters())])
+    for ours, reference in zip(*found, strict=True):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("room", [2**30, 0], ids=["weights", "activations"])
+def test_also_in_a_compiled_model(room, monkeypatch):
+    monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
+    torch._dynamo.reset()
+    model, x = Residual(True), inputs(5, 12)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    randomise(adapter)
+    found = []
+    for called in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        adapter.zero_grad()
+        called(x).square().mean().backward()
+        found.append([parameter.grad for parameter in adapter.parameters()])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
 
 
 class Scaled(nn.Linear):
@@ -495,6 +622,24 @@ class TestWhatIsSaid:
         with pytest.warns(UserWarning, match="no layer is called q_proj"):
             gsoft.inject(mlp(), Config(target_modules=["0", "q_proj"], block_size=6))
 
+    def test_a_name_of_which_every_layer_is_skipped(self):
+        model = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 12))
+        with pytest.warns(
+            UserWarning, match=r"nothing called 1 is adapted: 1 is a LayerNorm of torch: only nn\.Linear"
+        ):
+            gsoft.inject(model, Config(target_modules=["0", "1"], block_size=6)).remove()
+        both = Config(target_modules=["0", "2"], exclude_modules=["2"], block_size=6)
+        with pytest.warns(UserWarning, match="nothing called 2 is adapted: 2 is in exclude_modules"):
+            gsoft.inject(model, both)
+
+    def test_no_more_than_needed(self):
+        """A name with an adapted layer, and whatever an expression or "all-linear" finds."""
+        layers = {"0": nn.ModuleDict({"q": nn.Linear(12, 12)}), "1": nn.ModuleDict({"q": nn.Conv2d(12, 12, 1)})}
+        for targets in (["q"], ".*q", "all-linear"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                gsoft.inject(nn.ModuleDict(layers), Config(target_modules=targets, block_size=6)).remove()
+
     def test_a_layer_without_gradient(self, tmp_path):
         model = nn.ModuleDict({"used": nn.Linear(12, 12), "other": nn.Linear(12, 12)})
         adapter = gsoft.inject(model, Config(block_size=6))
@@ -503,6 +648,22 @@ class TestWhatIsSaid:
         torch.optim.Adam(adapter.parameters(), lr=0.1).step()
         with pytest.warns(UserWarning, match=r"1 of 2 layers have learned nothing, model\.other for example"):
             gsoft.save(adapter, tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("room", [2**30, 0], ids=["weights", "activations"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_model_without_contents_can_be_called(room, grad, monkeypatch):
+    monkeypatch.setattr("gsoft.adapter.KEPT_WEIGHT_BYTES", room)
+    with torch.device("meta"):
+        model, x = mlp(), torch.randn(5, 12)
+    adapter = gsoft.inject(model, CONFIGS["double"])
+    with torch.set_grad_enabled(grad):
+        y = model(x)
+    assert y.is_meta
+    assert y.shape == (5, 3)
+    if grad:
+        y.sum().backward()
+        assert all(parameter.grad.is_meta for parameter in adapter.parameters())
 
 
 def test_a_model_without_contents_can_be_counted():

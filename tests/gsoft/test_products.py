@@ -153,6 +153,24 @@ def test_layers_together_are_layers_one_by_one(outer):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("outer", ["none", "scaled rotation"])
+def test_outputs_may_be_changed_in_place_one_by_one(outer, identity):
+    """Also where another layer's output is kept for the backward pass."""
+    tensors = case(2, outer)
+    rotation = RotationBlocks(*(None if tensors[n] is None else tensors[n].clone().requires_grad_() for n in MAPS))
+    results = []
+    for in_place in (False, True):
+        layers = [(tensors["weight"], tensors["bias"])] * 2
+        first, second = rotate_activations(tensors["x"], layers, [rotation] * 2, identity)
+        kept = second.square()
+        first = first.mul_(2) if in_place else first * 2
+        leaves = [tensor for tensor in rotation if tensor is not None]
+        results.append([first, *torch.autograd.grad((first * kept).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 class TensorCores(TorchDispatchMode):
     """Rounds the factors of float32 products as a GPU does where it may use TF32; counts these products."""
 

@@ -24,6 +24,12 @@ def test_the_way_leads_from_the_base_model_to_the_adapter(parametrization):
     assert at_strength(parameters, 0.25)["a.output_scale"][:3].tolist() == [1.25, 0.875, 0.5]
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("-inf")])
+def test_a_strength_is_a_finite_number(strength):
+    with pytest.raises(gsoft.GSOFTError, match=f"its strength {strength} is not a number"):
+        at_strength({"a.q_in": torch.ones(1, 1, 1)}, strength)
+
+
 def change_of_a_step(config, width: int, target: torch.Tensor) -> float:
     """How far one step of Adam at the rate 1e-4 turns what a layer makes of one vector, towards a target, relative."""
     generator = torch.Generator().manual_seed(1)

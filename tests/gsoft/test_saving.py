@@ -85,6 +85,16 @@ def test_strength(path):
     assert not torch.equal(weak(x), full(x))
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(path, strength):
+    written(path)
+    model = mlp()
+    with pytest.raises(GSOFTError, match=f"its strength {strength} is not a number"):
+        gsoft.load(path, model, strength=strength)
+    assert type(model[0]) is nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -235,6 +245,12 @@ def test_what_is_switched_off_is_not_saved(path):
     before = path.read_bytes()
     with adapter.disabled(), pytest.raises(GSOFTError, match="the base model's values; save after it"):
         gsoft.save(adapter, path)
+    assert path.read_bytes() == before
+    with adapter.disabled():
+        with adapter.disabled():
+            pass
+        with pytest.raises(GSOFTError, match="the base model's values; save after it"):
+            gsoft.save(adapter, path)
     assert path.read_bytes() == before
     gsoft.save(adapter, path, NOTES)
     trained = gsoft.read(path).tensors["modules_to_save.4.bias"]

@@ -34,6 +34,13 @@ class TestSkewKernel:
         assert 2 * count == kernel_size**2 * 16 - 4  # the skew-symmetric ones of all these kernels
 
 
+def test_one_channel_has_taps_and_a_middle_of_zero():
+    kernel = skew_kernel(some_numbers(2, 1, 3), 1, 3).flatten(1)
+    assert torch.equal(kernel, -kernel.flip(1))
+    assert (kernel[:, 4] == 0).all()
+    assert (kernel[:, :4] != 0).all()
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 class TestNormBound:

@@ -63,6 +63,15 @@ def test_what_is_no_linear_layer_is_skipped_with_the_reason():
         "conv": "is a Conv2d of torch: only nn.Linear is rotated",
     }
     assert targets.unused_names == ("layers",)
+    assert targets.skipped_names == {"norm": "norm", "conv": "conv"}
+
+
+def test_a_name_is_skipped_if_all_of_its_layers_are():
+    settings = {"target_modules": ["q", "v", "1.q", "head"], "exclude_modules": ["v", "1.q"]}
+    targets = find_targets(blocks(), Config(nblocks=1, **settings))
+    assert targets.skipped_names == {"v": "layers.0.v", "1.q": "layers.1.q"}
+    everything = Config(target_modules=".*", exclude_modules=["v"], nblocks=1)
+    assert find_targets(blocks(), everything).skipped_names == {}
 
 
 @pytest.mark.parametrize(

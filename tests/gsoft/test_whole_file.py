@@ -1,0 +1,17 @@
+"""Files that appear complete or not at all; see also tests/foundation/test_files.py."""
+
+from __future__ import annotations
+
+from gsoft.whole_file import whole_file
+
+
+def test_two_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    """As processes on two machines that share a disk, whose ids may be equal."""
+    path = tmp_path / "file"
+    with whole_file(path) as first:
+        first.write(b"first")
+        with whole_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
