@@ -144,11 +144,12 @@ def chosen_rows(lines: Sequence[Line], grid: Grid) -> list[dict[str, str]]:
         tried = rates[line.method, line.budget]
         chosen = [line.result_of(subject)["cell"]["learning_rate"] for subject in grid.subjects]
         at_edge = sum(rate in (min(tried), max(tried)) for rate in chosen)
+        shown = f"{at_edge} of {len(chosen)}" if len(tried) > 1 else ""  # one rate alone is no edge
         rows.append(
             {
                 "size": line.budget or "",
                 "method": line.name,
-                "at the edge of its rates": f"{at_edge} of {len(chosen)}",
+                "at the edge of its rates": shown,
                 **{subject: _setting(line, subject) for subject in grid.subjects},
             }
         )

@@ -29,7 +29,6 @@ the more settings lie close together; `tests/eval/report/test_fronts.py` says ho
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -190,20 +189,3 @@ def measured(points: Array, ends: Array) -> Array:
     return np.array(
         [measures(each, tuple(base), tuple(photos)) for each, (base, photos) in zip(points, ends, strict=True)]
     )
-
-
-def held_out(balances: Array, own: Sequence[int | None]) -> list[int | None]:
-    """For each subject the setting that is best on all others, so that nothing of its own chose it.
-
-    balances: `(N, S)`, of each setting on the subjects that choose. NaN where a training diverged, which rules a
-    setting out for the other subjects. own: for each reported subject its place among these; None if it is not among
-    them. Returns None for a subject on whose others every setting diverged. Raises ValueError if there is no other
-    subject.
-    """
-    if balances.shape[1] < 2 and any(place is not None for place in own):
-        raise ValueError("a setting cannot be chosen on other subjects if there is one only")
-    chosen: list[int | None] = []
-    for place in own:
-        means = (balances if place is None else np.delete(balances, place, axis=1)).mean(axis=1)
-        chosen.append(int(np.nanargmax(means)) if np.isfinite(means).any() else None)
-    return chosen

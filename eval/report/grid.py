@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,20 @@ import numpy as np
 from eval.cells import Cell, base_cells, budgets_of, grid_cells
 from eval.experiment import Experiment
 from eval.methods import ABLATIONS
-from eval.report.fronts import Pair, held_out, lead, lead_range, leads, measured, measures
+from eval.report.fronts import Pair, lead, lead_range, leads, measured, measures
+from eval.report.held_out import NO_CHOICE, choices, chosen_means
 from eval.report.intervals import RESAMPLES, Array, Estimate, estimate, resampled_weights, weighted
-from eval.report.lines import OURS, Line, References, check_complete, line_of, photos_line, references
+from eval.report.lines import (
+    OURS,
+    SCORES,
+    Line,
+    References,
+    check_complete,
+    line_of,
+    photos_line,
+    references,
+    scores_of,
+)
 from eval.report.rates import check_comparable
 from eval.results import Results, recorded_steps, result_at
 from gsoft_diffusion.scoring import metrics
@@ -248,25 +259,69 @@ def _places(grid: Grid) -> list[int | None]:
     return [grid.choosing.index(subject) if subject in grid.choosing else None for subject in grid.subjects]
 
 
+def _chosen_once(group: Group, grid: Grid) -> list[int]:
+    """For each subject the number of the group's setting that is best on all others, or `NO_CHOICE`."""
+    equal = np.ones((1, *group.balances.shape[1:]))
+    return choices(group.balances, _places(grid), equal)[0].tolist()
+
+
 def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list[Line]:
     """Lines as `table_lines` gives them, but each subject at the setting that was best on all other subjects.
 
     experiment: the settings. results: of all cells. grid: their scores, of two or more subjects. A method whose chosen
-    setting diverged on its subject, or all of whose settings diverged, has a line without scores.
+    setting diverged on its subject, or all of whose settings diverged, has a line without scores. Intervals know that
+    the settings were chosen.
     """
-    ends = grid.references
     base = [results[cell] for cell in base_cells(experiment)]
-    lines = [photos_line(base), line_of("base", None, None, base, ends)]
+    lines = [photos_line(base), line_of("base", None, None, base, grid.references)]
+    weights = resampled_weights((len(grid.subjects), grid.seeds, 1))[..., 0]
     for group in grid.groups:
-        chosen = held_out(group.balances.mean(axis=2), _places(grid))
-        found = []
-        for subject, number in zip(grid.subjects, chosen, strict=True):
-            setting = group.settings[number or 0]  # without a choice others diverged, and the line has no scores
-            for seed in range(grid.seeds):
-                result = results[Cell(group.method, group.budget, setting.learning_rate, subject, seed)]
-                found.append(result_at(result, setting.step) if recorded_steps(result) else result)
-        lines.append(line_of(group.method, group.budget, None, found, ends))
+        settings = {
+            subject: group.settings[0 if number == NO_CHOICE else number]  # others diverged: the line has no scores
+            for subject, number in zip(grid.subjects, _chosen_once(group, grid), strict=True)
+        }
+        line = _line_at(settings, group.method, group.budget, results, grid)
+        lines.append(replace(line, resampled=_resampled(group, results, grid, weights)))
     return lines
+
+
+def _line_at(settings: Mapping[str, Setting], method: str, budget: str | None, results: Results, grid: Grid) -> Line:
+    """The line of a method, each subject at its setting."""
+    found = [
+        _result(method, budget, setting, subject, seed, results)
+        for subject, setting in settings.items()
+        for seed in range(grid.seeds)
+    ]
+    return line_of(method, budget, None, found, grid.references)
+
+
+def _result(
+    method: str, budget: str | None, setting: Setting, subject: str, seed: int, results: Results
+) -> dict[str, Any]:
+    """What a training was at a setting; as it ended, if it diverged."""
+    result = results[Cell(method, budget, setting.learning_rate, subject, seed)]
+    return result_at(result, setting.step) if recorded_steps(result) else result
+
+
+def _resampled(group: Group, results: Results, grid: Grid, weights: Array) -> dict[str, Array]:
+    """By name of `SCORES` the mean of a score in each resample, which chooses each subject's setting on its others.
+
+    weights: `(resamples, S, K)`.
+    """
+    choosing = [grid.subjects.index(subject) for subject in grid.choosing]
+    chosen = choices(group.balances, _places(grid), weights[:, choosing])
+    scores = {name: np.full((len(group.settings), len(grid.subjects), grid.seeds), np.nan) for name in SCORES}
+    for number, setting in enumerate(group.settings):
+        for place, subject in enumerate(grid.subjects):
+            for seed in range(grid.seeds):
+                result = _result(group.method, group.budget, setting, subject, seed, results)
+                for name, value in scores_of(result, grid.references).items():
+                    scores[name][number, place, seed] = value
+    scored = {name: choosing if name == "balance" else list(range(len(grid.subjects))) for name in SCORES}
+    return {
+        name: chosen_means(scores[name][:, places], chosen[:, places], weights[:, places])
+        for name, places in scored.items()
+    }
 
 
 def knees(grid: Grid) -> dict[str, Setting]:
@@ -276,16 +331,16 @@ def knees(grid: Grid) -> dict[str, Setting]:
     """
     for group in grid.groups:
         if (group.method, group.budget) == (OURS, "medium"):
-            chosen = held_out(group.balances.mean(axis=2), _places(grid))
-            if None not in chosen:
-                return {n: group.settings[number or 0] for n, number in zip(grid.subjects, chosen, strict=True)}
+            chosen = _chosen_once(group, grid)
+            if NO_CHOICE not in chosen:
+                return {subject: group.settings[n] for subject, n in zip(grid.subjects, chosen, strict=True)}
     return {}
 
 
-def ablation_lines(experiment: Experiment, results: Results, grid: Grid) -> list[Line]:
+def ablation_lines(results: Results, grid: Grid) -> list[Line]:
     """Our method at its `knees` and, at the same settings, what one thing changes in it; nothing without such methods.
 
-    experiment: the settings. results: of all cells. grid: their scores.
+    results: of all cells. grid: their scores. Intervals take the settings as given.
     """
     settings = knees(grid)
     methods = [
@@ -295,12 +350,4 @@ def ablation_lines(experiment: Experiment, results: Results, grid: Grid) -> list
     ]
     if not settings or not methods:
         return []
-    lines = []
-    for method in (OURS, *methods):
-        found = []
-        for subject, setting in settings.items():
-            for seed in range(grid.seeds):
-                result = results[Cell(method, "medium", setting.learning_rate, subject, seed)]
-                found.append(result_at(result, setting.step) if recorded_steps(result) else result)
-        lines.append(line_of(method, "medium", None, found, grid.references))
-    return lines
+    return [_line_at(settings, method, "medium", results, grid) for method in (OURS, *methods)]

@@ -23,7 +23,9 @@ from eval.results import Results
 
 HELD_OUT = (
     "Each subject is scored at the learning rate and step of the best mean balance on all other subjects, so none of "
-    "its own scores chose the setting. The settings are listed below."
+    "its own scores chose the setting. The settings are listed below. Among settings that are nearly equal, chance "
+    "chooses. Intervals know of that, since every resample chooses anew (eval/report/held_out.py). That takes four "
+    "subjects or more."
 )
 FRONTS = (
     "Lead is how much more of the prompt the front of Double GSOFT keeps, averaged over the subject fidelities that "
@@ -34,7 +36,8 @@ FRONTS = (
 KNEE = (
     "Each subject is at the setting of Double GSOFT at the medium size that is best, by balance, on the other "
     "subjects. The other lines have the same settings, and one thing changed. They are given no setting of their own, "
-    "which favours Double GSOFT: the lines above, each at its own setting, are the fair comparison."
+    "which favours Double GSOFT: the lines above, each at its own setting, are the fair comparison. Intervals take "
+    "these settings as given."
 )
 LEVELS = (
     "Levels are 25, 50 and 75 % of the way between base model and photos. Between two settings a front is a straight "
@@ -54,7 +57,7 @@ def grid_report(experiment: Experiment, results: Results) -> Report:
     encoders = shown[0]["encoders"]
     miniature = encoders["clip"]["miniature"] or encoders["dino"]["miniature"]
     settings = setting_rows(fronts, grid)
-    ablations = ablation_lines(experiment, results, grid)
+    ablations = ablation_lines(results, grid)
     sections: dict[str, str] = {
         "": introduction(experiment, lines, shown, encoders),
         **({PICTURES: ""} if experiment.sheets else {}),

@@ -18,16 +18,14 @@ no interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
 Array = NDArray[np.float64]
-Key = TypeVar("Key", bound=Hashable)
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8
@@ -107,21 +105,6 @@ def _factor(subjects: int) -> float:
     return math.sqrt(subjects / (subjects - 1)) * float(student.ppf((1 + LEVEL) / 2, subjects - 1))
 
 
-def interval_of_mean(scores: Mapping[Key, Sequence[float]]) -> Interval:
-    """The mean over subjects, each averaged over its seeds first, with its interval.
-
-    scores: for each subject one score a seed, of all subjects the same number. To compare two methods, pass the
-    differences of their scores: the interval is then that of a paired comparison.
-
-    Raises ValueError if there is no subject, or one without a score.
-    """
-    if not scores or not all(scores.values()):
-        raise ValueError("an interval needs at least one subject, each with at least one score")
-    values = np.array(list(scores.values()), dtype=np.float64)[:, :, None]
-    draws = weighted(values, resampled_weights(values.shape))
-    return estimate(float(values.mean()), draws, *values.shape[:2]).interval
-
-
 def verdict(difference: Estimate) -> str:
     """In words whether we are ahead, for a difference of which more is better."""
     low, high = difference.interval.low, difference.interval.high
@@ -164,6 +147,8 @@ def detectable_by(half_width: float, subjects: int, power: float = POWER) -> flo
 
 def half_width_of_more(half_width: float, subjects: int, more: int) -> float:
     """Half of an interval's length with another number of subjects, two or more, that scatter alike.
+
+    What scatters over prompts does not become less with subjects, so with more of them it is a little too short.
 
     half_width: of `subjects`. more: the other number.
     """

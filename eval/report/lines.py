@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from eval.cells import Cell, base_cells, budgets_of, main_cells, sweep_cells
 from eval.experiment import Experiment
 from eval.methods import TITLES
-from eval.report.intervals import Interval, interval_of_mean
+from eval.report.intervals import Array, Interval, estimate, resampled_weights, weighted
 from eval.results import RESULTS, Results, recorded_steps, result_at
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.scoring import metrics
@@ -33,7 +35,9 @@ OURS = "double_gsoft"
 class Line:
     """One line of the table: a method at a size, over all subjects and seeds.
 
-    scores: for each name of `SCORES`, by subject, one value a seed.
+    scores: for each name of `SCORES`, by subject, one value a seed. resampled: the mean of a score in each resample,
+    for a line whose settings were chosen by scores, so that resamples choose anew (`eval/report/held_out.py`); a score
+    without an entry is resampled as it is.
     """
 
     method: str
@@ -41,6 +45,7 @@ class Line:
     learning_rate: float | None
     results: list[dict[str, Any]]
     scores: dict[str, dict[str, list[float]]]
+    resampled: dict[str, Array] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -75,7 +80,29 @@ class Line:
 
     def interval(self, score: str) -> Interval | None:
         """Mean and interval of a score, one of `SCORES`; None where the line has no such score."""
-        return interval_of_mean(self.scores[score]) if self.scores.get(score) else None
+        return _interval(self, score) if self.scores.get(score) else None
+
+    def values(self, score: str) -> Array:
+        """A score that the line has, `(subjects, seeds)`."""
+        return np.array(list(self.scores[score].values()), dtype=np.float64)
+
+    def draws(self, score: str) -> Array:
+        """The mean of a score that the line has in each resample, the same for all lines of these subjects."""
+        if score in self.resampled:
+            return self.resampled[score]
+        values = self.values(score)[:, :, None]
+        return weighted(values, resampled_weights(values.shape))
+
+
+def _interval(line: Line, score: str, minus: Line | None = None) -> Interval:
+    """The mean over subjects, each averaged over its seeds first, with its interval; or that of a paired difference.
+
+    line: has the score. minus: another line with the score of the same subjects and seeds.
+    """
+    values, draws = line.values(score), line.draws(score)
+    if minus:
+        values, draws = values - minus.values(score), draws - minus.draws(score)
+    return estimate(float(values.mean()), draws, *values.shape).interval
 
 
 References = dict[tuple[str, int], tuple[tuple[float, float], tuple[float, float]]]
@@ -104,15 +131,20 @@ def line_of(
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in SCORES}
     whole = results if all("scores" in result for result in results) else []  # one that diverged spoils its line
     for result in sorted(whole, key=lambda result: result["cell"]["seed"]):
-        subject, seed = result["cell"]["subject"], result["cell"]["seed"]
-        found = dict(result["scores"])
-        if method != "base" and (subject, seed) in ends:
-            base, photos = ends[subject, seed]
-            found["balance"] = metrics.balance(found["dino"], found["clip_t"], base, photos)
-        for name in SCORES:
-            if name in found:
-                scores[name].setdefault(subject, []).append(found[name])
+        for name, value in scores_of(result, ends).items():
+            scores[name].setdefault(result["cell"]["subject"], []).append(value)
     return Line(method, budget, rate, results, scores)
+
+
+def scores_of(result: Mapping[str, Any], ends: References) -> dict[str, float]:
+    """Those of `SCORES` that a result has; none if it diverged.
+
+    ends: what balance is measured between, see `references`; the base model has none, nor a subject without ends.
+    """
+    cell, found = result["cell"], dict(result.get("scores", {}))
+    if found and cell["method"] != "base" and (cell["subject"], cell["seed"]) in ends:
+        found["balance"] = metrics.balance(found["dino"], found["clip_t"], *ends[cell["subject"], cell["seed"]])
+    return {name: found[name] for name in SCORES if name in found}
 
 
 def photos_line(base: Sequence[Mapping[str, Any]]) -> Line:
@@ -188,26 +220,19 @@ def at_step(line: Line, step: int, ends: References) -> Line:
     return line_of(line.method, line.budget, line.learning_rate, results, ends)
 
 
-Pairs = dict[str, dict[str, list[float]]]  # differences by score, subject and seed
+def compared(lines: Sequence[Line], ours: str = OURS) -> list[tuple[Line, Line, list[str]]]:
+    """Our line and each other one of the same budget, with the names of `COMPARED` that both have of the same subjects.
 
-
-def paired_scores(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str, Pairs]]:
-    """Our method's scores minus each other one's of the same budget, by subject and seed: (budget, other, pairs).
-
-    lines: of the table. ours: the key in `TITLES` of the method that is compared. Pairs are by name of `COMPARED`,
-    without those that one of the two lines lacks.
+    lines: of the table. ours: the key in `TITLES` of the method that is compared.
     """
     mine = {line.budget: line for line in lines if line.method == ours}
     found = []
     for other in lines:
         if other.method in ("photos", "base", "full", ours) or other.budget not in mine:
             continue
-        pairs: Pairs = {}
-        for name in COMPARED:
-            a, b = mine[other.budget].scores[name], other.scores[name]
-            if a and a.keys() == b.keys():
-                pairs[name] = {s: [x - y for x, y in zip(a[s], b[s], strict=True)] for s in a}
-        found.append((other.budget or "", other.name, pairs))
+        our = mine[other.budget]
+        names = [name for name in COMPARED if our.scores[name] and our.scores[name].keys() == other.scores[name].keys()]
+        found.append((our, other, names))
     return found
 
 
@@ -218,6 +243,6 @@ def differences(lines: Sequence[Line], ours: str = OURS) -> list[tuple[str, str,
     without those that one of the two lines lacks.
     """
     return [
-        (budget, other, {name: interval_of_mean(scores) for name, scores in pairs.items()})
-        for budget, other, pairs in paired_scores(lines, ours)
+        (other.budget or "", other.name, {name: _interval(our, name, minus=other) for name in names})
+        for our, other, names in compared(lines, ours)
     ]

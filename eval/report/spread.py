@@ -7,12 +7,11 @@ from pathlib import Path
 from eval.experiment import Experiment
 from eval.report.grid import PRIMARY, compare_fronts, pseudo_leads, read_grid
 from eval.report.intervals import pooled_deviation
-from eval.report.lines import paired_scores, table_lines
+from eval.report.lines import compared, table_lines
 from eval.report.rates import choose_learning_rates
 from eval.results import SETTINGS, Results, read_results
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
-from gsoft_diffusion.scoring import metrics
 
 
 def spread_of_differences(out: Path, grid: bool) -> float:
@@ -34,7 +33,9 @@ def spread_of_differences(out: Path, grid: bool) -> float:
     else:
         lines = table_lines(experiment, results, choose_learning_rates(experiment, results))
         differences = [
-            [metrics.mean(seeds) for seeds in pairs.get("balance", {}).values()] for _, _, pairs in paired_scores(lines)
+            (our.values("balance") - other.values("balance")).mean(axis=1).tolist()
+            for our, other, names in compared(lines)
+            if "balance" in names
         ]
     differences = [each for each in differences if len(each) > 1]
     if not differences:

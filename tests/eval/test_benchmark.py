@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_eval import experiment, grid
 
-from eval import benchmark
 from eval import run_cell as running
 from eval.baselines import BaselineConfig, adapted_layers
-from eval.benchmark import plan, run_benchmark
+from eval.benchmark import run_benchmark
 from eval.cells import Cell, grid_cells, main_cells, sweep_cells
+from eval.comparison_folder import left_out
 from eval.experiment import Experiment, number_of
 from eval.methods import ABLATIONS, METHODS, adapts_text_encoder, count_parameters, matched
+from eval.plan import plan
 from eval.report.rates import choose_learning_rates
 from eval.results import all_results, cell_folder, is_done, read_results
 from eval.run_cell import run_cell
 from gsoft_diffusion import UserError
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.models.loading import load_model
-from gsoft_diffusion.scoring import encoders
+
+EXPERIMENTS = Path(__file__).parents[2] / "eval" / "experiments"
 
 
 def test_results_say_where_they_come_from(world, finished):
@@ -127,39 +128,6 @@ def test_divergence_is_a_result_without_scores(world, tmp_path, in_process):
     assert "1e+30,diverged" in sweep
 
 
-def test_other_settings_need_another_folder(world, finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "out")
-    with pytest.raises(UserError, match="max_train_steps is 3 and was 2"):
-        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1, max_train_steps=3), out)
-
-
-def test_photos_may_move_but_not_change(world, finished, tmp_path, in_process):
-    out = shutil.copytree(finished, tmp_path / "out")
-    moved = shutil.copytree(world / "subjects", tmp_path / "moved")
-    settings = experiment(world, methods=list(METHODS), curve_every=1, subjects_dir=str(moved))
-    run_benchmark(settings, out)
-    assert read_yaml(out / "experiment.yaml")["subjects_dir"] == str(moved)
-    next((moved / "cup").glob("*.png")).unlink()
-    with pytest.raises(UserError, match=r"holds cells of other photos of cup than .*/moved has; put them back"):
-        run_benchmark(settings, out)
-    assert in_process == []
-
-
-def test_changed_prompts_are_noticed_before_any_cell_runs(world, finished, tmp_path, in_process):
-    out = shutil.copytree(finished, tmp_path / "out")
-    prompts = tmp_path / "prompts.txt"
-    shutil.copy(world / "prompts.txt", prompts)
-    settings = (out / "experiment.yaml").read_text().replace(str(world / "prompts.txt"), str(prompts))
-    (out / "experiment.yaml").write_text(settings)
-    moved = experiment(world, methods=list(METHODS), curve_every=1, seeds=2, prompts=str(prompts))
-    prompts.write_text("a {0} {1} on the beach\na blue {0} {1}\n")
-    with pytest.raises(
-        UserError, match=r"holds cells of other prompts of (rex, cup|cup, rex) than .*prompts\.txt has; put them"
-    ):
-        run_benchmark(moved, out)
-    assert in_process == []
-
-
 def test_a_changed_base_is_noticed_by_the_base_models_own_cells(world, finished, tmp_path, in_process):
     out = shutil.copytree(finished, tmp_path / "out")
     base = shutil.copytree(world / "base", tmp_path / "base")
@@ -227,45 +195,6 @@ def test_cells_in_the_place_of_an_earlier_version_are_not_run_again(world, tmp_p
     assert in_process == []
 
 
-# What has one answer for all cells
-
-
-@pytest.fixture
-def automatic(world, monkeypatch):
-    """Default encoders, where only the miniatures can be had; counts how often the hub is asked."""
-    asked = []
-
-    def attempt():
-        asked.append("hub")
-        return "nobody is there"
-
-    monkeypatch.setattr(encoders, "why_unreachable", attempt)
-    monkeypatch.setattr(encoders, "FIELD_CLIP", "ViT-B-32/none_of_these")
-    monkeypatch.setattr(encoders, "FIELD_DINO", "none/of_these")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(encoders, "MINI_CLIP", str(world / "mini_clip"))
-    monkeypatch.setattr(encoders, "MINI_DINO", str(world / "mini_dino"))
-    return asked
-
-
-def test_encoders_are_settled_once_for_all_cells(world, tmp_path, automatic, in_process, capsys):
-    run_benchmark(experiment(world, clip="auto", dino="auto"), tmp_path)
-    assert len(in_process) > 2
-    assert automatic == ["hub", "hub"]  # once for each of the two; hub_access makes that one attempt
-    said = capsys.readouterr()
-    assert said.out.count("encoders: miniature CLIP mini_clip") == 1
-    assert said.err.count("scoring with the bundled") == 2
-    settings = read_yaml(tmp_path / "experiment.yaml")
-    assert (settings["clip"], settings["dino"]) == (str(world / "mini_clip"), str(world / "mini_dino"))
-
-
-def test_a_comparison_goes_on_with_its_encoders_and_does_not_ask_again(world, tmp_path, automatic, in_process):
-    run_benchmark(experiment(world, clip="auto", dino="auto", subjects=["rex"]), tmp_path)
-    automatic.clear()
-    run_benchmark(experiment(world, clip="auto", dino="auto"), tmp_path)
-    assert automatic == []
-
-
 def test_cells_of_an_earlier_version_s_noise_are_not_added_to(world, finished, tmp_path, in_process):
     comparison = experiment(world, methods=list(METHODS), curve_every=1)
     shutil.copy(finished / "experiment.yaml", tmp_path)
@@ -279,61 +208,6 @@ def test_cells_of_an_earlier_version_s_noise_are_not_added_to(world, finished, t
     assert in_process == []
 
 
-def test_cells_of_other_encoders_are_noticed_before_any_is_run(world, finished, tmp_path, in_process):
-    out = shutil.copytree(finished, tmp_path / "out")
-    path = out / "results.jsonl"
-    lines = path.read_text().replace('"name":"mini_clip"', '"name":"big_clip"').splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if '"method":"boft"' not in line))
-    shutil.rmtree(out / "work")
-    with pytest.raises(UserError, match=r"cells that other encoders scored \(big_clip and mini_dino\)"):
-        run_benchmark(experiment(world, methods=list(METHODS), curve_every=1), out)
-    assert in_process == []
-
-
-def test_a_base_that_cannot_be_had_is_said_before_any_cell(world, tmp_path, in_process):
-    with pytest.raises(UserError, match=r"no model folder \./nowhere"):
-        run_benchmark(experiment(world, pretrained_model_name_or_path="./nowhere"), tmp_path / "out")
-    assert in_process == []
-    assert not (tmp_path / "out").exists()
-
-
-def test_folders_named_in_another_normal_form_are_kept_as_they_are_on_disk(world, tmp_path, monkeypatch):
-    composed = unicodedata.normalize("NFC", "Café")
-    folder = tmp_path / unicodedata.normalize("NFD", composed)
-    folder.mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert experiment(world, subjects_dir=composed).anchored().subjects_dir == str(folder)
-
-
-# What is finished stays
-
-
-@pytest.mark.parametrize(
-    ("changes", "lost"),
-    [
-        ({"subjects": ["rex"]}, "subject cup"),
-        (
-            {"methods": ["double_gsoft", "lora"]},
-            "method gsoft, method dora, method boft, method oft, method hra, method lokr, method full",
-        ),
-        ({"learning_rates": {"double_gsoft": [1e-3], "lora": [1e-3]}}, r"double_gsoft's learning rate 0\.01"),
-    ],
-)
-def test_a_report_is_not_replaced_by_one_of_less(world, finished, tmp_path, in_process, changes, lost):
-    out = shutil.copytree(finished, tmp_path / "out")
-    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match=f"its report has {lost} as well"):
-        run_benchmark(experiment(world, **{"methods": list(METHODS), "curve_every": 1} | changes), out)
-    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
-
-
-def test_fewer_seeds_and_budgets_are_less():
-    more = Experiment(seeds=3, budgets=("small", "medium"), sweep_subjects=2)
-    less = replace(more, seeds=1, budgets=("small",), sweep_subjects=1)
-    assert benchmark.left_out(more, less) == ["budget medium", "3 seeds", "2 subjects in its sweep"]
-    assert benchmark.left_out(less, more) == []
-
-
 def test_a_comparison_in_which_all_diverged_is_no_success(world, tmp_path, in_process):
     rates = {"double_gsoft": [1e30], "lora": [1e30]}
     settings = experiment(world, learning_rates=rates, max_train_steps=4, subjects=["rex"])
@@ -342,48 +216,7 @@ def test_a_comparison_in_which_all_diverged_is_no_success(world, tmp_path, in_pr
     assert "Training diverged" in (tmp_path / "report.md").read_text()
 
 
-def test_plan_lists_cells_time_and_disk(world, tmp_path):
-    text = plan(experiment(world, seeds=3), tmp_path / "none", workers=2)
-    assert "2 subjects: cup (cup), rex (dog)" in text
-    assert "base model and photos: 6 cells, 0 done" in text
-    assert "learning rates: 2 cells" in text
-    assert "comparison: 12 cells, 1 of them counted above" in text
-    assert "GB of pictures" in text
-    assert not (tmp_path / "none").exists()
-
-
-def test_plan_counts_a_cell_of_the_sweep_and_the_comparison_once(world, tmp_path):
-    settings = experiment(world, seeds=3, seconds_per_step=600, seconds_per_picture=0)
-    rates = {method: getattr(settings.learning_rates, method)[0] for method in settings.methods}
-    distinct = {*sweep_cells(settings), *main_cells(settings, rates)}
-    hours = len(distinct) * settings.max_train_steps * 600 / 3600
-    assert f"in all {hours:.1f} hours with 1 workers" in plan(settings, tmp_path, workers=1)
-
-
-def test_plan_of_a_grid(world, tmp_path):
-    settings = grid(world, budgets=["small", "medium"], seconds_per_step=10, seconds_per_picture=1)
-    text = plan(settings, tmp_path, workers=2)
-    assert "grid: 24 cells, 0 done" in text  # two subjects, seeds and sizes, three rates
-    assert "learning rates:" not in text
-    assert "double_gsoft--small--lr0.01--cup--seed0" in text
-    pictures = 2 * 9  # nine after each of two steps
-    minutes = (24 * (2 * 10 + pictures) + 4 * 9) / 2 / 60
-    assert f"in all {minutes:.0f} minutes with 2 workers (guessed" in text
-    assert "MB of results.jsonl" in text
-
-
-def test_a_grid_needs_two_subjects(world, tmp_path):
-    with pytest.raises(UserError, match="grid: chooses each subject's setting on the others; give two subjects"):
-        run_benchmark(grid(world, subjects=["rex"]), tmp_path)
-
-
-def test_plan_is_made_without_the_base_model(world, tmp_path):
-    text = plan(experiment(world, pretrained_model_name_or_path="./nowhere", resolution=512), tmp_path, workers=1)
-    assert "sizes are listed where the base model is: there is no model folder ./nowhere" in text
-    assert "pictures of 512 px" in text
-
-
-@pytest.mark.parametrize("path", sorted(Path("eval/experiments").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_experiments_are_valid(path):
     assert Experiment.from_dict(read_yaml(path)).methods
 
@@ -442,8 +275,8 @@ def test_some_methods_can_be_of_the_medium_size_only(world):
     settings = grid(world, budgets=["small", "medium"], medium_only=["lora"], seeds=1)
     found = {(cell.method, cell.budget) for cell in grid_cells(settings)}
     assert found == {("double_gsoft", "small"), ("double_gsoft", "medium"), ("lora", "medium")}
-    assert benchmark.left_out(replace(settings, medium_only=()), settings) == ["lora at the size small"]
-    assert benchmark.left_out(settings, replace(settings, medium_only=())) == []
+    assert left_out(replace(settings, medium_only=()), settings) == ["lora at the size small"]
+    assert left_out(settings, replace(settings, medium_only=())) == []
 
 
 def test_a_size_can_have_rates_of_its_own(world):
@@ -451,8 +284,8 @@ def test_a_size_can_have_rates_of_its_own(world):
     rates = {(cell.method, cell.budget, cell.learning_rate) for cell in grid_cells(settings) if cell.method == "lora"}
     assert rates == {("lora", "small", 2e-3), ("lora", "small", 4e-3), ("lora", "medium", 1e-3)}
     before = grid(world, budgets=["small", "medium"], seeds=1)
-    assert benchmark.left_out(before, settings) == ["lora small's learning rate 0.001"]
-    assert benchmark.left_out(settings, before) == [
+    assert left_out(before, settings) == ["lora small's learning rate 0.001"]
+    assert left_out(settings, before) == [
         "lora small's learning rate 0.002",
         "lora small's learning rate 0.004",
     ]
@@ -537,15 +370,6 @@ def test_the_text_encoder_learns_at_its_share_of_the_rate(world, tmp_path, text_
     (subject, *_) = comparison.chosen_subjects()
     training = comparison.training(subject, 0, 1e-3, text_encoder, tmp_path / "run", tmp_path / "class")
     assert (training.learning_rate, training.text_encoder_lr) == (1e-3, rate)
-
-
-def test_a_single_photo_is_refused(world, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    shutil.copy(world / "subjects" / "rex" / "0.png", folder)
-    with pytest.raises(UserError, match="photos: the balance needs at least two photos"):
-        run_benchmark(experiment(world, subjects_dir=str(folder), class_word="dog"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_subjects_are_named(world):

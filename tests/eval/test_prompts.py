@@ -70,11 +70,11 @@ def test_tables_do_not_lead_out_of_the_folder(tmp_path):
         read_subjects(tmp_path / "set")
 
 
-@pytest.mark.parametrize("content", [{}, {"subjects.csv": "name\nx\n"}])
-def test_folders_that_hold_no_subjects_are_named(tmp_path, content):
-    for name, text in content.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=r"neither photos nor|has no column subject"):
+def test_folders_that_hold_no_subjects_are_named(tmp_path):
+    with pytest.raises(UserError, match="neither photos nor"):
+        read_subjects(tmp_path)
+    (tmp_path / "subjects.csv").write_text("name\nx\n")
+    with pytest.raises(UserError, match="has no column subject"):
         read_subjects(tmp_path)
 
 

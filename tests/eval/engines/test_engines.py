@@ -22,6 +22,7 @@ from eval.benchmark import run_benchmark
 from eval.cells import Cell
 from eval.engines import ENGINES, local, slurm, worker
 from eval.engines.worker import Workers, attempt, cores_each
+from eval.plan import mean_seconds
 from eval.results import all_results, is_done
 from gsoft_diffusion import UserError
 
@@ -236,7 +237,7 @@ def test_local_workers_run_cells_in_processes(world, tmp_path):
     local.run_locally(experiment(world), cells, tmp_path, Workers(2, 1))
     assert all(is_done(each, tmp_path) for each in cells)
     assert len(list((tmp_path / "work" / "logs").iterdir())) == 2
-    assert benchmark.mean_seconds(all_results(tmp_path)).keys() == {"base"}
+    assert mean_seconds(all_results(tmp_path)).keys() == {"base"}
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 from eval.report.fronts import (
     area,
     front,
-    held_out,
     lead,
     lead_range,
     leads,
@@ -101,17 +100,6 @@ def test_a_lead_is_taken_where_both_fronts_reach():
     assert math.isnan(lead(ours, others, PHOTOS, BASE))
     drawn = leads(np.stack([ours, others]), np.stack([others, ours]), np.array([[BASE, PHOTOS]] * 2))
     assert drawn.tolist() == pytest.approx([expected, -expected])
-
-
-def test_a_setting_is_chosen_without_the_subject_that_is_reported():
-    balances = np.array([[0.9, 0.1, 0.2], [0.3, 0.4, 0.3], [0.3, 0.3, 0.9]])
-    assert held_out(balances, [0, 1, 2]) == [2, 2, 0]  # on all three subjects, the last setting would be best
-    assert held_out(balances, [None, 2]) == [2, 0]
-    diverged = np.vstack([balances, [1.0, np.nan, 1.0]])
-    assert held_out(diverged, [0, 1, 2]) == [2, 3, 0]  # that it diverged on the second is not known for the second
-    assert held_out(np.full((2, 3), np.nan), [0, 1, 2]) == [None, None, None]
-    with pytest.raises(ValueError, match="one only"):
-        held_out(balances[:, :1], [0])
 
 
 def test_more_settings_never_lower_a_front():

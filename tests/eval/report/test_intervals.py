@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from eval.report.intervals import (
-    RESAMPLES,
     Estimate,
     Interval,
     detectable_by,
     detectable_difference,
     estimate,
     half_width_of_more,
-    interval_of_mean,
     pooled_deviation,
     resampled_weights,
     verdict,
@@ -70,12 +68,6 @@ def test_intervals_are_students_where_subjects_alone_scatter():
     found = estimated(scores, resamples=20_000)
     assert found.half_width == pytest.approx(expected, rel=0.02)
     assert found.interval.mean - found.interval.low == pytest.approx(found.half_width)
-
-
-def test_scores_by_subject_have_the_same_intervals():
-    scores = np.random.default_rng(0).normal(size=(4, 3, 1))
-    by_subject = {str(number): column[:, 0].tolist() for number, column in enumerate(scores)}
-    assert interval_of_mean(by_subject) == estimated(scores, resamples=RESAMPLES).interval
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4), (3, 1, 4)])
@@ -141,16 +133,3 @@ def test_more_subjects_have_shorter_intervals():
     students = {10: 2.2622, 20: 2.0930}
     expected = 0.1 * (students[20] / math.sqrt(19)) / (students[10] / math.sqrt(9))
     assert half_width_of_more(0.1, 10, 20) == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_paired_difference_is_surer_than_the_methods_themselves():
-    theirs = {subject: [subject / 10, subject / 10] for subject in range(10)}
-    ours = {subject: [score + 0.05 for score in scores] for subject, scores in theirs.items()}
-    difference = interval_of_mean({subject: [0.05, 0.05] for subject in ours})
-    assert (difference.low, difference.high) == pytest.approx((0.05, 0.05))
-    assert interval_of_mean(ours).low < interval_of_mean(theirs).high  # alone they overlap
-
-
-def test_there_is_no_interval_of_nothing():
-    with pytest.raises(ValueError, match="at least one subject"):
-        interval_of_mean({})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from tiny_eval import experiment
 
 from eval.cells import Cell
 from eval.methods import METHODS
-from eval.report.lines import Line, sweep_lines, table_lines
+from eval.report.intervals import estimate, resampled_weights, weighted
+from eval.report.lines import Line, differences, sweep_lines, table_lines
 from eval.report.rates import choose_learning_rates
 from eval.results import read_results
 from gsoft_diffusion import UserError
@@ -66,3 +70,32 @@ def test_a_rate_with_one_divergence_has_no_scores(settings, finished):
 def test_lines_are_named(cell, facts, title, label):
     line = Line(*cell.row, [{"cell": vars(cell), **facts}], {})
     assert (line.title, line.label_of("rex")) == (title, label)
+
+
+def by_hand(method, scores):
+    """A line with these balances, by subject one a seed."""
+    by_subject = {f"s{number}": list(seeds) for number, seeds in enumerate(scores)}
+    return Line(method, "medium", 1e-3, [], {"dino": {}, "clip_i": {}, "clip_t": {}, "balance": by_subject})
+
+
+def test_a_score_has_the_interval_of_its_subjects_and_seeds():
+    scores = np.random.default_rng(0).normal(size=(4, 3, 1))
+    draws = weighted(scores, resampled_weights(scores.shape))
+    assert by_hand("lora", scores[..., 0]).interval("balance") == estimate(scores.mean(), draws, 4, 3).interval
+    assert by_hand("lora", scores[..., 0]).interval("dino") is None
+
+
+def test_a_paired_difference_is_surer_than_the_methods_themselves():
+    theirs = [[subject / 10] * 2 for subject in range(10)]
+    ours, other = by_hand("double_gsoft", np.array(theirs) + 0.05), by_hand("lora", theirs)
+    ((budget, name, intervals),) = differences([ours, other])
+    assert (budget, name, list(intervals)) == ("medium", "LoRA", ["balance"])
+    assert (intervals["balance"].low, intervals["balance"].high) == pytest.approx((0.05, 0.05))
+    assert ours.interval("balance").low < other.interval("balance").high  # alone they overlap
+
+
+def test_what_is_resampled_otherwise_has_other_intervals():
+    line = by_hand("lora", [[0.1, 0.2], [0.3, 0.5]])
+    wide = replace(line, resampled={"balance": np.array([0.0, 1.0] * 50)})
+    assert wide.interval("balance").mean == line.interval("balance").mean
+    assert wide.interval("balance").high > line.interval("balance").high + 1

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from tiny_eval import experiment, grid
 
-from eval.benchmark import plan
+from eval.plan import plan
 from eval.report.intervals import detectable_by
 from eval.report.spread import reach_of_intervals, spread_of_differences
 from eval.results import read_results

@@ -13,7 +13,7 @@ from eval.report.tables import csv_rows, csv_text, markdown_table, sweep_rows, t
 
 def line(values, curve=False):
     """LoRA with one DINO score a subject, or several."""
-    results = [{"cell": {"subject": subject, "seed": 0}} for subject in values]
+    results = [{"cell": {"method": "lora", "subject": subject, "seed": 0}} for subject in values]
     if curve:
         for result in results:
             result["curve"] = [{"step": step, "dino": 0.1 * step, "clip_t": 0.5} for step in (1, 2)]
