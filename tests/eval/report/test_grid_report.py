@@ -107,4 +107,4 @@ def test_a_single_seed_has_no_intervals(world, finished_grid, tmp_path):
         assert not any(value for row in rows for key, value in row.items() if key.endswith(("_low", "_high")))
     of_two_seeds = list(csv.DictReader((finished_grid / "table.csv").open()))
     with_interval = [row["method"] for row in of_two_seeds if row["dino_low"]]
-    assert with_interval == ["base"]  # photos are scored once; half of two subjects' resamples have nothing to choose by
+    assert with_interval == ["base"]  # photos are scored once, and two subjects are too few to choose anew
