@@ -34,11 +34,10 @@ from gsoft_diffusion.config.sampler import SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import new_places
 from gsoft_diffusion.publish.approximation import total_error
-from gsoft_diffusion.publish.export import lora_layers
-from gsoft_diffusion.publish.low_rank import LoraLayer
+from gsoft_diffusion.publish.low_rank import LoraLayer, lora_layers
 from gsoft_diffusion.publish.model_card import public_base
+from gsoft_diffusion.sampling.contact_sheets import Row
 from gsoft_diffusion.sampling.generation import generate
-from gsoft_diffusion.sampling.pictures import Row
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders
 from gsoft_diffusion.scoring.pictures import embed

@@ -34,8 +34,8 @@ from gsoft_diffusion.foundation.run_folder import ADAPTER, SETTINGS, step_of
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import DTYPES, load_model
 from gsoft_diffusion.photos.image_files import open_image
+from gsoft_diffusion.sampling.contact_sheets import Row
 from gsoft_diffusion.sampling.generation import generate
-from gsoft_diffusion.sampling.pictures import Row
 from gsoft_diffusion.scoring import metrics
 from gsoft_diffusion.scoring.encoders import Encoders
 from gsoft_diffusion.scoring.judge import Judge, Verdict

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gsoft_diffusion.foundation.files import numbered
-from gsoft_diffusion.sampling.pictures import Row, contact_sheets
+from gsoft_diffusion.sampling.contact_sheets import Row, contact_sheets
 
 
 def save_sheets(rows: Sequence[Row], title: str, folder: Path) -> None:

@@ -21,7 +21,8 @@ from eval.subjects import Subject
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.files import whole_file
 from gsoft_diffusion.photos.image_files import open_image, opened, upright
-from gsoft_diffusion.sampling.pictures import FAINT, INK, LINE, MARGIN, PAPER, SHEET_PIXELS, text_lines
+from gsoft_diffusion.sampling.contact_sheets import FAINT, INK, MARGIN, PAPER, SHEET_PIXELS
+from gsoft_diffusion.sampling.lettering import LINE, text_lines
 
 DESCRIPTION = 0x010E  # EXIF's ImageDescription, which holds the places as JSON
 LARGEST, QUALITY = 256, 95  # pixels of a picture's longer side; of WebP

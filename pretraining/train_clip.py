@@ -26,7 +26,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.files import give_usual_modes
 from gsoft_diffusion.foundation.memory import keep_freed_memory
-from gsoft_diffusion.publish.export import save_text_encoder
+from gsoft_diffusion.publish.whole_model import save_text_encoder
 from gsoft_diffusion.scoring.open_clip_layout import read_open_clip
 from pretraining.checkpoint import Checkpoint
 from pretraining.precision import fast_autocast

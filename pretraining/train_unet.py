@@ -32,7 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.files import give_usual_modes
 from gsoft_diffusion.foundation.memory import keep_freed_memory
-from gsoft_diffusion.publish.export import save_text_encoder
+from gsoft_diffusion.publish.whole_model import save_text_encoder
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.kept_weights import keep, start_from
 from pretraining.precision import CPU, fast_autocast

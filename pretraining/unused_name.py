@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.files import give_usual_modes
-from gsoft_diffusion.publish.export import save_text_encoder
+from gsoft_diffusion.publish.whole_model import save_text_encoder
 from pretraining.world import UNKNOWN_NAME_LETTERS
 
 NAME = "sks"

@@ -30,7 +30,7 @@ class ExportConfig(Settings):
       model act in this order.
     format: diffusers (a folder) and checkpoint (one file with Stable Diffusion's original keys) are the whole model
       with the adapter merged in; diffusers_lora and kohya_lora are small files that approximate it; diff is the whole
-      change of every layer, large, and at strength 1 exact but for rounding; ComfyUI, Forge and A1111 add it.
+      change of every layer, large, and at strength 1 exact but for rounding; ComfyUI and Forge add it.
     strength: strength of each adapter, from 0 (the base model) to 1 (as trained); by default 1.
     output: folder or file to write, which must not exist yet; by default in the run's folder, named after the format
       and, if there is one, the checkpoint.
@@ -50,7 +50,7 @@ class ExportConfig(Settings):
     strength: tuple[float, ...] = ()
     output: Annotated[str | None, Mark.PATH] = None
     rank: Annotated[int | None, POSITIVE] = None
-    precision: Literal["float16", "float32"] = "float16"
+    precision: Literal["float16", "bfloat16", "float32"] = "float16"
     pretrained_model_name_or_path: Annotated[str | None, Mark.PATH] = None
     variant: str | None = None
     base_config: Annotated[str | None, Mark.PATH] = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNMENT = 8  # of the first tensor, in bytes
 
 
@@ -21,7 +21,7 @@ class TensorStream:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-        """shapes: of all tensors by name, in the order in which they will come. dtype: of all, float32 or float16.
+        """shapes: of all tensors by name, in the order in which they will come. dtype: of all, one of `DTYPES`.
         metadata: texts by name.
         """
         self._shapes, self._dtype = dict(shapes), dtype
@@ -44,4 +44,5 @@ class TensorStream:
             file.write(self._header)
             for (name, tensor), (wanted, shape) in zip(tensors, self._shapes.items(), strict=True):
                 assert (name, tuple(tensor.shape), tensor.dtype) == (wanted, shape, self._dtype), name
-                file.write(tensor.detach().cpu().contiguous().numpy().data)
+                numbers = tensor.detach().cpu().contiguous().flatten()
+                file.write(numbers.view(torch.uint8).numpy().data)  # NumPy knows no bfloat16, but its bytes

@@ -19,6 +19,7 @@ from gsoft_diffusion.foundation.tensor_stream import TensorStream
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.publish.approximation import Approximation
 from gsoft_diffusion.publish.layer_names import matrix_path, module_path
+from gsoft_diffusion.publish.tensor_files import rounded
 
 
 def write_differences(
@@ -32,7 +33,7 @@ def write_differences(
     """Write the change of every layer that the adapters are on, one layer at a time. Prints the file's size before.
 
     place: the file's path. model: the base model. stack: with no adapter in use. strengths: of the adapters to combine,
-    by their names in the stack. dtype: of the file, float32 or float16. metadata: texts by name.
+    by their names in the stack. dtype: of the file, one of `TensorStream`. metadata: texts by name.
 
     Returns how near each layer comes. Raises UserError if the disk is too full or a number does not fit.
     """
@@ -52,13 +53,11 @@ def write_differences(
         composed = stack.composed(strengths)
         for name, weight, rotated in tqdm(composed, desc="differences", unit="layer", total=len(linears)):
             change = rotated - weight
-            rounded = change.to(dtype)
-            if not rounded.isfinite().all():
-                raise UserError(f"{name} does not fit into float16: give --precision float32")
-            lost = change - rounded.float()
+            written = rounded(name, change, dtype)
+            lost = change - written.float()
             layers.append(Approximation(name, *(matrix.norm().item() for matrix in (weight, change, lost))))
             linear = linears[name]
-            yield difference_name(model, name, linear), _among_columns(linear, rounded)
+            yield difference_name(model, name, linear), _among_columns(linear, written)
 
     stream.write(place, differences())
     return layers

@@ -11,10 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from gsoft.linear_slice import AnyLinear, LinearSlice
+from gsoft_diffusion.adapters.stack import AdapterStack
+from gsoft_diffusion.models.loading import best_device
 from gsoft_diffusion.publish.approximation import Approximation
 from gsoft_diffusion.publish.layer_names import matrix_path
+from gsoft_diffusion.publish.tensor_files import rounded
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,20 @@ class LoraLayer(Approximation):
         return replace(self, up=self.up[:, :rank], down=self.down[:rank], lost_norm=lost_norm)
 
 
+def lora_layers(stack: AdapterStack, strengths: Mapping[str, float], rank: int, dtype: torch.dtype) -> list[LoraLayer]:
+    """The nearest LoRA, layer by layer, to the combined change by the adapters.
+
+    stack: with no adapter in use. strengths: of the adapters to combine, by their names in the stack. rank: of each
+    layer. dtype: of the factors.
+
+    Raises UserError if a number is too large for it.
+    """
+    total = len(stack.layers(strengths))
+    layers = tqdm(stack.composed(strengths), desc="singular values", unit="layer", total=total)
+    device = best_device()  # where decompositions take least time
+    return [approximate(name, weight.to(device), rotated.to(device), rank, dtype) for name, weight, rotated in layers]
+
+
 def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: torch.dtype) -> LoraLayer:
     """The layer that takes `weight` W to about `rotated` W', with the errors that this leaves.
 
@@ -41,10 +59,10 @@ def approximate(name: str, weight: Tensor, rotated: Tensor, rank: int, dtype: to
     weight, rotated: `(out, in)`, float32, on the device that is to compute.
     rank: of the factors. dtype: of the factors; what rounding to it costs is in the errors.
 
-    The factors are in main memory.
+    The factors are in main memory. Raises UserError if a number is too large for their dtype.
     """
     change = rotated - weight
-    up, down = (factor.to(dtype) for factor in low_rank(change, rank))
+    up, down = (rounded(name, factor, dtype) for factor in low_rank(change, rank))
     lost = change - up.float() @ down.float()
     weight_norm, change_norm, lost_norm = (matrix.norm().item() for matrix in (weight, change, lost))
     return LoraLayer(name, weight_norm, change_norm, lost_norm, up.cpu(), down.cpu())
@@ -102,6 +120,8 @@ def diffusers_tensors(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 def kohya_tensors(modules: Mapping[str, Factors], place_of: Callable[[str], tuple[str, int]]) -> dict[str, Tensor]:
     """The factors as kohya's sd-scripts names them; tools multiply by alpha/rank, which is 1 here.
+
+    Alphas are float32 whatever the factors are, for bfloat16 rounds numbers above 256.
 
     modules: the factors by module, in the adapter's order.
     place_of: what it calls a module of the diffusers pipeline, and how many rows are below it in a matrix that modules

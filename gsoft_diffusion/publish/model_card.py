@@ -5,12 +5,15 @@ Written for others to read: it names no folder of the user's machine.
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from gsoft.fingerprint import BaseModelIdentity, difference, how_far
@@ -38,12 +41,13 @@ WHAT = {
     "kohya_lora": "The nearest LoRA to an adapter of rotations (GSOFT) for {base}. It loses part of it.",
     "diff": "The change of the weights that an adapter of rotations (GSOFT) makes to {base}.",
 }
+LONGEST = 200  # characters of a text of others between ours
 BASE_PLACE = "<path of the base model>"  # of one that is not on the hub
 LOADING = {
     "adapter": """With gsoft-diffusion:
 
 ```bash
-python inference.py --adapter {file} --prompt "{prompt}"
+python inference.py --adapter {file} --prompt {shell_prompt}
 ```
 
 ```python
@@ -62,7 +66,8 @@ fine-tune, and says how far its weights are from those trained on.""",
     "diffusers": """```python
 from diffusers import DiffusionPipeline
 
-image = DiffusionPipeline.from_pretrained("{file}")("{prompt}").images[0]
+pipeline = DiffusionPipeline.from_pretrained(".")  # or this repository's name on the hub
+image = pipeline("{prompt}").images[0]
 ```""",
     "checkpoint": """In {programs} among the checkpoints, or with diffusers:
 
@@ -76,11 +81,11 @@ image = pipeline("{prompt}").images[0]
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights(".", weight_name="{file}")
+pipeline.load_lora_weights(".", weight_name="{file}")  # or this repository's name on the hub
 image = pipeline("{prompt}").images[0]
 ```""",
 }
-LOADING["diff"] = """In {programs} among the LoRAs: `{file}`, at strength 1, with the prompt "{prompt}".
+LOADING["diff"] = """In {programs} among the LoRAs: `{file}`, at strength 1{with_prompt}.
 
 It is added to the weights. At other strengths the weights are no longer rotated ones."""
 LOADING["kohya_lora"] = "In {programs} among the LoRAs, or with diffusers:\n\n" + LOADING["diffusers_lora"]
@@ -128,7 +133,7 @@ def model_card(
         instance_prompt=prompts[0] if prompts else None,
     )
     parts = [
-        f"---\n{front.to_yaml()}\n---",
+        f"---\n{_yaml(front.to_dict())}---",
         f"# {', '.join(_in_text(_title(subject)) for subject in subjects)}",
         WHAT[kind].format(base=_in_text(base_name)),
         *_other_bases(files, identity),
@@ -145,6 +150,8 @@ def model_card(
         "file": result,
         "pipeline": model.pipeline,
         "prompt": _in_code(*prompts[:1] or [""]),
+        "shell_prompt": shlex.quote(*prompts[:1] or [""]),
+        "with_prompt": f", with the prompt `{_in_code(prompts[0])}`" if prompts else "",
         "denoiser": places[id(model.denoiser)],
         "text_encoders": ", ".join(places[id(encoder)] for encoder in model.text_encoders),
         "programs": _programs(kind, model),
@@ -163,13 +170,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def _yaml(front: Mapping[str, Any]) -> str:
+    """Front matter with each text on one line: of a text that is folded, a line could be the `---` that ends it."""
+    return yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
 def _programs(kind: Kind, model: BaseModel) -> str:
     """Which programs with a page read a result; see docs/export.md and comfyui/README.md."""
     if isinstance(model, ZImage) and kind == "kohya_lora":
         return "musubi-tuner, whose conversion makes it ComfyUI's,"
-    if isinstance(model, StableDiffusion | StableDiffusionXL):
-        return "ComfyUI and Forge" if kind == "adapter" else "ComfyUI, Forge or A1111"
-    return "ComfyUI and Forge" if isinstance(model, Flux) else "ComfyUI"
+    return "ComfyUI and Forge" if isinstance(model, StableDiffusion | StableDiffusionXL | Flux) else "ComfyUI"
 
 
 def _other_bases(files: Sequence[AdapterFile], base: BaseModelIdentity) -> list[str]:
@@ -257,14 +267,17 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _in_text(text: str) -> str:
-    """Text of others as Markdown shows it literally, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _one_line(text))
+    """Text of others as Markdown shows it literally, on one line, and cut if it is long."""
+    line = _one_line(text)
+    shown = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", shown)
 
 
 def _in_code(text: str) -> str:
-    """Text of others inside quotes in code, on one line."""
+    """Text of others inside quotes in Python, or between backticks, on one line: whole, for it is to be used."""
     return _one_line(text).replace("`", "'").replace('"', "'").replace("\\", "/")
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    # Control characters would steer the terminal that a command is pasted into.
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())

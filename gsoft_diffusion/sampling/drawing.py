@@ -27,12 +27,13 @@ from gsoft_diffusion.foundation.text_files import composed, read_prompts
 from gsoft_diffusion.models.compilation import compile_networks
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import DTYPES, best_device, known_device
-from gsoft_diffusion.sampling.generation import Sample, generate, sheet_rows
-from gsoft_diffusion.sampling.pictures import PictureFile, contact_sheets, next_number, save_png, slug
+from gsoft_diffusion.sampling.contact_sheets import contact_sheets, sheet_rows
+from gsoft_diffusion.sampling.generation import Sample, generate
+from gsoft_diffusion.sampling.pictures import PictureFile, next_number, save_png, slug
 from gsoft_diffusion.sampling.schedulers import with_model_sampler
 
-BASE = "base"  # the base model's column
-
+BASE = "base"  # in names of files and in what pictures say of themselves
+BASE_CAPTION = "base model"
 LARGEST = 4096  # side of pictures that an adapter's file may ask for
 
 
@@ -82,20 +83,20 @@ def draw(config: GenerationConfig) -> list[Path]:
         "height": height,
     }
     first = next_number(folder)
-    drawn = {}
+    drawn = []
     for column in _columns(config, files):
         with model.on_device(*model.text_encoders, written=True):  # elsewhere their weights would be rounded otherwise
             stack.use(column.strengths)
         samples = generate(model, jobs, sampler, width=width, height=height, batch_size=config.batch_size)
-        shown = tqdm(samples, total=len(jobs), desc=printable(column.name), unit="picture")
-        drawn[column.name] = list(_saved(shown, column, folder, first, settings))
+        shown = tqdm(samples, total=len(jobs), desc=printable(column.caption or column.model), unit="picture")
+        drawn.append((column.caption, list(_saved(shown, column, folder, first, settings))))
     facts = {"adapters": _adapter_facts(config, files)} | settings
     rows = sheet_rows(drawn, config.num_images)
     sheets = [
         save_png(sheet, folder, "contact_sheet_{}.png", number, facts)
         for number, sheet in enumerate(contact_sheets(rows, _title(config, files, sampler)), start=first)
     ]
-    total = sum(map(len, drawn.values()))
+    total = sum(len(samples) for _, samples in drawn)
     print(printable(f"{total} pictures in {folder}; look at {', '.join(map(str, sheets))}"))
     return sheets
 
@@ -133,13 +134,13 @@ class SavedSample:
 class Column:
     """What one picture in each group of a contact sheet is drawn with.
 
-    name: on the sheet. strengths: of the adapters in use, by the names in the stack. adapters: what pictures say of
-    them. mark: in the names of files. model: `base` for the untouched base model.
+    strengths: of the adapters in use, by the names in the stack. adapters: what pictures say of them. caption: on the
+    sheet, besides the seed. mark: in the names of files. model: `base` for the untouched base model.
     """
 
-    name: str
     strengths: Mapping[str, float]
     adapters: Sequence[Mapping[str, Any]]
+    caption: str = ""
     mark: str = ""
     model: str = "adapter"
 
@@ -150,10 +151,10 @@ def _columns(config: GenerationConfig, files: Sequence[AdapterFile]) -> list[Col
     if config.side_by_side:
         runs = [_run_name(file.path) for file in files]
         given = zip(_distinct(runs), strengths.items(), facts, strict=True)
-        columns = [Column(run, {path: strength}, [fact], f"_{slug(run)}") for run, (path, strength), fact in given]
+        columns = [Column({path: strength}, [fact], run, f"_{slug(run)}") for run, (path, strength), fact in given]
     else:
-        columns = [Column("adapter", strengths, facts)]
-    return columns + ([Column(BASE, {}, facts, f"_{BASE}", BASE)] if config.compare else [])
+        columns = [Column(strengths, facts)]
+    return columns + ([Column({}, facts, BASE_CAPTION, f"_{BASE}", BASE)] if config.compare else [])
 
 
 def _adapter_facts(config: GenerationConfig, files: Sequence[AdapterFile]) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ def _title(config: GenerationConfig, files: Sequence[AdapterFile], sampler: Samp
 
 def _distinct(names: Sequence[str]) -> list[str]:
     """The names, with a number where another column has it: that of a run of the same name, or the base model's."""
-    unique = {name for name in names if name != BASE and names.count(name) == 1}
+    unique = {name for name in names if name not in (BASE, BASE_CAPTION) and names.count(name) == 1}
     found: list[str] = []
     for name in names:
         numbered = (f"{name} ({number})" for number in count(1))
@@ -205,14 +206,20 @@ def _precision(config: GenerationConfig, file: AdapterFile) -> str:
 
 def _sampler(config: GenerationConfig, file: AdapterFile) -> tuple[SamplerConfig, int | None]:
     """Sampler and resolution: the adapter's, with what was given on top."""
-    trained = file.training.get("sampler", {})
-    given = {name: getattr(config, name) for name in SamplerConfig().to_dict() if getattr(config, name) is not None}
-    if isinstance(trained, Mapping):
-        trained = {**trained, **given}
-        scale = trained.get("guidance_scale")
-        if isinstance(scale, int | float) and not guides(scale) and not config.negative_prompt:
-            trained["negative_prompt"] = ""  # the training's goes with the training's guidance
-    sampler = SamplerConfig.from_dict(trained)
+    try:
+        trained = SamplerConfig.from_dict(_with_effect(file.training.get("sampler", {})), "sampler").to_dict()
+    except UserError as error:
+        raise UserError(f"{file.path}: bad sampler settings ({error})") from error
+    given = {name: getattr(config, name) for name in trained if getattr(config, name) is not None}
+    settings = trained | given  # the training's negative prompt goes with the training's guidance
+    sampler = SamplerConfig(**(settings if config.negative_prompt else _with_effect(settings)))
     resolution = file.training.get("resolution")
     trained_at = resolution if isinstance(resolution, int) and 0 < resolution <= LARGEST else None
     return sampler, config.resolution or trained_at
+
+
+def _with_effect(sampler: Any) -> Any:
+    """Settings of a sampler without a negative prompt if guidance is off; what is no settings as it is."""
+    scale = sampler.get("guidance_scale") if isinstance(sampler, Mapping) else None
+    off = isinstance(scale, int | float) and not guides(scale)
+    return {**sampler, "negative_prompt": ""} if off else sampler

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,12 +15,9 @@ from torch import Tensor
 from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.config.sampler import guides
 from gsoft_diffusion.models.families import BaseModel, Conditioning, joined, whole_view
-from gsoft_diffusion.sampling.pictures import PictureFile, Row
 from gsoft_diffusion.sampling.schedulers import denoise, make_scheduler, with_model_sampler
 
 logger = logging.getLogger(__name__)
-
-PICTURES_A_ROW = 8  # on contact sheets
 
 
 @dataclass(frozen=True)
@@ -118,39 +115,3 @@ def _denoise(
 def _to_images(pixels: Tensor) -> list[Image.Image]:
     array = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
-
-
-class Shown(Protocol):
-    """What contact sheets show: a `Sample`, or one whose picture is in a file."""
-
-    @property
-    def prompt(self) -> str: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def image(self) -> Image.Image | PictureFile: ...
-
-
-def sheet_rows(columns: Mapping[str, Sequence[Shown]], images_each: int) -> list[Row]:
-    """Rows of a contact sheet from the pictures of one or more models, the same prompts and seeds side by side.
-
-    columns: each model's pictures by its name, in the same order of prompts and seeds.
-    images_each: pictures that follow each other with the same prompt; what is too many for a row goes on in the next.
-    """
-    groups = list(zip(*columns.values(), strict=True))
-    together = max(1, PICTURES_A_ROW // len(columns))
-    rows = []
-    for start in range(0, len(groups), images_each):
-        same_prompt = groups[start : start + images_each]
-        for at in range(0, len(same_prompt), together):
-            group = same_prompt[at : at + together]
-            images = [sample.image for samples in group for sample in samples]
-            captions = [
-                f"seed {sample.seed}" + {"adapter": "", "base": " · base model"}.get(model, f" · {model}")
-                for samples in group
-                for model, sample in zip(columns, samples, strict=True)
-            ]
-            rows.append(Row(group[0][0].prompt, images, captions))
-    return rows

@@ -17,8 +17,8 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import sheet_of
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.photos.folder import Photo
-from gsoft_diffusion.sampling.generation import Sample, generate, sheet_rows
-from gsoft_diffusion.sampling.pictures import contact_sheets
+from gsoft_diffusion.sampling.contact_sheets import contact_sheets, sheet_rows
+from gsoft_diffusion.sampling.generation import Sample, generate
 from gsoft_diffusion.training.best import no_longer_improves
 from gsoft_diffusion.training.curve import write_curve
 from gsoft_diffusion.training.signals import StopRequest
@@ -160,7 +160,7 @@ class Validation:
             return False
         if self.scores:
             self._score(self.scores, drawn, step)
-        rows = sheet_rows({"adapter": drawn}, config.num_validation_images)
+        rows = sheet_rows([("", drawn)], config.num_validation_images)
         title = f"step {step}" if step else "step 0: the base model"
         for number, sheet in enumerate(contact_sheets(rows, title), start=1):
             self._write(sheet, number, step)

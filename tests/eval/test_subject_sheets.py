@@ -15,7 +15,7 @@ from eval.subject_sheets import DESCRIPTION, LARGEST, read_subject_sheet, sheet_
 from eval.subjects import Subject
 from gsoft_diffusion import UserError
 from gsoft_diffusion.foundation.bundled import found
-from gsoft_diffusion.sampling.pictures import SHEET_PIXELS
+from gsoft_diffusion.sampling.contact_sheets import SHEET_PIXELS
 
 PROMPTS = {f"context-{number:02d}-seed0.png": f"a dog {place}" for number, place in enumerate(("here", "там"))}
 BASE, LORA, OTHER = (

@@ -43,10 +43,14 @@ def test_folders_without_a_name_are_not_overwritten(tmp_path, monkeypatch, place
 def test_two_machines_that_write_one_place_do_not_share_a_temporary_one(tmp_path):
     """On a shared disk, and with equal process ids, as containers have them."""
     target = tmp_path / "file"
-    with pytest.raises(UserError, match="exists and is not overwritten"), new_places("--output", target) as (late,):
-        late.write_bytes(b"late")
-        with new_places("--output", target) as (early,):
-            early.write_bytes(b"early")
+
+    def write(text: bytes, meanwhile=lambda: None) -> None:
+        with new_places("--output", target) as (place,):
+            place.write_bytes(text)
+            meanwhile()
+
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        write(b"late", meanwhile=lambda: write(b"early"))
     assert target.read_bytes() == b"early"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from gsoft_diffusion.foundation.tensor_stream import TensorStream
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_safetensors_reads_it(tmp_path, dtype):
     tensors = {
         "b.diff": torch.randn(3, 5, dtype=dtype).mT,
         "a": torch.randn(7, dtype=dtype),
         "ä": torch.randn(2, 1).to(dtype),
+        "one": torch.tensor(3.25, dtype=dtype),
     }
     stream = TensorStream({name: tuple(x.shape) for name, x in tensors.items()}, dtype, {"format": "pt", "who": "“we”"})
     path = tmp_path / "x.safetensors"

@@ -23,8 +23,8 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.families import Flux, Flux2Dev, Flux2Klein, StableDiffusion3, ZImage, whole_view
 from gsoft_diffusion.models.families.flux import pack, unpack
 from gsoft_diffusion.models.loading import load_model
-from gsoft_diffusion.publish.export import write_tensors
 from gsoft_diffusion.publish.low_rank import LoraLayer, by_module, diffusers_tensors, kohya_tensors
+from gsoft_diffusion.publish.tensor_files import write_tensors
 from gsoft_diffusion.sampling.generation import generate
 
 FAMILIES = (StableDiffusion3, Flux, Flux2Klein, Flux2Dev, ZImage)

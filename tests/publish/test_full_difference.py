@@ -51,9 +51,9 @@ def changes(adapter: Path, base: Path, strength: float = 1.0) -> dict[str, Tenso
     return found
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(("precision", "rounds"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 4e-3)])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_every_change_is_there(family, precision, tmp_path, capfd):
+def test_every_change_is_there(family, precision, rounds, tmp_path, capfd):
     base = WRITERS[family](tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter.safetensors")
     path = export(ExportConfig((str(adapter),), "diff", precision=precision))
@@ -61,16 +61,17 @@ def test_every_change_is_there(family, precision, tmp_path, capfd):
     found, wanted = load_file(path), changes(adapter, base)
     assert found.keys() == wanted.keys()
     for name, change in wanted.items():
-        tolerance = 1e-6 if precision == "float32" else 1e-3 * change.abs().max().item()
+        assert found[name].dtype == getattr(torch, precision)
+        tolerance = 1e-6 if precision == "float32" else rounds * change.abs().max().item()
         torch.testing.assert_close(found[name].float(), change, atol=tolerance, rtol=0)
     said = capfd.readouterr().out
     (size,) = re.findall(r"^writing ([\d.,]+) MB$", said, re.MULTILINE)
     assert float(size) == pytest.approx(path.stat().st_size / 1e6, abs=0.1)
-    assert "full differences, float" in said
+    assert f"full differences, {precision}; " in said
     with path.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(wanted)
-    assert all(0 <= float(row["error"]) < 1e-3 for row in rows)
+    assert all(0 <= float(row["error"]) < max(rounds, 1e-3) for row in rows)
     assert "at strength 1" in path.with_suffix(".md").read_text()
 
 
@@ -122,6 +123,6 @@ def test_numbers_too_large_for_float16(base, tmp_path):
     model.unet.save_pretrained(huge / "unet")
     adapter = write_adapter(huge, tmp_path / "adapter.safetensors")
     before = set(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"attn1\.to_q does not fit into float16: give --precision float32"):
+    with pytest.raises(UserError, match=r"attn1\.to_q does not fit into float16: give --precision bfloat16 or float32"):
         export(ExportConfig((str(adapter),), "diff"))
     assert set(tmp_path.iterdir()) == before

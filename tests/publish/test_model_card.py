@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,9 @@ def model_card(*arguments, **options) -> str:
 
 
 def parts(card: str) -> tuple[dict, str]:
-    _, front, text = card.split("---\n", 2)
+    assert card.startswith("---\n")
+    front, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert not any(line.strip() == "---" for line in front.splitlines())  # which some readers would take for the end
     return yaml.safe_load(front), text
 
 
@@ -66,7 +70,9 @@ def test_front_matter_is_hugging_faces():
 def test_every_kind_says_how_to_load_it(kind):
     card = model_card(kind, "result", [adapter_file()])
     front, text = parts(card)
-    assert "result" in text.partition("## How to load")[2].partition("## How it was made")[0]
+    named = 'from_pretrained(".")  # or this repository\'s name on the hub' if kind == "diffusers" else "result"
+    assert named in text.partition("## How to load")[2].partition("## How it was made")[0]
+    assert ("result" in text) == (kind != "diffusers")
     assert "{" not in text
     assert ("lora" in front["tags"]) == kind.endswith("_lora")
     assert ("StableDiffusionXLPipeline.from_single_file" in text) == (kind == "checkpoint")
@@ -77,7 +83,7 @@ def test_every_kind_says_how_to_load_it(kind):
 @pytest.mark.parametrize(
     ("write", "programs"),
     [
-        (write_base, {"adapter": "ComfyUI and Forge", "checkpoint": "ComfyUI, Forge or A1111"}),
+        (write_base, {"adapter": "ComfyUI and Forge", "checkpoint": "ComfyUI and Forge"}),
         (write_sd3, {"adapter": "ComfyUI", "checkpoint": "ComfyUI", "diff": "ComfyUI"}),
         (write_flux, {"adapter": "ComfyUI and Forge", "kohya_lora": "ComfyUI and Forge", "diff": "ComfyUI and Forge"}),
         (write_flux2_klein, {"adapter": "ComfyUI", "kohya_lora": "ComfyUI"}),
@@ -153,22 +159,58 @@ def test_no_private_paths(kind):
     assert not {"base_model", "base_model_relation"} & parts(card)[0].keys()
 
 
-def test_texts_of_strangers_stay_texts():
+BAD = 'x"`\n---\nlicense: mit\n# <script>alert(1)</script> | [a](b) \\'
+
+
+@pytest.mark.parametrize("kind", LOADING)
+@pytest.mark.parametrize(
+    "bad", [BAD, BAD * 20, "```\n" + BAD, "x" * 80 + " --- " + "x" * 80 + BAD], ids=["short", "long", "fence", "line"]
+)
+def test_texts_of_strangers_stay_texts(kind, bad):
     """Adapter files come from anywhere: their prompts must not become markup, code or front matter."""
-    bad = 'x"`\n---\nlicense: mit\n# <script>alert(1)</script> | [a](b) \\'
     prompts = dict.fromkeys(("instance_prompt", "unique_token", "class_word"), bad)
-    card = model_card("diffusers", "merged", [adapter_file(prompts=prompts, optimizer=bad, seed=bad)])
+    card = model_card(kind, "merged", [adapter_file(prompts=prompts, optimizer=bad, seed=bad)])
     front, text = parts(card)
     assert "license" not in front
     assert " ".join(bad.split()) == " ".join(front["instance_prompt"].split())
-    outside_code = "".join(text.split("```")[::2])
-    outside_code = "".join(outside_code.split("`")[::2]) if outside_code.count("`") % 2 == 0 else outside_code
-    assert "<script" not in outside_code.replace(r"\<script", "")
-    assert "[a]" not in outside_code.replace(r"\[a\]", "")
     assert "\n---\n" not in text
-    assert all(line.count("|") - line.count(r"\|") == 3 for line in text.splitlines() if line.startswith("| "))
-    code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert sorted(blocks) == {"adapter": ["bash", "python"], "diff": []}.get(kind, ["python"])
+    if "python" in blocks:
+        compile(blocks["python"], "card", "exec")
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    outside = re.sub(r"`[^`\n]*`", "", re.sub(r"\\[\\`\[\]<>|]", "", outside))  # what Markdown shows as it is
+    assert "`" not in outside
+    assert "<script" not in outside
+    assert re.findall(r"\]\((.*?)\)", outside) == ["https://arxiv.org/abs/2406.10019"]
+    assert all(line.count("|") == 3 for line in outside.splitlines() if line.startswith("| "))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a sks dog", "$HOME $(id) `id` \\ ! 'x' \"y\"", BAD, "a\x0fb\x1b[2J", "", "dog " * 200]
+)
+def test_a_shell_passes_the_prompt_on_as_it_is(prompt):
+    _, text = parts(model_card("adapter", "adapter.safetensors", [adapter_file(prompts={"instance_prompt": prompt})]))
+    (line,) = text.partition("```bash\n")[2].partition("\n```")[0].splitlines()
+    said = subprocess.run(
+        ["bash", "-c", line.replace("python inference.py", r"printf '%s\n'")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    wanted = " ".join(prompt.replace("\x0f", " ").replace("\x1b", " ").split())
+    assert said == f"--adapter\nadapter.safetensors\n--prompt\n{wanted}\n"
+
+
+def test_long_prompts_are_whole_where_they_are_used_and_end_in_an_ellipsis_where_they_are_read():
+    prompt = " ".join(f"word{number}" for number in range(100))
+    for kind in LOADING:
+        front, text = parts(model_card(kind, "a", [adapter_file(prompts={"instance_prompt": prompt})]))
+        assert front["instance_prompt"] == prompt
+        loading = text.partition("## How to load")[2].partition("## How it was made")[0]
+        assert prompt in loading
+        title = text.partition("# ")[2].partition("\n")[0]
+        assert title == prompt[:199] + "…"
 
 
 def test_a_card_that_someone_has_made_their_own_stays(tmp_path):

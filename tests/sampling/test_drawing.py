@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,8 +28,8 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
-from gsoft_diffusion.sampling import drawing, pictures
-from gsoft_diffusion.sampling.drawing import _precision, _sampler, draw
+from gsoft_diffusion.sampling import contact_sheets, drawing
+from gsoft_diffusion.sampling.drawing import _columns, _precision, _sampler, draw
 from gsoft_diffusion.sampling.generation import generate
 from gsoft_diffusion.sampling.pictures import read_facts, save_png
 
@@ -118,6 +120,23 @@ def test_a_negative_prompt_for_an_adapter_that_was_trained_without_guidance_is_r
         _sampler(config, SimpleNamespace(training={"sampler": {"guidance_scale": 1.0}}))
 
 
+@pytest.mark.parametrize(
+    ("sampler", "what"),
+    [
+        ({"shift": 3}, "sampler: unknown setting shift; known: "),
+        ({"num_inference_steps": "many"}, "num_inference_steps: 'many' is not a whole number"),
+        ({"guidance_scale": -1.0}, "--guidance_scale -1.0: must be 0 or more"),
+        ("fast", "sampler: expected settings as `name: value`, got 'fast'"),
+    ],
+    ids=str,
+)
+def test_a_file_s_bad_sampler_is_said_to_be_the_file_s(sampler, what):
+    config = GenerationConfig(("adapter.safetensors",), prompts=("a",), guidance_scale=3.0)
+    file = SimpleNamespace(path=Path("dog/adapter.safetensors"), training={"sampler": sampler})
+    with pytest.raises(UserError, match=re.escape(f"dog/adapter.safetensors: bad sampler settings ({what}")):
+        _sampler(config, file)
+
+
 def test_a_file_may_not_ask_for_pictures_of_any_size():
     config = GenerationConfig(("adapter.safetensors",), prompts=("a",))
 
@@ -163,7 +182,7 @@ def test_draw_keeps_no_picture_in_memory(adapter_file, monkeypatch):
 
     monkeypatch.setattr(drawing, "generate", watched)
     monkeypatch.setattr(drawing, "save_png", saved)
-    monkeypatch.setattr(pictures, "SHEET_PIXELS", 1)
+    monkeypatch.setattr(contact_sheets, "SHEET_PIXELS", 1)
     draw(GenerationConfig((str(adapter_file),), prompts=("a", "b"), num_images=2, compare=True))
     assert (len(drawn), len(sheets)) == (8, 2)
 
@@ -434,6 +453,22 @@ def test_side_by_side_each_adapter_draws_by_itself(base, adapter_file, tmp_path)
     assert {name.split("_")[2] for name in pictures} == {adapter_file.parent.name, "base-1", "base"}
     sheet = Image.open(tmp_path / "out" / "contact_sheet_0000.png")
     assert sheet.width == 8 + 3 * (216 + 8)  # three pictures of 36 pixels, each six times as large
+
+
+@pytest.mark.parametrize(
+    ("runs", "captions"),
+    [
+        (("adapter", "dog"), ["adapter", "dog", "base model"]),
+        (("base", "base model"), ["base (1)", "base model (1)", "base model"]),
+    ],
+)
+def test_every_run_s_name_is_on_sheets(tmp_path, runs, captions):
+    """Whatever it is called, and none is taken for the base model."""
+    paths = [tmp_path / run / "adapter.safetensors" for run in runs]
+    config = GenerationConfig(tuple(map(str, paths)), side_by_side=True, compare=True)
+    columns = _columns(config, [SimpleNamespace(path=path) for path in paths])
+    assert [column.caption for column in columns] == captions
+    assert len({column.mark for column in columns}) == 3
 
 
 def test_side_by_side_of_one_adapter_is_refused():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pretended import pretended_gpu
 from transformers import CLIPTextModel
 
@@ -17,7 +15,7 @@ from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.sampling import schedulers
-from gsoft_diffusion.sampling.generation import Sample, generate, sheet_rows
+from gsoft_diffusion.sampling.generation import generate
 
 FEW_STEPS = SamplerConfig(num_inference_steps=3, guidance_scale=3.0)
 JOBS = [("a dog", 7), ("a cat", 7), ("a dog", 8), ("", 0), ("a dog", 7)]
@@ -183,13 +181,3 @@ def test_pictures_that_are_not_finite_are_black_and_the_first_is_told_of(base, c
     pictures = arrays(generate(model, JOBS, FEW_STEPS, batch_size=2))
     assert [picture.max() > 0 for picture in pictures] == [False, True, False, True, False]
     assert caplog.messages == [f"pixels are not finite: such pictures come out black{advice}"]
-
-
-@pytest.mark.parametrize(("columns", "lengths"), [(["adapter"], [8, 2, 8, 2]), (["adapter", "base"], [8, 8, 4] * 2)])
-def test_sheet_rows_keep_prompts_apart(columns, lengths):
-    image = Image.new("RGB", (8, 8))
-    samples = [Sample(prompt, seed, image) for prompt in ("a", "b") for seed in range(10)]
-    rows = sheet_rows(dict.fromkeys(columns, samples), images_each=10)
-    assert [len(row.images) for row in rows] == lengths
-    assert [row.label for row in rows] == sorted(row.label for row in rows)
-    assert list(chain(*(row.captions for row in rows)))[:: len(columns)] == [f"seed {s.seed}" for s in samples]

@@ -55,7 +55,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
             label="Rank of a LoRA",
             info="higher is nearer to what was learned, and larger",
         )
-        precision = gr.Radio(["float16", "float32"], value="float16", label="Precision")
+        precision = gr.Radio(["float16", "bfloat16", "float32"], value="float16", label="Precision")
     with gr.Row():
         make = gr.Button("Make it", variant="primary", elem_id="make")
         stop = gr.Button("Stop making it", variant="stop", interactive=False, elem_id="stop-making")

@@ -41,6 +41,7 @@ def folder(page) -> Path:
         ("diffusers_lora", "float32", "diffusers_lora_rank16_step-8_float32.safetensors"),
         ("checkpoint", "float16", "merged_step-8.safetensors"),
         ("checkpoint", "float32", "merged_step-8_float32.safetensors"),
+        ("checkpoint", "bfloat16", "merged_step-8_bfloat16.safetensors"),
         ("diffusers", "float16", "merged_step-8"),
         ("diff", "float16", "diff_step-8.safetensors"),
     ],
