@@ -51,7 +51,7 @@ def test_plan_is_made_without_the_base_model(world, tmp_path):
 
 def test_a_plan_is_refused_where_the_run_would_be(world, finished, tmp_path):
     comparison = experiment(world, methods=list(METHODS), curve_every=1)
-    assert "in all 0 minutes with 1 workers (measured)" in plan(comparison, finished, workers=1)
+    assert "base model and photos: 2 cells, 2 done" in plan(comparison, finished, workers=1)
     with pytest.raises(UserError, match="max_train_steps is 3 and was 2"):
         plan(replace(comparison, max_train_steps=3), finished, workers=1)
     with pytest.raises(UserError, match="grid: chooses each subject's setting on the others"):

@@ -113,7 +113,7 @@ def test_more_settings_never_lower_a_front():
 def test_a_lead_of_equal_methods_is_hardly_ever_called_one(crowded):
     """Two methods on one true front, whose settings lie at other places of it; ten subjects, two seeds, eight prompts.
 
-    What noise and places leave in the mean lead is a tenth of what such a comparison can detect.
+    What noise and places leave in the mean lead is less than a quarter of what such a comparison can detect.
     """
     rng = np.random.default_rng(0)
     even = np.linspace(0.05, 0.9, 15)
