@@ -212,7 +212,7 @@ def test_the_log_is_shown_as_a_terminal_would(jobs, sleeping):
     ],
 )
 def test_what_went_wrong_is_said_in_a_line(jobs, sleeping, status, log, error):
-    job = jobs.add("train", "dog", {})
+    job = running(jobs, jobs.add("train", "dog", {}).number)  # so that its process says nothing afterwards
     (job.folder / LOG).write_text(log)
     write_json(job.folder / END, {"status": status})
     assert ended(jobs, job).error() == error
