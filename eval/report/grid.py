@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Group:
     """A method at a size, with all of its settings; NaN wherever a training diverged.
 
     scores: `(N, 2, S, K, P)`, subject and prompt fidelity of each setting, subject, seed and prompt. balances:
-    `(N, C, K)`, of the subjects that choose settings.
+    `(N, C, K)`, of the subjects that choose settings. means: by name of `SCORES`, `(N, S, K)`.
     """
 
     method: str
@@ -55,6 +55,7 @@ class Group:
     settings: list[Setting]
     scores: Array
     balances: Array
+    means: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def read_grid(experiment: Experiment, results: Results) -> Grid:
             Setting(rate, step) for rate in experiment.rates_of(method, budget) for step in experiment.recorded_steps()
         ]
         scores = np.full((len(settings), *shape), np.nan)
-        balances = np.full((len(settings), len(choosing), len(seeds)), np.nan)
+        means = {name: np.full((len(settings), len(subjects), len(seeds)), np.nan) for name in SCORES}
         for number, setting in enumerate(settings):
             for i, subject in enumerate(subjects):
                 for seed in seeds:
@@ -138,11 +139,10 @@ def read_grid(experiment: Experiment, results: Results) -> Grid:
                         continue
                     found = result_at(result, setting.step)
                     scores[number, i, seed] = _by_prompt(found)
-                    if subject in choosing:
-                        pair = found["scores"]["dino"], found["scores"]["clip_t"]
-                        place = number, choosing.index(subject), seed
-                        balances[place] = metrics.balance(*pair, *ends_of[subject, seed])
-        groups.append(Group(method, budget, settings, np.moveaxis(scores, 3, 1), balances))
+                    for name, value in scores_of(found, ends_of).items():
+                        means[name][number, i, seed] = value
+        balances = means["balance"][:, [subjects.index(subject) for subject in choosing]]
+        groups.append(Group(method, budget, settings, np.moveaxis(scores, 3, 1), balances, means))
     return Grid(subjects, choosing, experiment.seeds, np.moveaxis(ends, 3, 1), ends_of, groups)
 
 
@@ -281,45 +281,30 @@ def held_out_lines(experiment: Experiment, results: Results, grid: Grid) -> list
             for subject, number in zip(grid.subjects, _chosen_once(group, grid), strict=True)
         }
         line = _line_at(settings, group.method, group.budget, results, grid)
-        lines.append(replace(line, resampled=_resampled(group, results, grid, weights)))
+        lines.append(replace(line, resampled=_resampled(group, grid, weights)))
     return lines
 
 
 def _line_at(settings: Mapping[str, Setting], method: str, budget: str | None, results: Results, grid: Grid) -> Line:
-    """The line of a method, each subject at its setting."""
-    found = [
-        _result(method, budget, setting, subject, seed, results)
-        for subject, setting in settings.items()
-        for seed in range(grid.seeds)
-    ]
+    """The line of a method, each subject at its setting; as a training ended, if it diverged."""
+    found = []
+    for subject, setting in settings.items():
+        for seed in range(grid.seeds):
+            result = results[Cell(method, budget, setting.learning_rate, subject, seed)]
+            found.append(result_at(result, setting.step) if recorded_steps(result) else result)
     return line_of(method, budget, None, found, grid.references)
 
 
-def _result(
-    method: str, budget: str | None, setting: Setting, subject: str, seed: int, results: Results
-) -> dict[str, Any]:
-    """What a training was at a setting; as it ended, if it diverged."""
-    result = results[Cell(method, budget, setting.learning_rate, subject, seed)]
-    return result_at(result, setting.step) if recorded_steps(result) else result
-
-
-def _resampled(group: Group, results: Results, grid: Grid, weights: Array) -> dict[str, Array]:
+def _resampled(group: Group, grid: Grid, weights: Array) -> dict[str, Array]:
     """By name of `SCORES` the mean of a score in each resample, which chooses each subject's setting on its others.
 
     weights: `(resamples, S, K)`.
     """
     choosing = [grid.subjects.index(subject) for subject in grid.choosing]
     chosen = choices(group.balances, _places(grid), weights[:, choosing])
-    scores = {name: np.full((len(group.settings), len(grid.subjects), grid.seeds), np.nan) for name in SCORES}
-    for number, setting in enumerate(group.settings):
-        for place, subject in enumerate(grid.subjects):
-            for seed in range(grid.seeds):
-                result = _result(group.method, group.budget, setting, subject, seed, results)
-                for name, value in scores_of(result, grid.references).items():
-                    scores[name][number, place, seed] = value
     scored = {name: choosing if name == "balance" else list(range(len(grid.subjects))) for name in SCORES}
     return {
-        name: chosen_means(scores[name][:, places], chosen[:, places], weights[:, places])
+        name: chosen_means(group.means[name][:, places], chosen[:, places], weights[:, places])
         for name, places in scored.items()
     }
 
