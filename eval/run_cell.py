@@ -127,6 +127,8 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
         "full_parameters": count_parameters(BaselineConfig("full"), layers),
         "training": {name: value for name, value in config.to_dict().items() if name not in UNSHARED},
     }
+    device = models.device
+    move(models, "cpu")  # training loads the base model itself, and a GPU may not hold it twice
     started = time.perf_counter()
     try:
         trained = train(config, baseline_maker(method) if isinstance(method, BaselineConfig) else inject)
@@ -140,6 +142,7 @@ def _tuned(experiment: Experiment, cell: Cell, out: Path, scratch: Path) -> dict
         "adapter_bytes": trained.adapter.stat().st_size,
         "peak_memory_bytes": peak_memory(),
     }
+    move(models, device)
     photos = embed(encoders, (open_image(path) for path in subject.photos()))
     untouched = embed(encoders, untouched_pictures(experiment, cell, out, prompts, models))
     curve = []
@@ -198,6 +201,12 @@ def _prepare(experiment: Experiment, cell: Cell) -> tuple[Subject, list[Prompt],
         experiment.pretrained_model_name_or_path, dtype=DTYPES[experiment.mixed_precision], device=device
     )
     return subject, prompts, models, load_encoders(experiment.clip, experiment.dino, device)
+
+
+def move(models: BaseModel, device: torch.device | str) -> None:
+    """Put all networks of a base model on a device."""
+    for network in (models.denoiser, models.vae, *models.all_text_encoders()):
+        network.to(device)
 
 
 def load_tuned(method: AnyConfig, path: Path, models: BaseModel) -> Adapter | BaselineAdapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def run_on_ray(experiment: Experiment, cells: Sequence[Cell], out: Path, workers
     except ImportError as error:
         raise UserError("--engine ray needs a library: pip install ray") from error
     if not ray.is_initialized():  # it is, if other cells of the comparison ran before
-        ray.init(log_to_driver=False, logging_level="warning")
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     needs = {"CPU": workers.cores, "GPU": int(ray.cluster_resources().get("GPU", 0) > 0)}
     if not _has_room(needs):
         raise UserError(f"--cores {workers.cores}: no node of the Ray cluster has {_in_words(needs)}; give fewer")

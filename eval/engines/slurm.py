@@ -125,7 +125,9 @@ class _Jobs:
     def in_the_queue(self, cells: Iterable[Cell]) -> dict[Cell, Job]:
         """The jobs for these cells that have not ended."""
         ids = self._ids()
-        jobs = {cell: self._library.SlurmJob(self._folder, ids[cell.id]) for cell in cells if cell.id in ids}
+        jobs: dict[Cell, Job] = {
+            cell: self._library.SlurmJob(self._folder, ids[cell.id]) for cell in cells if cell.id in ids
+        }
         if not jobs:
             return {}
         states = _states()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -210,8 +211,8 @@ def test_local_workers_do_not_ask_the_hub(world, tmp_path, monkeypatch):
     seen = []
 
     class Threads(ThreadPoolExecutor):
-        def __init__(self, number, context, initializer, max_tasks_per_child):
-            super().__init__(number, initializer=initializer)
+        def __init__(self, number, context, initializer, initargs, max_tasks_per_child):
+            super().__init__(number, initializer=initializer, initargs=initargs)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(local, "ProcessPoolExecutor", Threads)
@@ -219,6 +220,37 @@ def test_local_workers_do_not_ask_the_hub(world, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "attempt", lambda *given: seen.append(huggingface_hub.is_offline_mode()))
     local.run_locally(experiment(world), [BASE], tmp_path, Workers(1, 1))
     assert seen == [True]
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen", "expected"),
+    [(0, None, []), (2, None, ["0", "1"]), (2, "3,5", ["3", "5"]), (1, "3,5", ["3"]), (0, "", [])],
+)
+def test_gpus_are_those_that_the_command_may_use(count, chosen, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv(local.VISIBLE, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(local.VISIBLE, chosen)
+    assert local._gpus() == expected
+
+
+def note_the_gpu(settings, cell, out, cores):
+    """In a cell's process, in the place of `attempt`: waits until as many cells run as there are workers."""
+    (out / f"{cell.seed}.started").touch()
+    while len(list(out.glob("*.started"))) < cores:
+        time.sleep(0.05)
+    (out / f"{cell.seed}.gpu").write_text(os.environ[local.VISIBLE])
+
+
+@pytest.mark.slow
+def test_local_workers_share_the_gpus(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(local, "attempt", note_the_gpu)
+    cells = [replace(BASE, seed=seed) for seed in range(4)]
+    local.run_locally(experiment(world), cells[:2], tmp_path, Workers(2, 2))
+    assert sorted(path.read_text() for path in tmp_path.glob("*.gpu")) == ["3", "5"]
+    local.run_locally(experiment(world), cells[2:], tmp_path, Workers(1, 1))  # the second when the first is done
+    assert sorted(path.read_text() for path in tmp_path.glob("*.gpu")) == ["3", "3", "3", "5"]
 
 
 @pytest.mark.slow
