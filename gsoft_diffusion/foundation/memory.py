@@ -88,14 +88,18 @@ def _numbers_in(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    said = ("can't allocate memory", "out of memory")  # by PyTorch on a CPU, and on Apple's GPUs
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 @contextmanager
 def running_out_explained(advice: str) -> Iterator[None]:
     """Inside the block, running out of memory on whatever device is a UserError that ends in `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = ("can't allocate memory", "out of memory")  # by PyTorch on a CPU, and on Apple's GPUs
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
-        if not out:
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory ({first_line(error)}); {advice}") from error

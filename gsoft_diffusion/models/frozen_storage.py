@@ -103,10 +103,14 @@ def number_count(model: nn.Module) -> int:
 
 
 def _scale(weight: Tensor) -> Tensor:
-    """For each row the least power of two with which it fits into the range of eight bits."""
+    """For each row the least power of two with which it fits into the range of eight bits.
+
+    It is no less than the weight's dtype has with all of its digits: in float16 that of tiny weights would become 0.
+    """
     largest = weight.float().abs().amax(dim=1, keepdim=True)
     exponent = (largest / torch.finfo(FLOAT8).max).log2().ceil()
-    return exponent.exp2().where(largest > 0, 1.0).to(weight.dtype)
+    scale = exponent.exp2().clamp(min=torch.finfo(weight.dtype).smallest_normal)
+    return scale.where(largest > 0, 1.0).to(weight.dtype)
 
 
 def _fetched(stored: Tensor, scale: Tensor | None, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.hub_access import why_unreachable
 from gsoft_diffusion.foundation.memory import check_weights, is_apart
 from gsoft_diffusion.models.families import BaseModel, find_family
-from gsoft_diffusion.models.frozen_storage import store
+from gsoft_diffusion.models.frozen_storage import FLOAT8, store
 from gsoft_diffusion.models.noise import scheduler_class
 from gsoft_diffusion.models.quantization import quantize, require_bitsandbytes
 from gsoft_diffusion.models.single_file import is_single_file, load_parts, usual_config
@@ -35,6 +35,7 @@ INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")  # what the part that denoises is called
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the name of --mixed_precision
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
+STORED = HALVES | {"F32": torch.float32}
 
 
 def load_model(
@@ -54,7 +55,8 @@ def load_model(
 
     name: the folder, the model's name on the hub, or the `.safetensors` file.
     revision: branch, tag or commit on the hub; by default the main branch.
-    variant: what stands before `.safetensors` in the names of the weight files to load, such as fp16.
+    variant: what stands before `.safetensors` in the names of the weight files to load, such as fp16; networks that
+    have no such files are loaded without.
     base_config: for a single file, the diffusers folder or model on the hub whose configuration it has.
     dtype: of all weights but the VAE's, which are float32; None for the one that each part's are stored in.
     device: where the model computes.
@@ -84,17 +86,23 @@ def load_model(
         parts = load_parts(name, family, folder, dtype)
     else:
         folder, family, index_values = _find(name, revision, variant)
-        weights: dict[str, Any] = {"variant": variant, "use_safetensors": True, "local_files_only": True}
-        parts = {}
-        files = {part: _weight_files(folder / part, variant) for part in family.parts()}
+        weights: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        variants = _variants(name, folder, family, variant)
+        files = {part: _weight_files(folder / part, variants.get(part)) for part in family.parts()}
         dtypes = {part: dtype or _stored_dtype(paths) for part, paths in files.items()} | {"vae": torch.float32}
-        counted = [part for part in files if not cpu_offload or part in DENOISERS]
-        weight_files = [(path, dtypes[part]) for part in counted for path in files[part]]
-        check_weights(name, weight_files, "cpu" if shrunk else device, advice)
+        weight_files = {part: [(path, dtypes[part]) for path in paths] for part, paths in files.items()}
+        apart = is_apart(torch.device(device))
+        if not (shrunk and apart):
+            counted = [part for part in files if not cpu_offload or part in DENOISERS]
+            check_weights(name, [each for part in counted for each in weight_files[part]], device, advice)
+        if apart:
+            copied = _copied(weight_files, offload_layers, quantize_base)
+            check_weights(name, copied, "cpu", _how_to_shrink(torch.device("cpu"), dtype, cpu_offload, shrunk))
+        parts = {}
         for part, kind in family.parts().items():
-            parts[part] = _load(part, folder, _loader(part, kind, weights | {"torch_dtype": dtypes[part]}))
-    model = family(name=name, index_values=index_values, **parts)
-    model.check()
+            options = weights | {"torch_dtype": dtypes[part], "variant": variants.get(part)}
+            parts[part] = _load(part, folder, _loader(part, kind, options))
+    model = _assembled(family, name, index_values, parts)
     if torch.device(device).type != "cpu":
         model.vae.enable_slicing()  # one picture at a time, for in float32 several of them take gigabytes
     untrained = [reader for reader in model.all_text_encoders() if reader not in model.text_encoders]
@@ -114,6 +122,27 @@ def load_model(
             except (RuntimeError, AssertionError, TypeError) as error:  # no such device or dtype, or its memory is full
                 raise UserError(f"cannot put {name} on {device}: {first_line(error)}") from error
     return model
+
+
+def _copied(
+    weight_files: Mapping[str, Sequence[tuple[Path, torch.dtype]]], offload_layers: bool, quantize_base: str | None
+) -> list[tuple[Path, torch.dtype]]:
+    """The files whose weights main memory gets copies of on the way to a GPU, each with the dtype of these copies.
+
+    Those that stay there or become others, as if all of a network did. The others are mapped from their files.
+
+    weight_files: of each part, with the dtype that it gets. offload_layers, quantize_base: as in `load_model`.
+    """
+    copied = []
+    for part, files in weight_files.items():
+        for path, dtype in files:
+            if _is_converted(path, dtype):
+                copied.append((path, dtype))
+            elif quantize_base == "float8" and part != "vae":
+                copied.append((path, FLOAT8))
+            elif offload_layers and part in DENOISERS:
+                copied.append((path, dtype))
+    return copied
 
 
 def _how_to_shrink(device: torch.device, dtype: torch.dtype | None, cpu_offload: bool, shrunk: bool) -> str:
@@ -139,11 +168,24 @@ def load_architecture(name: str, *, revision: str | None = None, base_config: st
     for part, kind in family.parts().items():
         load = _without_weights(kind) if issubclass(kind, nn.Module) else _loader(part, kind, {})
         parts[part] = _load(part, folder, load)
-    model = family(name=name, index_values=index_values, **parts)
-    model.check()
+    model = _assembled(family, name, index_values, parts)
     for network in parts.values():
         if isinstance(network, nn.Module):
             network.requires_grad_(False).eval()
+    return model
+
+
+def _assembled(family: type[BaseModel], name: str, index_values: dict[str, Any], parts: dict[str, Any]) -> BaseModel:
+    """The model of these parts. UserError if they do not belong together."""
+    model = family(name=name, index_values=index_values, **parts)
+    if not model.has_known_noise:
+        kind = type(model.scheduler).__name__
+        prediction = getattr(model.scheduler.config, "prediction_type", None)
+        raise UserError(
+            f"{name}: its scheduler ({kind}{f', {prediction}' if prediction else ''}) adds noise in another way than "
+            f"{family.title}; such a model cannot be used here"
+        )
+    model.check()
     return model
 
 
@@ -232,6 +274,8 @@ def _find(
         files = ["*"] if part.startswith("tokenizer") else ["*.json", *of_weights]
         wanted += [f"{part}/{pattern}" for pattern in files]
     folder = _fetch(name, revision, wanted)
+    if weights and (plain := _without_variant(folder, family, variant)):
+        folder = _fetch(name, revision, [f"{part}/{pattern}" for part in plain for pattern in _weight_patterns(None)])
     if missing := [part for part in family.parts() if not (folder / part).is_dir()]:
         raise UserError(f"model {name} on the hub has no {', '.join(missing)}: it must be a whole diffusers model")
     return folder, family, index_values
@@ -267,6 +311,23 @@ def _weight_files(part: Path, variant: str | None) -> list[Path]:
     return [path for pattern in _weight_patterns(variant) for path in part.glob(pattern)]
 
 
+def _without_variant(folder: Path, family: type[BaseModel], variant: str | None) -> list[str]:
+    """The networks that lack a variant which others have, and are loaded without it, as by diffusers."""
+    networks = [part for part, kind in family.parts().items() if issubclass(kind, nn.Module)]
+    plain = [part for part in networks if not _weight_files(folder / part, variant)]
+    return plain if variant and plain != networks else []
+
+
+def _variants(name: str, folder: Path, family: type[BaseModel], variant: str | None) -> dict[str, str]:
+    """The variant of each network that has it. UserError if it is asked for and none has."""
+    if not variant:
+        return {}
+    found = [part for part in family.parts() if _weight_files(folder / part, variant)]
+    if not found:
+        raise UserError(f"{name} has no weights of the variant {variant}; leave --variant out")
+    return dict.fromkeys(found, variant)
+
+
 def has_variant(name: str, variant: str) -> bool:
     """Whether a model's folder on this machine has weights of the variant.
 
@@ -282,6 +343,14 @@ def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
     except (OSError, SafetensorError):
         return torch.float32  # loading will say what is wrong with it
     return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def _is_converted(path: Path, dtype: torch.dtype) -> bool:
+    """Whether the weights in a file become others in main memory: those of the right dtype are mapped from the file."""
+    try:
+        return not {STORED.get(kind) for kind in _dtypes_in(path)} <= {dtype}
+    except (OSError, SafetensorError):
+        return False  # loading will say what is wrong with it
 
 
 def _dtypes_in(path: Path) -> set[str]:
@@ -350,8 +419,10 @@ def _load(part: str, folder: Path, load: Callable[[Path], Any]) -> Any:
         return load(folder / part)
     except Exception as error:  # the libraries raise whatever their parsers raise
         no_file = isinstance(error, OSError) and "no file named" in str(error) and ".fp16." not in str(error)
-        hint = " If there are weights called .fp16.safetensors alone, give --variant fp16." if no_file else ""
-        raise UserError(f"cannot load the {part} in {folder / part}: {first_line(error)}{hint}") from error
+        advice = "; only .safetensors are read: if those are called .fp16.safetensors alone, give --variant fp16"
+        raise UserError(
+            f"cannot load the {part} in {folder / part}: {first_line(error).rstrip('.')}{advice if no_file else ''}"
+        ) from error
 
 
 def _loader(part: str, kind: Any, weights: dict[str, Any]) -> Callable[[Path], Any]:
@@ -371,4 +442,6 @@ def _load_tokenizer(kind: Any, path: Path) -> Any:
 
 def _load_scheduler(path: Path) -> SchedulerMixin:
     config = DDPMScheduler.load_config(path, local_files_only=True)  # a dict of plain values, whatever the class
+    if not isinstance(config.get("_class_name"), str):
+        raise UserError("scheduler_config.json has no _class_name")
     return scheduler_class(config["_class_name"]).from_config(config)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gsoft_diffusion.foundation.errors import UserError
 
+DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")  # a `prediction_type` that goes with `alphas_cumprod`
+
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
     """The diffusers scheduler of that name, such as DDIMScheduler.

@@ -6,6 +6,8 @@ configuration of a model of the same make: a diffusers folder, or the few small 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,6 +25,8 @@ from gsoft_diffusion.models.families import BaseModel
 
 DENOISER = "model.diffusion_model."  # before its weights, in files of whole models
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+EDM = "edm_"  # begins what tools put into models that learned EDM's noise, such as CosXL and Playground 2.5
+SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # ends of what ComfyUI's quantisation adds
 
 
 def is_single_file(name: str) -> bool:
@@ -59,19 +64,26 @@ def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dt
     config: the diffusers folder; weights in it are not read.
     dtype: of all weights but the VAE's, which are float32.
 
-    Raises UserError if the file does not hold all of the model's weights, in the shapes that the configuration says.
+    Raises UserError if the file does not hold all of the model's weights, in the shapes that the configuration says, or
+    holds them in a way that the converters would misread.
     """
     path = str(Path(name).expanduser())
+    keys = _keys(name)
+    if any(key.startswith(EDM) for key in keys):
+        raise UserError(f"{name}: a model with EDM's noise, such as CosXL; such a model cannot be used here")
+    if any(key.endswith(SCALED) for key in keys):
+        raise UserError(f"{name}: its weights are quantised, with scales; give the same model in float16 or bfloat16")
     options: dict[str, Any] = {"config": str(config), "local_files_only": True}
     try:
-        # By itself, because a VAE that has been in half precision would have lost digits.
-        kind: Any = family.parts()["vae"]
-        vae = kind.from_single_file(path, subfolder="vae", torch_dtype=torch.float32, **options)
-        pipeline = getattr(diffusers, family.pipeline).from_single_file(path, torch_dtype=dtype, vae=vae, **options)
+        with _quietly():
+            # By itself, because a VAE that has been in half precision would have lost digits.
+            kind: Any = family.parts()["vae"]
+            vae = kind.from_single_file(path, subfolder="vae", torch_dtype=torch.float32, **options)
+            pipeline = getattr(diffusers, family.pipeline).from_single_file(path, torch_dtype=dtype, vae=vae, **options)
     except Exception as error:  # the libraries raise whatever their parsers raise
         raise UserError(f"cannot load {name} as {family.title} ({first_line(error)})") from error
     parts = {part: getattr(pipeline, part) for part in family.parts()}
-    parts["scheduler"] = _as_marked(path, parts["scheduler"])
+    parts["scheduler"] = _as_marked(keys, parts["scheduler"])
     for part, model in parts.items():
         if isinstance(model, nn.Module):
             missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
@@ -81,15 +93,35 @@ def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dt
     return parts
 
 
-def _as_marked(path: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside the block diffusers shows no progress bar, and warns of nothing: it does of casts that are its own."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def _keys(name: str) -> set[str]:
+    """The names of the tensors in a file. UserError if it cannot be read."""
+    try:
+        with safe_open(Path(name).expanduser(), framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{name}: not a readable safetensors file ({first_line(error)})") from error
+
+
+def _as_marked(keys: set[str], scheduler: SchedulerMixin) -> SchedulerMixin:
     """The scheduler, of a velocity model if the file says so.
 
-    path: the file. Tools mark such models of Stable Diffusion XL by an empty tensor `v_pred`, and by `ztsnr` those
-    whose last timestep is all noise; the configuration of the usual model says otherwise.
+    keys: the names of the file's tensors. Tools mark such models of Stable Diffusion XL by an empty tensor `v_pred`,
+    and by `ztsnr` those whose last timestep is all noise; the configuration of the usual model says otherwise.
     """
-    with safe_open(path, framework="pt") as file:
-        marks = set(file.keys()) & {"v_pred", "ztsnr"}
-    if "v_pred" not in marks:
+    if "v_pred" not in keys:
         return scheduler
-    zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in marks else {}  # else as the configuration says
+    zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}  # else as the configuration says
     return type(scheduler).from_config(scheduler.config, prediction_type="v_prediction", **zero_snr)

@@ -105,6 +105,15 @@ def test_the_rounding_is_that_of_eight_bits(size, dtype):
     assert layer.weight.nbytes == linear.weight.numel()
 
 
+def test_tiny_weights_in_float16_stay_finite():
+    """The power of two that fits a row below 2.7e-5 is 0 in float16."""
+    linear = nn.Linear(4, 3, bias=False).half().requires_grad_(False)
+    linear.weight.copy_(torch.tensor([[2e-5, 0, -1e-5, 5e-6], [1e-6, 0, 0, 0], [0.02, 0, 0, 0]]))
+    layer = StoredLinear(linear, float8=True, in_main_memory=False)
+    x = torch.full((1, 4), 1000.0).half()
+    torch.testing.assert_close(layer(x), linear(x), rtol=0.1, atol=0)
+
+
 def layers() -> nn.Sequential:
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU()) for _ in range(8)).requires_grad_(False)
     model = nn.Module()

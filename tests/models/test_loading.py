@@ -15,12 +15,15 @@ from pretended import pretended_gpu
 from safetensors.torch import save_file
 from tiny_families import WRITERS, write_flux2_klein
 
+from gsoft_diffusion.adapters.identity import identity_of
+from gsoft_diffusion.config import SamplerConfig
 from gsoft_diffusion.foundation import bundled, memory
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models import loading as models_module
 from gsoft_diffusion.models.families import Flux2Klein, StableDiffusion
 from gsoft_diffusion.models.families import base as families_base
 from gsoft_diffusion.models.loading import known_device, load_architecture, load_model
+from gsoft_diffusion.sampling.schedulers import make_scheduler
 
 
 @pytest.fixture
@@ -180,6 +183,54 @@ def test_an_unknown_scheduler_is_refused(own_base):
         load_model(str(own_base))
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, r"\(FlowMatchEulerDiscreteScheduler\)"),
+        ({"_class_name": "EDMEulerScheduler"}, r"\(EDMEulerScheduler, epsilon\)"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"}, r"\(DDIMScheduler, flow_prediction\)"),
+    ],
+)
+def test_noise_of_another_kind_is_refused(own_base, scheduler, said):
+    """Otherwise such a fine-tune would be trained on noise and targets that it has never learned."""
+    (own_base / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    for load in (load_model, load_architecture):
+        with pytest.raises(UserError, match=f"own: its scheduler {said} adds noise in another way than Stable Diff"):
+            load(str(own_base))
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "UniPCMultistepScheduler"])
+def test_a_flow_model_needs_a_shift_of_timesteps(tmp_path, kind):
+    folder = write_flux2_klein(tmp_path / "klein")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(
+        UserError, match=rf"klein: its scheduler \({kind}, epsilon\) adds noise in another way than FLUX"
+    ):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_a_flow_model_may_have_another_scheduler_with_a_shift(tmp_path, kind):
+    folder = write_flux2_klein(tmp_path / "klein")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": kind, "shift": 3.0}))
+    model = load_model(str(folder))
+    assert model.noise_scheduler().timesteps[500] == 750
+    assert type(make_scheduler(model, SamplerConfig(num_inference_steps=4))).__name__ == kind
+
+
+def test_a_scheduler_without_a_name_is_refused(own_base):
+    (own_base / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot load the scheduler .*: scheduler_config\.json has no _class_name"):
+        load_model(str(own_base))
+
+
+def test_a_unet_that_is_told_its_guidance_is_refused(own_base):
+    """As those that were distilled to latent consistency models."""
+    change_json(own_base / "unet" / "config.json", time_cond_proj_dim=8)
+    with pytest.raises(UserError, match=r"own: not a text-to-image model like Stable Diffusion 1\.x or 2\.x"):
+        load_architecture(str(own_base))
+
+
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere/model", "a/b/c", "nowhere"])
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name, monkeypatch):
     monkeypatch.setattr(models_module, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
@@ -207,7 +258,7 @@ def test_the_hub_is_asked_for_safetensors_of_the_variant(base, monkeypatch):
 
     monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
     monkeypatch.setattr(models_module, "snapshot_download", download)
-    with pytest.raises(UserError, match="cannot load"):  # the local stand-in has no such variant
+    with pytest.raises(UserError, match=r"someone/model has no weights of the variant fp16; leave --variant out"):
         load_model("someone/model", revision="v1", variant="fp16")
     assert (asked["name"], asked["revision"]) == ("someone/model", "v1")
     assert load_model("someone/model").resolution == PIXELS
@@ -237,7 +288,32 @@ def test_a_variant_in_pieces_is_asked_for_and_counted(base, tmp_path, piece, mon
         load_model("someone/model", variant="fp16")
     wanted = {f"text_encoder/{name}" for name in names}
     assert wanted < fetched
-    assert {path.relative_to(hub).as_posix() for path, _ in counted} == wanted
+    plain = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
+    assert {path.relative_to(hub).as_posix() for path, _ in counted} == wanted | plain
+
+
+def test_networks_that_lack_the_variant_are_loaded_without(base, tmp_path, monkeypatch):
+    """As diffusers does, for instance of Stable Diffusion 3, of which only the text encoders are there in fp16."""
+    hub, cache = shutil.copytree(base, tmp_path / "hub"), tmp_path / "cache"
+    path = hub / "text_encoder" / "model.safetensors"
+    path.rename(path.with_suffix(".fp16.safetensors"))
+    shutil.copy(hub / "unet" / "diffusion_pytorch_model.safetensors", path)  # no text encoder: it must not be read
+
+    def download(name, *, revision, allow_patterns):
+        for path in hub.rglob("*"):
+            place = path.relative_to(hub).as_posix()
+            if path.is_file() and any(fnmatch(place, pattern) for pattern in allow_patterns):
+                (cache / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / place)
+        return str(cache)
+
+    monkeypatch.setattr(models_module, "why_unreachable", lambda: None)
+    monkeypatch.setattr(models_module, "snapshot_download", download)
+    for name in ("someone/model", str(hub)):
+        assert (
+            identity_of(load_model(name, variant="fp16")).fingerprint == identity_of(load_model(str(base))).fingerprint
+        )
+    assert not (cache / "text_encoder" / "model.safetensors").exists()
 
 
 REQUEST = httpx.Request("GET", "https://huggingface.co/someone/model")
@@ -294,6 +370,27 @@ def test_weights_that_are_too_many_are_refused_with_what_would_help(base, monkey
         load_model(str(base), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, False),  # all are mapped from the files
+        ({"dtype": torch.bfloat16}, True),
+        ({"quantize_base": "float8"}, True),
+        ({"quantize_base": "nf4"}, False),
+        ({"offload_layers": True}, True),
+    ],
+)
+def test_main_memory_need_hold_only_the_weights_that_are_copied_to_it(base, monkeypatch, options, refused):
+    """On the way to a GPU, whose own memory is large enough here."""
+    for part in ("require_bitsandbytes", "quantize"):
+        monkeypatch.setattr(models_module, part, lambda *_: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1 if device.type == "cpu" else 2**40)
+    monkeypatch.setattr(models_module, "_load", lambda *_: pytest.fail("loaded", pytrace=False))
+    with pytest.raises(UserError, match="free on cpu") if refused else pytest.raises(pytest.fail.Exception):
+        load_model(str(base), **{"device": "cuda", "cpu_offload": True, **options})
+
+
 def test_a_text_encoder_that_does_not_fit_beside_the_denoiser_computes_where_it_is(tmp_path, monkeypatch):
     """With `cpu_offload`: that of FLUX.2 is as large as the denoiser."""
     folder = write_flux2_klein(tmp_path / "klein")
@@ -311,8 +408,12 @@ def test_a_text_encoder_that_does_not_fit_beside_the_denoiser_computes_where_it_
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("write", [write_base, write_flux2_klein])
-def test_a_vae_without_room_computes_in_tiles(tmp_path, monkeypatch, write, caplog):
+CUDA = torch.OutOfMemoryError("CUDA out of memory")
+MPS = RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)")
+
+
+@pytest.mark.parametrize(("write", "full"), [(write_base, CUDA), (write_flux2_klein, CUDA), (write_base, MPS)])
+def test_a_vae_without_room_computes_in_tiles(tmp_path, monkeypatch, write, full, caplog):
     model = load_model(str(write(tmp_path / "model")))
     latents = torch.randn(1, *model.latent_shape(64))
     whole = model.decode(latents)
@@ -321,7 +422,7 @@ def test_a_vae_without_room_computes_in_tiles(tmp_path, monkeypatch, write, capl
 
     def small(z, *rest):
         if z.shape[-1] > 32 // model.vae_scale_factor:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise full
         sizes.append(z.shape[-1])
         return decode(z, *rest)
 
@@ -331,13 +432,24 @@ def test_a_vae_without_room_computes_in_tiles(tmp_path, monkeypatch, write, capl
     assert len(sizes) > 1
     assert "it computes in tiles from now on" in caplog.text
     assert (tiled - whole).abs().mean() < 0.5 * whole.std()
+
+    def fail(*arguments):
+        raise full
+
     monkeypatch.setattr(model.vae.decoder, "forward", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(full), match="out of memory"):
         model.decode(latents)
 
 
-def fail(*arguments):
-    raise torch.OutOfMemoryError("CUDA out of memory")
+def test_other_errors_of_a_vae_are_not_taken_for_a_lack_of_memory(base, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("an internal error")
+
+    model = load_model(str(base))
+    monkeypatch.setattr(model.vae.decoder, "forward", fail)
+    with pytest.raises(RuntimeError, match="an internal error"):
+        model.decode(torch.zeros(1, *model.latent_shape(PIXELS)))
+    assert not model.vae.use_tiling
 
 
 def test_a_device_that_is_not_there(base):

@@ -56,6 +56,29 @@ def test_a_velocity_model_is_told_by_its_marks(tmp_path, marks, zero_snr):
     assert config.rescale_betas_zero_snr == zero_snr
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("edm_vpred.sigma_max", "a model with EDM's noise, such as CosXL"),
+        ("model.diffusion_model.scaled_fp8", "its weights are quantised, with scales"),
+        ("model.diffusion_model.out.2.scale_weight", "its weights are quantised, with scales"),
+        ("text_encoders.clip_l.transformer.a.weight_scale", "its weights are quantised, with scales"),
+    ],
+)
+def test_what_the_converters_would_pass_over_is_refused(checkpoint, tmp_path, name, said):
+    folder, file = checkpoint
+    save_file(load_file(file) | {name: torch.ones(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=rf"odd\.safetensors: {said}"):
+        load_model(str(tmp_path / "odd.safetensors"), base_config=str(folder))
+
+
+def test_reading_a_file_shows_nothing(checkpoint, capfd):
+    """diffusers has a progress bar, and a warning of its own cast to another dtype."""
+    folder, file = checkpoint
+    load_model(str(file), base_config=str(folder), dtype=torch.bfloat16)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_file_that_does_not_fit_into_memory_is_refused(checkpoint, monkeypatch):
     folder, file = checkpoint
     monkeypatch.setattr(memory, "free_memory", lambda device: file.stat().st_size // 2)

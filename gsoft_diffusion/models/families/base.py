@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from gsoft_diffusion.foundation.errors import UserError, printable
-from gsoft_diffusion.foundation.memory import free_memory, waits_not
+from gsoft_diffusion.foundation.memory import free_memory, is_out_of_memory, waits_not
 from gsoft_diffusion.models.frozen_storage import stored_weights
+from gsoft_diffusion.models.noise import DIFFUSION_PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,15 @@ class BaseModel(ABC):
     def largest_side(self) -> int | None:
         """The longest side in pixels that the denoiser has positions for; None if there is no end to them."""
         return None
+
+    @property
+    def has_known_noise(self) -> bool:
+        """Whether the scheduler adds noise, and has it predicted, in the family's way.
+
+        Fine-tunes exist that learned another one, such as flow matching in the networks of Stable Diffusion XL.
+        """
+        prediction = getattr(self.scheduler.config, "prediction_type", None)
+        return hasattr(self.scheduler, "alphas_cumprod") and prediction in DIFFUSION_PREDICTIONS
 
     def noise_scheduler(self) -> Any:
         """How noise is added in training: an object with `add_noise`, and `config` for `prediction_target`."""
@@ -335,22 +345,23 @@ def _said_once(text: str) -> None:
 def in_tiles_if_needed(vae: Any, compute: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     """What a VAE makes of pictures or latents: whole, or piece by piece from the first time on that memory runs out.
 
-    vae: one of diffusers'. compute: its `encode` or `decode`. inputs: what is passed to it. Raises OutOfMemoryError if
+    vae: one of diffusers'. compute: its `encode` or `decode`. inputs: what is passed to it. Raises PyTorch's error if
     pieces are too large as well; pictures up to the size of a piece (`TILE`) are one.
 
     Pieces overlap, and differ a little from a whole picture's, since the VAE sees less around them.
     """
     try:
         return compute(inputs)
-    except torch.OutOfMemoryError:
-        if vae.use_tiling:
+    except RuntimeError as error:
+        if vae.use_tiling or not is_out_of_memory(error):
             raise
         logger.warning("the GPU's memory is too small for a whole picture in the VAE: it computes in tiles from now on")
     factor = vae.tile_sample_min_size // vae.tile_latent_min_size
     vae.tile_sample_min_size = min(TILE, vae.tile_sample_min_size)
     vae.tile_latent_min_size = vae.tile_sample_min_size // factor
     vae.enable_tiling()
-    torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     return compute(inputs)
 
 

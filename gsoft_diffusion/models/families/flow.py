@@ -36,6 +36,10 @@ class FlowModel(BaseModel):
     def size_step(self) -> int:
         return 2 * self.vae_scale_factor  # the transformers take two by two latent pixels for one token
 
+    @property
+    def has_known_noise(self) -> bool:
+        return "shift" in self.scheduler.config
+
     def noise_scheduler(self) -> FlowMatching:
         return FlowMatching(self.scheduler)
 
@@ -50,7 +54,7 @@ class FlowModel(BaseModel):
         latent_shape: (channels, height, width): the shift is more for larger pictures if the checkpoint says so.
         """
         config, shift = self.scheduler.config, self.scheduler.config.shift
-        if config.use_dynamic_shifting:  # the exponential shift by mu is the plain one by exp(mu)
+        if config.get("use_dynamic_shifting"):  # the exponential shift by mu is the plain one by exp(mu)
             shift = math.exp(self.dynamic_shift(num_inference_steps, latent_shape))
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}  # for solvers
         scheduler = kind.from_config(config, use_dynamic_shifting=False, shift=shift, **flow)

@@ -55,7 +55,8 @@ class StableDiffusion(BaseModel):
             raise UserError(
                 f"{self.name}: the text encoder's width is {text_width}, but the UNet takes {unet.cross_attention_dim}"
             )
-        if unet.addition_embed_type or unet.class_embed_type or unet.in_channels != self.vae.config.latent_channels:
+        other = unet.addition_embed_type or unet.class_embed_type or unet.time_cond_proj_dim
+        if other or unet.in_channels != self.vae.config.latent_channels:
             raise UserError(f"{self.name}: not a text-to-image model like Stable Diffusion 1.x or 2.x")
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
