@@ -75,7 +75,7 @@ class Concept(Settings):
             token = token or (UNIQUE_TOKEN if "{0}" in prompt else None)
             prompt = with_names(prompt, [{"unique_token": token, "class_word": word}])
         if class_prompt:
-            class_prompt = with_names(class_prompt, [{"class_word": word}])
+            class_prompt = self.of_class(class_prompt)
         if prompt is None:
             token = token or UNIQUE_TOKEN
             prompt = f"a photo of {with_article(f'{token} {word}')}"
@@ -95,6 +95,12 @@ class Concept(Settings):
         caption: of one of the subject's photos.
         """
         return with_names(caption, [self.resolved().to_dict()])
+
+    def of_class(self, caption: str) -> str:
+        """A prompt or caption of class images in which `{1}` is filled in with the class word. Raises UserError as
+        `with_names`, also for `{0}`, as no class image shows the subject.
+        """
+        return with_names(caption, [{"class_word": self.class_word and plain_noun(self.class_word)}])
 
     @property
     def asks_for_class_images(self) -> bool:

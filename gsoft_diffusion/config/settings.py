@@ -24,12 +24,12 @@ from gsoft_diffusion.foundation.text_files import on_disk, read_text
 
 def positive(value: float) -> bool:
     """Whether the value is finite and more than 0."""
-    return math.isfinite(value) and value > 0
+    return 0 < value < math.inf
 
 
 def not_negative(value: float) -> bool:
     """Whether the value is finite and at least 0."""
-    return math.isfinite(value) and value >= 0
+    return 0 <= value < math.inf
 
 
 class Rule(NamedTuple):
@@ -219,7 +219,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             return value if isinstance(value, hint) else hint.from_dict(value, name)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with suppress(OverflowError):  # of whole numbers beyond all floats
+                return float(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise UserError(f"{name}: {value!r} is not {described(hint)}")
@@ -232,7 +233,8 @@ def described(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:
-        return "a list of " + described(get_args(hint)[0]).partition(" ")[2] + "s"
+        item = described(get_args(hint)[0])
+        return "a list of " + (item if _is_group(get_args(hint)[0]) else item.partition(" ")[2] + "s")
     if hint is type(None):
         return "none"
     return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}.get(

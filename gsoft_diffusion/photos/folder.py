@@ -22,7 +22,7 @@ from PIL import Image
 from gsoft_diffusion.foundation.errors import UserError, printable
 from gsoft_diffusion.foundation.text_files import on_disk
 from gsoft_diffusion.photos.captions import read_captions
-from gsoft_diffusion.photos.image_files import IMAGE_SUFFIXES, Picture, read_picture
+from gsoft_diffusion.photos.image_files import IMAGE_SUFFIXES, Picture, content, read_picture
 from gsoft_diffusion.photos.masks import find_masks, is_mask, is_white, read_mask, read_opacity, trouble
 from gsoft_diffusion.photos.quality import alike, is_blurred, look
 
@@ -222,10 +222,13 @@ def open_mask(photo: Photo) -> Image.Image:
 
 
 def copies(photos: Iterable[Photo]) -> Iterator[tuple[Photo, Photo]]:
-    """Photos that are the same, byte for byte, as one before them: that one, and the copy."""
+    """Photos that are the same, byte for byte, as one before them: that one, and the copy.
+
+    Raises UserError for one that cannot be read any more.
+    """
     seen: dict[str, Photo] = {}
     for photo in photos:
-        first = seen.setdefault(hashlib.sha256(photo.path.read_bytes()).hexdigest(), photo)
+        first = seen.setdefault(hashlib.sha256(content(photo.path)).hexdigest(), photo)
         if first is not photo:
             yield first, photo
 

@@ -68,12 +68,18 @@ def open_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
+def content(path: Path) -> bytes:
+    """The bytes of a picture's file, or of a mask's. Raises UserError naming the file if it cannot be read."""
+    with _damage_explained(path):
+        return path.read_bytes()
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """The picture in a file as Pillow opens it: what it is is known in the block, its pixels are read by `upright`.
 
-    Raises UserError naming the file if it is of none of `FORMATS` and no HEIC, damaged, a sequence of pictures, or so
-    large that it may be an attack (Pillow's limit).
+    Raises UserError naming the file if it cannot be read, is of none of `FORMATS` and no HEIC, damaged, a sequence of
+    pictures, or so large that it may be an attack (Pillow's limit).
     """
     with _damage_explained(path), path.open("rb") as file:
         start = file.read(12)
@@ -104,12 +110,16 @@ def upright(path: Path, image: Image.Image) -> tuple[Image.Image, bool]:
 
 @contextmanager
 def _damage_explained(path: Path) -> Iterator[None]:
-    """Inside the block, what Pillow raises for a file that is damaged or too large is a UserError that names it."""
+    """Inside the block, what is raised for a file that cannot be read, or is damaged or too large, is a UserError that
+    names it.
+    """
     try:
         yield
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large a picture, make it smaller ({error})") from error
     except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            raise UserError(f"{path}: cannot be read ({error.strerror}); correct that, or remove it") from error
         raise UserError(f"{path}: damaged or not a picture; repair or remove it ({error})") from error
 
 

@@ -8,13 +8,14 @@ Steps at which it was measured have a `validation_loss`, too.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 from gsoft_diffusion.foundation.run_folder import PROGRESS
 
@@ -49,10 +50,11 @@ class Progress:
         """
         if self._written:
             try:
-                with self.path.open("a", encoding="utf-8") as file:
+                with self.path.open("a+b") as file:
                     numbers = asdict(StepNumbers(step, loss, lr, time.time(), validation_loss))
                     known = {name: value for name, value in numbers.items() if value is not None}
-                    file.write(json.dumps(known) + "\n")
+                    cut = b"\n" if _ends_within_a_line(file) else b""  # as a killed run leaves it
+                    file.write(cut + json.dumps(known).encode() + b"\n")
             except OSError as error:
                 self._written = False
                 self.say(f"note: cannot write {self.path} ({error.strerror}); nothing more is written to it")
@@ -82,6 +84,13 @@ def seconds_left(steps: Sequence[StepNumbers], last: int) -> float | None:
     """
     pauses = [after.time - before.time for before, after in pairwise(steps[-RECENT - 1 :])]
     return median(pauses) * (last - steps[-1].step) if pauses else None
+
+
+def _ends_within_a_line(file: BinaryIO) -> bool:
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def _numbers(line: str) -> StepNumbers | None:

@@ -36,7 +36,7 @@ from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.preflight import check_step
 from gsoft_diffusion.training.preparation import check_snr_gamma, make_dataset, set_up_networks
 from gsoft_diffusion.training.progress import Progress
-from gsoft_diffusion.training.signals import DrawRequest, Stderr, StopRequest, leave_signals_to_the_run
+from gsoft_diffusion.training.signals import DrawRequest, StopRequest, leave_signals_to_the_run
 from gsoft_diffusion.training.state import TrainingState
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.subjects import class_photos, held_out_photos
@@ -262,7 +262,7 @@ class Run:
 
     def _progress_bar(self) -> tqdm[NoReturn]:
         hidden = not self.accelerator.is_main_process
-        shown: dict[str, Any] = {"desc": "training", "unit": "step", "file": Stderr(), "dynamic_ncols": True}
+        shown: dict[str, Any] = {"desc": "training", "unit": "step", "dynamic_ncols": True}
         return tqdm(total=self.max_train_steps, initial=self.state.step, disable=hidden, **shown)
 
     def _report(self, recent: Sequence[float], progress: tqdm[NoReturn]) -> None:

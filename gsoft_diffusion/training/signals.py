@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -108,18 +109,38 @@ def quiet_writers() -> Iterator[None]:
         threading.excepthook = before
 
 
-class Stderr:
-    """stderr for progress bars, which whoever read it may have left, as `tee` does on Ctrl-C: then nothing is shown."""
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Inside the block whoever reads stdout or stderr may leave, as `tee` does on Ctrl-C, and the run goes on."""
+    with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+        yield
 
-    def write(self, text: str) -> None:
-        """Write the text, if anybody reads it."""
-        with suppress(OSError):
-            sys.stderr.write(text)
+
+class Stream:
+    """A stream of text that shows everything at once, also in pipes and files, and nothing more once that fails."""
+
+    def __init__(self, stream: Any) -> None:
+        """stream: stdout or stderr."""
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, if anybody reads it; returns its length."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self._show_nothing_more()
+        return len(text)
 
     def flush(self) -> None:
-        """Flush stderr, if anybody reads it."""
-        with suppress(OSError):
-            sys.stderr.flush()
+        """Nothing is left to be flushed."""
+
+    def _show_nothing_more(self) -> None:
+        """Have the system drop what is written, so that Python can still empty the stream when the program ends."""
+        with suppress(OSError, ValueError):  # a stream that is no file
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+        return getattr(self.stream, name)

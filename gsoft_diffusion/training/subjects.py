@@ -170,7 +170,7 @@ def class_photos(
     identity: the base model's, as `identity_of` gave it.
     instance: each subject's photos.
 
-    Raises UserError as `ensure_class_images`, and if a class image is a photo of a subject.
+    Raises UserError as `ensure_class_images` and `read_folder`, and if a class image is a photo of a subject.
     """
     if not config.with_prior_preservation:
         return []
@@ -182,13 +182,14 @@ def class_photos(
         ]
     wanted = (config.max_train_steps or 0) * config.gradient_accumulation_steps * config.train_batch_size
     wanted *= accelerator.num_processes
-    folders: dict[Path, str] = {}
+    folders: dict[Path, Concept] = {}
     with accelerator.main_process_first(), adapter.disabled():
         for concept in config.concepts:
-            folders[ensure_class_images(concept, config, model, identity)] = concept.class_prompt or ""
+            folders[ensure_class_images(concept, config, model, identity)] = concept
     photos: list[Photo] = []
-    for path, prompt in folders.items():
-        folder = read_folder(path, "--class_data_dir", prompt, limit=config.num_class_images, masks=False)
+    for path, concept in folders.items():
+        prompt, limit = concept.class_prompt or "", config.num_class_images
+        folder = read_folder(path, "--class_data_dir", prompt, concept.of_class, limit=limit, masks=False)
         accelerator.print(f"class{'' if len(folders) == 1 else ', ' + prompt}: {folder}")
         photos += folder.photos
     if wanted < len(photos):

@@ -20,11 +20,12 @@ from gsoft_diffusion.training.accelerator import make_accelerator
 from gsoft_diffusion.training.best import Best, failed_validations, no_longer_improves
 from gsoft_diffusion.training.preparation import with_model_defaults
 from gsoft_diffusion.training.run import Run, TrainingResult
-from gsoft_diffusion.training.signals import no_drawing_yet, quiet_writers
+from gsoft_diffusion.training.signals import no_drawing_yet, quiet_writers, readers_may_leave
 from gsoft_diffusion.training.subjects import instance_photos
 from gsoft_diffusion.training.trainable import MakeAdapter
 
 
+@readers_may_leave()
 @running_out_explained(
     "use a smaller --train_batch_size, --sample_batch_size (for pictures) or --resolution, --gradient_checkpointing or "
     "--cpu_offload; --num_validation_images 0 draws none"

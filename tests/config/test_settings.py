@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from gsoft_diffusion.config import SamplerConfig
+from gsoft_diffusion.config import SamplerConfig, TrainingConfig
 from gsoft_diffusion.config.settings import (
     POSITIVE,
     Mark,
@@ -111,6 +111,7 @@ def test_missing_yaml_names_the_file(tmp_path):
         ({"rate": 1, "count": 1.5}, "count"),
         ({"rate": 1, "count": True}, "count"),
         ({"rate": 1, "kind": "c"}, "kind"),
+        ({"rate": 10**400}, "rate"),
         ({"rate": 1, "words": "one"}, "words"),
         ({"rate": 1, "words": [1]}, "words"),
         ({"rate": 1, "on": 1}, "on"),
@@ -123,6 +124,16 @@ def test_missing_yaml_names_the_file(tmp_path):
 def test_wrong_values_are_refused_by_name(values, name):
     with pytest.raises(UserError, match=name):
         Outer.from_dict(values)
+
+
+def test_a_list_of_groups_is_called_that():
+    with pytest.raises(UserError, match=r"^concepts_list: 'subjects\.json' is not a list of settings of Concept$"):
+        TrainingConfig.from_dict({"concepts_list": "subjects.json"})
+
+
+def test_whole_numbers_beyond_all_others_are_refused_in_a_line():
+    with pytest.raises(UserError, match=r"^--seed 1000.*: must be less than 2⁶³$"):
+        TrainingConfig("photos", class_word="dog", seed=10**400)
 
 
 def test_a_misspelt_name_gets_a_suggestion():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -160,6 +161,20 @@ def test_whatever_pillow_raises_while_it_turns_a_picture_is_damage(tmp_path, err
     picture().save(path)
     monkeypatch.setattr("PIL.ImageOps.exif_transpose", broken)
     with pytest.raises(UserError, match=r"broken\.png: damaged or not a picture; .*required argument"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("when", ["Path.open", "ImageOps.exif_transpose"])
+def test_a_file_that_the_system_does_not_read_is_not_called_damaged(tmp_path, monkeypatch, when):
+    """Before its kind is known, and in the middle of its pixels."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "dog.png")
+
+    path = tmp_path / "dog.png"
+    picture().save(path)
+    monkeypatch.setattr(f"gsoft_diffusion.photos.image_files.{when}", refuse)
+    with pytest.raises(UserError, match=r"dog\.png: cannot be read \(Input/output error\); correct that, or remove"):
         open_image(path)
 
 

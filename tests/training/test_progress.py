@@ -42,6 +42,13 @@ def test_what_is_no_whole_line_is_left_out_and_the_later_of_two_counts(tmp_path)
     assert read_progress(tmp_path / "nowhere") == []
 
 
+def test_the_first_line_of_a_resumed_run_is_whole_though_a_killed_one_ended_within_a_line(tmp_path):
+    first = {"step": 1, "loss": 0.5, "lr": 1, "time": 5}
+    (tmp_path / PROGRESS).write_text(json.dumps(first) + '\n{"step": 2, "lo')
+    Progress(tmp_path, pytest.fail).write(2, 0.25, 1e-3)
+    assert [(each.step, each.loss) for each in read_progress(tmp_path)] == [(1, 0.5), (2, 0.25)]
+
+
 def test_the_time_left_does_not_count_a_pause_for_pictures():
     times = [0, 1, 2, 60, 61, 62]
     numbers = [StepNumbers(step, 0.1, 1e-3, time) for step, time in enumerate(times, start=1)]

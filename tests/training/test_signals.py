@@ -1,24 +1,27 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
 import sys
 import threading
+from subprocess import PIPE
 
 import pytest
 
 from gsoft_diffusion.training.signals import (
-    Stderr,
     StopRequest,
     leave_signals_to_the_run,
     no_drawing_yet,
     quiet_writers,
+    readers_may_leave,
 )
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-class Gone:
+class Gone(io.TextIOBase):
     """A stream whose reader has left."""
 
     def write(self, text: str) -> int:
@@ -82,9 +85,38 @@ def test_threads_that_cannot_write_end_silently(monkeypatch, error, passed_on):
     assert threading.excepthook == told.append
 
 
-def test_progress_is_shown_only_while_somebody_looks(monkeypatch, capsys):
-    Stderr().write("10 %")
-    assert capsys.readouterr().err == "10 %"
+def test_what_nobody_reads_ends_no_run(monkeypatch, capsys):
+    with readers_may_leave():
+        print("10 %")
+        print("a note", file=sys.stderr)
+    assert capsys.readouterr() == ("10 %\n", "a note\n")
+    monkeypatch.setattr(sys, "stdout", Gone())
     monkeypatch.setattr(sys, "stderr", Gone())
-    Stderr().write("20 %")
-    Stderr().flush()
+    with readers_may_leave():
+        print("20 %", flush=True)
+        print("a note", file=sys.stderr)
+
+
+PRINTS = """
+import sys
+from gsoft_diffusion.training.signals import readers_may_leave
+with readers_may_leave():
+    print("first")
+    sys.stdin.readline()
+    print("second")
+    print("third", file=sys.stderr)
+sys.exit(130)
+"""
+
+
+def test_a_program_whose_reader_has_left_ends_as_it_would_have():
+    """Also where Python would have kept lines for a pipe until the end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    program = [sys.executable, "-c", PRINTS]
+    with subprocess.Popen(program, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == "third\n"
+    assert process.returncode == 130

@@ -186,6 +186,22 @@ def test_a_subjects_photo_among_the_class_images_is_refused(config, tmp_path):
         train(config)
 
 
+def test_captions_of_class_images_take_the_class_word(config, tmp_path, monkeypatch):
+    drawn = tmp_path / "classes"
+    drawn.mkdir()
+    for number in range(2):
+        Image.new("RGB", (40, 40), (number, 80, 200)).save(drawn / f"{number}.png")
+    (drawn / "0.txt").write_text("a {1} in the snow")
+    config = replace(
+        config, class_word="a dog", with_prior_preservation=True, class_data_dir=str(drawn), num_class_images=2
+    )
+    run, _ = batches(config, monkeypatch)
+    assert {"a dog in the snow", "a photo of a dog"} < set(run.dataset.prompts)
+    (drawn / "0.txt").write_text("a {0} {1} in the snow")
+    with pytest.raises(UserError, match=r"0\.png: its caption: .*\{0\} cannot be filled in"):
+        train(replace(config, output_dir=f"{config.output_dir}-again"))
+
+
 def test_class_images_that_are_not_used_are_said(config, tmp_path, capfd):
     own = tmp_path / "class"
     own.mkdir()
