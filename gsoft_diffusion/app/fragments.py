@@ -19,7 +19,7 @@ WORDS = {
     "done": "done",
     "stopped": "stopped",
     "failed": "failed",
-    "lost": "ended from outside",
+    "lost": "ended without a word",
     "withdrawn": "taken out of the queue",
 }
 

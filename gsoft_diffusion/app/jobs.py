@@ -88,7 +88,8 @@ class Job:
         lines = self.lines()
         said = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
         last = f"; the last it said: {lines[-1]}" if lines else ""
-        unsaid = "its process was ended from outside" if self.state == "lost" else "it ended unexpectedly"
+        lost = "its process ended without a word, as when memory runs out or the machine is switched off"
+        unsaid = lost if self.state == "lost" else "it ended unexpectedly"
         return said or unsaid + last
 
     def silent_for(self, *files: Path) -> float:
@@ -130,8 +131,7 @@ class Jobs:
         Raises UserError if it cannot be written.
         """
         with self._lock:
-            numbers = [int(path.name) for path in self.workspace.jobs.iterdir() if path.name.isdecimal()]
-            folder = self.workspace.jobs / f"{max(numbers, default=0) + 1:04d}"
+            folder = self.workspace.jobs / f"{max((int(path.name) for path in self._folders()), default=0) + 1:04d}"
             try:
                 folder.mkdir()
                 text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
@@ -146,7 +146,7 @@ class Jobs:
         """All jobs, in the order in which they were asked for."""
         with self._lock:
             found, waiting = [], dict.fromkeys(TURNS.values(), 0)
-            for folder in sorted(self.workspace.jobs.iterdir()):
+            for folder in self._folders():
                 job = self._ended.get(folder.name) or self._read(folder, waiting)
                 if job is None:
                     continue
@@ -224,6 +224,11 @@ class Jobs:
                     with suppress(OSError):  # nobody may be listening any more
                         print(f"note: the queue cannot start what waits ({why}); it tries again", file=sys.stderr)
                 said = why
+
+    def _folders(self) -> list[Path]:
+        """The jobs' folders by number."""
+        found = [path for path in self.workspace.jobs.iterdir() if path.name.isdecimal()]
+        return sorted(found, key=lambda path: int(path.name))
 
     def _read(self, folder: Path, before: Mapping[str, int]) -> Job | None:
         """The job of a folder, None if its file does not say what it is: it is being written, or was damaged."""

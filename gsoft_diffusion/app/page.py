@@ -48,7 +48,8 @@ def build(page: Page) -> gr.Blocks:
                 _next(steps, "train", "Next: training")
             with gr.Tab("3 Train", id="train") as tab:
                 of_training = train.build(page, demo, tab, of_photos.subject, of_base, queue, run)
-                of_photos.follow([of_base.used, of_training.started], of_training.prompts)
+                for renamed in of_photos.follow([of_base.used, of_training.started], of_training.prompts):
+                    of_training.typed.hold(renamed.then)
                 _next(steps, "draw", "Next: drawing")
             with gr.Tab("4 Draw", id="draw") as tab:
                 draw.build(page, demo, tab, of_training.run)

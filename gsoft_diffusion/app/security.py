@@ -108,7 +108,7 @@ class Gatekeeper:
     def _refused(self, headers: Headers, path: str, method: str) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if self.hosts is not None and _parts(f"//{host}").hostname not in self.hosts:
-            return 421, "this page is not known by that name"
+            return 421, "this page is not known by that name; open it at the address that gsoft-app has printed"
         reads = method in ("GET", "HEAD")
         if not reads and method != "POST":
             return 405, "not allowed"

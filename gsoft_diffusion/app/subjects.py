@@ -6,7 +6,6 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from gsoft.whole_file import whole_file
-from gsoft_diffusion.app.workspace import NAME, Workspace, read_json, write_json
+from gsoft_diffusion.app.workspace import NAME, Workspace, latest_first, read_json, write_json
 from gsoft_diffusion.config.concept import Concept
 from gsoft_diffusion.config.prompts import plain_noun
 from gsoft_diffusion.foundation.errors import UserError
@@ -30,6 +29,7 @@ from gsoft_diffusion.sampling.pictures import slug
 MOST_BYTES = 50_000_000  # of a photo
 MOST_PIXELS = 120_000_000  # more than phones have; Pillow's own limit is half as much again
 MOST_PHOTOS = 100
+MOST_REMOVED = 20  # photos of a subject that can be put back; of more, the first that were removed are deleted
 LONGEST_NAME = 60  # letters of what a subject is called
 FACTS = "subject.json"
 
@@ -47,7 +47,7 @@ class Subject:
 
     def __init__(self, folder: Path) -> None:
         """folder: of the subject, which is there."""
-        self.folder, self.photos = folder, folder / "photos"
+        self.folder, self.photos, self._removed = folder, folder / "photos", folder / "removed"
         self.facts = read_json(folder / FACTS)
 
     @property
@@ -108,7 +108,7 @@ class Subject:
         self.facts = changed
 
     def _unname_captions(self, token: str) -> None:
-        for path in self.photos.glob("*.txt"):
+        for path in (*self.photos.glob("*.txt"), *self._removed.glob("*/*.txt")):
             try:
                 text = path.read_bytes().decode(errors="surrogateescape")
                 with whole_file(path) as file:
@@ -171,7 +171,7 @@ class Subject:
 
     def _free(self, stem: str, suffix: str) -> Path:
         """A path whose stem no other file has, because captions and masks are found by it."""
-        taken = {path.stem for path in self.photos.iterdir()}
+        taken = {path.stem.casefold() for path in self.photos.iterdir()}  # A and a may be one name to a file system
         number = 1
         while (candidate := stem if number == 1 else f"{stem}-{number}") in taken or candidate.endswith(MASK_END):
             number += 1
@@ -183,7 +183,7 @@ class Subject:
         name: of its file. Raises UserError if there is no such photo, if the caption has the place of a name that is
         not known, or if it cannot be written.
         """
-        path = self._path(name).with_suffix(".txt")
+        path = _caption(self._path(name))
         words = " ".join(unicodedata.normalize("NFC", text).split())
         read = self.concept.named(words)
         try:
@@ -204,7 +204,7 @@ class Subject:
         Raises UserError if there is no such photo, if training would refuse the mask, or if it cannot be written.
         """
         photo = self._path(name)
-        path = photo.with_name(f"{photo.stem}{MASK_END}.png")
+        path = _mask(photo)
         try:
             if mask is None:
                 path.unlink(missing_ok=True)
@@ -218,11 +218,62 @@ class Subject:
             raise UserError(f"{name}: its mask cannot be written ({error.strerror})") from error
 
     def remove_photo(self, name: str) -> None:
-        """Delete a photo with its caption and mask. Raises UserError if there is none of that name."""
+        """Take a photo away with its caption and mask, so that `put_back` can bring it back.
+
+        name: of its file. Raises UserError if there is none of that name, or if it cannot be moved.
+        """
         path = self._path(name)
-        for each in (path, path.with_suffix(".txt"), path.with_name(f"{path.stem}{MASK_END}.png")):
-            with suppress(OSError):
-                each.unlink(missing_ok=True)
+        before = self._removals()
+        place = self._removed / f"{int(before[-1].name) + 1 if before else 1:04d}"
+        try:
+            place.mkdir(parents=True)
+            for each in (_caption(path), _mask(path), path):  # the photo last: a mask without one would be an error
+                if each.exists():
+                    each.rename(place / each.name)
+        except OSError as error:
+            raise UserError(f"{name}: cannot be removed ({error.strerror})") from error
+        for older in before[: len(before) + 1 - MOST_REMOVED]:
+            shutil.rmtree(older, ignore_errors=True)
+
+    @property
+    def removed(self) -> str | None:
+        """The name of the photo that was removed last and can be put back, None if there is none."""
+        found = [photo for place in reversed(self._removals()) for photo in scan(place).images]
+        return found[0].name if found else None
+
+    def put_back(self) -> str:
+        """Bring back the photo that was removed last, with its caption and mask.
+
+        Returns its name, which is another one if a photo has its name by now. Raises UserError if there is none, or if
+        it cannot be moved.
+        """
+        place = next((place for place in reversed(self._removals()) if scan(place).images), None)
+        if place is None:
+            raise UserError(f"{self.name} has no photo that was removed")
+        photo = scan(place).images[0]
+        try:
+            target = self._free(photo.stem, photo.suffix)
+            pairs = [(photo, target), (_caption(photo), _caption(target)), (_mask(photo), _mask(target))]
+            for removed, back in pairs:
+                if removed.exists():
+                    removed.rename(back)
+        except OSError as error:
+            raise UserError(f"{photo.name}: cannot be put back ({error.strerror})") from error
+        shutil.rmtree(place, ignore_errors=True)
+        return target.name
+
+    def _removals(self) -> list[Path]:
+        """A folder for each photo that was removed, the first one first."""
+        found = [path for path in self._removed.glob("*") if path.name.isdecimal()]
+        return sorted(found, key=lambda path: int(path.name))
+
+
+def _caption(photo: Path) -> Path:
+    return photo.with_suffix(".txt")
+
+
+def _mask(photo: Path) -> Path:
+    return photo.with_name(f"{photo.stem}{MASK_END}.png")
 
 
 def with_token(value: Any, old: str, now: str) -> Any:
@@ -289,9 +340,9 @@ def _fitted(mask: Image.Image, name: str, size: Size) -> Image.Image:
 
 def subjects(workspace: Workspace) -> list[tuple[str, str]]:
     """What each subject is called, and its name; the latest first."""
-    found = [path for path in workspace.subjects.iterdir() if path.is_dir() and not path.is_symlink()]
-    latest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [(Subject(path).called, path.name) for path in latest]
+    there = (path for path in workspace.subjects.iterdir() if NAME.fullmatch(path.name))
+    found = [path for path in there if path.is_dir() and not path.is_symlink()]
+    return [(Subject(path).called, path.name) for path in latest_first(found)]
 
 
 def subject_of(workspace: Workspace, name: str) -> Subject:

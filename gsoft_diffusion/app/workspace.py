@@ -6,7 +6,7 @@ open the page may ask whether a path is there, and may train with a base model a
 <folder>/                  outputs, unless told otherwise
     my-dog/                a run, as gsoft-train writes it; also those that were started without the page
     app/
-        subjects/my-dog/   its photos, what it is called, and what was chosen for it
+        subjects/my-dog/   its photos, those that were removed, what it is called, and what was chosen for it
         jobs/0001/         what was asked for: training, drawing, export; its settings, its log, how it ended
         uploads/           files on their way in
 """
@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,20 @@ class Workspace:
             raise UserError(f"--folder {root}: cannot be written ({error.strerror})") from error
 
     def runs(self) -> list[str]:
-        """The names of the runs in the folder, the latest first. Links to elsewhere are none."""
+        """The names of the runs in the folder, the latest first.
+
+        Links to elsewhere are none, and names that no browser can be told are left out.
+        """
         found = [
             path
             for path in self.root.iterdir()
             if path.is_dir()
             and not path.is_symlink()
             and path.name != OWN
+            and path.name.isprintable()
             and any((path / name).is_file() for name in (SETTINGS, ADAPTER))
         ]
-        return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+        return [path.name for path in latest_first(found)]
 
     def run(self, name: str) -> Path:
         """The folder of a run. Raises UserError if there is none of that name."""
@@ -62,13 +67,22 @@ class Workspace:
 
     def new_run(self, name: str) -> Path:
         """A path for a run at which there is nothing: `my-dog`, else `my-dog-2` and so on."""
-        taken = {path.name for path in self.root.iterdir()} | {
+        taken = {path.name.casefold() for path in self.root.iterdir()} | {  # Dog and dog may be one to a file system
             str(values.get("run")) for values in map(read_json, self.jobs.glob("*/job.json"))
         }
         number = 1
         while (candidate := name if number == 1 else f"{name}-{number}") in taken:
             number += 1
         return self.root / candidate
+
+
+def latest_first(folders: Iterable[Path]) -> list[Path]:
+    """Folders by the time of their last change, the latest first. Those that went away meanwhile are left out."""
+    changed: dict[Path, float] = {}
+    for folder in folders:
+        with suppress(OSError):
+            changed[folder] = folder.stat().st_mtime
+    return sorted(changed, key=lambda folder: changed[folder], reverse=True)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -52,7 +52,7 @@ def test_the_headline_of_each_state(folder, job):
         "running": "step 10 of 40, 30 s left",
         "stopped": "stopped, step 10 of 40",
         "done": "done, step 10 of 40",
-        "lost": "ended from outside, step 10 of 40",
+        "lost": "ended without a word, step 10 of 40",
     }
     for state, words in said.items():
         assert words in fragments.headline(RunView(folder, replace(job, state=state)))

@@ -39,6 +39,15 @@ def test_one_at_a_time_the_others_say_their_place(jobs, sleeping):
     running(jobs, second.number)
 
 
+def test_the_order_stays_when_numbers_have_more_digits(workspace, jobs):
+    for number in ("9998", "9999"):
+        (workspace.jobs / number).mkdir()
+        write_json(workspace.jobs / number / "job.json", {"kind": "train", "run": number})
+    jobs.advance = lambda: None
+    jobs.add("train", "last", {})
+    assert [(job.number, job.place) for job in jobs.all()] == [("9998", 0), ("9999", 1), ("10000", 2)]
+
+
 def test_exports_do_not_wait_for_the_device(jobs, sleeping):
     jobs.add("train", "dog", {})
     assert jobs.add("export", "dog", {}).state == "running"
@@ -74,7 +83,10 @@ def test_a_process_that_was_killed_is_lost_and_the_next_begins(jobs, sleeping):
     first, second = jobs.add("train", "dog", {}), jobs.add("train", "cat", {})
     os.kill(running(jobs, first.number).pid, signal.SIGKILL)
     assert ended(jobs, first).state == "lost"
-    assert jobs.job(first.number).error() == "its process was ended from outside; the last it said: asleep"
+    assert jobs.job(first.number).error() == (
+        "its process ended without a word, as when memory runs out or the machine is switched off; "
+        "the last it said: asleep"
+    )
     assert jobs.job(second.number).state == "running"
 
 

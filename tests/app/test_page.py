@@ -122,6 +122,52 @@ def test_a_photo_is_captioned_and_removed_by_keyboard(visit):
     visit.wait(lambda: len(cards(visit)) == 5, "five photos")
 
 
+def test_a_photo_that_was_removed_is_put_back(visit):
+    visit.page.locator("#cards .card").first.click()
+    visit.page.wait_for_selector("#remove-photo")
+    visit.page.click("#remove-photo")
+    visit.wait(lambda: len(cards(visit)) == 4, "four photos")
+    assert visit.text("put-back") == "Put 00.png back"
+    visit.page.click("#put-back")
+    visit.wait(lambda: cards(visit) == [path.name for path in PHOTOS], "all photos")
+
+
+def held(visit, field) -> str:
+    """What a field holds."""
+    return visit.page.locator(f"#{field} input, #{field} textarea").first.input_value()
+
+
+def test_what_was_typed_is_there_when_the_page_is_loaded_anew(visit):
+    visit.page.locator("#cards .card").first.click()
+    visit.page.wait_for_selector("#remove-photo")
+    visit.wait(lambda: "a sks bear" in held(visit, "caption"), "caption of the photo")
+    visit.fill("caption", "a bear that is not kept")
+    visit.step("2 Base")
+    visit.page.get_by_label("another").check()
+    visit.fill("base-name", "some/model")
+    visit.step("3 Train")
+    visit.fill("field-max_train_steps", "77")
+    visit.step("4 Draw")
+    visit.fill("prompts", "a bear that is not drawn")
+    visit.page.reload()
+    visit.page.wait_for_selector("#cards .card >> nth=4")
+    visit.page.locator("#cards .card").first.click()
+    visit.wait(lambda: visit.page.locator("#caption").is_visible(), "field of the caption")
+    visit.wait(lambda: held(visit, "caption") == "a bear that is not kept", "caption that was typed")
+    visit.page.locator("#cards .card").nth(1).click()
+    visit.wait(lambda: held(visit, "caption") == "a photo of a sks bear", "caption of the other photo")
+    for step, field, typed in (
+        ("2 Base", "base-name", "some/model"),
+        ("3 Train", "field-max_train_steps", "77"),
+        ("4 Draw", "prompts", "a bear that is not drawn"),
+    ):
+        visit.step(step)
+        visit.page.locator(f"#{field}").wait_for()
+        visit.wait(lambda field=field, typed=typed: held(visit, field) == typed, f"{typed} in {field}")
+    visit.fill("prompts", "")
+    visit.step("1 Photos")
+
+
 def test_a_mask_is_painted(visit, server):
     visit.page.locator("#cards .card").first.click()
     visit.page.locator("#mask button").first.click()

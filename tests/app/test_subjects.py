@@ -283,6 +283,69 @@ def test_a_photo_goes_with_its_caption_and_mask(dog, upload):
     assert sorted(path.name for path in dog.photos.iterdir()) == ["b-masklabel.png", "b.png", "b.txt"]
 
 
+def test_a_photo_that_was_removed_is_put_back_with_its_caption_and_mask(dog, upload):
+    dog.add_photo(upload, "a.png")
+    dog.set_caption("a.png", "a sks dog asleep")
+    dog.set_mask("a.png", Image.linear_gradient("L").resize((90, 80)))
+    (before,) = dog.seen()
+    dog.remove_photo("a.png")
+    assert (dog.removed, dog.seen()) == ("a.png", ())
+    assert dog.put_back() == "a.png"
+    assert (dog.removed, dog.seen()) == (None, (before,))
+    with pytest.raises(UserError, match="my-dog has no photo that was removed"):
+        dog.put_back()
+
+
+def test_the_photo_that_was_removed_last_comes_back_first_beside_one_that_has_its_name_now(dog, upload):
+    for name in ("a.png", "b.png"):
+        dog.add_photo(upload, name)
+        dog.set_caption(name, f"a sks dog, {name}")
+        dog.remove_photo(name)
+    dog.add_photo(upload, "b.png")
+    assert [dog.put_back(), dog.put_back()] == ["b-2.png", "a.png"]
+    prompts = {each.photo.path.name: each.photo.prompt for each in dog.seen()}
+    assert prompts == {"a.png": "a sks dog, a.png", "b.png": "a photo of a sks dog", "b-2.png": "a sks dog, b.png"}
+
+
+def test_a_photo_that_is_put_back_has_the_new_name_in_its_caption(dog, upload):
+    dog.add_photo(upload, "a.png")
+    dog.set_caption("a.png", "a sks dog asleep")
+    dog.remove_photo("a.png")
+    dog.keep({"token": "ohwx", "base": "x"})
+    dog.put_back()
+    assert dog.seen()[0].photo.prompt == "a ohwx dog asleep"
+
+
+def test_only_so_many_photos_that_were_removed_stay(dog, upload, monkeypatch):
+    monkeypatch.setattr(module, "MOST_REMOVED", 2)
+    for name in ("a.png", "b.png", "c.png"):
+        dog.add_photo(upload, name)
+        dog.remove_photo(name)
+    assert [dog.put_back(), dog.put_back(), dog.removed] == ["c.png", "b.png", None]
+
+
+def test_a_photo_that_cannot_be_removed_is_said_and_stays(dog, upload, monkeypatch):
+    def refused(path, target):
+        raise OSError(30, "Read-only file system")
+
+    dog.add_photo(upload, "a.png")
+    monkeypatch.setattr(module.Path, "rename", refused)
+    with pytest.raises(UserError, match=r"^a\.png: cannot be removed \(Read-only file system\)"):
+        dog.remove_photo("a.png")
+    assert (dog.removed, len(dog.seen())) == (None, 1)
+
+
+def test_names_that_differ_in_capitals_stay_apart(dog, upload):
+    """On file systems to which they are one, the second would take the first one's place."""
+    (dog.photos / "IMG.PNG").write_bytes(upload.read_bytes())
+    assert dog.add_photo(upload, "img.png").name == "img-2.png"
+
+
+def test_a_folder_that_no_subject_has_is_not_offered(workspace, dog):
+    (workspace.subjects / "My Cat").mkdir()
+    assert subjects(workspace) == [("My Dog!", "my-dog")]
+
+
 @pytest.mark.parametrize("name", ["../subject.json", "b.png", "", "a.txt"])
 def test_what_is_no_photo_of_the_subject_is_left_alone(dog, upload, name):
     dog.add_photo(upload, "a.png")

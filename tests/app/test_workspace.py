@@ -7,7 +7,7 @@ import os
 import pytest
 from page_folders import write_run
 
-from gsoft_diffusion.app.workspace import Workspace, inside, read_json, write_json
+from gsoft_diffusion.app.workspace import Workspace, inside, latest_first, read_json, write_json
 from gsoft_diffusion.foundation.errors import UserError
 
 
@@ -18,6 +18,22 @@ def test_runs_are_folders_with_settings_or_an_adapter_the_latest_first(workspace
     (workspace.root / "file").write_text("x")
     assert workspace.runs() == ["new", "old"]
     assert workspace.run("old") == workspace.root / "old"
+
+
+def test_a_name_that_no_browser_can_be_told_is_left_out(workspace):
+    """As an archive from another system may leave it; the page would show nothing at all."""
+    write_run(workspace.root / os.fsdecode(b"caf\xe9"))
+    write_run(workspace.root / "café")
+    assert workspace.runs() == ["café"]
+
+
+def test_a_folder_that_goes_away_meanwhile_is_left_out(tmp_path):
+    assert latest_first([tmp_path / "gone", tmp_path]) == [tmp_path]
+
+
+def test_a_new_run_takes_no_name_that_differs_in_capitals_only(workspace):
+    write_run(workspace.root / "Dog")
+    assert workspace.new_run("dog") == workspace.root / "dog-2"
 
 
 @pytest.mark.parametrize("name", ["", "..", ".", "app", "nowhere", "../outputs/old", "old/../old", "old/", "/etc"])

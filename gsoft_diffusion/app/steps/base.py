@@ -11,6 +11,7 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.steps.common import LOUD, QUIET, Page
 from gsoft_diffusion.app.subjects import Subject
+from gsoft_diffusion.app.typed import Typed
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.model_names import BUNDLED_BASE
@@ -86,7 +87,11 @@ def build(page: Page, demo: gr.Blocks, subject: Any) -> BaseStep:
 
     of_model = [said, about, fitting]
     kind.input(chose, kind, [name, *of_model], **QUIET)
-    gr.on([demo.load, subject.change], opened, subject, [kind, name, *of_model], **QUIET)
+    typed = Typed("base", {"kind": kind, "name": name}, [subject])
+    typed.show(demo.load)
+    typed.wait(subject.change)
+    typed.show(subject.change(opened, subject, [kind, name, *of_model], **QUIET).then)
+    kind.change(lambda kind: gr.update(visible=kind == "other"), kind, name, **QUIET)
     used = gr.on([use.click, name.submit], settle, [subject, kind, name], of_model, **LOUD)
     return BaseStep(fit, memory, said, kind, name, used)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def says_why(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*given)
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(escape(str(error), quote=False), print_exception=False) from error  # it is shown as HTML
 
     return handled
 

@@ -11,6 +11,7 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
 from gsoft_diffusion.app.steps.common import LIVE, LOUD, PICK, QUIET, Page, latest_of, says_why, updates
+from gsoft_diffusion.app.typed import Typed
 from gsoft_diffusion.config import GenerationConfig, SamplerConfig
 from gsoft_diffusion.foundation.errors import UserError
 
@@ -80,7 +81,10 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
     ticks = gr.Timer(EVERY)
     gr.on([ticks.tick, adapters.change], does.watched, [adapters, before], [state, pictures, stop, before], **LIVE)
     stop.click(does.stopped, adapters, None, **LOUD)
-    pictures.click(does.again, adapters, [adapters, *strengths, mode, prompts, *components], **QUIET)
+    again = pictures.click(does.again, adapters, [adapters, *strengths, mode, prompts, *components], **QUIET)
+    typed = Typed("drawing", {"prompts": prompts, **dict(zip([each.name for each in fields], components, strict=True))})
+    typed.show(demo.load)
+    typed.hold(again.then)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose, remember, says_why
 from gsoft_diffusion.app.subjects import Subject, check_size, new_subject, subjects, with_token
+from gsoft_diffusion.app.typed import Typed
 from gsoft_diffusion.config.concept import UNIQUE_TOKEN
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.photos.image_files import open_image
@@ -27,11 +28,12 @@ class PhotosStep:
     """What other steps look at.
 
     subject: the choice of a subject, whose photos these are. follow: has the page show the subject anew after events
-    that may give it another base model and another name. It takes the events, and what else may have the name in it.
+    that may give it another base model and another name. It takes the events, and what else may have the name in it;
+    it returns the events after which that has the new name.
     """
 
     subject: Any
-    follow: Callable[[Sequence[Any], Sequence[Any]], None]
+    follow: Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 
 
 def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
@@ -55,7 +57,8 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
         upload = gr.File(file_count="multiple", label="Drop its photos here", height=150, elem_id="upload")
         upload_said = gr.HTML(elem_id="upload-said")
         cards = gr.HTML(js_on_load=PICK, elem_id="cards")
-    chosen = gr.State("")
+        put_back = gr.Button("Put it back", visible=False, elem_id="put-back")
+    chosen = gr.Textbox("", visible=False)  # the name of the photo that is edited
     with gr.Column(visible=False, elem_id="edit-photo") as edit:
         title = gr.Markdown()
         caption = gr.Textbox(
@@ -89,20 +92,35 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
         edit_said = gr.HTML(elem_id="edit-said")
 
     does = Handlers(page)
-    demo.load(does.opened, before, [subject, called, cards, with_subject, named], **QUIET)
-    subject.change(does.changed, subject, [called, cards, with_subject, named, edit, chosen, upload_said], **QUIET)
+    of_subject = [called, cards, put_back, with_subject, named]
+    demo.load(does.opened, before, [subject, *of_subject], **QUIET)
+    subject.change(does.changed, subject, [*of_subject, edit, chosen, upload_said], **QUIET)
     gr.on([create.click, word.submit], does.made, [name, word], [subject, said, name, word, new], **LOUD)
     upload.upload(does.added, [subject, upload], [upload, upload_said, cards], **LOUD)
-    cards.click(does.picked, subject, [chosen, edit, title, caption, editor, mask_file, cards, edit_said], **QUIET)
-    gr.on([save_caption.click, caption.submit], does.captioned, [subject, chosen, caption], [edit_said, cards], **LOUD)
+    typed_caption = Typed("caption", {"caption": caption}, [subject, chosen])
+    typed_caption.wait(cards.click)
+    picked = cards.click(
+        does.picked, subject, [chosen, edit, title, caption, editor, mask_file, cards, edit_said], **QUIET
+    )
+    captioned = gr.on(
+        [save_caption.click, caption.submit], does.captioned, [subject, chosen, caption], [edit_said, cards], **LOUD
+    )
     save_mask.click(does.masked, [subject, chosen, editor, mask_file], [edit_said, cards, mask_file], **LOUD)
     drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
-    remove.click(does.removed, [subject, chosen], [edit_said, cards, edit], **LOUD)
+    removed = remove.click(does.removed, [subject, chosen], [edit_said, cards, edit, put_back], **LOUD)
+    put_back.click(does.restored, subject, [upload_said, cards, put_back], **LOUD)
 
-    def follow(events: Sequence[Any], texts: Sequence[Any]) -> None:
+    typed_name = Typed("new-subject", {"name": name, "word": word})
+    unfold = typed_name.show(demo.load).then
+    unfold(lambda *typed: gr.update(open=True) if any(typed) else gr.skip(), [name, word], new, **QUIET)
+    typed_caption.show(picked.then)
+    for event in (captioned, removed):
+        typed_caption.forget(event.then)
+
+    def follow(events: Sequence[Any], texts: Sequence[Any]) -> list[Any]:
         texts = [caption, *texts]
-        for event in events:
-            event.then(does.renamed, [subject, chosen, named, *texts], [called, cards, named, *texts], **QUIET)
+        given, shown = [subject, chosen, named, *texts], [called, cards, named, *texts]
+        return [event.then(does.renamed, given, shown, **QUIET) for event in events]
 
     return PhotosStep(subject, follow)
 
@@ -113,16 +131,21 @@ class Handlers:
 
     page: Page
 
-    def shown(self, name: str, pick: str = "") -> tuple[str, str]:
-        """How the subject is called, and its photos. name: of the subject. pick: the photo that is edited."""
+    def shown(self, name: str, pick: str = "") -> tuple[Any, ...]:
+        """How the subject is called, its photos, and the button that puts one back.
+
+        name: of the subject. pick: the photo that is edited.
+        """
         if not name:
-            return fragments.hint("Give your subject a name to begin."), ""
+            return fragments.hint("Give your subject a name to begin."), "", gr.update(visible=False)
         try:
             known = self.page.subject(name)
         except UserError as error:
-            return fragments.failure(str(error)), ""
+            return fragments.failure(str(error)), "", gr.update(visible=False)
         text = f"In prompts it is called “{known.concept.name}”: its base model does not know the word {known.token}."
-        return fragments.hint(text), _cards(known, pick)
+        last = known.removed
+        back = gr.update(value=f"Put {last} back", visible=True) if last else gr.update(visible=False)
+        return fragments.hint(text), _cards(known, pick), back
 
     def opened(self, name: str) -> tuple[Any, ...]:
         """The page is opened. name: the subject that was chosen last."""
@@ -149,7 +172,7 @@ class Handlers:
         new = [with_token(text, token, known.token) for text in texts]
         # The others may be typed into at this moment.
         changed = [gr.skip() if text == old else text for text, old in zip(new, texts, strict=True)]
-        return *self.shown(name, pick), known.token, *changed
+        return *self.shown(name, pick)[:2], known.token, *changed
 
     def made(self, name: str, word: str) -> tuple[Any, ...]:
         """*Make it* is pressed. name: what its owner calls it. word: what it is."""
@@ -222,8 +245,17 @@ class Handlers:
         try:
             self.page.subject(name).remove_photo(pick)
         except UserError as error:
+            return fragments.failure(str(error)), gr.skip(), gr.skip(), gr.skip()
+        _, cards, put_back = self.shown(name)
+        return "", cards, gr.update(visible=False), put_back
+
+    def restored(self, name: str) -> tuple[Any, ...]:
+        """*Put it back* is pressed. name: of the subject."""
+        try:
+            self.page.subject(name).put_back()
+        except UserError as error:
             return fragments.failure(str(error)), gr.skip(), gr.skip()
-        return "", self.shown(name)[1], gr.update(visible=False)
+        return "", *self.shown(name)[1:]
 
 
 def _cards(subject: Subject, pick: str = "") -> str:
@@ -231,6 +263,8 @@ def _cards(subject: Subject, pick: str = "") -> str:
         return fragments.photo_cards(subject, subject.seen(), pick)
     except UserError as error:
         return fragments.failure(str(error))
+    except OSError as error:  # it was removed in another window at this moment
+        return fragments.failure(f"{subject.name}: its photos have changed ({error.strerror}); load the page anew")
 
 
 @contextmanager

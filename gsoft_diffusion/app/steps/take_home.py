@@ -15,6 +15,7 @@ import gradio as gr
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.adapters.loading import family_of_base
 from gsoft_diffusion.app import fragments
+from gsoft_diffusion.app.fields import fields_of
 from gsoft_diffusion.app.files import download_address
 from gsoft_diffusion.app.jobs import Job
 from gsoft_diffusion.app.runs import RunView
@@ -39,6 +40,7 @@ GOES = {  # by the beginnings of names of files
     "diff": "where a LoRA goes: ComfyUI/models/loras, or models/Lora of Forge",
     "merged": "into ComfyUI/models/checkpoints (node Load Checkpoint), or models/Stable-diffusion of Forge",
 }
+PRECISION = next(each for each in fields_of(ExportConfig, ()) if each.name == "precision")
 FOLDER_GOES = "to DiffusionPipeline.from_pretrained in diffusers, or ComfyUI/models/diffusers"
 
 
@@ -55,7 +57,9 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, run: Any) -> None:
             label="Rank of a LoRA",
             info="higher is nearer to what was learned, and larger",
         )
-        precision = gr.Radio(["float16", "bfloat16", "float32"], value="float16", label="Precision")
+        precision = gr.Radio(
+            PRECISION.choices, value=PRECISION.default, label=PRECISION.label, info=PRECISION.help, elem_id="precision"
+        )
     with gr.Row():
         make = gr.Button("Make it", variant="primary", elem_id="make")
         stop = gr.Button("Stop making it", variant="stop", interactive=False, elem_id="stop-making")
@@ -102,7 +106,7 @@ class Handlers:
                 raise UserError("choose what was learned above; it is there once a run has saved something")
             path, run = self.page.adapter(chosen), chosen.partition("/")[0]
             step = next(step for step, there in self.page.view(run).adapters.items() if there == path)
-            made_of = f"step-{step}" + ("" if precision == "float16" else f"_{precision}")
+            made_of = f"step-{step}" + ("" if precision == PRECISION.default else f"_{precision}")
             target = default_output(path, kind, int(rank), made_of)
             if target.exists():
                 return fragments.hint(f"{target.name} is there already, below.")

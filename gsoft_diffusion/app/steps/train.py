@@ -13,6 +13,7 @@ from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, setting
 from gsoft_diffusion.app.steps.base import BaseStep, fitting_changes, settled
 from gsoft_diffusion.app.steps.common import LIVE, LOUD, QUIET, Page, choose, remember, says_why, updates
 from gsoft_diffusion.app.subjects import Subject, with_token
+from gsoft_diffusion.app.typed import Typed
 from gsoft_diffusion.config import TrainingConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError
@@ -43,12 +44,13 @@ class TrainStep:
     """What other steps look at.
 
     run: the choice of a run. prompts: fields that may have the subject's name in them. started: the event after which
-    the subject may have another base model, as it was named in step 2 and not used yet.
+    the subject may have another base model, as it was named in step 2 and not used yet. typed: what is in the fields.
     """
 
     run: Any
     prompts: Sequence[Any]
     started: Any
+    typed: Typed
 
 
 def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep, queue: Any, before: Any) -> TrainStep:
@@ -83,18 +85,22 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep
     does = Handlers(page, fields)
     outcome = [run, said, advanced, *components]
     demo.load(does.opened, before, run, **QUIET)
-    subject.change(does.changed, subject, components, **QUIET)
+    typed = Typed("settings", dict(zip([each.name for each in fields], components, strict=True)), [subject])
+    typed.show(demo.load)
+    typed.wait(subject.change)
+    typed.show(subject.change(does.changed, subject, components, **QUIET).then)
     # The step may be opened before what was chosen last is shown.
     tab.select(lambda name, last: does.opened(name or last), [run, before], run, **QUIET)
     ticks = gr.Timer(EVERY)
     gr.on([ticks.tick, run.change], does.watched, [run, shown], [*live, shown], **LIVE)
     started = start.click(does.started, [subject, base.kind, base.name, *components], outcome, **LOUD)
-    base.fit.click(does.fitted, [subject, base.memory, *components], [said, base.said, *components], **LOUD)
+    fitted = base.fit.click(does.fitted, [subject, base.memory, *components], [said, base.said, *components], **LOUD)
+    typed.hold(fitted.then)
     stop.click(does.stopped, run, None, **LOUD)
     go_on.click(does.went_on, [run, *components], outcome, **LOUD)
     draw_now.click(does.drawn, run, None, **LOUD)
     prompts = [held for field, held in zip(fields, components, strict=True) if field.name in PROMPTS]
-    return TrainStep(run, prompts, started)
+    return TrainStep(run, prompts, started, typed)
 
 
 @dataclass(frozen=True)

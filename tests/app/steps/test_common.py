@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 import pytest
 
-from gsoft_diffusion.app.steps.common import latest_of, updates
+from gsoft_diffusion.app.steps.common import latest_of, says_why, updates
 from gsoft_diffusion.foundation.errors import UserError
 
 
@@ -40,3 +40,14 @@ def test_the_latest_adapter_is_the_runs_own():
 def test_a_subject_that_is_not_there_is_said(page, name, says):
     with pytest.raises(UserError, match=says):
         page.subject(name)
+
+
+def test_a_message_is_shown_as_it_was_written():
+    """Gradio shows a message as HTML."""
+
+    @says_why
+    def refuses():
+        raise UserError("dog has no photo <b>.png")
+
+    with pytest.raises(gr.Error, match=r"dog has no photo &lt;b&gt;\.png"):
+        refuses()

@@ -157,3 +157,24 @@ def test_a_press_shows_the_photo_with_its_caption(does, photo):
     assert mask_file is None  # one that was dropped for another photo is not this one's
     assert 'aria-pressed="true"' in cards
     assert does.removed("dog", photo)[1] == ""
+
+
+def test_a_photo_that_is_removed_can_be_put_back(does, photo):
+    assert not does.changed("dog")[2]["visible"]
+    *_, edit, put_back = does.removed("dog", photo)
+    assert not edit["visible"]
+    assert (put_back["value"], put_back["visible"]) == ("Put a.png back", True)
+    assert does.opened("dog")[3]["visible"]  # also when the page is loaded anew
+    said, cards, put_back = does.restored("dog")
+    assert said == ""
+    assert "a.png" in cards
+    assert not put_back["visible"]
+    assert "no photo that was removed" in does.restored("dog")[0]
+
+
+def test_a_photo_that_goes_away_while_it_is_shown_is_said(does, photo, monkeypatch):
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("gsoft_diffusion.app.fragments.photo_cards", gone)
+    assert "its photos have changed" in does.changed("dog")[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from page_folders import write_run
@@ -12,8 +13,8 @@ from tiny_families import write_flux, write_sd3
 from gsoft_diffusion.adapters.file import save_adapter
 from gsoft_diffusion.adapters.identity import identity_of
 from gsoft_diffusion.adapters.injection import inject
-from gsoft_diffusion.app.steps.take_home import FORMATS, Handlers
-from gsoft_diffusion.config import AdapterConfig
+from gsoft_diffusion.app.steps.take_home import FORMATS, PRECISION, Handlers
+from gsoft_diffusion.config import AdapterConfig, ExportConfig
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.models.loading import load_model
 
@@ -23,6 +24,12 @@ ADAPTER = "dog/checkpoint-8/adapter.safetensors"
 @pytest.fixture
 def does(page) -> Handlers:
     return Handlers(page)
+
+
+def test_formats_and_precisions_are_the_commands_own():
+    hints = get_type_hints(ExportConfig)
+    assert set(FORMATS) == set(get_args(hints["format"]))
+    assert (PRECISION.choices, PRECISION.default) == (list(get_args(hints["precision"])), ExportConfig.precision)
 
 
 @pytest.fixture
