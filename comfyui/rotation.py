@@ -142,7 +142,7 @@ def rotated_weight(weight: Tensor, layer: Layer, strength: float) -> Tensor:
     """`W'`, a new float32 tensor.
 
     weight: `W (out, in)`, of any dtype, on any device, also a view. layer: on any device. strength: 0 leaves W, 1 is
-    what was trained. Raises ValueError if the layer is for another shape.
+    what was trained. Raises ValueError if the layer is for another shape, and as `layer_blocks`.
     """
     check_shape(layer, weight.shape)
     blocks = layer_blocks(layer, strength, weight.device)
@@ -176,7 +176,8 @@ def rotated_outputs(
 def layer_blocks(layer: Layer, strength: float, device: torch.device) -> Blocks:
     """The layer's orthogonal blocks and its scale.
 
-    layer: on any device. strength: any finite number. device: of the results.
+    layer: on any device. strength: any finite number. device: of the results. Raises ValueError if blocks or scale are
+    not finite, as float32 cannot hold what follows from huge numbers.
     """
     sides = 1 if layer.q_out is None else 2
     q_in, q_out = (
@@ -190,7 +191,10 @@ def layer_blocks(layer: Layer, strength: float, device: torch.device) -> Blocks:
         scale = scale.to(device, torch.float32)
         scale = torch.lerp(torch.ones_like(scale), scale, strength)
     assert q_in is not None
-    return Blocks(q_in, q_out, scale)
+    blocks = Blocks(q_in, q_out, scale)
+    if not all(part.isfinite().all() for part in blocks if part is not None):
+        raise ValueError(f"its numbers are too large to compute with at strength {strength:g}")
+    return blocks
 
 
 def orthogonal_blocks(free: Tensor, parametrization: str, sides: int) -> Tensor:

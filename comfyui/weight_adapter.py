@@ -65,7 +65,7 @@ class GSOFTAdapter(WeightAdapterBase):
         """Turn the weight, in place: a part of a fused matrix comes as a view, and what is returned is not used then.
 
         ComfyUI has multiplied by `strength_model` and cut out `offset` already. On errors the weight stays, and they
-        are logged.
+        are logged; but ComfyUI itself must know if the GPU's memory is full.
         """
         try:
             rotated = rotated_weight(weight, self._layer, strength)
@@ -74,6 +74,8 @@ class GSOFTAdapter(WeightAdapterBase):
                 weight.copy_(rotated)
             else:  # it moves what is added to another place of the weight
                 weight.add_(function(rotated - weight.float()))
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             logging.error("gsoft: %s stays as it is: %s", key, error)
         return weight
@@ -81,7 +83,8 @@ class GSOFTAdapter(WeightAdapterBase):
     def bypass_forward(self, org_forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer with the turned weight makes of x, where ComfyUI leaves the weight alone (2026 and later).
 
-        Its strength is in `self.multiplier`. A layer that does not fit stays as it is, which is logged once.
+        Its strength is in `self.multiplier`. A layer that does not fit, or cannot be computed, stays as it is, which is
+        logged once.
         """
 
         def forward(rows: Tensor) -> Tensor:
@@ -92,11 +95,11 @@ class GSOFTAdapter(WeightAdapterBase):
             outputs = forward(x.new_zeros(1, x.shape[-1])).shape[-1]
             try:
                 check_shape(self._layer, (outputs, x.shape[-1]))
+                self._blocks = state, layer_blocks(self._layer, *state)
             except ValueError as error:
                 (layer,) = (key.removesuffix(".q_in") for key in self.loaded_keys if key.endswith(".q_in"))
                 _say_once(f"{layer} stays as it is: {error}")
                 return forward(x)
-            self._blocks = state, layer_blocks(self._layer, *state)
         return rotated_outputs(forward, x, self._blocks[1], self._layer.first_columns)
 
 

@@ -123,6 +123,33 @@ def test_errors_are_logged_and_the_weight_stays(adapter, caplog):
     assert caplog.messages == ["gsoft: some.key stays as it is: its shape is (7, 5), the adapter's (40, 24)"]
 
 
+@pytest.mark.parametrize("part", ["q_in", "output_scale"])
+def test_numbers_that_are_too_large_to_compute_with_leave_the_layer_as_it_is(pack, comfy, caplog, part):
+    """Not black pictures: float32 has no room for what follows from them."""
+    numbers = learned(CONFIG)
+    numbers[part].fill_(3e38)
+    adapter = comfy.adapters[0].load(MODULE, adapter_file(numbers), None, None, set())
+    turned, linear, x = weight(), torch.nn.Linear(*WIDTHS), torch.randn(3, WIDTHS[0])
+    adapter.multiplier = 1.5
+    with caplog.at_level(logging.ERROR):
+        adapter.calculate_weight(turned, "some.key", 1.5, 1.0, None, identity)
+        assert torch.equal(adapter.bypass_forward(linear.forward, x), linear(x))
+    assert torch.equal(turned, weight())
+    said = "stays as it is: its numbers are too large to compute with at strength 1.5"
+    assert caplog.messages == [f"gsoft: some.key {said}", f"gsoft: {LAYER} {said}"]
+
+
+def test_comfyui_is_told_that_memory_is_full(adapter, pack, monkeypatch):
+    """Otherwise its picture would have some of the layers only."""
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(pack.weight_adapter, "rotated_weight", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
+        adapter.calculate_weight(weight(), "key", 1.0, 1.0, None, identity)
+
+
 def test_a_file_of_an_early_version_is_not_used_and_that_is_said_once(pack, comfy, caplog):
     file = adapter_file(learned(CONFIG))
     del file["parametrization.scaled_cayley"]
