@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11, git and make; they set up .venv themselves.
+# `make demo` and `make test` need Python 3.11 or later, git and make; they set up .venv themselves.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,7 +54,12 @@ coverage: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV)
 
+# A venv that failed halfway, as without Debian's python3-venv, has a python already: it must not count as made.
+.DELETE_ON_ERROR:
+
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than Python 3.11; \
+	give another: make PYTHON=<path> ...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python requirements.txt

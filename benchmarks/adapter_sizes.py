@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from benchmarks.bases import PUBLISHED, Published
+from benchmarks.measure import file_to_write
 from gsoft_diffusion.adapters.injection import completed, find_attentions, find_clip_attentions, find_linears
 from gsoft_diffusion.adapters.size import adapter_bytes
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.config.command_line import expanded_path
 
 PAPER = AdapterConfig(nblocks=32)  # the default until base models decided
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the sizes")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the sizes")
     args = parser.parse_args()
     found = {name: sizes(published) for name, published in PUBLISHED.items()}
-    Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(found)))
 
 

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Records, table
+from benchmarks.measure import Records, file_to_write, table
 from eval.pick_checkpoint import adapters_of
 from eval.prompts import prompts_for
 from eval.subjects import BUNDLED, Subject, read_subjects
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import SamplerConfig, TrainingConfig
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.photos.image_files import open_image
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=8, help="for each prompt, half of them to choose by")
     parser.add_argument("--sampling_steps", type=int, default=20)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "subjects", "learning_rates")}
     records = Records(args.out, settings)
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def measure(args: Any, subject: Subject, rate: float) -> dict[str, Any]:
-    """Train one adapter, and score every picture of its steps.
+    """Train one adapter, and score every picture of its steps. Raises KeyboardInterrupt if a signal ends the training.
 
     Scores of pictures are in the order of prompts and, within each, seeds: `dino` and `clip_t` of every step (`steps`)
     and of the base model (`base`). `photos` has the photos' own: one `dino`, and a `clip_t` for each picture's prompt.
@@ -80,7 +79,7 @@ def measure(args: Any, subject: Subject, rate: float) -> dict[str, Any]:
             for path in paths:
                 shutil.copy(path, place)
         every = args.steps // args.validations
-        train(
+        result = train(
             TrainingConfig(
                 str(photos),
                 class_word=subject.class_word,
@@ -97,6 +96,8 @@ def measure(args: Any, subject: Subject, rate: float) -> dict[str, Any]:
                 validation_data_dir=str(held_out),
             )
         )
+        if result.interrupted:
+            raise KeyboardInterrupt
         scorer = Scorer(subject, trained, args)
         losses = {each.step: each.validation_loss for each in read_progress(run)}
         adapters = adapters_of(run)

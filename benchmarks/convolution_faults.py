@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import table
+from benchmarks.measure import file_to_write, table
 from benchmarks.orthogonal_convolutions import KINDS, shapes
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.files import whole_file
 
 COMPARED = ("(4,–) as published", "(4,–)")
@@ -27,10 +26,9 @@ SIDE = 4  # px of the pictures: what is measured does not depend on it
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=8, help="channels of the network's first stage")
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     records = [measure(kind, args.width) for kind in COMPARED]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(args.out) as file:
         file.write((json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
     print(report(records))

@@ -21,7 +21,8 @@ INSTALLED = ".venv/.installed"  # the Makefile's mark
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    args = parser.parse_args()
+    out: Path = parser.parse_args().out.expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["make", INSTALLED], check=True)
     started = time.perf_counter()
     subprocess.run(["make", "demo"], check=True)
@@ -34,8 +35,7 @@ def main() -> None:
         "processor": processor(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.expanduser().write_text(json.dumps(report, indent=2) + "\n")
+    out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 

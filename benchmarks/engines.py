@@ -21,13 +21,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Records, median, table
+from benchmarks.measure import Records, file_to_write, median, table
 from eval.cells import Cell
 from eval.engines import ENGINES
 from eval.engines.worker import Workers
 from eval.experiment import Experiment
 from eval.results import CELL_RESULT, cell_folder
-from gsoft_diffusion.config.command_line import expanded_path
 
 EXPERIMENT: dict[str, Any] = {  # on the miniature: eight steps, and a picture for each of a few prompts
     "subjects": ["teddy_bear"],
@@ -115,7 +114,7 @@ def tables(records: Records) -> str:
 def main() -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=expanded_path, default=Path("benchmarks/results/engines.json"), help="raw output")
+    parser.add_argument("--out", type=file_to_write, default=Path("benchmarks/results/engines.json"), help="raw output")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to measure")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="cells at a time")
     parser.add_argument("--cells", type=int, default=4, help="how many a measurement has, 2 or more")

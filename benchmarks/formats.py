@@ -27,9 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.bases import load_base
-from benchmarks.measure import machine
+from benchmarks.measure import file_to_write, machine
 from gsoft_diffusion import AdapterConfig, AdapterStack, BaseModelIdentity, fingerprint, inject, save_adapter
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.tensor_stream import TensorStream
 from gsoft_diffusion.publish.layer_names import module_path
 from gsoft_diffusion.publish.low_rank import LoraLayer, approximate, by_module, kohya_tensors
@@ -43,7 +42,7 @@ HALF = torch.float16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder) / "adapter.safetensors")

@@ -24,9 +24,8 @@ from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, UntypedStorage, nn
 
 from benchmarks.bases import PUBLISHED
-from benchmarks.measure import machine, table
+from benchmarks.measure import file_to_write, machine, table
 from gsoft_diffusion import AdapterConfig, inject
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.models.families import BaseModel, whole_view
 from gsoft_diffusion.models.frozen_storage import FLOAT8, StoredLinear, store, stored_layers, stored_weights
 from gsoft_diffusion.models.loading import load_model
@@ -64,7 +63,7 @@ DRIFT: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     out = parser.parse_args().out
     result: dict[str, Any] = {
         "machine": machine(),

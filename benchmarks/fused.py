@@ -23,11 +23,10 @@ from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransform
 from torch import Tensor, nn
 
 import gsoft.adapter
-from benchmarks.measure import Records, median, table
+from benchmarks.measure import Records, file_to_write, median, table
 from benchmarks.pretended_gpu import GPU, PretendedGPU, bytes_in_use
 from gsoft import Adapter, RotationConfig
 from gsoft.linear_slice import AnyLinear
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.models.attention_layers import PROJECTIONS, attention_layers
 
 WIDTH, HEADS = 3072, 24
@@ -69,7 +68,7 @@ class Taken(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the counts")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the counts")
     args = parser.parse_args()
     records = Records(args.out, {"tokens": TOKENS, "few_tokens": FEW_TOKENS, "block_size": CONFIG.block_size})
     for kind in KINDS:

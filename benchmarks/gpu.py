@@ -119,7 +119,10 @@ def main() -> int:
     if args.device != "cpu" and (why := why_no_gpu()):
         print(f"error: {why}", file=sys.stderr)
         return 2
-    on = device(args.device)
+    try:
+        on = device(args.device)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     out: Path = args.out or Path("outputs") / f"gpu-{datetime.now():%Y%m%d-%H%M%S}"
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"machine": machine(on) | {"python": platform.python_version()}, "parts": []}

@@ -25,13 +25,12 @@ from unittest.mock import patch
 import torch
 from diffusers.training_utils import EMAModel
 
-from benchmarks.measure import Records, table
+from benchmarks.measure import Records, file_to_write, table
 from eval.prompts import prompts_for
 from eval.subjects import BUNDLED, Subject, read_subjects
 from gsoft_diffusion.adapters.file import read_adapter
 from gsoft_diffusion.adapters.loading import load_adapter
 from gsoft_diffusion.config import SamplerConfig, TrainingConfig
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.models.families import BaseModel
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.photos.image_files import open_image
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--class_images", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=16, help="scored, of the subject and of its class each")
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "subjects", "seeds")}
     records = Records(args.out, settings)
@@ -75,7 +74,7 @@ def main() -> None:
 
 
 def measure(args: Any, subject: Subject, seed: int, prior: str) -> dict[str, Any]:
-    """Train one adapter and score it."""
+    """Train one adapter and score it. Raises KeyboardInterrupt if a signal ends the training."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
             str(subject.folder),
@@ -95,6 +94,8 @@ def measure(args: Any, subject: Subject, seed: int, prior: str) -> dict[str, Any
             config = replace(config, num_class_images=args.class_images)
         with watched() as seen:
             result = train(config)
+        if result.interrupted:
+            raise KeyboardInterrupt
         scorer = Scorer(args.pictures, subject)
         found: dict[str, Any] = {"step_seconds": statistics.median(seen.steps), "class_seconds": seen.class_images}
         found |= scorer.of(read_adapter(result.adapter).tensors, result.adapter)

@@ -23,12 +23,11 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.bases import DTYPES, KLEIN_4B, SD15, SDXL
-from benchmarks.measure import Records, table
+from benchmarks.measure import Records, file_to_write, table
 from benchmarks.pretended_gpu import GPU, PretendedGPU, bytes_in_use
 from eval.baselines import adapted_layers, inject_baseline
 from eval.methods import matched
 from gsoft_diffusion.adapters.injection import inject
-from gsoft_diffusion.config.command_line import expanded_path
 
 # BOFT is not among them: PEFT makes its permutations from numbers, and there are none.
 METHODS = {
@@ -127,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the counts")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the counts")
     args = parser.parse_args()
     records = Records(args.out, {})
     wanted = [

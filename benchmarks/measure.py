@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.demo import processor
+from gsoft_diffusion.config.command_line import expanded_path
 
 
 def when_gpu_is_done() -> float:
@@ -42,10 +44,10 @@ class Records:
     """Measurements in a JSON file that is written after each one, so that a run that was stopped goes on from there."""
 
     def __init__(self, path: Path, settings: dict[str, Any], device: torch.device = CPU) -> None:
-        """Raises SystemExit if the file holds measurements of other settings."""
+        """Raises SystemExit if the file holds something else, or measurements of other settings."""
         self.path = path
         here = {"settings": settings, "machine": machine(device)}
-        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else here | {"records": []}
+        self.content: dict[str, Any] = _read(path) if path.exists() else here | {"records": []}
         if {name: self.content[name] for name in here} != here:
             raise SystemExit(f"{path}: measured with other settings or on another machine; give another --out")
 
@@ -62,6 +64,28 @@ class Records:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         unfinished.replace(self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if content.keys() >= {"settings", "machine", "records"}:
+            return content
+    except (OSError, ValueError, AttributeError):  # a folder, no JSON, or a list
+        pass
+    raise SystemExit(f"{path}: holds no measurements that can be gone on with; give another --out")
+
+
+def file_to_write(text: str) -> Path:
+    """For argparse: the path of a file, whose folder is made at once. What takes minutes would be lost without it."""
+    path = expanded_path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentTypeError(f"{path}: {error.strerror}; choose another place") from error
+    if path.is_dir():
+        raise ArgumentTypeError(f"{path}: is a folder; give the name of a file")
+    return path
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:

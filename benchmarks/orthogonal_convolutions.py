@@ -20,9 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 import gsoft
-from benchmarks.measure import CLOCKS, Records, quartiles, table
+from benchmarks.measure import CLOCKS, Records, file_to_write, quartiles, table
 from benchmarks.published_convolutions import PublishedConv2d
-from gsoft_diffusion.config.command_line import expanded_path
 
 Shape = tuple[int, int, int, int, int]  # inputs, outputs, kernel size, stride, side of the picture
 
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     records = Records(args.out, settings)

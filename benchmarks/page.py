@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.measure import machine, median
+from benchmarks.measure import file_to_write, machine, median
 from gsoft_diffusion.training.progress import read_progress
 
 PORT = 7899
@@ -129,7 +129,7 @@ def reach(folder: Path, step: int, run: subprocess.Popen[Any], said: IO[str]) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
     parser.add_argument("--starts", type=int, default=3, help="how often the page is started (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of the run in each turn (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="with and without the page (default: %(default)s)")
@@ -140,7 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["starts"] = [usable(Path(place) / "outputs") for _ in range(args.starts)]
         report["cost"] = cost(Path(place) / "outputs", args.steps, args.turns)
     report["load_after"] = round(os.getloadavg()[0], 2)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(
         json.dumps(

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import table
+from benchmarks.measure import file_to_write, table
 from eval.baselines import adapted_layers
 from eval.cell_pictures import pictures_of
 from eval.cells import base_cells, main_cells, scorings, sweep_cells
@@ -121,7 +121,7 @@ def main() -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", type=expanded_path, default=Path("eval/experiments/paper.yaml"))
-    parser.add_argument("--out", type=expanded_path, default=Path("benchmarks/results/paper_cost.json"))
+    parser.add_argument("--out", type=file_to_write, default=Path("benchmarks/results/paper_cost.json"))
     args = parser.parse_args()
     names = {"subjects": [f"subject {number}" for number in range(1, SUBJECTS + 1)]}
     found = estimate(Experiment.from_dict(read_yaml(args.experiment) | names))

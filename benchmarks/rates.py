@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import gsoft
-from benchmarks.measure import Records, table
+from benchmarks.measure import Records, file_to_write, table
 from gsoft.config import Parametrization
 from gsoft_diffusion.config.command_line import expanded_path
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parametrizations", nargs="+", choices=get_args(Parametrization), default=list(RATES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     parser.add_argument("--plot", type=expanded_path, help="PNG to draw")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Q is not dense")  # two factors, as in the paper

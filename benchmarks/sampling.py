@@ -16,13 +16,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.bases import BASES, DTYPES, USUAL, added_conditions, device, load_base, random_text
-from benchmarks.measure import CLOCKS, Records, clock_for, median, table
+from benchmarks.measure import CLOCKS, Records, clock_for, file_to_write, median, table
 from benchmarks.published import PublishedAdapter
 from benchmarks.step import turned
 from eval.baselines import inject_baseline
 from eval.methods import matched
 from gsoft_diffusion.adapters.injection import find_attentions, find_linears, inject
-from gsoft_diffusion.config.command_line import expanded_path
 
 STATES = {
     "base": "base model",
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(USUAL_STATES))
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     args.dtype, args.latents = args.dtype or USUAL[args.base][0], args.latents or USUAL[args.base][1]
     args.clock = args.clock or clock_for(args.device)

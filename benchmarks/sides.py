@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.bases import CPU, DTYPES, device
-from benchmarks.measure import CLOCKS, Records, clock_for
+from benchmarks.measure import CLOCKS, Records, clock_for, file_to_write
 from gsoft.costs import ACTIVATION_ACCESSES, ACTIVATION_LAUNCHES, WEIGHT_BYTES, WEIGHT_LAUNCHES, weight_side_is_cheaper
 from gsoft.products import RotationBlocks, rotate_activations, rotate_weights
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--device", type=device, default=CPU)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--clock", choices=CLOCKS, help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     parser.add_argument("--plot", type=expanded_path, help="PNG to draw")
     args = parser.parse_args()
     args.clock = args.clock or clock_for(args.device)

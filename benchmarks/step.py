@@ -20,13 +20,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.bases import BASES, DTYPES, USUAL, added_conditions, device, load_base, random_text
-from benchmarks.measure import CLOCKS, Records, bytes_in_use, clock_for, median, peak_bytes, reset_peak, table
+from benchmarks.measure import (
+    CLOCKS,
+    Records,
+    bytes_in_use,
+    clock_for,
+    file_to_write,
+    median,
+    peak_bytes,
+    reset_peak,
+    table,
+)
 from benchmarks.peft_boft import compute_as_peft
 from benchmarks.published import PublishedAdapter
 from eval.baselines import inject_baseline
 from eval.methods import matched
 from gsoft_diffusion.adapters.injection import find_attentions, find_clip_attentions, find_linears, inject
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.memory import keep_freed_memory
 
 METHODS = {
@@ -56,7 +65,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each repetition")
     parser.add_argument("--clock", choices=CLOCKS, help="cpu where other programs run at the same time")
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     args.dtype, args.latents = args.dtype or USUAL[args.base][0], args.latents or USUAL[args.base][1]
     args.clock = args.clock or clock_for(args.device)

@@ -19,10 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.bases import DTYPES, load_base
-from benchmarks.measure import Records, bytes_in_use, peak_bytes, reset_peak, table
+from benchmarks.measure import Records, bytes_in_use, file_to_write, peak_bytes, reset_peak, table
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import AdapterConfig
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training.predictor import Predictor
 from gsoft_diffusion.training.step_memory import step_bytes
@@ -40,7 +39,7 @@ CASES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     records = Records(parser.parse_args().out, {})
     context = multiprocessing.get_context("spawn")
     for case in tqdm([case for case in CASES if not records.has(**case)], unit="case"):

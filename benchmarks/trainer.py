@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Records, median, table
+from benchmarks.measure import Records, file_to_write, median, table
 from gsoft_diffusion.adapters.injection import inject
 from gsoft_diffusion.config import TrainingConfig
-from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.memory import keep_freed_memory
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training.optimizer import make_optimizer
@@ -31,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=expanded_path, required=True, help="JSON file of the measurements")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file of the measurements")
     args = parser.parse_args()
     records = Records(args.out, {"steps": args.steps})
     for repetition in range(args.repetitions):
@@ -41,7 +40,10 @@ def main() -> None:
 
 
 def measure(steps: int) -> dict[str, float]:
-    """Seconds of a step in the training loop, and of a bare one."""
+    """Seconds of a step in the training loop, and of a bare one.
+
+    Raises KeyboardInterrupt if a signal ends the training.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
             "data/subjects/teddy_bear",
@@ -50,8 +52,10 @@ def measure(steps: int) -> dict[str, float]:
             max_train_steps=steps,
             num_validation_images=0,
         )
-        trained = train(config).seconds / steps
-    return {"trained": trained, "bare": bare_step(config, steps)}
+        result = train(config)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return {"trained": result.seconds / steps, "bare": bare_step(config, steps)}
 
 
 def bare_step(config: TrainingConfig, steps: int) -> float:

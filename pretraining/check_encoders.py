@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--photos", type=expanded_path, help="real photos in the public DreamBooth layout")
     parser.add_argument("--out", type=expanded_path, required=True, help="JSON file to write")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the slow work, not after it
     encoders = load_encoders(args.clip, args.dino)
     scenes = [Image.fromarray(scene) for scene in np.load(args.work / "scenes.npy", mmap_mode="r")[:SCENES]]
     facts = [json.loads(line) for _, line in zip(scenes, (args.work / "scenes.jsonl").open(), strict=False)]

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")
     parser.add_argument("--out", type=expanded_path, required=True, help="JSON file to write")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the slow work, not after it
     dino, judge = load_dino(str(args.dino)), load_judge(args.work / "judge.safetensors")
     world = World(args.sprites)
     albums = read_albums(read_subjects(args.subjects), dino, judge)

@@ -28,6 +28,7 @@ from eval.subjects import Subject, read_subjects
 from gsoft_diffusion.adapters.identity import fingerprint
 from gsoft_diffusion.config import GenerationConfig, TrainingConfig
 from gsoft_diffusion.config.command_line import expanded_path, run
+from gsoft_diffusion.foundation.files import whole_file
 from gsoft_diffusion.foundation.run_folder import METADATA_KEY, SETTINGS
 from gsoft_diffusion.photos.image_files import open_image
 from gsoft_diffusion.sampling.drawing import draw
@@ -69,7 +70,8 @@ def training_config(subject: Subject, base: Path, settings: Mapping[str, Any], f
 def train_on(subject: Subject, base: Path, settings: Mapping[str, Any], folder: Path) -> Path:
     """Train by `training_config`; returns the adapter's file. What is there stays.
 
-    Raises SystemExit if the folder has something else in it than a run, such as photos.
+    Raises SystemExit if the folder has something else in it than a run, such as photos. A run that a signal ends leaves
+    no adapter, since the next call would take it for a whole one; raises KeyboardInterrupt.
     """
     adapter = folder / "adapter.safetensors"
     if adapter.exists():
@@ -77,7 +79,11 @@ def train_on(subject: Subject, base: Path, settings: Mapping[str, Any], folder: 
     if not (folder / SETTINGS).exists() and any(not path.name.startswith(".") for path in folder.glob("*")):
         raise SystemExit(f"{folder}: has something else in it than a run; choose another --out")
     shutil.rmtree(folder, ignore_errors=True)  # the rest of a run that was stopped
-    return train(training_config(subject, base, settings, folder)).adapter
+    result = train(training_config(subject, base, settings, folder))
+    if result.interrupted:
+        result.adapter.unlink()
+        raise KeyboardInterrupt
+    return result.adapter
 
 
 def draw_places(adapter: Path, base: Path, guidance: float | None, folder: Path, compare: bool = False) -> None:
@@ -192,11 +198,17 @@ def measurements(path: Path, base: Path, settings: Mapping[str, Any]) -> dict[st
     wanted = dict(settings) | {"base": fingerprint(pipeline.unet, [pipeline.text_encoder])}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"settings": wanted, "rows": []}, indent=1) + "\n")
+        write_measurements(path, {"settings": wanted, "rows": []})
     content: dict[str, Any] = json.loads(path.read_text())
     if content["settings"] != wanted:
         raise SystemExit(f"{path}: was measured on another base or with other settings; give another --out")
     return content
+
+
+def write_measurements(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of measurements whole: a program that is killed meanwhile loses none of the earlier rows."""
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def runs_parser(description: str | None) -> argparse.ArgumentParser:
@@ -235,7 +247,7 @@ def main() -> int:
         figures["likeness_of_base"] = measure(subject.name, albums, pictures["base"], dino, judge)["likeness"]
         rows.append({"subject": subject.name} | figures)
         report["mean"] = mean_of(rows)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write_measurements(path, report)
         print(json.dumps(rows[-1]))
     print("mean", json.dumps(report["mean"]))
     return 0

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.processes import end_with_parent
+from pretraining.sprites import Sprites
 from pretraining.world import COLORED, SIZE, World
 
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
@@ -60,14 +61,17 @@ def main() -> None:
         parser.error(f"--scenes {args.scenes}: must be a multiple of {CHUNK}")
     args.out.mkdir(parents=True, exist_ok=True)
     shape = (args.scenes, SIZE, SIZE, 3)
-    beside = args.out / "scenes.tmp.npy"
+    if not Sprites(args.sprites).assets.is_dir():
+        parser.error(f"--sprites {args.sprites}: npm has installed no sprites there; pretraining/sprites.py says how")
+    # Both files appear at the end: captions of a set that is not whole must not stand beside an earlier set's pictures.
+    beside, captions = args.out / "scenes.tmp.npy", args.out / "scenes.tmp.jsonl"
     images = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
     jobs = range(args.scenes // CHUNK)
     with (
         ProcessPoolExecutor(
             args.workers, initializer=_start, initargs=(args.sprites, args.colored, args.subjects)
         ) as pool,
-        (args.out / "scenes.jsonl").open("w") as lines,
+        captions.open("w") as lines,
     ):
         for i, (chunk, facts) in enumerate(
             tqdm(pool.map(_chunk, [args.seed * 1_000_003 + j for j in jobs]), total=len(jobs))
@@ -76,6 +80,7 @@ def main() -> None:
             lines.writelines(json.dumps(f) + "\n" for f in facts)
     images.flush()
     beside.rename(args.out / "scenes.npy")
+    captions.rename(args.out / "scenes.jsonl")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from gsoft_diffusion.config.command_line import expanded_path
-from pretraining.sprites import ANIMALS, Sprite
+from pretraining.sprites import ANIMALS, Sprite, Sprites
 from pretraining.world import BACKGROUNDS, World
 
 PICTURES = 5
@@ -32,6 +32,8 @@ def main() -> None:
         "--which", choices=("demo", "tuning"), default="demo", help="those shown, or those that settings are chosen on"
     )
     args = parser.parse_args()
+    if not Sprites(args.sprites).assets.is_dir():
+        parser.error(f"--sprites {args.sprites}: npm has installed no sprites there; pretraining/sprites.py says how")
     world = World(args.sprites)
     rows = []
     subjects = world.held_out if args.which == "demo" else world.tuning

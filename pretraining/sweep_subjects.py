@@ -10,7 +10,6 @@ done again; the table of means over the subjects is printed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,18 @@ import numpy as np
 
 from eval.pick_checkpoint import adapters_of
 from eval.subjects import read_subjects
+from gsoft_diffusion.config.command_line import run
 from gsoft_diffusion.scoring.encoders import load_dino
-from pretraining.check_subjects import draw_places, drawn, measure, measurements, read_albums, runs_parser, train_on
+from pretraining.check_subjects import (
+    draw_places,
+    drawn,
+    measure,
+    measurements,
+    read_albums,
+    runs_parser,
+    train_on,
+    write_measurements,
+)
 from pretraining.train_judge import load_judge
 
 TEXT_SHARE = 0.02  # of the rate, for the text encoder
@@ -52,7 +61,7 @@ def table(rows: Sequence[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = runs_parser(__doc__)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--steps", type=int, default=800, help="of each training")
@@ -87,9 +96,10 @@ def main() -> None:
                     row |= dict(zip(SETTINGS, (rate, step, guidance), strict=True))
                     row |= measure(subject.name, albums, pictures, dino, judge)
                     rows.append(row)
-                    path.write_text(json.dumps(content, indent=1) + "\n")
+                    write_measurements(path, content)
     print(table(means(rows)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

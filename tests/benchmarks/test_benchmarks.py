@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 
 import pytest
 import torch
@@ -9,20 +9,22 @@ from diffusers import UNet2DConditionModel
 from tiny_models import randomise, run, tiny_text_encoder, tiny_unet
 from torch import nn
 
-from benchmarks import sampling, step_memory, trainer
+from benchmarks import choosing, keeping, sampling, step_memory, trainer
 from benchmarks.bases import SDXL
-from benchmarks.measure import Records, bytes_in_use
+from benchmarks.measure import Records, bytes_in_use, file_to_write
 from benchmarks.peft_boft import PeftButterflyLinear, compute_as_peft
 from benchmarks.pretended_gpu import PretendedGPU
 from benchmarks.published import PublishedAdapter, PublishedLinear
 from benchmarks.step import METHODS, Bench, report
 from eval.baselines import BaselineConfig, inject_baseline
 from eval.methods import count_parameters, matched
+from eval.subjects import BUNDLED, read_subjects
 from gsoft.blocks import skew_symmetric
 from gsoft.linear import RotatedLayer
 from gsoft.rotation import Rotation
 from gsoft_diffusion import AdapterConfig
 from gsoft_diffusion.adapters.injection import find_attentions, find_linears
+from gsoft_diffusion.training.run import TrainingResult
 
 
 def test_the_published_formulation_is_the_same_map():
@@ -214,6 +216,35 @@ def test_measurements_are_kept_as_they_come(tmp_path):
     assert len(json.loads(path.read_text())["records"]) == 2
     with pytest.raises(SystemExit, match="other settings"):
         Records(path, {"batch": 4})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"records": []}', None])
+def test_a_file_of_something_else_is_not_gone_on_with(tmp_path, content):
+    path = tmp_path / "step.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(SystemExit, match=r"step\.json: holds no measurements that can be gone on with; give another"):
+        Records(path, {"batch": 1})
+
+
+def test_the_folder_of_what_takes_minutes_is_made_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert file_to_write("~/new/out.json") == tmp_path / "new" / "out.json"
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    for wrong, why in ((tmp_path / "new", "is a folder"), (tmp_path / "file" / "out.json", "choose another place")):
+        with pytest.raises(ArgumentTypeError, match=why):
+            file_to_write(str(wrong))
+
+
+@pytest.mark.parametrize("module", [choosing, keeping, trainer])
+def test_a_training_that_a_signal_ended_is_no_measurement(tmp_path, monkeypatch, module):
+    result = TrainingResult(tmp_path / "adapter.safetensors", steps=3, interrupted=True, seconds=1.0)
+    monkeypatch.setattr(module, "train", lambda config: result)
+    subject = next(subject for subject in read_subjects(BUNDLED) if subject.name == "teddy_bear")
+    settings = Namespace(steps=4, validations=2, batch_size=1)
+    arguments = {choosing: (settings, subject, 1e-4), keeping: (settings, subject, 0, "none"), trainer: (4,)}
+    with pytest.raises(KeyboardInterrupt):
+        module.measure(*arguments[module])
 
 
 def test_ratios_are_taken_within_a_repetition():

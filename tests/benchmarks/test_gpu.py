@@ -78,6 +78,14 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
         assert why_no_gpu() is None
 
 
+def test_a_device_that_there_is_not_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "gpu0"])
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "error: --device gpu0: cannot be used" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_device_tests_are_skipped_by_name_without_a_gpu(tmp_path):
     if torch.cuda.is_available():

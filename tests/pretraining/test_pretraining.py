@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,14 +22,25 @@ from tiny_world import write_things
 from eval.subjects import Subject
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.sampling.pictures import save_png
-from pretraining import check_subjects, render, unused_name
+from gsoft_diffusion.training.run import TrainingResult
+from pretraining import check_subjects, render, subjects, unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
 from pretraining.check_new_photos import new_photos
-from pretraining.check_subjects import closeness, drawn, measure, measurements, read_albums, recognised, train_on
+from pretraining.check_subjects import (
+    closeness,
+    drawn,
+    measure,
+    measurements,
+    read_albums,
+    recognised,
+    train_on,
+    write_measurements,
+)
 from pretraining.checkpoint import Average, Checkpoint
 from pretraining.color_words import caption_pairs, composed
 from pretraining.kept_weights import keep, start_from
-from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite
+from pretraining.precision import fast_autocast
+from pretraining.sprites import CLASSES, HELD_OUT, TUNING, Sprite, Sprites
 from pretraining.sweep_subjects import SETTINGS, means, table
 from pretraining.tokenizer import END, START, learn, save
 from pretraining.train_clip import (
@@ -338,6 +350,61 @@ def test_photos_are_not_taken_for_the_rest_of_a_run(tmp_path):
     with pytest.raises(SystemExit, match="has something else in it than a run"):
         train_on(Subject("dog", "dog", True, tmp_path), tmp_path, {}, tmp_path)
     assert (tmp_path / "a.png").exists()
+
+
+def test_a_run_that_a_signal_ended_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    folder, subject = tmp_path / "run", Subject("dog", "dog", True, tmp_path)
+
+    def stopped(config):
+        folder.mkdir()
+        (folder / "settings.yaml").touch()
+        (folder / "adapter.safetensors").touch()
+        return TrainingResult(folder / "adapter.safetensors", steps=3, interrupted=True, seconds=1.0)
+
+    monkeypatch.setattr(check_subjects, "train", stopped)
+    for _ in range(2):  # the second call trains anew
+        with pytest.raises(KeyboardInterrupt):
+            train_on(subject, tmp_path, {}, folder)
+        assert not (folder / "adapter.safetensors").exists()
+
+
+def test_measurements_are_replaced_whole(tmp_path):
+    path, before = tmp_path / "subjects.json", tmp_path / "before.json"
+    path.write_text("{}")
+    before.hardlink_to(path)
+    write_measurements(path, {"rows": []})
+    assert json.loads(path.read_text()) == {"rows": []}
+    assert before.read_text() == "{}"
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_scenes_that_cannot_be_drawn_leave_the_earlier_ones_with_their_captions(tmp_path, monkeypatch, folder):
+    out, sprites = tmp_path / "out", tmp_path / "empty"
+    Sprites(sprites).assets.mkdir(parents=True)
+    out.mkdir()
+    for name in ("scenes.npy", "scenes.jsonl"):
+        (out / name).write_text("earlier")
+    arguments = ["--sprites", str(tmp_path / folder), "--out", str(out), "--scenes", str(render.CHUNK)]
+    monkeypatch.setattr("sys.argv", ["render", *arguments])
+    with pytest.raises(SystemExit if folder == "nowhere" else BrokenProcessPool):
+        render.main()
+    assert {(out / name).read_text() for name in ("scenes.npy", "scenes.jsonl")} == {"earlier"}
+
+
+@pytest.mark.parametrize("program", [render, subjects])
+def test_a_folder_without_sprites_is_one_line(tmp_path, monkeypatch, capsys, program):
+    monkeypatch.setattr("sys.argv", ["it", "--sprites", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert f"--sprites {tmp_path}: npm has installed no sprites there" in capsys.readouterr().err
+
+
+def test_processors_without_mkldnn_compute_in_float32(monkeypatch):
+    """Apple's, for which PyTorch has no such operation to ask."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    with fast_autocast():
+        assert torch.ones(2, 2).matmul(torch.ones(2, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
