@@ -96,14 +96,15 @@ def load_parts(name: str, family: type[BaseModel], config: Path, dtype: torch.dt
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Inside the block diffusers shows no progress bar, and warns of nothing: it does of casts that are its own."""
-    verbosity = logging.get_verbosity()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _keys(name: str) -> set[str]:

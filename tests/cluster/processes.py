@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 CLUSTER, NODE = "GSOFT_TEST_CLUSTER", "GSOFT_TEST_NODE"
+STEP = "slurmstepd"  # the parent of a job's processes, which writes its title over its own variables
 PATIENCE = 240  # seconds for what should happen soon
 
 
@@ -41,13 +42,13 @@ class Processes:
 
     def alive(self, node: str | None = None) -> list[psutil.Process]:
         """All of them, or those of one node: its programs, and what Slurm started there for a job."""
-        found = []
+        found = set()
         for process in psutil.process_iter():
             environment = _environment(process)
             of_the_node = node is None or node in (environment.get(NODE), environment.get("SLURMD_NODENAME"))
             if self.mark.items() <= environment.items() and of_the_node:
-                found.append(process)
-        return found
+                found |= {process, *_step_of(process)}
+        return list(found)
 
     def kill(self, node: str | None = None) -> None:
         """End them at once, as a machine does that loses its power. AssertionError if one does not end."""
@@ -70,6 +71,15 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
     except psutil.Error:
         return {}
+
+
+def _step_of(process: psutil.Process) -> list[psutil.Process]:
+    """Slurm's process that watches this one; nothing if it is none of a job."""
+    try:
+        parent = process.parent()
+        return [parent] if parent and parent.name() == STEP else []
+    except psutil.Error:
+        return []
 
 
 def wait_until(is_so: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
