@@ -172,9 +172,10 @@ class Subject:
     def _free(self, stem: str, suffix: str) -> Path:
         """A path whose stem no other file has, because captions and masks are found by it."""
         taken = {path.stem.casefold() for path in self.photos.iterdir()}  # A and a may be one name to a file system
-        number = 1
-        while (candidate := stem if number == 1 else f"{stem}-{number}") in taken or candidate.endswith(MASK_END):
+        candidate, number = stem, 1
+        while candidate.casefold() in taken or candidate.endswith(MASK_END):
             number += 1
+            candidate = f"{stem}-{number}"
         return self.photos / (candidate + suffix)
 
     def set_caption(self, name: str, text: str) -> None:

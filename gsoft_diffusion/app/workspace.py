@@ -68,11 +68,12 @@ class Workspace:
     def new_run(self, name: str) -> Path:
         """A path for a run at which there is nothing: `my-dog`, else `my-dog-2` and so on."""
         taken = {path.name.casefold() for path in self.root.iterdir()} | {  # Dog and dog may be one to a file system
-            str(values.get("run")) for values in map(read_json, self.jobs.glob("*/job.json"))
+            str(values.get("run")).casefold() for values in map(read_json, self.jobs.glob("*/job.json"))
         }
-        number = 1
-        while (candidate := name if number == 1 else f"{name}-{number}") in taken:
+        candidate, number = name, 1
+        while candidate.casefold() in taken:
             number += 1
+            candidate = f"{name}-{number}"
         return self.root / candidate
 
 

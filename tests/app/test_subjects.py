@@ -307,6 +307,14 @@ def test_the_photo_that_was_removed_last_comes_back_first_beside_one_that_has_it
     assert prompts == {"a.png": "a sks dog, a.png", "b.png": "a photo of a sks dog", "b-2.png": "a sks dog, b.png"}
 
 
+def test_a_photo_in_capitals_that_is_put_back_replaces_none_of_its_name(dog, upload):
+    (dog.photos / "IMG_1.png").write_bytes(upload.read_bytes())
+    dog.remove_photo("IMG_1.png")
+    (dog.photos / "IMG_1.png").write_bytes(upload.read_bytes())
+    assert dog.put_back() == "IMG_1-2.png"
+    assert sorted(path.name for path in dog.photos.iterdir()) == ["IMG_1-2.png", "IMG_1.png"]
+
+
 def test_a_photo_that_is_put_back_has_the_new_name_in_its_caption(dog, upload):
     dog.add_photo(upload, "a.png")
     dog.set_caption("a.png", "a sks dog asleep")
