@@ -1,10 +1,15 @@
 """GSOFT fine-tuning of Stable Diffusion: orthogonal adapters from group-and-shuffle matrices."""
 
 import logging
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+if sys.platform == "win32":
+    raise ImportError(
+        "gsoft_diffusion needs Linux, macOS or, on Windows, WSL; the library gsoft and the ComfyUI nodes do not"
+    )
 if missing := [name for name in ("accelerate", "diffusers", "transformers", "yaml") if find_spec(name) is None]:
     raise ImportError(
         f"gsoft_diffusion needs {', '.join(missing)}, which the library gsoft alone does not; "

@@ -221,11 +221,8 @@ class Harness:
         sound = [path for path in checkpoints.checkpoints(output) if checkpoints.damage_of(path) is None]
         latest = checkpoints.step_of(sound[-1]) if sound else 0
         assert latest >= complete, f"checkpoint-{complete} was complete and is lost; {outcome.output}"
-        again = config
-        if latest:
-            again = replace(config, resume_from_checkpoint="latest")
-        else:
-            shutil.rmtree(output, ignore_errors=True)  # nothing was saved: as the message says, from the start
+        began = (output / checkpoints.SETTINGS).exists()
+        again = replace(config, resume_from_checkpoint="latest") if began else config
         self.log.unlink(missing_ok=True)
         resumed = train_in_child(again, self.log)
         finished = resumed.status == 2 and latest == STEPS and "nothing is left to train" in resumed.output

@@ -31,6 +31,15 @@ def test_what_is_not_installed_is_named_with_the_extra_that_has_it():
     assert 'pip install "gsoft-diffusion[diffusion]"' in done.stderr
 
 
+def test_windows_is_told_what_works_there():
+    code = "import sys; sys.platform = 'win32'; import gsoft_diffusion"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: gsoft_diffusion needs Linux, macOS or, on Windows, WSL"
+    )
+
+
 def test_importing_it_does_not_load_pytorch():
     code = "import sys, gsoft_diffusion; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -100,7 +100,7 @@ class TrainingConfig(Settings):
     checkpointing_steps: write a checkpoint every so many steps, 0 for never; a run that is stopped writes one anyway.
     checkpoints_total_limit: checkpoints to keep; by default all.
     resume_from_checkpoint: checkpoint to continue from: its folder, its name in output_dir, or latest; a run's folder
-      stands for its latest.
+      stands for its latest. With latest, a run that was killed before its first checkpoint starts again.
     accept_changes: resume although settings, photos or the number of processes are not those of the checkpoint.
     report_to: tracker that accelerate knows (tensorboard, wandb), several with commas between them, all, or none.
     push_to_hub: publish adapter, model card and last validation sheet on the Hugging Face hub at the end.

@@ -77,11 +77,11 @@ def output_folder(config: TrainingConfig) -> Iterator[None]:
 
 
 def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint from which the settings resume, None for a new run. Call it before anything is computed.
+    """The checkpoint from which the settings resume, None to begin with step 0. Call it before anything is computed.
 
     config: its `resume_from_checkpoint` is a checkpoint's folder or name, a run's folder, or `latest`: the newest that
-    is sound.
-    say: is told of newer ones that are damaged.
+    is sound; or the beginning, for a run that was killed before its first checkpoint.
+    say: is told of newer ones that are damaged, and of the beginning.
 
     Raises UserError if there is nothing to resume, or if the output folder holds what would be written over.
     """
@@ -92,6 +92,9 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
     wanted = config.resume_from_checkpoint
     given = Path(wanted).expanduser()
     if wanted == "latest":
+        if _ended_early(folder):
+            say(f"note: the run in {folder} ended before its first checkpoint; it starts from the beginning")
+            return None
         return _newest_sound(folder, wanted, say)
     if (folder / given.name).is_dir() and given.name == wanted:  # a name in the output folder, as diffusers takes it
         given = folder / given
@@ -130,6 +133,13 @@ def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path
     )
 
 
+def _ended_early(folder: Path) -> bool:
+    """Whether a run began in a folder and left no checkpoint and no result."""
+    path = folder / SETTINGS
+    began = path.is_file() and path.read_bytes().startswith(MARK)
+    return began and not checkpoints(folder) and not (folder / ADAPTER).exists()
+
+
 def _check_no_run(folder: Path) -> None:
     if checkpoints(folder):
         raise UserError(
@@ -138,10 +148,10 @@ def _check_no_run(folder: Path) -> None:
         )
     if (folder / ADAPTER).exists():
         raise UserError(f"--output_dir {folder}: holds another run's result, {ADAPTER}; choose another folder")
-    if (folder / SETTINGS).exists() and any((folder / name).exists() for name in (PROGRESS, "validation")):
+    if _ended_early(folder) and any((folder / name).exists() for name in (PROGRESS, "validation")):
         raise UserError(
-            f"--output_dir {folder}: holds another run, which ended before its first checkpoint; delete the folder, "
-            "or choose another"
+            f"--output_dir {folder}: holds another run, which ended before its first checkpoint; to start it again, "
+            f"give --config {folder / SETTINGS} --resume_from_checkpoint latest, or choose another folder"
         )
     if (folder / SETTINGS).exists() and not (folder / SETTINGS).read_bytes().startswith(MARK):
         raise UserError(

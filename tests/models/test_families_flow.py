@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.publish.low_rank import LoraLayer, by_module, diffusers_tensors, kohya_tensors
 from gsoft_diffusion.publish.tensor_files import write_tensors
 from gsoft_diffusion.sampling.generation import generate
+from gsoft_diffusion.sampling.schedulers import with_model_sampler
 
 FAMILIES = (StableDiffusion3, Flux, Flux2Klein, Flux2Dev, ZImage)
 
@@ -68,6 +70,13 @@ def test_distilled_models_are_drawn_without_guidance(tmp_path, write, options, c
     picture(model, SamplerConfig(num_inference_steps=2, negative_prompt="a cat"))
     assert "the negative prompt has no effect" in caplog.text
     assert np.abs(found - pipeline_picture(base, num_inference_steps=2, guidance_scale=1.0)).max() <= 1
+
+
+@pytest.mark.parametrize("family", [Flux, Flux2Klein, Flux2Dev], ids=lambda family: family.__name__)
+def test_the_usual_guidance_is_that_of_diffusers_pipeline(tmp_path, family):
+    model = load_model(str(WRITERS[family](tmp_path / "base")))
+    usual = inspect.signature(getattr(diffusers, family.pipeline).__call__).parameters["guidance_scale"].default
+    assert with_model_sampler(model, SamplerConfig()).guidance_scale == usual
 
 
 def test_z_image_turbo_is_drawn_without_guidance_unless_it_is_asked_for(tmp_path):

@@ -304,17 +304,17 @@ def test_a_new_run_in_a_new_folder(config, tmp_path):
 @pytest.mark.parametrize(
     ("trace", "advice"),
     [
-        (f"{SETTINGS} {PROGRESS}", "delete the folder"),
-        (f"{SETTINGS} validation/step-000000.png", "delete the folder"),
+        (PROGRESS, "--resume_from_checkpoint latest"),
+        ("validation/step-000000.png", "--resume_from_checkpoint latest"),
         (ADAPTER, "choose another folder"),
         (f"checkpoint-5/{STATE}", "--resume_from_checkpoint latest"),
     ],
 )
 def test_another_run_in_the_folder(config, tmp_path, trace, advice):
-    for name in trace.split():
-        path = tmp_path / "run" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    path = tmp_path / "run" / trace
+    path.parent.mkdir(parents=True)
+    path.touch()
+    write_settings(config)
     with pytest.raises(UserError, match=rf"another run.*{advice}"):
         checkpoint_to_resume(config)
     other = save(tmp_path / "other", 3)
@@ -399,6 +399,22 @@ def test_resume_where_there_is_nothing(config, tmp_path):
         checkpoint_to_resume(replace(config, resume_from_checkpoint="latest"))
     with pytest.raises(UserError, match="checkpoint-7: is not"):
         checkpoint_to_resume(replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-7")))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(config, tmp_path):
+    resumed, said = replace(config, resume_from_checkpoint="latest"), []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / PROGRESS).touch()
+    with pytest.raises(UserError, match="no checkpoint in"):  # no settings: it is not known that this was a run
+        checkpoint_to_resume(resumed)
+    write_settings(config)
+    assert checkpoint_to_resume(resumed, said.append) is None
+    assert said == [
+        f"note: the run in {tmp_path / 'run'} ended before its first checkpoint; it starts from the beginning"
+    ]
+    (tmp_path / "run" / ADAPTER).touch()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint_to_resume(resumed)
 
 
 def test_resume_finds_the_latest_or_the_named_one(config, tmp_path):

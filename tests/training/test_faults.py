@@ -42,6 +42,6 @@ def test_a_hurt_run_goes_on_as_if_nothing_had_been(harness, kind, detail):
     harness.survives(kind, detail)
 
 
-@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.6, 0.9])
 def test_a_run_killed_while_it_writes_goes_on_as_if_nothing_had_been(harness, lines, part):
     harness.survives("killed_at_line", int(part * lines))

@@ -48,6 +48,10 @@ class Flux(FluxModel):
     def takes_guidance(self) -> bool:
         return self.transformer.config.guidance_embeds
 
+    @property
+    def usual_guidance(self) -> float:
+        return 3.5  # of diffusers' FluxPipeline
+
     def check(self) -> None:
         transformer = self.transformer.config
         if transformer.in_channels != 4 * self.vae.config.latent_channels:

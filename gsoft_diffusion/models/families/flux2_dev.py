@@ -46,6 +46,10 @@ class Flux2Dev(Flux2Model):
         return True
 
     @property
+    def usual_guidance(self) -> float:
+        return 4.0  # of diffusers' Flux2Pipeline
+
+    @property
     def tokenizers(self) -> list[Any]:
         return [self.tokenizer.tokenizer]
 

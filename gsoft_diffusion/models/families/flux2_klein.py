@@ -37,5 +37,9 @@ class Flux2Klein(Flux2Model):
     def guides_itself(self) -> bool:
         return bool(self.index_values.get("is_distilled", False))
 
+    @property
+    def usual_guidance(self) -> float:
+        return 4.0  # of diffusers' Flux2KleinPipeline
+
     def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         return tokenized(self.tokenizer, qwen_chats(self.tokenizer, prompts, thinking=False), TEXT_LENGTH)
