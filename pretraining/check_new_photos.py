@@ -19,7 +19,7 @@ from eval.subjects import read_subjects
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.scoring.encoders import load_dino
 from pretraining.check_subjects import mean_of, measure, read_albums
-from pretraining.sprites import Sprite
+from pretraining.sprites import Sprite, add_sprites
 from pretraining.subjects import photo
 from pretraining.train_judge import load_judge
 from pretraining.world import BACKGROUNDS, World
@@ -36,7 +36,7 @@ def new_photos(world: World, sprite: Sprite, shown: Sequence[str], seed: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
+    add_sprites(parser)
     parser.add_argument("--work", type=expanded_path, required=True, help="work folder, for the second judge")
     parser.add_argument("--subjects", type=expanded_path, required=True, help="folder of the demo subjects")
     parser.add_argument("--dino", type=expanded_path, default="data/mini_dino", help="DINO whose features are compared")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gsoft_diffusion.config.command_line import expanded_path
 from gsoft_diffusion.foundation.processes import end_with_parent
-from pretraining.sprites import Sprites
+from pretraining.sprites import add_sprites
 from pretraining.world import COLORED, SIZE, World
 
 CHUNK = 2000  # scenes drawn by one job, with a seed of its own: the same set on any number of cores
@@ -45,7 +45,7 @@ def _chunk(seed: int) -> tuple[np.ndarray, list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
+    add_sprites(parser)
     parser.add_argument("--out", type=expanded_path, required=True, help="work folder of the pretraining")
     parser.add_argument("--scenes", type=int, default=100_000, help=f"how many, a multiple of {CHUNK}")
     parser.add_argument(
@@ -61,8 +61,6 @@ def main() -> None:
         parser.error(f"--scenes {args.scenes}: must be a multiple of {CHUNK}")
     args.out.mkdir(parents=True, exist_ok=True)
     shape = (args.scenes, SIZE, SIZE, 3)
-    if not Sprites(args.sprites).assets.is_dir():
-        parser.error(f"--sprites {args.sprites}: npm has installed no sprites there; pretraining/sprites.py says how")
     # Both files appear at the end: captions of a set that is not whole must not stand beside an earlier set's pictures.
     beside, captions = args.out / "scenes.tmp.npy", args.out / "scenes.tmp.jsonl"
     images = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)

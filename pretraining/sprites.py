@@ -6,11 +6,14 @@ Fluent Emoji 3D (MIT), as packed in the npm package `@lobehub/fluent-emoji-3d`. 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from gsoft_diffusion.config.command_line import expanded_path
 
 SPRITE_SIZE = 64  # px; scenes draw things at 30-54 px, so this is sharp enough and cheap to turn and shrink
 
@@ -111,3 +114,20 @@ class Sprites:
             if path.exists():
                 return Sprite(code, _fit(Image.open(path)))
         raise FileNotFoundError(f"{self.assets} has no picture of {code}")
+
+
+def sprites_folder(text: str) -> Path:
+    """The type of an option that is the folder in which npm has installed the sprites."""
+    folder = expanded_path(text)
+    if not Sprites(folder).assets.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{folder}: npm has installed no sprites there; pretraining/sprites.py says how"
+        )
+    return folder
+
+
+def add_sprites(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option `--sprites`."""
+    parser.add_argument(
+        "--sprites", type=sprites_folder, required=True, help="folder that npm installed the sprites in"
+    )

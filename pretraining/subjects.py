@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from gsoft_diffusion.config.command_line import expanded_path
-from pretraining.sprites import ANIMALS, Sprite, Sprites
+from pretraining.sprites import ANIMALS, Sprite, add_sprites
 from pretraining.world import BACKGROUNDS, World
 
 PICTURES = 5
@@ -26,14 +26,12 @@ def photo(world: World, rng: np.random.Generator, sprite: Sprite, place: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sprites", type=expanded_path, required=True, help="folder that npm installed the sprites in")
+    add_sprites(parser)
     parser.add_argument("--out", type=expanded_path, required=True, help="folder to fill, one subfolder per subject")
     parser.add_argument(
         "--which", choices=("demo", "tuning"), default="demo", help="those shown, or those that settings are chosen on"
     )
     args = parser.parse_args()
-    if not Sprites(args.sprites).assets.is_dir():
-        parser.error(f"--sprites {args.sprites}: npm has installed no sprites there; pretraining/sprites.py says how")
     world = World(args.sprites)
     rows = []
     subjects = world.held_out if args.which == "demo" else world.tuning

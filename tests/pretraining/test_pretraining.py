@@ -23,7 +23,7 @@ from eval.subjects import Subject
 from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.sampling.pictures import save_png
 from gsoft_diffusion.training.run import TrainingResult
-from pretraining import check_subjects, render, subjects, unused_name
+from pretraining import check_new_photos, check_subjects, render, subjects, unused_name
 from pretraining.check import COLORED_CLASSES, colored_prompts, frechet_distance, right_on_scenes, sharpness
 from pretraining.check_new_photos import new_photos
 from pretraining.check_subjects import (
@@ -338,7 +338,9 @@ def test_latents_of_another_autoencoder_or_other_scenes_are_not_taken(tmp_path):
 
 @pytest.mark.parametrize("scenes", ["0", "1000", "101000"])
 def test_scenes_that_would_stay_black_are_refused(tmp_path, monkeypatch, capsys, scenes):
-    monkeypatch.setattr("sys.argv", ["render", "--sprites", "x", "--out", str(tmp_path / "out"), "--scenes", scenes])
+    Sprites(tmp_path).assets.mkdir(parents=True)
+    arguments = ["--sprites", str(tmp_path), "--out", str(tmp_path / "out"), "--scenes", scenes]
+    monkeypatch.setattr("sys.argv", ["render", *arguments])
     with pytest.raises(SystemExit):
         render.main()
     assert f"--scenes {scenes}: must be a multiple of {render.CHUNK}" in capsys.readouterr().err
@@ -391,12 +393,12 @@ def test_scenes_that_cannot_be_drawn_leave_the_earlier_ones_with_their_captions(
     assert {(out / name).read_text() for name in ("scenes.npy", "scenes.jsonl")} == {"earlier"}
 
 
-@pytest.mark.parametrize("program", [render, subjects])
+@pytest.mark.parametrize("program", [render, subjects, check_new_photos])
 def test_a_folder_without_sprites_is_one_line(tmp_path, monkeypatch, capsys, program):
     monkeypatch.setattr("sys.argv", ["it", "--sprites", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         program.main()
-    assert f"--sprites {tmp_path}: npm has installed no sprites there" in capsys.readouterr().err
+    assert f"argument --sprites: {tmp_path}: npm has installed no sprites there" in capsys.readouterr().err
 
 
 def test_processors_without_mkldnn_compute_in_float32(monkeypatch):
