@@ -7,12 +7,13 @@ which no GPU is shown, have a turn of their own.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from gsoft_diffusion.app.job import END, JOB, LOG, PROCESS, SETTINGS
 from gsoft_diffusion.app.workspace import Workspace, read_json, write_json
 from gsoft_diffusion.config.settings import read_yaml
 from gsoft_diffusion.foundation.errors import UserError, first_line
+from gsoft_diffusion.foundation.files import locked
 
 Kind = Literal["train", "draw", "export"]
 State = Literal["waiting", "running", "done", "stopped", "failed", "lost", "withdrawn"]
@@ -199,6 +201,31 @@ class Jobs:
         if job.state == "running":
             self._send(job, signal.SIGUSR1)
 
+    def delete(self, folder: Path) -> None:
+        """Delete a subject's folder, or that of a run with the jobs about it.
+
+        folder: in the page's folder. Raises UserError if a job that has not ended names something in it, if a command
+        is writing to it, or if it cannot be deleted.
+        """
+        with self._lock:
+            for job in self.all():
+                if not job.ended and any(Path(text).is_relative_to(folder) for text in _texts(job.settings())):
+                    raise UserError(
+                        f"{folder.name}: is needed by {job.run}, which runs or waits ({job.kind}); stop that first"
+                    )
+            try:
+                with locked(folder):
+                    shutil.rmtree(folder)
+            except BlockingIOError as error:
+                raise UserError(f"{folder.name}: {error} is writing to it; wait until that has ended") from error
+            except OSError as error:
+                raise UserError(f"{folder.name}: cannot be deleted ({error.strerror})") from error
+            for job in self.all():
+                if job.ended and self.workspace.root / job.run == folder:
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                    for known in (self._ended, self._children):
+                        known.pop(job.number, None)
+
     def advance(self) -> None:
         """Start what has its turn."""
         with self._lock:
@@ -286,6 +313,15 @@ class Jobs:
         if _alive(process):
             with suppress(ProcessLookupError):
                 os.kill(process["pid"], number)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a job's settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 def _alive(process: Mapping[str, Any]) -> bool:

@@ -125,6 +125,11 @@ class Subject:
             raise UserError(f"{self.photos}: cannot be read as a folder ({error.strerror})") from error
         return _seen(self.photos, state, self.concept, self.resolution) if listing.images else ()
 
+    @property
+    def count(self) -> int:
+        """How many photos it has, whether or not training takes them."""
+        return len(scan(self.photos).images)
+
     def photo(self, name: str) -> Photo:
         """One of its photos by the name of its file. Raises UserError if there is none, and as `seen`."""
         photos = {each.photo.path: each.photo for each in self.seen()}

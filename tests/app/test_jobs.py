@@ -299,3 +299,51 @@ def test_a_job_says_how_it_ended(tmp_path, monkeypatch, command, status):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert read_json(tmp_path / END)["status"] == status
+
+
+def test_what_an_open_job_needs_is_not_deleted(workspace, jobs, sleeping):
+    run, photos = workspace.root / "dog", workspace.subjects / "rex" / "photos"
+    other = workspace.subjects / "rex-2"
+    for folder in (run, photos, other):
+        folder.mkdir(parents=True)
+    job = jobs.add("train", "dog", {"output_dir": str(run), "concepts": [{"instance_data_dir": str(photos)}]})
+    for folder in (run, photos.parent):
+        with pytest.raises(UserError, match=rf"{folder.name}: is needed by dog, which runs or waits \(train\)"):
+            jobs.delete(folder)
+    jobs.delete(other)
+    assert (run.is_dir(), photos.is_dir(), other.exists()) == (True, True, False)
+    running(jobs, job.number)
+    jobs.stop(job)
+    ended(jobs, job)
+    jobs.delete(photos.parent)
+    assert not photos.exists()
+    assert jobs.job(job.number).state == "stopped"  # it was about the run, which is still there
+
+
+def test_a_run_is_deleted_with_the_jobs_about_it(workspace, jobs, sleeping):
+    for name in ("dog", "cat"):
+        (workspace.root / name).mkdir()
+        job = jobs.add("draw", name, {})
+        running(jobs, job.number)
+        jobs.stop(job)
+        ended(jobs, job)
+    jobs.delete(workspace.root / "cat")
+    assert [job.run for job in jobs.all()] == ["dog"]
+    assert sorted(path.name for path in workspace.root.iterdir()) == ["app", "dog"]
+    again = jobs.add("draw", "dog", {})
+    assert (again.number, again.state) == ("0002", "running")  # the number that has become free
+
+
+def test_a_run_that_a_command_writes_to_is_not_deleted(workspace, jobs):
+    run = workspace.root / "dog"
+    run.mkdir()
+    code = "import sys; from pathlib import Path; from gsoft_diffusion.foundation.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=rf"dog: process {other.pid} on .* is writing to it; wait"):
+            jobs.delete(run)
+        other.stdin.close()
+    jobs.delete(run)
+    assert not run.exists()

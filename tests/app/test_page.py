@@ -402,3 +402,34 @@ def test_each_format_is_made_and_downloaded(visit, server, tmp_path):
     visit.page.get_by_role("button", name="The model card").click()
     visit.wait(lambda: "How it was made" in visit.text("card"), "model card")
     assert "ComfyUI/models/loras" in visit.text("files")
+
+
+# What is not needed any more
+
+
+def test_a_run_and_its_subject_are_deleted_after_a_question(visit, server):
+    def is_asked(button: str) -> bool:
+        return visit.page.locator(f"#{button}-question").is_visible()
+
+    visit.step("3 Train")
+    choose_run(visit, "my-ted")
+    visit.wait(lambda: "my-ted done" in visit.text("headline"), "run")
+    visit.wait(lambda: visit.page.locator("#delete-run").is_enabled(), "button")
+    visit.page.click("#delete-run")
+    visit.wait(lambda: is_asked("delete-run"), "question")
+    assert "Delete the run my-ted with its adapters" in visit.text("delete-run-question")
+    visit.page.click("#delete-run-no")
+    visit.wait(lambda: not is_asked("delete-run"), "end of the question")
+    assert (server.folder / "my-ted").is_dir()
+    visit.page.click("#delete-run")
+    visit.wait(lambda: is_asked("delete-run"), "question")
+    visit.page.click("#delete-run-yes")
+    visit.wait(lambda: visit.page.locator("#run input").first.input_value() == "my-ted-2", "other run")
+    assert not (server.folder / "my-ted").exists()
+    visit.step("1 Photos")
+    visit.page.click("#delete-subject")
+    visit.wait(lambda: "with its photos (5)" in visit.text("delete-subject-question"), "question")
+    visit.page.click("#delete-subject-yes")
+    visit.wait(lambda: "Give your subject a name to begin" in visit.text("called"), "page without a subject")
+    assert visit.page.locator("#create-subject").is_visible()
+    assert not list((server.folder / "app" / "subjects").iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.jobs import Jobs
 from gsoft_diffusion.app.runs import RunView
 from gsoft_diffusion.app.subjects import Subject, subject_of
@@ -112,6 +113,39 @@ def remembered(part: str) -> Any:
 def remember(choice: Any, kept: Any) -> None:
     """Have the browser keep what is chosen. choice: its component. kept: as `remembered` made it."""
     choice.change(lambda name: name or gr.skip(), choice, kept, **QUIET)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that is asked before something is deleted.
+
+    about: the name of what it is about. shown: the part of the page that has it. yes: the button that deletes.
+    """
+
+    about: Any
+    shown: Any
+    yes: Any
+
+
+def ask_first(ask: Any, choice: Any, words: Callable[[str], str]) -> Question:
+    """Lay out a question, which goes away when it is answered or something else is chosen.
+
+    ask: the button that leads to it. choice: what is chosen, by its name. words: the question about a name.
+    """
+    about = gr.State("")
+    with gr.Column(visible=False, elem_id=f"{ask.elem_id}-question") as shown:
+        text = gr.HTML()
+        with gr.Row():
+            yes = gr.Button("Delete it", variant="stop", elem_id=f"{ask.elem_id}-yes")
+            no = gr.Button("Keep it", elem_id=f"{ask.elem_id}-no")
+
+    @says_why
+    def asked(name: str) -> tuple[Any, ...]:
+        return name, gr.update(visible=True), fragments.hint(words(name))
+
+    ask.click(asked, choice, [about, shown, text], **QUIET)
+    gr.on([no.click, choice.change], lambda: gr.update(visible=False), None, shown, **QUIET)
+    return Question(about, shown, yes)
 
 
 def choose(choices: list[Any], value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from gsoft_diffusion.app import fragments
-from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, choose, remember, says_why
+from gsoft_diffusion.app.steps.common import LOUD, PICK, QUIET, Page, ask_first, choose, remember, says_why
 from gsoft_diffusion.app.subjects import Subject, check_size, new_subject, subjects, with_token
 from gsoft_diffusion.app.typed import Typed
 from gsoft_diffusion.config.concept import UNIQUE_TOKEN
@@ -41,7 +42,7 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
 
     page: what it works on. demo: the page, which fills it when it is opened. before: the subject that was chosen last.
     """
-    there = subjects(page.workspace)
+    does, there = Handlers(page), subjects(page.workspace)
     gr.Markdown("Three to five photos are enough: the same subject, from different sides, in different places.")
     subject = gr.Dropdown(there, value=None, label="Subject", elem_id="subject")
     remember(subject, before)
@@ -58,6 +59,8 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
         upload_said = gr.HTML(elem_id="upload-said")
         cards = gr.HTML(js_on_load=PICK, elem_id="cards")
         put_back = gr.Button("Put it back", visible=False, elem_id="put-back")
+        delete = gr.Button("Delete this subject…", size="sm", elem_id="delete-subject")
+        question = ask_first(delete, subject, does.before_deleting)
     chosen = gr.Textbox("", visible=False)  # the name of the photo that is edited
     with gr.Column(visible=False, elem_id="edit-photo") as edit:
         title = gr.Markdown()
@@ -91,7 +94,6 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
                 drop_mask = gr.Button("Take the mask away", elem_id="drop-mask")
         edit_said = gr.HTML(elem_id="edit-said")
 
-    does = Handlers(page)
     of_subject = [called, cards, put_back, with_subject, named]
     demo.load(does.opened, before, [subject, *of_subject], **QUIET)
     subject.change(does.changed, subject, [*of_subject, edit, chosen, upload_said], **QUIET)
@@ -109,6 +111,7 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
     drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
     removed = remove.click(does.removed, [subject, chosen], [edit_said, cards, edit, put_back], **LOUD)
     put_back.click(does.restored, subject, [upload_said, cards, put_back], **LOUD)
+    question.yes.click(does.deleted, question.about, [subject, question.shown, new], **LOUD)
 
     typed_name = Typed("new-subject", {"name": name, "word": word})
     unfold = typed_name.show(demo.load).then
@@ -256,6 +259,23 @@ class Handlers:
         except UserError as error:
             return fragments.failure(str(error)), gr.skip(), gr.skip()
         return "", *self.shown(name)[1:]
+
+    def before_deleting(self, name: str) -> str:
+        """What is asked before a subject is deleted. name: of the subject. Raises UserError if it is gone."""
+        known = self.page.subject(name)
+        return (
+            f"Delete “{known.called}” with its photos ({known.count}), captions and masks, also what was removed? "
+            "What was learned from them stays. This cannot be undone."
+        )
+
+    @says_why
+    def deleted(self, name: str) -> tuple[Any, ...]:
+        """The question is answered by yes. name: of the subject that it was about."""
+        known = self.page.subject(name)
+        self.page.jobs.delete(known.folder)
+        gr.Info(escape(f"{known.called} is deleted."))
+        there = subjects(self.page.workspace)
+        return choose(there, None), gr.update(visible=False), gr.update(open=not there)
 
 
 def _cards(subject: Subject, pick: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -11,7 +12,7 @@ import gradio as gr
 from gsoft_diffusion.app import fragments
 from gsoft_diffusion.app.fields import Field, fields_of, held_by, marks, settings_from
 from gsoft_diffusion.app.steps.base import BaseStep, fitting_changes, settled
-from gsoft_diffusion.app.steps.common import LIVE, LOUD, QUIET, Page, choose, remember, says_why, updates
+from gsoft_diffusion.app.steps.common import LIVE, LOUD, QUIET, Page, ask_first, choose, remember, says_why, updates
 from gsoft_diffusion.app.subjects import Subject, with_token
 from gsoft_diffusion.app.typed import Typed
 from gsoft_diffusion.config import TrainingConfig
@@ -76,13 +77,15 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep
         stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
         go_on = gr.Button("Go on", interactive=False, elem_id="go-on")
         draw_now = gr.Button("Draw now", interactive=False, elem_id="draw-now")
+        delete = gr.Button("Delete…", interactive=False, elem_id="delete-run")
+    does = Handlers(page, fields)
+    question = ask_first(delete, run, does.before_deleting)
     headline, curve, sheets, notes = (gr.HTML(elem_id=name) for name in ("headline", "curve", "sheets", "notes"))
     with gr.Accordion("Its log", open=False, elem_id="log"):
         log = gr.HTML()
     shown = gr.State([])  # so that only what changes is sent
-    live = [queue, headline, curve, sheets, notes, log, stop, go_on, draw_now]
+    live = [queue, headline, curve, sheets, notes, log, stop, go_on, draw_now, delete]
 
-    does = Handlers(page, fields)
     outcome = [run, said, advanced, *components]
     demo.load(does.opened, before, run, **QUIET)
     typed = Typed("settings", dict(zip([each.name for each in fields], components, strict=True)), [subject])
@@ -99,6 +102,7 @@ def build(page: Page, demo: gr.Blocks, tab: gr.Tab, subject: Any, base: BaseStep
     stop.click(does.stopped, run, None, **LOUD)
     go_on.click(does.went_on, [run, *components], outcome, **LOUD)
     draw_now.click(does.drawn, run, None, **LOUD)
+    question.yes.click(does.deleted, question.about, [run, question.shown], **LOUD)
     prompts = [held for field, held in zip(fields, components, strict=True) if field.name in PROMPTS]
     return TrainStep(run, prompts, started, typed)
 
@@ -219,6 +223,21 @@ class Handlers:
         self.page.jobs.draw_now(view.job)
         gr.Info("It draws after this step.")
 
+    def before_deleting(self, name: str) -> str:
+        """What is asked before a run is deleted. name: of the run. Raises UserError if there is none."""
+        size = sum(path.stat().st_size for path in self.page.workspace.run(name).rglob("*") if path.is_file())
+        return (
+            f"Delete the run {name} with its adapters, checkpoints, pictures and exports, {size / 1e6:,.0f} MB? "
+            "The subject and its photos stay. This cannot be undone."
+        )
+
+    @says_why
+    def deleted(self, name: str) -> tuple[Any, ...]:
+        """The question is answered by yes. name: of the run that it was about."""
+        self.page.jobs.delete(self.page.workspace.run(name))
+        gr.Info(escape(f"{name} is deleted."))
+        return choose(self.page.runs(), None), gr.update(visible=False)
+
 
 def training_settings(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
     """A run's settings: those given, what the subject decides, and a checkpoint for every sheet unless told otherwise.
@@ -251,7 +270,7 @@ def _live(page: Page, name: str) -> list[Any]:
     """What is shown of the queue and a run: HTML, and for each button whether it does something."""
     strip = fragments.queue(page.jobs.all())
     if not name:
-        return [strip, "", "", "", "", "", False, False, False]
+        return [strip, "", "", "", "", "", False, False, False, False]
     try:
         view = page.view(name)
         job = view.job
@@ -265,6 +284,7 @@ def _live(page: Page, name: str) -> list[Any]:
             job is not None and not job.ended,
             (job is None or job.ended) and (view.folder / SETTINGS).is_file(),
             view.trains,
+            (job is None or job.ended) and view.folder.is_dir(),
         ]
     except UserError as error:
-        return [strip, fragments.failure(str(error)), "", "", "", "", False, False, False]
+        return [strip, fragments.failure(str(error)), "", "", "", "", False, False, False, False]

@@ -178,3 +178,17 @@ def test_a_photo_that_goes_away_while_it_is_shown_is_said(does, photo, monkeypat
 
     monkeypatch.setattr("gsoft_diffusion.app.fragments.photo_cards", gone)
     assert "its photos have changed" in does.changed("dog")[1]
+
+
+def test_a_subject_is_deleted_and_another_one_shown(page, does, dog, photo):
+    cat = new_subject(page.workspace, "Minka", "cat", "sks")
+    does.removed("dog", photo)
+    assert does.before_deleting("dog").startswith("Delete “dog” with its photos (0)")
+    choice, question, new = does.deleted("dog")
+    assert (choice["value"], question["visible"], new["open"]) == (cat.name, False, False)
+    assert not dog.folder.exists()
+    assert cat.photos.is_dir()
+    choice, _, new = does.deleted(cat.name)
+    assert (choice["choices"], choice["value"], new["open"]) == ([], None, True)
+    with pytest.raises(gr.Error, match="there is no subject dog"):  # in another window it is still chosen
+        does.deleted("dog")

@@ -112,8 +112,8 @@ def test_what_stop_does_is_said_as_it_is(page, does, sleeping, monkeypatch, caps
 
 def test_a_run_of_the_command_line_can_go_on(page, does):
     write_run(page.workspace.root / "rex", settings="instance_data_dir: x\nclass_word: dog\nmax_train_steps: 4\n")
-    stop, go_on, draw_now = does.watched("rex", [])[-4:-1]
-    assert [each["interactive"] for each in (stop, go_on, draw_now)] == [False, True, False]
+    *_, stop, go_on, draw_now, delete, _ = does.watched("rex", [])
+    assert [each["interactive"] for each in (stop, go_on, draw_now, delete)] == [False, True, False, True]
 
 
 def test_prompts_have_the_name_that_the_base_model_gives_the_subject(page, sleeping, monkeypatch):
@@ -159,3 +159,24 @@ def test_a_run_is_asked_to_draw_only_once_it_listens(page, does, sleeping, monke
     does.drawn("rex")
     assert "It draws after this step" in capsys.readouterr().out
     assert asked == ["rex"]
+
+
+def test_a_run_is_deleted_and_only_a_run(page, does):
+    for name in ("rex", "rex-2"):
+        write_run(page.workspace.root / name)
+    (page.workspace.root / "rex" / "checkpoint-4").mkdir()
+    (page.workspace.root / "rex" / "checkpoint-4" / "state.pt").write_bytes(bytes(3_000_000))
+    assert "checkpoints, pictures and exports, 3 MB?" in does.before_deleting("rex")
+    choice, question = does.deleted("rex")
+    assert (choice["choices"], choice["value"], question["visible"]) == (["rex-2"], "rex-2", False)
+    for name in ("rex", "app", "../outputs/rex-2", "."):
+        with pytest.raises(gr.Error, match="there is no run"):
+            does.deleted(name)
+    assert sorted(path.name for path in page.workspace.root.iterdir()) == ["app", "rex-2"]
+
+
+def test_a_run_that_is_under_way_cannot_be_deleted(page, does, sleeping):
+    write_run(page.workspace.root / "rex")
+    page.jobs.add("train", "rex", {})
+    *_, delete, _ = does.watched("rex", [])
+    assert not delete["interactive"]
