@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import psutil
 import yaml
@@ -116,7 +117,9 @@ class Jobs:
         self._thread = threading.Thread(target=self._watch, name="queue", daemon=True)
 
     def start(self) -> None:
-        """Begin to run what waits."""
+        """Begin to run what waits, and delete the rest of what was being deleted when the page ended."""
+        for rest in self.workspace.deleted.iterdir():
+            shutil.rmtree(rest, ignore_errors=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -202,29 +205,37 @@ class Jobs:
             self._send(job, signal.SIGUSR1)
 
     def delete(self, folder: Path) -> None:
-        """Delete a subject's folder, or that of a run with the jobs about it.
+        """Delete the folder of a subject or a run. The jobs about it stay in the queue, so that none gets its name.
 
-        folder: in the page's folder. Raises UserError if a job that has not ended names something in it, if a command
-        is writing to it, or if it cannot be deleted.
+        folder: in the page's folder, without links in its path.
+
+        Raises UserError if a job that has not ended names something in it, if a command trains into it, or if it cannot
+        be deleted.
         """
         with self._lock:
             for job in self.all():
-                if not job.ended and any(Path(text).is_relative_to(folder) for text in _texts(job.settings())):
+                if not job.ended and _needs(job, folder):
                     raise UserError(
                         f"{folder.name}: is needed by {job.run}, which runs or waits ({job.kind}); stop that first"
                     )
+            place = self.workspace.deleted / uuid4().hex
             try:
                 with locked(folder):
-                    shutil.rmtree(folder)
+                    folder.rename(place)  # gone as a whole, before files go one by one
             except BlockingIOError as error:
                 raise UserError(f"{folder.name}: {error} is writing to it; wait until that has ended") from error
             except OSError as error:
                 raise UserError(f"{folder.name}: cannot be deleted ({error.strerror})") from error
             for job in self.all():
                 if job.ended and self.workspace.root / job.run == folder:
-                    shutil.rmtree(job.folder, ignore_errors=True)
-                    for known in (self._ended, self._children):
-                        known.pop(job.number, None)
+                    write_json(job.folder / END, {"status": WITHDRAWN, "time": time.time()})
+                    self._ended.pop(job.number, None)
+        try:
+            shutil.rmtree(place)
+        except OSError as error:
+            raise UserError(
+                f"{folder.name}: a part of it cannot be deleted ({error.strerror}); it is in {place}"
+            ) from error
 
     def advance(self) -> None:
         """Start what has its turn."""
@@ -313,6 +324,16 @@ class Jobs:
         if _alive(process):
             with suppress(ProcessLookupError):
                 os.kill(process["pid"], number)
+
+
+def _needs(job: Job, folder: Path) -> bool:
+    """Whether a job's settings name a folder or what is in it, by whatever path."""
+    try:
+        return any(
+            Path(os.path.realpath(Path(text).expanduser())).is_relative_to(folder) for text in _texts(job.settings())
+        )
+    except (UserError, RuntimeError, ValueError):  # not to be read: a text that is no path
+        return True
 
 
 def _texts(value: Any) -> Iterator[str]:

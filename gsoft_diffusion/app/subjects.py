@@ -128,7 +128,10 @@ class Subject:
     @property
     def count(self) -> int:
         """How many photos it has, whether or not training takes them."""
-        return len(scan(self.photos).images)
+        try:
+            return len(scan(self.photos).images)
+        except OSError:
+            return 0
 
     def photo(self, name: str) -> Photo:
         """One of its photos by the name of its file. Raises UserError if there is none, and as `seen`."""

@@ -9,6 +9,7 @@ open the page may ask whether a path is there, and may train with a base model a
         subjects/my-dog/   its photos, those that were removed, what it is called, and what was chosen for it
         jobs/0001/         what was asked for: training, drawing, export; its settings, its log, how it ended
         uploads/           files on their way in
+        deleted/           what is being deleted
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Workspace:
         self.root = Path(os.path.realpath(root))
         own = self.root / OWN
         self.subjects, self.jobs, self.uploads = own / "subjects", own / "jobs", own / "uploads"
+        self.deleted = own / "deleted"
         try:
-            for folder in (self.subjects, self.jobs, self.uploads):
+            for folder in (self.subjects, self.jobs, self.uploads, self.deleted):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--folder {root}: cannot be written ({error.strerror})") from error

@@ -33,7 +33,7 @@ class SamplerConfig(Settings):
 
     num_inference_steps: denoising steps.
     guidance_scale: weight of classifier-free guidance; 1 or less switches it off; by default 5; 3 on a miniature base,
-      3.5 on FLUX.1 dev, 4 on FLUX.2, 1 on Z-Image-Turbo.
+      3.5 on FLUX.1 dev, 4 on FLUX.2, 1 on models that were distilled to draw without.
     negative_prompt: what guidance steers pictures away from.
     scheduler: a diffusers scheduler class such as DDIMScheduler; by default the base model's own.
     """

@@ -33,12 +33,22 @@ from gsoft_diffusion.config.settings import Mark, marked
 from gsoft_diffusion.foundation.errors import UserError, first_line
 from gsoft_diffusion.foundation.files import locked, sync_folder, whole_file
 from gsoft_diffusion.foundation.model_names import lasting_name
-from gsoft_diffusion.foundation.run_folder import ADAPTER, CARD, PROGRESS, SETTINGS, sheet_of, step_of
+from gsoft_diffusion.foundation.run_folder import (
+    ADAPTER,
+    CARD,
+    CURVE,
+    CURVE_TABLE,
+    PROGRESS,
+    SETTINGS,
+    sheet_of,
+    step_of,
+)
 from gsoft_diffusion.training.circumstances import BASE_WEIGHTS
 
 STATE, SUMS = "state.pt", "SHA256SUMS"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")  # on which a run's numbers depend
 MARK = b"# python "  # which settings that a run has written begin with
+ELSEWHERE = "began from another run's checkpoint"  # in the same line, if it did
 STEADY = ("constant", "constant_with_warmup")  # learning rate schedules that do not depend on how long the run is
 
 
@@ -92,7 +102,7 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
     wanted = config.resume_from_checkpoint
     given = Path(wanted).expanduser()
     if wanted == "latest":
-        if _ended_early(folder):
+        if _starts_again(folder):
             say(f"note: the run in {folder} ended before its first checkpoint; it starts from the beginning")
             return None
         return _newest_sound(folder, wanted, say)
@@ -115,6 +125,19 @@ def checkpoint_to_resume(config: TrainingConfig, say: Callable[[str], None] = pr
     return checkpoint
 
 
+def clear_beginning(folder: Path) -> None:
+    """Delete what a run wrote that starts again: its progress and its validation. Raises UserError if that fails."""
+    try:
+        (folder / PROGRESS).unlink(missing_ok=True)
+        for path in (*folder.glob("validation/step-*"), folder / CURVE, folder / CURVE_TABLE):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+
+
 def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path:
     """The newest checkpoint in a run's folder that is sound; UserError, which names the option's value, without one."""
     damaged: list[str] = []
@@ -133,11 +156,12 @@ def _newest_sound(folder: Path, wanted: str, say: Callable[[str], None]) -> Path
     )
 
 
-def _ended_early(folder: Path) -> bool:
-    """Whether a run began in a folder and left no checkpoint and no result."""
-    path = folder / SETTINGS
-    began = path.is_file() and path.read_bytes().startswith(MARK)
-    return began and not checkpoints(folder) and not (folder / ADAPTER).exists()
+def _starts_again(folder: Path) -> bool:
+    """Whether a run began in a folder, at step 0, and left no checkpoint and no result."""
+    if checkpoints(folder) or (folder / ADAPTER).exists() or not (folder / SETTINGS).is_file():
+        return False
+    first, _, _ = (folder / SETTINGS).read_bytes().partition(b"\n")
+    return first.startswith(MARK) and ELSEWHERE.encode() not in first
 
 
 def _check_no_run(folder: Path) -> None:
@@ -148,10 +172,11 @@ def _check_no_run(folder: Path) -> None:
         )
     if (folder / ADAPTER).exists():
         raise UserError(f"--output_dir {folder}: holds another run's result, {ADAPTER}; choose another folder")
-    if _ended_early(folder) and any((folder / name).exists() for name in (PROGRESS, "validation")):
+    if (folder / SETTINGS).exists() and any((folder / name).exists() for name in (PROGRESS, "validation")):
+        again = f"to start it again, give --config {folder / SETTINGS} --resume_from_checkpoint latest"
         raise UserError(
-            f"--output_dir {folder}: holds another run, which ended before its first checkpoint; to start it again, "
-            f"give --config {folder / SETTINGS} --resume_from_checkpoint latest, or choose another folder"
+            f"--output_dir {folder}: holds another run, which ended before its first checkpoint; "
+            f"{again if _starts_again(folder) else 'delete the folder'}, or choose another"
         )
     if (folder / SETTINGS).exists() and not (folder / SETTINGS).read_bytes().startswith(MARK):
         raise UserError(
@@ -390,10 +415,11 @@ def recorded(config: TrainingConfig) -> TrainingConfig:
     )
 
 
-def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
+def write_settings(config: TrainingConfig, processes: int = 1, *, elsewhere: bool = False) -> Path:
     """Write the resolved settings so that `--config` takes them again; in a comment, what else a run depends on.
 
-    config: the settings, whose `output_dir` is where they go. processes: how many train together.
+    config: the settings, whose `output_dir` is where they go. processes: how many train together. elsewhere: whether
+    the run began from a checkpoint in another folder.
 
     Returns the file's path. Raises UserError if it cannot be written.
     """
@@ -401,7 +427,8 @@ def write_settings(config: TrainingConfig, processes: int = 1) -> Path:
     try:
         with whole_file(path) as file:
             used = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-            file.write(MARK + f"{platform.python_version()}, {used}; processes: {processes}\n".encode())
+            began = f"; {ELSEWHERE}" if elsewhere else ""
+            file.write(MARK + f"{platform.python_version()}, {used}; processes: {processes}{began}\n".encode())
             file.write(recorded(config).to_yaml().encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

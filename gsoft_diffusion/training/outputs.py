@@ -43,6 +43,7 @@ class RunOutputs:
         self.recorded = checkpoints.recorded(config)
         self.public_base = replace(identity, name=public_name(identity.name))
         self.public_config = config.base_config and public_name(config.base_config)
+        self.elsewhere = False  # whether the run began from a checkpoint in another folder
         self.other_base: str | None = None  # if the run went on with another base model, how far from the one before
 
     def resumed_from(self, adapter: Path, fingerprint: str) -> None:
@@ -52,6 +53,7 @@ class RunOutputs:
 
         Raises UserError if the adapter cannot be read.
         """
+        self.elsewhere = adapter.resolve().parents[1] != self.folder.resolve()
         with user_errors(), FORMAT.open(adapter) as file:
             self.other_base = file.sections["training"].get(OTHER_BASE)
         if fingerprint != self.public_base.fingerprint:
@@ -61,7 +63,7 @@ class RunOutputs:
     def write_settings(self) -> None:
         """Write the resolved settings, so that `--config` takes them again. Raises UserError if that fails."""
         written = replace(self.config, resume_from_checkpoint=None, accept_changes=False)
-        checkpoints.write_settings(written, self.accelerator.num_processes)
+        checkpoints.write_settings(written, self.accelerator.num_processes, elsewhere=self.elsewhere)
 
     def save_result(self, state: TrainingState) -> None:
         """Write the adapter, unless the run was stopped before it got as far as the one that is there.

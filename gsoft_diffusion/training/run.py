@@ -146,6 +146,8 @@ class Run:
         """
         accelerator, state = self.accelerator, self.state
         if accelerator.is_main_process:
+            if state.step == 0 and self.config.resume_from_checkpoint:
+                checkpoints.clear_beginning(self.outputs.folder)
             self.outputs.write_settings()
         self.tracking.start()
         first = state.step

@@ -320,18 +320,33 @@ def test_what_an_open_job_needs_is_not_deleted(workspace, jobs, sleeping):
     assert jobs.job(job.number).state == "stopped"  # it was about the run, which is still there
 
 
-def test_a_run_is_deleted_with_the_jobs_about_it(workspace, jobs, sleeping):
-    for name in ("dog", "cat"):
-        (workspace.root / name).mkdir()
-        job = jobs.add("draw", name, {})
-        running(jobs, job.number)
-        jobs.stop(job)
-        ended(jobs, job)
-    jobs.delete(workspace.root / "cat")
-    assert [job.run for job in jobs.all()] == ["dog"]
-    assert sorted(path.name for path in workspace.root.iterdir()) == ["app", "dog"]
-    again = jobs.add("draw", "dog", {})
-    assert (again.number, again.state) == ("0002", "running")  # the number that has become free
+def test_no_run_gets_the_name_of_one_that_was_deleted(workspace, jobs, sleeping):
+    (workspace.root / "dog").mkdir()
+    job = jobs.add("train", "dog", {})
+    running(jobs, job.number)
+    (job.folder / END).write_text('{"status": 2}')
+    assert jobs.job(job.number).error()
+    jobs.delete(workspace.root / "dog")
+    assert not jobs.job(job.number).error()
+    assert workspace.new_run("dog").name == "dog-2"
+    assert not list(workspace.deleted.iterdir())
+
+
+@pytest.mark.parametrize("path", ["outputs/cat/merged", "link/merged", "{root}/cat/../cat/merged"])
+def test_a_job_may_name_what_it_needs_in_any_way(workspace, jobs, sleeping, monkeypatch, path):
+    (workspace.root / "cat" / "merged").mkdir(parents=True)
+    (workspace.root.parent / "link").symlink_to(workspace.root / "cat")
+    monkeypatch.chdir(workspace.root.parent)
+    named = path.format(root=workspace.root)
+    jobs.add("train", "dog", {"pretrained_model_name_or_path": named, "prompts": ["a cat"]})
+    with pytest.raises(UserError, match="cat: is needed by dog"):
+        jobs.delete(workspace.root / "cat")
+
+
+def test_what_was_left_half_deleted_is_gone_when_the_page_starts(workspace, jobs):
+    (workspace.deleted / "abc" / "photos").mkdir(parents=True)
+    jobs.start()
+    assert not list(workspace.deleted.iterdir())
 
 
 def test_a_run_that_a_command_writes_to_is_not_deleted(workspace, jobs):

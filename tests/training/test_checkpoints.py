@@ -417,6 +417,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(config, tmp_p
         checkpoint_to_resume(resumed)
 
 
+def test_a_run_that_began_from_another_folders_checkpoint_does_not_start_at_zero(config, tmp_path):
+    origin = save(tmp_path / "other", 3)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / PROGRESS).touch()
+    write_settings(config, elsewhere=True)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint_to_resume(replace(config, resume_from_checkpoint="latest"))
+    with pytest.raises(UserError, match="ended before its first checkpoint; delete the folder, or choose another"):
+        checkpoint_to_resume(replace(config, resume_from_checkpoint=str(origin)))
+
+
 def test_resume_finds_the_latest_or_the_named_one(config, tmp_path):
     for step in (9, 10):
         save(tmp_path / "run", step)

@@ -20,6 +20,7 @@ from gsoft_diffusion.foundation.errors import UserError
 from gsoft_diffusion.models.loading import load_model
 from gsoft_diffusion.training import checkpoints
 from gsoft_diffusion.training.checkpoints import read_state
+from gsoft_diffusion.training.progress import read_progress
 from gsoft_diffusion.training.step import TrainingStep
 from gsoft_diffusion.training.train import train
 
@@ -180,6 +181,29 @@ def test_another_base_model_is_named_and_the_card_says_so(config, tmp_path, capf
     assert f"| base model, compared with the first steps' | {said} |" in (accepted.parent / "README.md").read_text()
     train(replace(again, max_train_steps=3))  # it is the run's base model now
     assert read_adapter(accepted).training["other_base"] == said
+
+
+def test_a_run_that_starts_again_keeps_nothing_of_before(config, capfd):
+    """It was killed before its first checkpoint, and has other settings now."""
+    config = replace(config, num_validation_images=1, validation_steps=1, checkpointing_steps=0, max_train_steps=3)
+    folder = train(config).adapter.parent
+    (folder / "adapter.safetensors").unlink()
+    (folder / "validation" / "mine.txt").touch()
+    train(replace(config, validation_steps=2, resume_from_checkpoint="latest"))
+    assert "ended before its first checkpoint; it starts from the beginning" in capfd.readouterr().out
+    sheets = [f"step-{step:06d}.png" for step in (2, 3)]
+    assert sorted(path.name for path in (folder / "validation").iterdir()) == ["mine.txt", *sheets]
+    assert [line.step for line in read_progress(folder)] == [1, 2, 3]
+    assert len((folder / "progress.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_that_began_from_another_runs_checkpoint_says_so(config):
+    checkpoint = train(replace(config, max_train_steps=1, checkpointing_steps=1)).adapter.parent / "checkpoint-1"
+    other = replace(config, output_dir=f"{config.output_dir}-2", max_train_steps=2, checkpointing_steps=0)
+    folder = train(replace(other, resume_from_checkpoint=str(checkpoint))).adapter.parent
+    (folder / "adapter.safetensors").unlink()  # as if it had been killed
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        train(replace(other, resume_from_checkpoint="latest"))
 
 
 def test_a_changed_photo_is_named(config):

@@ -56,6 +56,13 @@ class Page:
         folder = self.workspace.root / run if job else self.workspace.run(run)
         return RunView(folder, job)
 
+    def run_folder(self, run: str) -> Path:
+        """The folder of one of the runs. Raises UserError if there is none of that name, or if it has no folder."""
+        folder = self.workspace.root / run
+        if run not in self.runs() or folder.is_symlink() or not folder.is_dir():
+            raise UserError(f"there is no run {run}")
+        return folder
+
     def runs(self) -> list[str]:
         """The names of all runs, the latest first.
 
@@ -72,7 +79,10 @@ class Page:
         """All adapters in the folder: what to call each, and its path below the folder; the latest runs first."""
         found = []
         for run in self.workspace.runs():
-            view = self.view(run)
+            try:
+                view = self.view(run)
+            except UserError:  # it was deleted at this moment
+                continue
             best = view.best
             for step, path in reversed(view.adapters.items()):
                 what = f"{run}, step {step}" + (" ★ best" if step == best else "")

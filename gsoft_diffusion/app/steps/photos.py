@@ -111,13 +111,13 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
     drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
     removed = remove.click(does.removed, [subject, chosen], [edit_said, cards, edit, put_back], **LOUD)
     put_back.click(does.restored, subject, [upload_said, cards, put_back], **LOUD)
-    question.yes.click(does.deleted, question.about, [subject, question.shown, new], **LOUD)
+    deleted = question.yes.click(does.deleted, question.about, [subject, question.shown, new], **LOUD)
 
     typed_name = Typed("new-subject", {"name": name, "word": word})
     unfold = typed_name.show(demo.load).then
     unfold(lambda *typed: gr.update(open=True) if any(typed) else gr.skip(), [name, word], new, **QUIET)
     typed_caption.show(picked.then)
-    for event in (captioned, removed):
+    for event in (captioned, removed, deleted):
         typed_caption.forget(event.then)
 
     def follow(events: Sequence[Any], texts: Sequence[Any]) -> list[Any]:
@@ -265,7 +265,7 @@ class Handlers:
         known = self.page.subject(name)
         return (
             f"Delete “{known.called}” with its photos ({known.count}), captions and masks, also what was removed? "
-            "What was learned from them stays. This cannot be undone."
+            "What was learned from them stays, but a run that was stopped cannot go on. This cannot be undone."
         )
 
     @says_why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -225,7 +226,10 @@ class Handlers:
 
     def before_deleting(self, name: str) -> str:
         """What is asked before a run is deleted. name: of the run. Raises UserError if there is none."""
-        size = sum(path.stat().st_size for path in self.page.workspace.run(name).rglob("*") if path.is_file())
+        size = 0
+        for path in self.page.run_folder(name).rglob("*"):
+            with suppress(OSError):  # a run goes on writing, and deletes old checkpoints
+                size += path.lstat().st_size
         return (
             f"Delete the run {name} with its adapters, checkpoints, pictures and exports, {size / 1e6:,.0f} MB? "
             "The subject and its photos stay. This cannot be undone."
@@ -234,7 +238,7 @@ class Handlers:
     @says_why
     def deleted(self, name: str) -> tuple[Any, ...]:
         """The question is answered by yes. name: of the run that it was about."""
-        self.page.jobs.delete(self.page.workspace.run(name))
+        self.page.jobs.delete(self.page.run_folder(name))
         gr.Info(escape(f"{name} is deleted."))
         return choose(self.page.runs(), None), gr.update(visible=False)
 

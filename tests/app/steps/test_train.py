@@ -180,3 +180,15 @@ def test_a_run_that_is_under_way_cannot_be_deleted(page, does, sleeping):
     page.jobs.add("train", "rex", {})
     *_, delete, _ = does.watched("rex", [])
     assert not delete["interactive"]
+
+
+def test_a_run_that_wrote_nothing_but_a_folder_can_be_deleted(page, does, sleeping):
+    """As one that was killed while it loaded its model."""
+    (page.workspace.root / "rex").mkdir()
+    page.jobs.add("train", "rex", {})
+    (page.jobs.current("rex", "train").folder / "end.json").write_text('{"status": 2}')
+    *_, delete, _ = does.watched("rex", [])
+    assert delete["interactive"]
+    choice, _ = does.deleted("rex")
+    assert choice["choices"] == []
+    assert not (page.workspace.root / "rex").exists()
