@@ -327,13 +327,16 @@ class Jobs:
 
 
 def _needs(job: Job, folder: Path) -> bool:
-    """Whether a job's settings name a folder or what is in it, by whatever path."""
+    """Whether a job's settings name a folder or what is in it, by whatever path; so if they cannot be read."""
     try:
-        return any(
-            Path(os.path.realpath(Path(text).expanduser())).is_relative_to(folder) for text in _texts(job.settings())
-        )
-    except (UserError, RuntimeError, ValueError):  # not to be read: a text that is no path
+        texts = list(_texts(job.settings()))
+    except UserError:
         return True
+    for text in texts:
+        with suppress(RuntimeError, ValueError):  # it is no path
+            if Path(os.path.realpath(Path(text).expanduser())).is_relative_to(folder):
+                return True
+    return False
 
 
 def _texts(value: Any) -> Iterator[str]:

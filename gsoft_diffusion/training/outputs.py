@@ -53,7 +53,7 @@ class RunOutputs:
 
         Raises UserError if the adapter cannot be read.
         """
-        self.elsewhere = adapter.resolve().parents[1] != self.folder.resolve()
+        self.elsewhere = adapter.parent.resolve().parent != self.folder.resolve()
         with user_errors(), FORMAT.open(adapter) as file:
             self.other_base = file.sections["training"].get(OTHER_BASE)
         if fingerprint != self.public_base.fingerprint:

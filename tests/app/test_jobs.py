@@ -343,6 +343,13 @@ def test_a_job_may_name_what_it_needs_in_any_way(workspace, jobs, sleeping, monk
         jobs.delete(workspace.root / "cat")
 
 
+def test_a_prompt_that_looks_like_a_home_folder_is_no_path(workspace, jobs, sleeping):
+    (workspace.root / "cat").mkdir()
+    jobs.add("draw", "dog", {"prompts": ["~ a dog", "a\0b"]})
+    jobs.delete(workspace.root / "cat")
+    assert not (workspace.root / "cat").exists()
+
+
 def test_what_was_left_half_deleted_is_gone_when_the_page_starts(workspace, jobs):
     (workspace.deleted / "abc" / "photos").mkdir(parents=True)
     jobs.start()
