@@ -64,13 +64,19 @@ def generate(
     assert guidance is not None, "with_model_sampler sets it"
     guided = guides(guidance) and not model.guides_itself
     with model.on_device(*model.all_text_encoders()):  # once for all prompts
-        embeddings = {prompt: model.encode_prompts([prompt]) for prompt in sorted({prompt for prompt, _ in jobs})}
+        devices: dict[str, torch.device] = {}
+        embeddings: dict[str, Conditioning] = {}  # in main memory: of large models each takes megabytes
+        for prompt in sorted({prompt for prompt, _ in jobs}):
+            encoded = model.encode_prompts([prompt])
+            devices = {name: tensor.device for name, tensor in encoded.items()}
+            embeddings[prompt] = {name: tensor.cpu() for name, tensor in encoded.items()}
         away = model.encode_negative(sampler.negative_prompt) if guided else None
     told = False
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        positive = joined([embeddings[prompt] for prompt, _ in batch])
+        said = joined([embeddings[prompt] for prompt, _ in batch])
+        positive = {name: tensor.to(devices[name]) for name, tensor in said.items()}
         negative = away and joined([away] * len(batch))
         # A copy, for a scheduler remembers the steps that it has taken.
         latents = _denoise(model, positive, negative, generators, deepcopy(scheduler), guidance, width, height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -44,6 +45,25 @@ def test_pictures_do_not_depend_on_the_batch_size(base, scheduler, batch_size):
     alone = arrays(generate(model, JOBS, sampler, batch_size=1))
     together = arrays(generate(model, JOBS, sampler, batch_size=batch_size))
     assert max(np.abs(a - b).max() for a, b in zip(alone, together, strict=True)) <= 1
+
+
+def test_embeddings_of_many_prompts_do_not_stay_on_the_gpu(base, monkeypatch):
+    on_the_gpu = []
+    with pretended_gpu():
+        model = load_model(str(base), device=torch.device("cuda"))
+        encode = type(model).encode_prompts
+
+        def spy(self, prompts):
+            found = encode(self, prompts)
+            on_the_gpu.extend(weakref.ref(tensor) for tensor in found.values() if tensor.device.type == "cuda")
+            return found
+
+        monkeypatch.setattr(type(model), "encode_prompts", spy)
+        jobs = [(f"a dog {number}", 0) for number in range(6)]
+        pictures = generate(model, jobs, replace(FEW_STEPS, guidance_scale=1.0), batch_size=2)
+        next(pictures)
+        assert len(on_the_gpu) >= 6
+        assert sum(tensor() is not None for tensor in on_the_gpu) <= 1
 
 
 class Oracle(torch.nn.Module):
