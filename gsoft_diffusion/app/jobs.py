@@ -213,7 +213,8 @@ class Jobs:
         be deleted.
         """
         with self._lock:
-            for job in self.all():
+            jobs = self.all()
+            for job in jobs:
                 if not job.ended and _needs(job, folder):
                     raise UserError(
                         f"{folder.name}: is needed by {job.run}, which runs or waits ({job.kind}); stop that first"
@@ -226,7 +227,7 @@ class Jobs:
                 raise UserError(f"{folder.name}: {error} is writing to it; wait until that has ended") from error
             except OSError as error:
                 raise UserError(f"{folder.name}: cannot be deleted ({error.strerror})") from error
-            for job in self.all():
+            for job in jobs:
                 if job.ended and self.workspace.root / job.run == folder:
                     write_json(job.folder / END, {"status": WITHDRAWN, "time": time.time()})
                     self._ended.pop(job.number, None)

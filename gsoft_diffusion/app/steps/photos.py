@@ -111,14 +111,14 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
     drop_mask.click(does.unmasked, [subject, chosen], [edit_said, cards], **LOUD)
     removed = remove.click(does.removed, [subject, chosen], [edit_said, cards, edit, put_back], **LOUD)
     put_back.click(does.restored, subject, [upload_said, cards, put_back], **LOUD)
-    deleted = question.yes.click(does.deleted, question.about, [subject, question.shown, new], **LOUD)
+    question.yes.click(does.deleted, question.about, [subject, question.shown, new], **LOUD)
 
     typed_name = Typed("new-subject", {"name": name, "word": word})
     folded = demo.load(lambda: gr.update(open=not subjects(page.workspace)), None, new, **QUIET)
     unfold = typed_name.show(folded.then).then
     unfold(lambda *typed: gr.update(open=True) if any(typed) else gr.skip(), [name, word], new, **QUIET)
     typed_caption.show(picked.then)
-    for event in (captioned, removed, deleted):
+    for event in (captioned, removed):
         typed_caption.forget(event.then)
 
     def follow(events: Sequence[Any], texts: Sequence[Any]) -> list[Any]:

@@ -278,6 +278,7 @@ def _live(page: Page, name: str) -> list[Any]:
     try:
         view = page.view(name)
         job = view.job
+        idle = job is None or job.ended
         return [
             strip,
             fragments.headline(view),
@@ -285,10 +286,10 @@ def _live(page: Page, name: str) -> list[Any]:
             fragments.sheets(view),
             fragments.notes(job),
             fragments.log_tail(job),
-            job is not None and not job.ended,
-            (job is None or job.ended) and (view.folder / SETTINGS).is_file(),
+            not idle,
+            idle and (view.folder / SETTINGS).is_file(),
             view.trains,
-            (job is None or job.ended) and view.folder.is_dir(),
+            idle and view.folder.is_dir(),
         ]
     except UserError as error:
         return [strip, fragments.failure(str(error)), "", "", "", "", False, False, False, False]
