@@ -114,8 +114,7 @@ def build(page: Page, demo: gr.Blocks, before: Any) -> PhotosStep:
     question.yes.click(does.deleted, question.about, [subject, question.shown, new], **LOUD)
 
     typed_name = Typed("new-subject", {"name": name, "word": word})
-    folded = demo.load(lambda: gr.update(open=not subjects(page.workspace)), None, new, **QUIET)
-    unfold = typed_name.show(folded.then).then
+    unfold = typed_name.show(demo.load).then
     unfold(lambda *typed: gr.update(open=True) if any(typed) else gr.skip(), [name, word], new, **QUIET)
     typed_caption.show(picked.then)
     for event in (captioned, removed):
